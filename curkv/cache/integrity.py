@@ -1,0 +1,100 @@
+"""The invariants of the cache, checked for all pages at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from curkv.cache.kv_cache import KVCache
+
+
+class IntegrityError(RuntimeError):
+    """The cache's books do not agree with each other; the message says where."""
+
+
+def check_integrity(cache: KVCache) -> None:
+    """Checks that pages, owners, lengths and positions fit together.
+
+    Every page is free or owned; reference counts equal owners; lengths fit pages; positions ascend within a
+    head; no page lies in two heads (a fork shares pages with the same layer and head of its origin only); a
+    shared page is full. Positions are those stored, so call it between steps, not between `extend` and
+    `attend`.
+
+    Args:
+        cache: the cache to check.
+
+    Raises:
+        IntegrityError: the first invariant that does not hold.
+    """
+    _check_lengths(cache)
+    slot, layer, head, page = _owned(cache)
+    ids = cache.page_table[slot, layer, head, page].long()
+    _check_owners(cache, ids)
+    where = layer * cache.layout.num_kv_heads + head
+    _check_sharing(cache, ids, slot, where)
+    tokens = cache.lengths[slot, layer, head] - page * cache.layout.page_size
+    _check_shared_full(cache, ids, tokens)
+    _check_positions(cache, ids, tokens, slot * cache.layout.num_heads + where)
+
+
+def _require(condition: Tensor, message: str) -> None:
+    """Raises when an element of `condition` is false; `{}` in the message becomes the first such index."""
+    if not bool(condition.all()):
+        raise IntegrityError(message.format(tuple((~condition).nonzero()[0].tolist())))
+
+
+def _owned(cache: KVCache) -> tuple[Tensor, ...]:
+    """Gives slot, layer, head and page index [n] of every owned page, in this order."""
+    column = torch.arange(cache.layout.max_pages, device=cache.page_counts.device)
+    return (column < cache.page_counts[..., None]).nonzero(as_tuple=True)
+
+
+def _check_lengths(cache: KVCache) -> None:
+    lengths, counts, size = cache.lengths, cache.page_counts, cache.layout.page_size
+    inside = (lengths >= 0) & (lengths <= cache.layout.max_tokens)
+    _require(inside, "length out of range at (slot, layer, head) {}")
+    _require(
+        counts == (lengths + size - 1) // size, "page count does not fit length at (slot, layer, head) {}"
+    )
+    held = (lengths == 0).flatten(1).all(1)
+    _require(cache.active_slots | held, "slot {} is not in use but holds tokens")
+    free = cache.layout.max_sequences - int(cache.active_slots.sum())
+    _require(torch.tensor(free == cache.free_slots), "free slots and slots not in use differ in number")
+
+
+def _check_owners(cache: KVCache, ids: Tensor) -> None:
+    pool, num_pages = cache.pool, cache.num_pages
+    _require((ids >= 0) & (ids < num_pages), "the table names a page outside the pool (entry {})")
+    owners = torch.bincount(ids, minlength=num_pages)
+    free = torch.bincount(pool.free_pages.long(), minlength=num_pages)
+    _require(free <= 1, "page {} is in the free list twice")
+    _require((free == 0) | (owners == 0), "page {} is free but a sequence owns it")
+    _require(pool.owners == owners, "reference count of page {} differs from its owners")
+    _require((free == 1) | (owners > 0), "page {} is neither free nor owned")
+
+
+def _check_sharing(cache: KVCache, ids: Tensor, slot: Tensor, where: Tensor) -> None:
+    home = torch.full((cache.num_pages,), -1, dtype=where.dtype, device=where.device)
+    home[ids] = where
+    _require(home[ids] == where, "a page lies in two heads (entry {})")
+    pairs = ids * cache.layout.max_sequences + slot
+    pairs, _ = pairs.sort()
+    _require(pairs[1:] != pairs[:-1], "a page lies twice in the same head of a sequence (entry {})")
+
+
+def _check_shared_full(cache: KVCache, ids: Tensor, tokens: Tensor) -> None:
+    full = tokens >= cache.layout.page_size
+    _require((cache.pool.owners[ids] <= 1) | full, "a shared page is not full (entry {})")
+
+
+def _check_positions(cache: KVCache, ids: Tensor, tokens: Tensor, row: Tensor) -> None:
+    """Entries follow each other page by page within a row, so neighbours can be compared."""
+    position = cache.pages.position[ids]
+    column = torch.arange(1, cache.layout.page_size, device=ids.device)
+    ascends = position[:, 1:] > position[:, :-1]
+    _require(ascends | (column >= tokens[:, None]), "positions do not ascend within a page (entry, token) {}")
+    crosses = position[1:, 0] > position[:-1, -1]
+    _require(crosses | (row[1:] != row[:-1]), "positions do not ascend from page to page (entry {})")

@@ -1,0 +1,67 @@
+"""Attention of one new token per sequence over ragged pages, in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from curkv.kernels.pages import Pages
+
+
+def gather_tokens(storage: Tensor, row: Tensor, length: int) -> Tensor:
+    """Read the first `length` tokens of one head.
+
+    Args:
+        storage: [num_pages, page_size, ...], one of the tensors of `Pages`.
+        row: int32 [max_pages], the head's row of the page table.
+        length: Tokens of the head.
+
+    Returns:
+        [length, ...], a copy in the dtype of `storage`.
+    """
+    num_pages = -(-length // storage.shape[1])
+    return storage[row[:num_pages].long()].flatten(0, 1)[:length]
+
+
+def paged_decode_attention(
+    q: Tensor,
+    pages: Pages,
+    table: Tensor,
+    lengths: Tensor,
+    slots: Tensor,
+    scale: float,
+    accumulate: bool = False,
+) -> Tensor:
+    """Attend with one query per sequence over the kept tokens of each KV head.
+
+    out = softmax(scale q K^T) V. Query head i reads KV head i // (Hq / H); a head without tokens gives 0.
+
+    Args:
+        q: float32 [B, Hq, head_dim], after RoPE; any stride over sequences and heads.
+        pages: The page pool; its `attention` is written when `accumulate` is set.
+        table: int32 [max_sequences, H, max_pages], page of each (sequence, head, page index).
+        lengths: int32 [max_sequences, H], tokens of each head, this step's new one included.
+        slots: int32 [B], row of `table` of each sequence in the batch.
+        scale: Factor of the scores, usually head_dim ** -0.5.
+        accumulate: Add each token's attention probability, summed over the query heads of its group, to
+            `pages.attention`.
+
+    Returns:
+        float32 [B, Hq, head_dim].
+    """
+    page_size = pages.k.shape[1]
+    num_heads = table.shape[1]
+    group = q.shape[1] // num_heads
+    out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+    for i, slot in enumerate(slots.tolist()):
+        for head in range(num_heads):
+            length, row = int(lengths[slot, head]), table[slot, head]
+            keys = gather_tokens(pages.k, row, length).float()
+            values = gather_tokens(pages.v, row, length).float()
+            heads = slice(head * group, (head + 1) * group)
+            probabilities = torch.softmax(scale * (q[i, heads] @ keys.T), dim=-1)
+            out[i, heads] = probabilities @ values
+            if accumulate:
+                index = torch.arange(length, device=q.device)
+                pages.attention[row[index // page_size].long(), index % page_size] += probabilities.sum(0)
+    return out

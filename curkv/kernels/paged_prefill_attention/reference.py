@@ -1,0 +1,58 @@
+"""Attention of chunks of new tokens over ragged pages, in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from curkv.kernels.paged_decode_attention.reference import gather_tokens
+from curkv.kernels.pages import Pages
+
+
+def paged_prefill_attention(
+    q: Tensor,
+    pages: Pages,
+    table: Tensor,
+    lengths: Tensor,
+    slots: Tensor,
+    query_start: Tensor,
+    scale: float,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend with a chunk of queries per sequence, whose own keys are stored already.
+
+    out = softmax(scale q K^T) V, where query i of a chunk of c reads the stored tokens
+    j < length - c + i + 1: all that was kept before the chunk, and the chunk up to itself. Query head i reads
+    KV head i // (Hq / H).
+
+    Args:
+        q: float32 [T, Hq, head_dim], after RoPE; any stride over tokens and heads.
+        pages: The page pool.
+        table: int32 [max_sequences, H, max_pages], page of each (sequence, head, page index).
+        lengths: int32 [max_sequences, H], tokens of each head, the chunk included.
+        slots: int32 [B], row of `table` of each sequence in the batch.
+        query_start: int32 [B + 1], cumulative count of queries.
+        scale: Factor of the scores, usually head_dim ** -0.5.
+        return_lse: Return the log-sum-exp of the scaled scores too.
+
+    Returns:
+        float32 [T, Hq, head_dim]; with `return_lse` also float32 [T, Hq].
+    """
+    num_heads = table.shape[1]
+    group = q.shape[1] // num_heads
+    out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+    lse = torch.zeros(q.shape[:2], dtype=torch.float32, device=q.device)
+    starts = query_start.tolist()
+    for slot, start, end in zip(slots.tolist(), starts, starts[1:], strict=False):
+        for head in range(num_heads):
+            length, row = int(lengths[slot, head]), table[slot, head]
+            keys = gather_tokens(pages.k, row, length).float()
+            values = gather_tokens(pages.v, row, length).float()
+            heads = slice(head * group, (head + 1) * group)
+            scores = scale * torch.einsum("tgd,nd->tgn", q[start:end, heads], keys)
+            last = torch.arange(length - (end - start), length, device=q.device)
+            hidden = torch.arange(length, device=q.device) > last[:, None]
+            scores.masked_fill_(hidden[:, None], -torch.inf)
+            lse[start:end, heads] = scores.logsumexp(-1)
+            out[start:end, heads] = torch.einsum("tgn,nd->tgd", scores.softmax(-1), values)
+    return (out, lse) if return_lse else out

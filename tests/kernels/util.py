@@ -1,0 +1,133 @@
+"""Random page pools and tolerances shared by the kernel tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from curkv.kernels.pages import Pages
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A page pool and one layer's view of its tables.
+
+    Attributes:
+        pages: The memory; whatever holds no token is NaN (position: -1).
+        table: int32 [max_sequences, H, max_pages], strided as a layer's slice is; unused entries are -1.
+        lengths: int32 [max_sequences, H]; rows of no sequence are 0.
+        slots: int32 [B], the row of each sequence.
+    """
+
+    pages: Pages
+    table: Tensor
+    lengths: Tensor
+    slots: Tensor
+
+    def copy(self) -> Pool:
+        """Copy the memory that kernels write, so that two of them can be compared."""
+        fields = (getattr(self.pages, name).clone() for name in Pages.__dataclass_fields__)
+        return Pool(Pages(*fields), self.table, self.lengths, self.slots)
+
+
+def make_pool(
+    lengths: Sequence[Sequence[int]],
+    *,
+    head_dim: int = 64,
+    page_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    new_tokens: Sequence[int] | None = None,
+    shared_pages: int = 0,
+    seed: int = 0,
+) -> Pool:
+    """Fill a pool with random tokens on shuffled pages.
+
+    Args:
+        lengths: [B][H], tokens of each head.
+        head_dim: Size of a head.
+        page_size: Tokens per page.
+        dtype: Of K and V.
+        new_tokens: [B], last tokens of each head that are not filled in: their pages exist, `store_kv` writes
+            them.
+        shared_pages: The first that many pages of each head of sequence 0 also belong to all other sequences
+            (as far as these and sequence 0 have full pages).
+        seed: Of the random numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.tensor(lengths, dtype=torch.int32)
+    batch, heads = counts.shape
+    max_pages = int(-(-counts.max() // page_size)) + 1
+    num_pages = int((-(-counts // page_size)).sum()) + 5
+    free = torch.randperm(num_pages, generator=generator).tolist()
+    pages = Pages(
+        k=torch.full((num_pages, page_size, head_dim), torch.nan, dtype=dtype),
+        v=torch.full((num_pages, page_size, head_dim), torch.nan, dtype=dtype),
+        position=torch.full((num_pages, page_size), -1, dtype=torch.int32),
+        k_sq=torch.full((num_pages, page_size), torch.nan),
+        v_sq=torch.full((num_pages, page_size), torch.nan),
+        attention=torch.full((num_pages, page_size), torch.nan),
+    )
+    max_sequences = batch + 2
+    table = torch.full((max_sequences, 2, heads, max_pages), -1, dtype=torch.int32)[:, 1]
+    slots = torch.randperm(max_sequences, generator=generator)[:batch].to(torch.int32)
+    all_lengths = torch.zeros(max_sequences, 2, heads, dtype=torch.int32)[:, 1]
+    all_lengths[slots.long()] = counts
+    first = int(slots[0]) if batch else 0
+    for i, slot in enumerate(slots.tolist()):
+        for head in range(heads):
+            length = int(counts[i, head])
+            filled = length - (new_tokens[i] if new_tokens else 0)
+            for page in range(-(-length // page_size)):
+                full = (page + 1) * page_size <= min(filled, int(counts[0, head]))
+                if i > 0 and page < shared_pages and full:
+                    table[slot, head, page] = table[first, head, page]
+                    continue
+                number = table[slot, head, page] = free.pop()
+                _fill_page(pages, number, page, filled, generator)
+    return Pool(pages, table, all_lengths, slots)
+
+
+def _fill_page(pages: Pages, number: int, page: int, filled: int, generator: torch.Generator) -> None:
+    """Put the tokens `page * page_size ...` of a head, as far as there are `filled`, into page `number`."""
+    page_size, head_dim = pages.k.shape[1:]
+    n = max(0, min(page_size, filled - page * page_size))
+    k, v = torch.randn(2, n, head_dim, generator=generator)
+    pages.k[number, :n] = k.to(pages.k.dtype)
+    pages.v[number, :n] = v.to(pages.v.dtype)
+    pages.position[number, :n] = torch.arange(page * page_size, page * page_size + n, dtype=torch.int32)
+    pages.k_sq[number, :n] = k.square().sum(-1)
+    pages.v_sq[number, :n] = v.square().sum(-1)
+    pages.attention[number, :n] = 0
+
+
+def query_start(new_tokens: Sequence[int]) -> Tensor:
+    """Cumulative counts int32 [B + 1] of [B] counts."""
+    return torch.tensor([0, *new_tokens]).cumsum(0).to(torch.int32)
+
+
+def rope_tables(head_dim: int, max_positions: int = 4096) -> tuple[Tensor, Tensor]:
+    """Cosines and sines float32 [max_positions, head_dim / 2] of a Llama-like rotary embedding."""
+    frequencies = 10_000.0 ** -(torch.arange(0, head_dim, 2) / head_dim)
+    angles = torch.arange(max_positions)[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def relative_rms(actual: Tensor, expected: Tensor) -> float:
+    """Root mean square of the difference over that of the expected values."""
+    difference, expected = actual.double() - expected.double(), expected.double()
+    return float(difference.square().mean().sqrt() / expected.square().mean().sqrt().clamp_min(1e-30))
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Assert equal shapes and NaNs, and a relative RMS error of the rest up to `tolerance`."""
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    assert torch.equal(actual.isnan(), expected.isnan()), "NaN where there should be none, or the reverse"
+    if actual.numel():
+        error = relative_rms(actual.nan_to_num(), expected.nan_to_num())
+        assert error <= tolerance, f"relative RMS error {error:.2e} > {tolerance:.0e}"
