@@ -94,13 +94,13 @@ class Engine:
         held = plan.budget_tokens + max_tokens
         if plan.decode_budget_tokens is not None:
             held = min(held, max(plan.decode_budget_tokens, plan.budget_tokens) + plan.decode_interval)
-        slack = self.kv.layout.num_heads_total if held > prompt_tokens and plan.ragged else 0
-        needed = self.kv.layout.pages_for(max(prompt_tokens, held)) + slack
+        slack = self.kv.layout.num_heads if held > prompt_tokens and plan.ragged else 0
+        needed = self.kv.layout.sequence_pages(max(prompt_tokens, held)) + slack
         if needed > self.kv.num_pages:
             raise InvalidRequest(
                 f"the request needs {needed} pages of KV cache at its peak and the pool has {self.kv.num_pages}: "
                 "shorten it, lower its budget, or start the server with a larger --kv-cache-memory",
-                "prompt" if self.kv.layout.pages_for(prompt_tokens) > self.kv.num_pages else "max_tokens",
+                "prompt" if self.kv.layout.sequence_pages(prompt_tokens) > self.kv.num_pages else "max_tokens",
             )
 
     def add(self, request: Request, plan: EvictionPlan) -> None:
@@ -178,17 +178,17 @@ class Engine:
     def _evict_prompt(self, sequence: Sequence) -> None:
         if sequence.plan.budget_tokens < len(sequence.prompt):
             self._evict(sequence, "prefill")
-        sequence.kept_tokens = self.kv.mean_length(sequence.slot)
+        sequence.kept_tokens = self._mean_length(sequence)
 
     def _evict_decode(self, sequence: Sequence) -> None:
         budget = sequence.plan.decode_budget_tokens
-        if budget is not None and self.kv.mean_length(sequence.slot) > budget:
+        if budget is not None and self._mean_length(sequence) > budget:
             sequence.decode_evictions += 1
             self._evict(sequence, "decode")
 
     def _evict(self, sequence: Sequence, phase: Literal["prefill", "decode"]) -> None:
         started = time.perf_counter()
-        before = self.kv.mean_length(sequence.slot)
+        before = self._mean_length(sequence)
         view = self.kv.view(sequence.slot, phase=phase, round=sequence.decode_evictions, seed=sequence.plan.seed)
         indices, counts = plan_kept(view, sequence.plan, self.kv.kernels)
         pages_freed = self.kv.evict(sequence.slot, indices, counts)
@@ -205,6 +205,10 @@ class Engine:
                 head_budgets=counts.cpu().numpy(),
             )
         )
+
+    def _mean_length(self, sequence: Sequence) -> float:
+        """Tokens that a head of the sequence holds, on average."""
+        return self.kv.sequence_tokens(sequence.slot) / self.kv.layout.num_heads
 
     def _fork(self, sampled: list[Sequence]) -> tuple[list[Sequence], list[int]]:
         """Lets the further choices of a prompt share the pages of the first one.
@@ -295,14 +299,14 @@ class Engine:
         return StepStats(
             running=len(self.scheduler.running),
             waiting=self.scheduler.num_waiting,
-            used_pages=kv.num_pages - kv.free_pages,
+            used_pages=kv.used_pages,
             num_pages=kv.num_pages,
             used_bytes=kv.used_bytes,
             capacity_bytes=kv.capacity_bytes,
             stranded_slots_ratio=kv.stranded_slots_ratio,
             prompt_tokens=prompt_tokens,
             generation_tokens=sampled,
-            kv_tokens_written=sum(schedule.chunks) * kv.layout.num_heads_total,
+            kv_tokens_written=sum(schedule.chunks) * kv.layout.num_heads,
             preemptions=schedule.preempted,
             evictions=evictions,
             finished=finished,

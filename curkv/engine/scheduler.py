@@ -129,7 +129,7 @@ class Scheduler:
         prompt_left = len(sequence.prompt) + sum(s.remaining for s in prefills)
         steps = -(-prompt_left // self.max_step_tokens)
         peak = max(len(sequence.prompt), sequence.plan.budget_tokens + len(sequence.output))
-        needed = self.kv.layout.pages_for(peak)
+        needed = self.kv.layout.sequence_pages(peak)
         needed += self._pages_needed(prefills, [s.remaining for s in prefills])
         needed += self._pages_needed(decodes, [max(s.remaining, steps) for s in decodes])
         return needed <= self.kv.free_pages
