@@ -6,7 +6,7 @@ import random
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from tokenizers import Tokenizer
 
 
 def documentation_text() -> str:
@@ -16,7 +16,7 @@ def documentation_text() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def token_spans(tokenizer: PreTrainedTokenizerBase, count: int, length: int, seed: int) -> list[list[int]]:
+def token_spans(tokenizer: Tokenizer, count: int, length: int, seed: int) -> list[list[int]]:
     """Cuts `count` different spans of `length` tokens out of the documentation.
 
     Args:
@@ -33,7 +33,7 @@ def token_spans(tokenizer: PreTrainedTokenizerBase, count: int, length: int, see
     spans = []
     while len(spans) < count:
         start = draw.randrange(max(1, len(text) - window))
-        ids: list[int] = tokenizer.encode(text[start : start + window], add_special_tokens=False)
+        ids: list[int] = tokenizer.encode(text[start : start + window], add_special_tokens=False).ids
         if len(ids) >= length:
             spans.append(ids[:length])
     return spans

@@ -6,6 +6,7 @@ import itertools
 import logging
 import secrets
 import time
+from dataclasses import replace
 from typing import Literal
 
 from tokenizers import Tokenizer
@@ -22,6 +23,7 @@ from curkv.engine.scheduler import Schedule, Scheduler
 from curkv.engine.sequence import Sequence
 from curkv.engine.stats import EvictionStats, RequestStats, StepStats
 from curkv.engine.types import FinishReason, InvalidRequest, KVReport, Output, Request, TokenLogprob
+from curkv.kernels.dispatch import Kernels
 from curkv.models.llama import Llama
 
 logger = logging.getLogger(__name__)
@@ -33,14 +35,24 @@ class Engine:
     Args:
         model: the model.
         kv: its cache.
+        kernels: operations that score and select what the cache keeps.
         tokenizer: turns token ids into text.
         max_step_tokens: most tokens of one step; long prompts are prefilled in chunks of at most this size.
         max_model_len: most tokens of prompt and output together.
     """
 
-    def __init__(self, model: Llama, kv: KVCache, tokenizer: Tokenizer, max_step_tokens: int, max_model_len: int):
+    def __init__(
+        self,
+        model: Llama,
+        kv: KVCache,
+        kernels: Kernels,
+        tokenizer: Tokenizer,
+        max_step_tokens: int,
+        max_model_len: int,
+    ):
         self.model = model
         self.kv = kv
+        self.kernels = kernels
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self.scheduler = Scheduler(kv, max_step_tokens)
@@ -189,8 +201,10 @@ class Engine:
     def _evict(self, sequence: Sequence, phase: Literal["prefill", "decode"]) -> None:
         started = time.perf_counter()
         before = self._mean_length(sequence)
-        view = self.kv.view(sequence.slot, phase=phase, round=sequence.decode_evictions, seed=sequence.plan.seed)
-        indices, counts = plan_kept(view, sequence.plan, self.kv.kernels)
+        view = replace(
+            self.kv.view(sequence.slot), seed=sequence.plan.seed, phase=phase, round=sequence.decode_evictions
+        )
+        indices, counts = plan_kept(view, sequence.plan, self.kernels)
         pages_freed = self.kv.evict(sequence.slot, indices, counts)
         kept = counts.double().mean().item()
         sequence.evicted_tokens += before - kept
