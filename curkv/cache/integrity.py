@@ -59,10 +59,10 @@ def _check_lengths(cache: KVCache) -> None:
     _require(
         counts == (lengths + size - 1) // size, "page count does not fit length at (slot, layer, head) {}"
     )
-    held = (lengths == 0).flatten(1).all(1)
-    _require(cache.active_slots | held, "slot {} is not in use but holds tokens")
-    free = cache.layout.max_sequences - int(cache.active_slots.sum())
-    _require(torch.tensor(free == cache.free_slots), "free slots and slots not in use differ in number")
+    idle = torch.ones(cache.layout.max_sequences, dtype=torch.bool, device=lengths.device)
+    idle[cache.active_slots] = False
+    _require(~idle | (lengths == 0).flatten(1).all(1), "slot {} is not in use but holds tokens")
+    _require(idle.sum() == cache.free_slots, "free slots and slots not in use differ in number")
 
 
 def _check_owners(cache: KVCache, ids: Tensor) -> None:

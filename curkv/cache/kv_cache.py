@@ -120,7 +120,7 @@ class KVCache:
         self._cos, self._sin = rope
         self._scale = layout.head_dim**-0.5
         self._free_slots = list(range(layout.max_sequences - 1, -1, -1))
-        self._active = torch.zeros(layout.max_sequences, dtype=torch.bool, device=device)
+        self._active = [False] * layout.max_sequences
         self._row_start = torch.arange(0, self.page_table.numel(), layout.max_pages, device=device).view(
             heads
         )
@@ -167,9 +167,9 @@ class KVCache:
         return len(self._free_slots)
 
     @property
-    def active_slots(self) -> Tensor:
-        """bool [max_sequences], slots in use."""
-        return self._active
+    def active_slots(self) -> list[int]:
+        """Slots in use, ascending."""
+        return [slot for slot, active in enumerate(self._active) if active]
 
     @property
     def stranded_slots_ratio(self) -> float:
@@ -264,12 +264,12 @@ class KVCache:
         self.page_table[new, layer, head, last] = copies
         return new
 
-    def pages_needed(self, slots: Sequence[int] | Tensor, new_tokens: Sequence[int] | Tensor) -> int:
+    def pages_needed(self, slots: Sequence[int], new_tokens: Sequence[int]) -> int:
         """Counts the pages that `extend` with the same arguments would take."""
         _, lengths, counts = self._grown(slots, new_tokens)
         return int((self._pages_of(lengths) - counts).sum())
 
-    def extend(self, slots: Sequence[int] | Tensor, new_tokens: Sequence[int] | Tensor) -> None:
+    def extend(self, slots: Sequence[int], new_tokens: Sequence[int]) -> None:
         """Makes room for new tokens in every head: takes pages and advances the lengths.
 
         Args:
@@ -280,18 +280,18 @@ class KVCache:
             OutOfPages: the pool is short; nothing is changed.
             ValueError: a slot is not in use or a head would exceed `max_tokens`; nothing is changed.
         """
-        slots, lengths, counts = self._grown(slots, new_tokens)
-        if not bool(self._active[slots].all()):
-            raise ValueError("a slot to extend is not in use")
+        for slot in slots:
+            self._check_active(slot)
+        rows, lengths, counts = self._grown(slots, new_tokens)
         if int(lengths.max()) > self.layout.max_tokens:
             raise ValueError(f"a head would hold more than {self.layout.max_tokens} tokens")
         new_counts = self._pages_of(lengths)
         missing = new_counts - counts
         total = int(missing.sum())
         if total:
-            self._append_pages(slots, counts, missing, self.pool.take(total))
-            self.page_counts[slots] = new_counts
-        self.lengths[slots] = lengths
+            self._append_pages(rows, counts, missing, self.pool.take(total))
+            self.page_counts[rows] = new_counts
+        self.lengths[rows] = lengths
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
         """Stores one layer's new keys and values and attends over everything its heads hold.
@@ -395,20 +395,18 @@ class KVCache:
         column = self._page_index[: int(counts.max())]
         return self.page_table[slot][..., : column.shape[0]][column < counts[..., None]]
 
-    def _grown(
-        self, slots: Sequence[int] | Tensor, new_tokens: Sequence[int] | Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gives slots [B], their lengths with the new tokens and their present page counts [B, L, H]."""
+    def _grown(self, slots: Sequence[int], new_tokens: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Gives slots as int64 [B], lengths with the new tokens and present page counts, both [B, L, H]."""
         device = self.lengths.device
-        slots = torch.as_tensor(slots, dtype=torch.int64, device=device)
-        added = torch.as_tensor(new_tokens, dtype=torch.int32, device=device)
-        return slots, self.lengths[slots] + added[:, None, None], self.page_counts[slots]
+        rows = torch.tensor(slots, dtype=torch.int64, device=device)
+        added = torch.tensor(new_tokens, dtype=torch.int32, device=device).view(-1, 1, 1)
+        return rows, self.lengths[rows] + added, self.page_counts[rows]
 
-    def _append_pages(self, slots: Tensor, counts: Tensor, missing: Tensor, ids: Tensor) -> None:
+    def _append_pages(self, rows: Tensor, counts: Tensor, missing: Tensor, ids: Tensor) -> None:
         """Writes `ids` into the table, `missing` [B, L, H] of them after the first `counts` of each head."""
         head = missing.flatten().nonzero().squeeze(1)
         missing = missing.view(-1)[head]
-        place = (self._row_start[slots] + counts).view(-1)[head]
+        place = (self._row_start[rows] + counts).view(-1)[head]
         if head.shape[0] < ids.shape[0]:
             place = (place + missing - missing.cumsum(0)).repeat_interleave(missing)
             place += torch.arange(ids.shape[0], device=ids.device)
