@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from curkv.cache.batch import Batch
-from curkv.cache.page_pool import OutOfPages, PagePool
+from curkv.cache.page_pool import Ids, OutOfPages, PagePool
 from curkv.kernels.dispatch import Kernels
 from curkv.kernels.pages import Pages
 
@@ -81,8 +83,9 @@ class KVCache:
     """Keys and values of many sequences, each KV head with its own length.
 
     A sequence is known by its slot, a row of the page table. `extend` makes room for new tokens, `attend`
-    stores and reads them layer by layer, `evict` keeps a chosen part. Table and lengths lie on the cache's
-    device; all bookkeeping is done for every head of every sequence at once.
+    stores and reads them layer by layer, `evict` keeps a chosen part. The books are kept on the host, for
+    every head of every sequence at once; kernels read the table and lengths on the cache's device (on a CPU
+    the same memory), so that no step waits for a device to count pages.
 
     Attributes:
         layout: the cache's shape.
@@ -90,7 +93,7 @@ class KVCache:
         page_table: int32 [max_sequences, layers, heads, max_pages]; entries past a head's page count mean
             nothing.
         lengths: int32 [max_sequences, layers, heads], tokens of each head; 0 for a slot not in use.
-        page_counts: int32 [max_sequences, layers, heads], pages of each head.
+        page_counts: int32 [max_sequences, layers, heads] on the host, pages of each head.
     """
 
     def __init__(
@@ -113,18 +116,18 @@ class KVCache:
         heads = (layout.max_sequences, layout.num_layers, layout.num_kv_heads)
         self.layout = layout
         self.pool = PagePool(num_pages, layout.page_size, layout.head_dim, layout.dtype, device)
-        self.page_table = torch.zeros(*heads, layout.max_pages, dtype=torch.int32, device=device)
-        self.lengths = torch.zeros(heads, dtype=torch.int32, device=device)
-        self.page_counts = torch.zeros(heads, dtype=torch.int32, device=device)
+        self._table = np.zeros((*heads, layout.max_pages), dtype=np.int32)
+        self._lengths = np.zeros(heads, dtype=np.int32)
+        self.page_counts = np.zeros(heads, dtype=np.int32)
+        self.page_table = torch.from_numpy(self._table).to(device)
+        self.lengths = torch.from_numpy(self._lengths).to(device)
         self._kernels = kernels
         self._cos, self._sin = rope
         self._scale = layout.head_dim**-0.5
+        self._active = [False] * layout.max_sequences
         self._free_slots = list(range(layout.max_sequences - 1, -1, -1))
-        self._active = torch.zeros(layout.max_sequences, dtype=torch.bool, device=device)
-        self._row_start = torch.arange(0, self.page_table.numel(), layout.max_pages, device=device).view(
-            heads
-        )
-        self._page_index = torch.arange(layout.max_pages, dtype=torch.int32, device=device)
+        self._row_start = np.arange(0, self._table.size, layout.max_pages).reshape(heads)
+        self._page_index = np.arange(layout.max_pages, dtype=np.int32)
 
     @property
     def pages(self) -> Pages:
@@ -167,9 +170,9 @@ class KVCache:
         return len(self._free_slots)
 
     @property
-    def active_slots(self) -> Tensor:
-        """bool [max_sequences], slots in use."""
-        return self._active
+    def active_slots(self) -> list[int]:
+        """Slots in use, ascending."""
+        return [slot for slot, active in enumerate(self._active) if active]
 
     @property
     def stranded_slots_ratio(self) -> float:
@@ -180,7 +183,7 @@ class KVCache:
         if not self.used_pages:
             return 0.0
         page_size = self.layout.page_size
-        empty = int(self.page_counts.sum()) * page_size - int(self.lengths.sum())
+        empty = int(self.page_counts.sum()) * page_size - int(self._lengths.sum())
         return empty / (self.used_pages * page_size)
 
     def sequence_bytes(self, slot: int) -> int:
@@ -189,7 +192,12 @@ class KVCache:
 
     def sequence_tokens(self, slot: int) -> int:
         """Tokens a sequence holds, summed over layers and heads."""
-        return int(self.lengths[slot].sum())
+        return int(self._lengths[slot].sum())
+
+    def head_lengths(self, slot: int) -> NDArray[np.int32]:
+        """int32 [L, H] on the host, tokens that each head of a sequence holds (a copy)."""
+        lengths: NDArray[np.int32] = self._lengths[slot]
+        return lengths.copy()
 
     def view(self, slot: int) -> CacheView:
         """What a policy sees of a sequence: pages, table [L, H, max_pages] and lengths [L, H]."""
@@ -223,8 +231,9 @@ class KVCache:
         """
         self._check_active(slot)
         freed = self.pool.release(self._owned_pages(slot, self.page_counts[slot]))
-        self.lengths[slot] = 0
+        self._lengths[slot] = 0
         self.page_counts[slot] = 0
+        self._publish([slot])
         self._active[slot] = False
         self._free_slots.append(slot)
         return freed
@@ -246,7 +255,7 @@ class KVCache:
             OutOfSlots: no slot is free; nothing is changed.
         """
         self._check_active(slot)
-        lengths, counts, table = self.lengths[slot], self.page_counts[slot], self.page_table[slot]
+        lengths, counts, table = self._lengths[slot], self.page_counts[slot], self._table[slot]
         partial = lengths % self.layout.page_size > 0
         new = self.add_sequence()
         try:
@@ -254,22 +263,22 @@ class KVCache:
         except OutOfPages:
             self.free(new)
             raise
-        self.pool.share(self._owned_pages(slot, counts - partial.int()))
-        self.page_table[new] = table
-        self.lengths[new] = lengths
+        self.pool.share(self._owned_pages(slot, counts - partial))
+        self._table[new] = table
+        self._lengths[new] = lengths
         self.page_counts[new] = counts
-        layer, head = partial.nonzero(as_tuple=True)
-        last = counts[partial].long() - 1
-        self._copy_pages(table[layer, head, last], copies)
-        self.page_table[new, layer, head, last] = copies
+        last = (*partial.nonzero(), counts[partial] - 1)
+        self._copy_pages(table[last], copies)
+        self._table[new][last] = copies
+        self._publish([new])
         return new
 
-    def pages_needed(self, slots: Sequence[int] | Tensor, new_tokens: Sequence[int] | Tensor) -> int:
+    def pages_needed(self, slots: Sequence[int], new_tokens: Sequence[int]) -> int:
         """Counts the pages that `extend` with the same arguments would take."""
-        _, lengths, counts = self._grown(slots, new_tokens)
+        lengths, counts = self._grown(slots, new_tokens)
         return int((self._pages_of(lengths) - counts).sum())
 
-    def extend(self, slots: Sequence[int] | Tensor, new_tokens: Sequence[int] | Tensor) -> None:
+    def extend(self, slots: Sequence[int], new_tokens: Sequence[int]) -> None:
         """Makes room for new tokens in every head: takes pages and advances the lengths.
 
         Args:
@@ -280,10 +289,10 @@ class KVCache:
             OutOfPages: the pool is short; nothing is changed.
             ValueError: a slot is not in use or a head would exceed `max_tokens`; nothing is changed.
         """
-        slots, lengths, counts = self._grown(slots, new_tokens)
-        if not bool(self._active[slots].all()):
-            raise ValueError("a slot to extend is not in use")
-        if int(lengths.max()) > self.layout.max_tokens:
+        for slot in slots:
+            self._check_active(slot)
+        lengths, counts = self._grown(slots, new_tokens)
+        if lengths.max(initial=0) > self.layout.max_tokens:
             raise ValueError(f"a head would hold more than {self.layout.max_tokens} tokens")
         new_counts = self._pages_of(lengths)
         missing = new_counts - counts
@@ -291,7 +300,8 @@ class KVCache:
         if total:
             self._append_pages(slots, counts, missing, self.pool.take(total))
             self.page_counts[slots] = new_counts
-        self.lengths[slots] = lengths
+        self._lengths[slots] = lengths
+        self._publish(slots)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
         """Stores one layer's new keys and values and attends over everything its heads hold.
@@ -352,25 +362,27 @@ class KVCache:
         """
         self._check_active(slot)
         free_before = self.free_pages
-        lengths, page_counts = self.lengths[slot].view(-1), self.page_counts[slot].view(-1)
-        counts = counts.reshape(-1)
-        if bool((counts > lengths).any()):
+        lengths, page_counts = self._lengths[slot].reshape(-1), self.page_counts[slot].reshape(-1)
+        kept = counts.reshape(-1).numpy(force=True)
+        if (kept > lengths).any():
             raise ValueError("a head cannot keep more tokens than it has")
-        rows = (counts < lengths).nonzero().squeeze(1)
-        if not rows.shape[0]:
+        rows = (kept < lengths).nonzero()[0]
+        if not len(rows):
             return 0
-        old, new = page_counts[rows, None], self._pages_of(counts[rows])[:, None]
-        column = self._page_index[: int(old.max())]
-        table = self.page_table[slot].flatten(0, 1)[:, : column.shape[0]]
+        kept = kept[rows]
+        old, new = page_counts[rows, None], self._pages_of(kept)[:, None]
+        column = self._page_index[: old.max()]
+        table = self._table[slot].reshape(-1, self.layout.max_pages)[:, : len(column)]
         source = table[rows]
         owned = column < old
-        shared = ((self.pool.owners[source] > 1) & owned).any(1, keepdim=True)
-        target = self._fresh_pages(source, shared & (column < new))
-        self._kernels.compact(self.pages, source, target, indices.flatten(0, 1)[rows], counts[rows])
+        shared = ((self.pool.owners[source] > 1) & owned).any(axis=1, keepdims=True)
+        target = self._with_fresh_pages(source, shared & (column < new))
+        self._compact(source, target, indices.flatten(0, 1)[torch.from_numpy(rows)], kept)
         self.pool.release(source[owned & (shared | (column >= new))])
         table[rows] = target
-        lengths[rows] = counts[rows]
-        page_counts[rows] = new.squeeze(1)
+        lengths[rows] = kept
+        page_counts[rows] = new[:, 0]
+        self._publish([slot])
         return self.free_pages - free_before
 
     def check_integrity(self) -> None:
@@ -387,40 +399,54 @@ class KVCache:
         if not self._active[slot]:
             raise ValueError(f"slot {slot} is not in use")
 
-    def _pages_of(self, lengths: Tensor) -> Tensor:
-        return lengths.add(self.layout.page_size - 1).floor_divide_(self.layout.page_size)
+    def _publish(self, slots: Sequence[int]) -> None:
+        """Brings the device's table and lengths up to date; on a CPU they are the host's memory."""
+        if self.lengths.device.type != "cpu":
+            rows = torch.tensor(slots, device=self.lengths.device)
+            self.page_table[rows] = torch.from_numpy(self._table[slots]).to(rows.device)
+            self.lengths[rows] = torch.from_numpy(self._lengths[slots]).to(rows.device)
 
-    def _owned_pages(self, slot: int, counts: Tensor) -> Tensor:
+    def _pages_of(self, lengths: NDArray[np.int32]) -> NDArray[np.int32]:
+        return (lengths + (self.layout.page_size - 1)) // self.layout.page_size
+
+    def _owned_pages(self, slot: int, counts: NDArray[np.int32]) -> Ids:
         """Lists the ids of the first `counts` [L, H] pages of each head."""
-        column = self._page_index[: int(counts.max())]
-        return self.page_table[slot][..., : column.shape[0]][column < counts[..., None]]
+        column = self._page_index[: counts.max()]
+        table: Ids = self._table[slot][..., : len(column)]
+        return table[column < counts[..., None]]
 
     def _grown(
-        self, slots: Sequence[int] | Tensor, new_tokens: Sequence[int] | Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gives slots [B], their lengths with the new tokens and their present page counts [B, L, H]."""
-        device = self.lengths.device
-        slots = torch.as_tensor(slots, dtype=torch.int64, device=device)
-        added = torch.as_tensor(new_tokens, dtype=torch.int32, device=device)
-        return slots, self.lengths[slots] + added[:, None, None], self.page_counts[slots]
+        self, slots: Sequence[int], new_tokens: Sequence[int]
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Gives lengths with the new tokens and present page counts, both [B, L, H]."""
+        rows = np.array(slots, dtype=np.int64)
+        added = np.array(new_tokens, dtype=np.int32)
+        return self._lengths[rows] + added[:, None, None], self.page_counts[rows]
 
-    def _append_pages(self, slots: Tensor, counts: Tensor, missing: Tensor, ids: Tensor) -> None:
+    def _append_pages(
+        self, slots: Sequence[int], counts: NDArray[np.int32], missing: NDArray[np.int32], ids: Ids
+    ) -> None:
         """Writes `ids` into the table, `missing` [B, L, H] of them after the first `counts` of each head."""
-        head = missing.flatten().nonzero().squeeze(1)
-        missing = missing.view(-1)[head]
-        place = (self._row_start[slots] + counts).view(-1)[head]
-        if head.shape[0] < ids.shape[0]:
-            place = (place + missing - missing.cumsum(0)).repeat_interleave(missing)
-            place += torch.arange(ids.shape[0], device=ids.device)
-        self.page_table.view(-1)[place] = ids
+        growing = missing.nonzero()
+        missing = missing[growing]
+        place = (self._row_start[slots] + counts)[growing]
+        if len(place) < len(ids):
+            place = (place + missing - missing.cumsum()).repeat(missing) + np.arange(len(ids))
+        self._table.reshape(-1)[place] = ids
 
-    def _fresh_pages(self, source: Tensor, fresh: Tensor) -> Tensor:
-        """Copies `source` [N, pages] with new pages where `fresh` says so."""
-        target = source.clone()
+    def _with_fresh_pages(self, source: Ids, fresh: NDArray[np.bool_]) -> Ids:
+        """Copies the table rows `source` [N, pages], with newly taken pages where `fresh`."""
+        target = source.copy()
         target[fresh] = self.pool.take(int(fresh.sum()))
         return target
 
-    def _copy_pages(self, source: Tensor, target: Tensor) -> None:
+    def _compact(self, source: Ids, target: Ids, indices: Tensor, counts: NDArray[np.int32]) -> None:
+        device = self.pages.k.device
+        tables = [torch.from_numpy(array).to(device) for array in (source, target)]
+        self._kernels.compact(self.pages, *tables, indices, torch.from_numpy(counts).to(device))
+
+    def _copy_pages(self, source: Ids, target: Ids) -> None:
         pages = self.pages
+        rows, copies = (torch.from_numpy(ids).to(pages.k.device) for ids in (source, target))
         for memory in (pages.k, pages.v, pages.position, pages.k_sq, pages.v_sq, pages.attention):
-            memory[target] = memory[source]
+            memory[copies] = memory[rows]
