@@ -65,6 +65,12 @@ def inlined(function: F) -> F:
     return compiled
 
 
+def parallel_kernel(function: F) -> F:
+    """Compile a function called from Python that may use `prange`."""
+    compiled: F = numba.njit(nogil=True, cache=True, error_model="numpy", parallel=True)(function)
+    return compiled
+
+
 def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
     """Make a Numba intrinsic whose plain integer arguments arrive as literal types."""
     made: Callable[..., Any] = _intrinsic(prefer_literal=True)(function)
