@@ -95,8 +95,8 @@ def kept_positions(view: CacheView, chosen: tuple[Tensor, Tensor]) -> list[list[
 def assert_same_kept(ours: Tensor, theirs: Tensor, scores: Tensor) -> None:
     """Assert that both keep the same tokens, up to scores that differ by float32 rounding only.
 
-    Real text repeats tokens: in the first layer equal tokens have equal values and keys of equal norm, so that
-    some cuts fall between equal scores.
+    Real text repeats tokens: in the first layer these have equal values and keys of equal norm, so that some
+    cuts fall between equal scores.
 
     Args:
         ours: bool [..., n], what we keep.
