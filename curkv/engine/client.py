@@ -110,7 +110,7 @@ class EngineClient:
         plan = self.plan(request)
         stream = _Stream(asyncio.get_running_loop())
         self._streams[request.id] = stream
-        self._submit(lambda: self._engine.add(request, plan))
+        self._submit(lambda: self._add(request, plan, stream))
         unfinished = request.sampling.n
         try:
             while unfinished:
@@ -144,6 +144,12 @@ class EngineClient:
         self.state = "stopped"
         self._submit(lambda: None)
         self._thread.join()
+
+    def _add(self, request: Request, plan: EvictionPlan, stream: _Stream) -> None:
+        try:
+            self._engine.add(request, plan)
+        except Exception as error:
+            stream.put(error)
 
     def _submit(self, command: Callable[[], None]) -> None:
         with self._wake:

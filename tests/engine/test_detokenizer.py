@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,11 @@ def test_the_earliest_stop_string_wins(tokenizer: Tokenizer) -> None:
 def test_a_false_start_is_given_back(tokenizer: Tokenizer) -> None:
     pieces, met = stream(tokenizer, "ab abc abcd", ("abcde",))
     assert met is None and "".join(pieces) == "ab abc abcd"
+
+
+def test_any_token_sequence_can_be_decoded(tokenizer: Tokenizer) -> None:
+    draw = random.Random(0)
+    for _ in range(20):
+        detokenizer = Detokenizer(tokenizer, [draw.randrange(49152) for _ in range(9)], ("stop",))
+        for _ in range(300):
+            detokenizer.append(draw.randrange(49152))
