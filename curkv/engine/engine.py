@@ -112,7 +112,7 @@ class Engine:
         needed = self.kv.layout.sequence_pages(max(prompt_tokens, held)) + slack
         if needed > self.kv.num_pages:
             raise InvalidRequest(
-                f"the request needs {needed} pages of KV cache at its peak, the pool has {self.kv.num_pages}: "
+                f"the request needs {needed} pages of KV cache at its peak, of {self.kv.num_pages}: "
                 "shorten it, lower its budget, or start the server with a larger --kv-cache-memory",
                 "prompt"
                 if self.kv.layout.sequence_pages(prompt_tokens) > self.kv.num_pages

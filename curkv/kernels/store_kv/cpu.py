@@ -130,7 +130,8 @@ def _store(
                 _store_token(
                     kind, k + 4 * (token * k_stride + head * k_head_stride),
                     v + 4 * (token * v_stride + head * v_head_stride), cos + angle, sin + angle, position,
-                    place, dim, k_pages, v_pages, position_pages, k_sq_pages, v_sq_pages, attention_pages, scratch,
+                    place, dim, k_pages, v_pages, position_pages, k_sq_pages, v_sq_pages, attention_pages,
+                    scratch,
                 )  # fmt: skip
 
 
