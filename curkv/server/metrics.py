@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from curkv.engine.client import EngineClient
 
 # Without it every counter and histogram comes with a `_created` series; there is no switch per registry.
-disable_created_metrics()
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 PREFIX = "curkv:"
 
