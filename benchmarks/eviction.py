@@ -42,9 +42,8 @@ def main() -> None:
     for name, options in CHOICES.items():
         peak, held, final, share = _memory(engine, args.prompt_tokens, args.new_tokens, options)
         full = full or final
-        print(
-            f"| {name} | {peak / MIB:.1f} | {held / MIB:.1f} | {final / MIB:.1f} | {final / full:.1%} | {share:.2%} |"
-        )
+        sizes = " | ".join(f"{size / MIB:.1f}" for size in (peak, held, final))
+        print(f"| {name} | {sizes} | {final / full:.1%} | {share:.2%} |")
 
     layout = engine.kv.layout
     three = 3 * layout.sequence_pages(args.prompt_tokens + args.new_tokens) * layout.page_bytes
@@ -68,22 +67,22 @@ def _requests(
 def _memory(
     engine: Engine, prompt_tokens: int, new_tokens: int, options: dict[str, str]
 ) -> tuple[int, int, int, float]:
-    """Bytes of the pool at their peak, when the last prefill has ended and at the last step; eviction's share."""
+    """Bytes used at the peak, after the last prefill and before the last step; share of prefill time."""
     _requests(engine, 8, prompt_tokens, new_tokens, options)
-    held, prefill, evicting = [], 0.0, 0.0
-    after_prefill = 0
+    peak = held = final = 0
+    prefill = evicting = 0.0
     while engine.has_work:
         started = time.perf_counter()
-        busy = any(s.prefilling for s in engine.scheduler.running) or engine.scheduler.num_waiting > 0
         engine.step()
-        if busy or not held:
+        stats = engine.last_stats
+        if stats.prompt_tokens:
             prefill += time.perf_counter() - started
-            evicting += sum(e.seconds for e in engine.last_stats.evictions)
-            after_prefill = engine.last_stats.used_bytes
-        if engine.has_work:
-            held.append(engine.last_stats.used_bytes)
-    peak = max(held + [max(r.kv.peak_bytes for r in engine.last_stats.finished if r.kv)])
-    return peak, after_prefill, held[-1], evicting / prefill
+            evicting += sum(e.seconds for e in stats.evictions)
+            held = stats.used_bytes
+        freed = sum(e.pages_freed for e in stats.evictions) * engine.kv.page_bytes
+        peak = max(peak, stats.used_bytes + freed)
+        final = stats.used_bytes or final
+    return peak, held, final, evicting / prefill
 
 
 def _crowd(
