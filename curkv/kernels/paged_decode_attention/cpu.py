@@ -24,7 +24,7 @@ from curkv.kernels.simd import (
     KINDS,
     address,
     broadcast,
-    dot_tile,
+    dot_rows,
     fetch_add,
     fma,
     inlined,
@@ -215,18 +215,16 @@ def _score_page(
     kind: Any, group: int, dim: int, q: int, k: int, tokens: int, scores: int, width: int
 ) -> None:
     """Write the scores [group, tokens] of a page's keys, four at a time: up to three too many."""
-    key_bytes = dim * kind.itemsize
     g = 0
     while g < group:
         rows = _block(group - g)
         query, target = q + 4 * g * dim, scores + 4 * g * width
-        for t in range(0, tokens, 4):
-            if rows == 3:
-                dot_tile(kind, 3, query, dim, k + t * key_bytes, target + 4 * t, width)
-            elif rows == 2:
-                dot_tile(kind, 2, query, dim, k + t * key_bytes, target + 4 * t, width)
-            else:
-                dot_tile(kind, 1, query, dim, k + t * key_bytes, target + 4 * t, width)
+        if rows == 3:
+            dot_rows(kind, 3, query, dim, k, tokens, target, width)
+        elif rows == 2:
+            dot_rows(kind, 2, query, dim, k, tokens, target, width)
+        else:
+            dot_rows(kind, 1, query, dim, k, tokens, target, width)
         g += rows
 
 
@@ -355,11 +353,11 @@ def _add_split(
     scores: int,
     width: int,
 ) -> None:
-    """Add `count` tokens' exponentials, float32 [group, width], scaled per query head."""
-    for t in range(count):
+    """Add `count` tokens' exponentials, float32 [group, width], scaled per query head, by eights.
+
+    Those behind the last token are 0.
+    """
+    for t in range(0, count, 8):
         page = load_int32(table + 4 * ((start + t) // page_size))
         place = attention + 4 * (page * page_size + (start + t) % page_size)
-        probability = load_scalar(FLOAT32, place)
-        for g in range(group):
-            probability += scale[g] * load_scalar(FLOAT32, scores + 4 * (g * width + t))
-        store_scalar(FLOAT32, place, probability)
+        matrix_tile(FLOAT32, 1, 1, 0, scale.ctypes.data, 0, scores + 4 * t, width, group, place, 0)
