@@ -37,6 +37,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 Args = list[ir.Value]
 
 LANES = 8
+_LINE = 64  # bytes of a cache line
 _FLOAT = ir.FloatType()
 _INT16 = ir.IntType(16)
 _INT32 = ir.IntType(32)
@@ -376,6 +377,12 @@ def _offset(builder: ir.IRBuilder, base: ir.Value, *terms: int | ir.Value) -> ir
     return builder.add(base, product)
 
 
+def _prefetch(builder: ir.IRBuilder, location: ir.Value) -> None:
+    """Fetch a cache line for reading; no address is wrong."""
+    place = _pointer(builder, location, ir.IntType(8))
+    _call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, _INT32(0), _INT32(3), _INT32(1)])
+
+
 def _accumulators(builder: ir.IRBuilder, count: int) -> list[ir.Value]:
     """Stack slots that LLVM turns into registers."""
     return [cgutils.alloca_once(builder, _FLOATS) for _ in range(count)]
@@ -406,8 +413,9 @@ def _call_own(
 
 @intrinsic
 def dot_rows(
-    context: Any, kind: Any, rows: Any, q: Any, dim: Any, k: Any, keys: Any, out: Any, out_stride: Any
-) -> Any:
+    context: Any, kind: Any, rows: Any,
+    q: Any, dim: Any, k: Any, keys: Any, out: Any, out_stride: Any, ahead: Any,
+) -> Any:  # fmt: skip
     """Products of `rows` query vectors and consecutive keys, four keys at a time.
 
     Args:
@@ -420,6 +428,7 @@ def dot_rows(
         keys: Taken up to a multiple of four: so many are read, and written to `out`.
         out: Address of float32 [rows, keys], written.
         out_stride: Floats from one row of `out` to the next.
+        ahead: Bytes from `k` to the keys that will be read next, to be prefetched.
     """
     count, block = rows.literal_value, 4
 
@@ -429,7 +438,7 @@ def dot_rows(
         _call_own(builder, name, args[2:], lambda inner, own: body(inner, kind, *own))
 
     def body(builder: ir.IRBuilder, kind: Any, *args: ir.Value) -> None:
-        q, dim, k, keys, out, out_stride = args
+        q, dim, k, keys, out, out_stride, ahead = args
         size = _item_size(kind)
         sums = _accumulators(builder, count * block)
         with cgutils.for_range_slice(builder, keys.type(0), keys, keys.type(block)) as (key, _first):
@@ -444,12 +453,19 @@ def dot_rows(
                     for m in range(count):
                         slot = sums[m * block + t]
                         builder.store(_fma(builder, queries[m], loaded, builder.load(slot)), slot)
+            block_bytes = builder.mul(dim, dim.type(block * size))
+            next_block = builder.add(starts[0], ahead)
+            with cgutils.for_range_slice(builder, dim.type(0), block_bytes, dim.type(_LINE)) as (
+                line,
+                _third,
+            ):
+                _prefetch(builder, builder.add(next_block, line))
             for m in range(count):
                 four = _sum_four(builder, [builder.load(slot) for slot in sums[m * block : (m + 1) * block]])
                 place = _offset(builder, _offset(builder, out, out_stride, 4 * m), key, 4)
                 builder.store(four, _pointer(builder, place, four.type), align=4)
 
-    return types.void(kind, rows, *[types.int64] * 6), generate
+    return types.void(kind, rows, *[types.int64] * 7), generate
 
 
 def _sum_four(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
@@ -468,7 +484,7 @@ def _sum_four(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
 @intrinsic
 def matrix_tile(
     context: Any, kind: Any, rows: Any, vectors: Any, fresh: Any,
-    a: Any, a_stride: Any, b: Any, b_stride: Any, inner: Any, c: Any, c_stride: Any,
+    a: Any, a_stride: Any, b: Any, b_stride: Any, inner: Any, c: Any, c_stride: Any, ahead: Any,
 ) -> Any:  # fmt: skip
     """C += A B (or C = A B) on a tile held in registers.
 
@@ -485,6 +501,7 @@ def matrix_tile(
         inner: Length of the inner dimension.
         c: Address of float32 [rows, 8 * vectors].
         c_stride: Floats from one row of C to the next.
+        ahead: Bytes from B to the matrix that will be read next, to be prefetched.
     """
     height, width, replace = rows.literal_value, vectors.literal_value, bool(fresh.literal_value)
 
@@ -494,7 +511,7 @@ def matrix_tile(
         _call_own(builder, name, args[4:], lambda inner, own: body(inner, kind, *own))
 
     def body(builder: ir.IRBuilder, kind: Any, *args: ir.Value) -> None:
-        a, a_stride, b, b_stride, inner, c, c_stride = args
+        a, a_stride, b, b_stride, inner, c, c_stride, ahead = args
         size = _item_size(kind)
         tile = _accumulators(builder, height * width)
         starts = [_offset(builder, a, a_stride, 4 * m) for m in range(height)]
@@ -508,6 +525,9 @@ def matrix_tile(
             builder.store(_constant(_FLOATS, 0.0) if replace else builder.load(target, align=4), slot)
         with cgutils.for_range(builder, inner) as loop:
             row = _offset(builder, b, loop.index, b_stride, size)
+
+            for line in range(0, LANES * size * width, _LINE):
+                _prefetch(builder, _offset(builder, builder.add(row, ahead), line))
 
             def factor(m: int) -> ir.Value:
                 place = _offset(builder, starts[m], loop.index, 4)
@@ -539,7 +559,7 @@ def matrix_tile(
         for slot, target in zip(tile, targets, strict=True):
             builder.store(builder.load(slot), target, align=4)
 
-    return types.void(kind, rows, vectors, fresh, *[types.int64] * 7), generate
+    return types.void(kind, rows, vectors, fresh, *[types.int64] * 8), generate
 
 
 @intrinsic
