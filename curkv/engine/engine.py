@@ -230,8 +230,8 @@ class Engine:
     def _fork(self, sampled: list[Sequence]) -> tuple[list[Sequence], list[int]]:
         """Lets the further choices of a prompt share the pages of the first one.
 
-        A choice that finds no room for its copy of the last pages is queued and prefills on its own. Sequences
-        that were preempted within the step are left out.
+        A choice that finds no room for its copy of the last pages is queued and prefills on its own.
+        Sequences that were preempted within the step are left out.
 
         Returns:
             The sequences to sample, and the row of the step's logits of each.

@@ -120,7 +120,7 @@ class Llama:
         """Views [T, q_size + 2 kv_size] as queries, keys and values, [T, heads, head_dim] each."""
         config = self.config
         heads = qkv.view(len(qkv), -1, config.head_dim)
-        q, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
+        q, k, v = torch.split(heads, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = self._norm_heads(q, layer.q_norm), self._norm_heads(k, layer.k_norm)
         return q, k, v
