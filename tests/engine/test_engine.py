@@ -219,9 +219,9 @@ def test_eight_compressed_requests_run_where_three_full_ones_fit(
     make_engine: MakeEngine, loaded: Loaded
 ) -> None:
     def most_running(kv: dict[str, str]) -> int:
-        engine = make_engine(num_pages=90 * 3 * 10, max_step_tokens=512)
+        engine = make_engine(num_pages=90 * 3 * 17, page_size=16)
         for index in range(12):
-            item = request(loaded.prompt(300, start=index * 10), 16, id=str(index), kv=parse_options(kv))
+            item = request(loaded.prompt(256, start=index * 10), 16, id=str(index), kv=parse_options(kv))
             engine.add(item, engine.plan(item))
         most = 0
         for _ in range(24):
