@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from numba import get_num_threads, njit, prange
-from numpy.typing import NDArray
 from torch import Tensor
 
-from curkv.kernels.linear.tile import gemm_tile
+from curkv.kernels.simd import FLOAT32, address, inlined, kernel, matrix_tile
 
 PANEL = 16
 """Rows of the weight in a panel: two vectors of 8 floats."""
@@ -26,6 +26,8 @@ BLOCK_ROWS = 96
 """Rows of x that are multiplied with a panel before the next one: they stay in the second-level cache."""
 BLOCK_DEPTH = 576
 """Columns of a panel used at a time: such a part of it stays in the first-level cache."""
+AHEAD = 512
+"""Bytes by which a panel is prefetched."""
 
 
 def pack_linear(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
@@ -39,20 +41,19 @@ class _PackedLinear:
         self._panels = -(-self._rows // PANEL)
         padded = torch.zeros(self._panels * PANEL, self._depth)
         padded[: self._rows] = weight
-        self._weight = (
-            padded.view(self._panels, PANEL, self._depth).transpose(1, 2).contiguous().numpy().ravel()
-        )
+        self._weight = padded.view(self._panels, PANEL, self._depth).transpose(1, 2).contiguous()
         self._bias = None if bias is None else bias.float()
 
     def __call__(self, x: Tensor) -> Tensor:
-        count = x.shape[0]
-        out = torch.empty(count, self._panels * PANEL)
+        x = x.contiguous()
+        out = torch.empty(x.shape[0], self._panels * PANEL)
         _matmul(
-            x.contiguous().numpy().ravel(),
-            self._weight,
-            out.numpy().ravel(),
-            count,
+            address(x, torch.float32),
+            self._weight.data_ptr(),
+            out.data_ptr(),
+            x.shape[0],
             self._depth,
+            self._panels,
             get_num_threads(),
         )
         if out.shape[1] > self._rows:
@@ -61,53 +62,53 @@ class _PackedLinear:
 
 
 @njit(parallel=True, nogil=True, cache=True)
-def _matmul(
-    x: NDArray[Any], weight: NDArray[Any], out: NDArray[Any], count: int, depth: int, parts: int
-) -> None:
-    panels = weight.size // (depth * PANEL)
-    for part in prange(parts):
+def _matmul(x: int, weight: int, out: int, count: int, depth: int, panels: int, parts: int) -> None:
+    """Let each of `parts` threads multiply x with its share of the panels; x, weight and out are addresses."""
+    for unsigned_part in prange(parts):
+        part: Any = np.int64(unsigned_part)
+        first, end = panels * part // parts, panels * (part + 1) // parts
         for start in range(0, depth, BLOCK_DEPTH):
             size = min(BLOCK_DEPTH, depth - start)
             for row in range(0, count, BLOCK_ROWS):
-                rows = min(BLOCK_ROWS, count - row)
-                for panel in range(panels * part // parts, panels * (part + 1) // parts):
-                    place = (panel * depth + start) * PANEL
-                    _block(
-                        x,
-                        row * depth + start,
-                        depth,
-                        weight,
-                        place,
-                        size,
-                        out,
-                        row,
-                        panel,
-                        panels,
-                        rows,
-                        start > 0,
-                    )
+                left = x + 4 * (row * depth + start)
+                for panel in range(first, end):
+                    right = weight + 4 * PANEL * (panel * depth + start)
+                    place = out + 4 * PANEL * (row * panels + panel)
+                    rows = min(BLOCK_ROWS, count - row)
+                    if start:
+                        _add_block(left, depth, right, size, place, panels * PANEL, rows)
+                    else:
+                        _write_block(left, depth, right, size, place, panels * PANEL, rows)
 
 
-@njit(nogil=True, cache=True)
-def _block(
-    x: NDArray[Any],
-    x_start: int,
-    depth: int,
-    weight: NDArray[Any],
-    w_start: int,
-    size: int,
-    out: NDArray[Any],
-    first: int,
-    panel: int,
-    panels: int,
-    rows: int,
-    add: bool,
-) -> None:
-    """Multiplies `rows` rows of x with a panel, in tiles of nearly equal height."""
-    width = panels * PANEL
+@kernel
+def _write_block(x: int, depth: int, panel: int, size: int, out: int, width: int, rows: int) -> None:
+    """Write the product of `rows` rows of x with a panel, in tiles of nearly equal height."""
+    _tiles(1, x, depth, panel, size, out, width, rows)
+
+
+@kernel
+def _add_block(x: int, depth: int, panel: int, size: int, out: int, width: int, rows: int) -> None:
+    """Add the product to what earlier columns gave."""
+    _tiles(0, x, depth, panel, size, out, width, rows)
+
+
+@inlined
+def _tiles(fresh: int, x: int, depth: int, panel: int, size: int, out: int, width: int, rows: int) -> None:
     tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
     for tile in range(tiles):
         row = rows * tile // tiles
         height = rows * (tile + 1) // tiles - row
-        a, c = x_start + row * depth, (first + row) * width + panel * PANEL
-        gemm_tile(height, x, a, depth, weight, w_start, size, out, c, width, add)
+        a, c = x + 4 * row * depth, out + 4 * row * width
+        if height == 6:
+            matrix_tile(FLOAT32, 6, 2, fresh, a, depth, panel, PANEL, size, c, width, AHEAD)
+        elif height == 5:
+            matrix_tile(FLOAT32, 5, 2, fresh, a, depth, panel, PANEL, size, c, width, AHEAD)
+        elif height == 4:
+            matrix_tile(FLOAT32, 4, 2, fresh, a, depth, panel, PANEL, size, c, width, AHEAD)
+        elif height == 3:
+            matrix_tile(FLOAT32, 3, 2, fresh, a, depth, panel, PANEL, size, c, width, AHEAD)
+        elif height == 2:
+            matrix_tile(FLOAT32, 2, 2, fresh, a, depth, panel, PANEL, size, c, width, AHEAD)
+        else:
+            matrix_tile(FLOAT32, 1, 2, fresh, a, depth, panel, PANEL, size, c, width, AHEAD)
