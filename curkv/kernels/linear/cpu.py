@@ -63,7 +63,7 @@ class _PackedLinear:
 
 @njit(parallel=True, nogil=True, cache=True)
 def _matmul(x: int, weight: int, out: int, count: int, depth: int, panels: int, parts: int) -> None:
-    """Let each of `parts` threads multiply x with its share of the panels; x, weight and out are addresses."""
+    """Let each of `parts` threads multiply x, at an address like all else, with its share of the panels."""
     for unsigned_part in prange(parts):
         part: Any = np.int64(unsigned_part)
         first, end = panels * part // parts, panels * (part + 1) // parts
