@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-import time
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -88,18 +89,17 @@ def build_engine(options: EngineOptions) -> Engine:
 
 def _warm_up(engine: Engine) -> None:
     """Runs every kernel once, so that what Numba compiles on a new machine is not waited for by a request."""
-    started = time.perf_counter()
+    if not Path(os.environ["NUMBA_CACHE_DIR"]).exists():
+        logger.info("compiling the kernels, once on this machine: about a minute")
     layout = engine.kv.layout
     room = engine.kv.num_pages // layout.num_heads * layout.page_size
     length = min(2 * layout.page_size, engine.max_model_len - 2, room - 2)
-    kv = EvictionOptions(policy="adacurdkv", budget=Budget("ratio", 0.5))
-    request = Request("warm-up", [0] * length, SamplingParams(max_tokens=2, ignore_eos=True), kv)
-    engine.add(request, engine.plan(request))
+    for policy in ("curdkv", "adacurdkv"):
+        kv = EvictionOptions(policy=policy, budget=Budget("ratio", 0.5))
+        request = Request(policy, [0] * length, SamplingParams(max_tokens=2, ignore_eos=True), kv)
+        engine.add(request, engine.plan(request))
     while engine.has_work:
         engine.step()
-    seconds = time.perf_counter() - started
-    if seconds > 5:
-        logger.info("compiled the kernels in %.0f s; they are kept on disk", seconds)
 
 
 def _max_model_len(asked: int | None, config: ModelConfig) -> int:
