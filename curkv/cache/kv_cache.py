@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -89,6 +89,7 @@ class KVCache:
 
     Attributes:
         layout: the cache's shape.
+        kernels: the operations on pages.
         pool: the pages and their owners.
         page_table: int32 [max_sequences, layers, heads, max_pages]; entries past a head's page count mean
             nothing.
@@ -121,7 +122,7 @@ class KVCache:
         self.page_counts = np.zeros(heads, dtype=np.int32)
         self.page_table = torch.from_numpy(self._table).to(device)
         self.lengths = torch.from_numpy(self._lengths).to(device)
-        self._kernels = kernels
+        self.kernels = kernels
         self._cos, self._sin = rope
         self._scale = layout.head_dim**-0.5
         self._active = [False] * layout.max_sequences
@@ -199,11 +200,13 @@ class KVCache:
         lengths: NDArray[np.int32] = self._lengths[slot]
         return lengths.copy()
 
-    def view(self, slot: int) -> CacheView:
-        """What a policy sees of a sequence: pages, table [L, H, max_pages] and lengths [L, H]."""
+    def view(
+        self, slot: int, seed: int = 0, phase: Literal["prefill", "decode"] = "prefill", round: int = 0
+    ) -> CacheView:
+        """What a policy sees of a sequence; the arguments are those of `CacheView`."""
         from curkv.cache.policies.base import CacheView
 
-        return CacheView(pages=self.pages, table=self.page_table[slot], lengths=self.lengths[slot])
+        return CacheView(self.pages, self.page_table[slot], self.lengths[slot], seed, phase, round)
 
     def add_sequence(self) -> int:
         """Starts an empty sequence.
@@ -319,20 +322,20 @@ class KVCache:
         table, lengths = self.page_table[:, layer], self.lengths[:, layer]
         cos, sin, decodes = self._cos, self._sin, batch.num_decodes
         heads = table, lengths
-        self._kernels.rope(q, cos, sin, batch.positions)
-        self._kernels.store_kv(
+        self.kernels.rope(q, cos, sin, batch.positions)
+        self.kernels.store_kv(
             self.pages, k, v, cos, sin, batch.positions, *heads, batch.slots, batch.query_start
         )
         parts = []
         if decodes:
             parts.append(
-                self._kernels.paged_decode_attention(
+                self.kernels.paged_decode_attention(
                     q[:decodes], self.pages, *heads, batch.decode_slots, self._scale
                 )
             )
         if decodes < batch.slots.shape[0]:
             parts.append(
-                self._kernels.paged_prefill_attention(
+                self.kernels.paged_prefill_attention(
                     q[decodes:],
                     self.pages,
                     *heads,
@@ -443,7 +446,7 @@ class KVCache:
     def _compact(self, source: Ids, target: Ids, indices: Tensor, counts: NDArray[np.int32]) -> None:
         device = self.pages.k.device
         tables = [torch.from_numpy(array).to(device) for array in (source, target)]
-        self._kernels.compact(self.pages, *tables, indices, torch.from_numpy(counts).to(device))
+        self.kernels.compact(self.pages, *tables, indices, torch.from_numpy(counts).to(device))
 
     def _copy_pages(self, source: Ids, target: Ids) -> None:
         pages = self.pages

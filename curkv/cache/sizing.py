@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -16,6 +17,7 @@ machine. Pages are touched only when used, so the share is a ceiling and not wha
 """
 
 _CGROUP = Path("/sys/fs/cgroup")
+_OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 def num_pages_for(num_bytes: int, layout: CacheLayout) -> int:
@@ -55,32 +57,28 @@ def default_cache_bytes(share: float = MEMORY_SHARE) -> int:
 def free_memory() -> int:
     """Bytes that this process can still use: the machine's, or less where a control group sets a limit."""
     available: int = psutil.virtual_memory().available
-    return min([available, *_cgroup_headroom()])
+    limits = (_headroom(folder, *files) for folder, *files in _memory_groups())
+    return min([available, *(left for left in limits if left is not None)])
 
 
-def _cgroup_headroom() -> list[int]:
-    """Bytes left under each memory limit of this process's control group and of those above it."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    headroom = []
+def _memory_groups() -> Iterator[tuple[Path, str, str]]:
+    """Gives the folders of this process's control group and of those above it, with the names of two files.
+
+    The files tell limit and usage; their names differ between versions 1 and 2 of control groups.
+    """
+    lines = _OWN_GROUPS.read_text().splitlines() if _OWN_GROUPS.exists() else []
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            root, limit, usage = _CGROUP, "memory.max", "memory.current"
+            root, files = _CGROUP, ("memory.max", "memory.current")
         elif "memory" in controllers.split(","):
-            root, limit, usage = _CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            root, files = _CGROUP / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
         else:
             continue
         group = root / path.lstrip("/")
         for folder in (group, *group.parents):
-            left = _headroom(folder, limit, usage)
-            if left is not None:
-                headroom.append(left)
-            if folder == root:
-                break
-    return headroom
+            if folder.is_relative_to(root):
+                yield folder, *files
 
 
 def _headroom(folder: Path, limit: str, usage: str) -> int | None:

@@ -8,11 +8,12 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Literal
 
 from tokenizers import Tokenizer
 
+from curkv.cache.kv_cache import CacheLayout
 from curkv.cache.options import EvictionPlan
 from curkv.engine.engine import Engine
 from curkv.engine.stats import StatsSink, StepStats
@@ -69,6 +70,11 @@ class EngineClient:
         return self._engine.max_model_len
 
     @property
+    def cache_layout(self) -> CacheLayout:
+        """Shape of the KV cache."""
+        return self._engine.kv.layout
+
+    @property
     def healthy(self) -> bool:
         """Whether new requests are taken."""
         return self.state == "ready" and self._thread.is_alive()
@@ -90,7 +96,7 @@ class EngineClient:
         """
         return self._engine.plan(request)
 
-    async def generate(self, request: Request) -> AsyncIterator[Output]:
+    async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
         """Yields news of all choices of a request until each has ended.
 
         Closing the iterator, or cancelling the task that reads it, aborts the request and frees its pages.
@@ -104,7 +110,7 @@ class EngineClient:
         plan = self.plan(request)
         stream = _Stream(asyncio.get_running_loop())
         self._streams[request.id] = stream
-        self._submit(lambda: self._engine.add(request, plan))
+        self._submit(lambda: self._add(request, plan, stream))
         unfinished = request.sampling.n
         try:
             while unfinished:
@@ -138,6 +144,12 @@ class EngineClient:
         self.state = "stopped"
         self._submit(lambda: None)
         self._thread.join()
+
+    def _add(self, request: Request, plan: EvictionPlan, stream: _Stream) -> None:
+        try:
+            self._engine.add(request, plan)
+        except Exception as error:
+            stream.put(error)
 
     def _submit(self, command: Callable[[], None]) -> None:
         with self._wake:

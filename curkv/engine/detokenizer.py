@@ -21,7 +21,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: tuple[str, ...] = ()):
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(ids=prompt[-CONTEXT_TOKENS:], skip_special_tokens=True)
+        self._stream = _stream(prompt[-CONTEXT_TOKENS:])
         self._stop = stop
         self._held = ""
 
@@ -31,7 +31,7 @@ class Detokenizer:
         Returns:
             The text that is now certain, and the stop string that was met, if one was.
         """
-        text = self._held + (self._stream.step(self._tokenizer, token_id) or "")
+        text = self._held + self._decode(token_id)
         watched = self._stop if watch else ()
         found = [(position, stop) for stop in watched if (position := text.find(stop)) >= 0]
         if found:
@@ -46,6 +46,17 @@ class Detokenizer:
         """Text still held back when the sequence ends for another reason."""
         text, self._held = self._held, ""
         return text
+
+    def _decode(self, token_id: int) -> str:
+        try:
+            return self._stream.step(self._tokenizer, token_id) or ""
+        except Exception:  # the library gives up on some sequences of invalid bytes; the next token starts afresh
+            self._stream = _stream([])
+            return self._stream.step(self._tokenizer, token_id) or ""
+
+
+def _stream(context: list[int]) -> DecodeStream:
+    return DecodeStream(ids=context, skip_special_tokens=True)
 
 
 def _overlap(text: str, stop: str) -> int:

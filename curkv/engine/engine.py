@@ -6,7 +6,6 @@ import itertools
 import logging
 import secrets
 import time
-from dataclasses import replace
 from typing import Literal
 
 from tokenizers import Tokenizer
@@ -105,8 +104,9 @@ class Engine:
     def _check_pool(self, plan: EvictionPlan, prompt_tokens: int, max_tokens: int) -> None:
         held = plan.budget_tokens + max_tokens
         if plan.decode_budget_tokens is not None:
-            held = min(held, max(plan.decode_budget_tokens, plan.budget_tokens) + plan.decode_interval)
-        slack = self.kv.layout.num_heads if held > prompt_tokens and plan.ragged else 0
+            held = min(held, max(plan.decode_budget_tokens, plan.budget_tokens) + plan.options.decode_interval)
+        ragged = plan.policy.allocation == "adaptive"
+        slack = self.kv.layout.num_heads if ragged and held > prompt_tokens else 0
         needed = self.kv.layout.sequence_pages(max(prompt_tokens, held)) + slack
         if needed > self.kv.num_pages:
             raise InvalidRequest(
@@ -184,27 +184,20 @@ class Engine:
             decoded = sequence.computed - len(sequence.prompt)
             if decoded == 0:
                 self._evict_prompt(sequence)
-            elif decoded > 0 and decoded % sequence.plan.decode_interval == 0:
-                self._evict_decode(sequence)
+            elif decoded > 0 and sequence.plan.decode_due(decoded, self._mean_length(sequence)):
+                self._evict(sequence, "decode")
+                sequence.decode_evictions += 1
 
     def _evict_prompt(self, sequence: Sequence) -> None:
-        if sequence.plan.budget_tokens < len(sequence.prompt):
+        if sequence.plan.evicts_prompt:
             self._evict(sequence, "prefill")
         sequence.kept_tokens = self._mean_length(sequence)
-
-    def _evict_decode(self, sequence: Sequence) -> None:
-        budget = sequence.plan.decode_budget_tokens
-        if budget is not None and self._mean_length(sequence) > budget:
-            sequence.decode_evictions += 1
-            self._evict(sequence, "decode")
 
     def _evict(self, sequence: Sequence, phase: Literal["prefill", "decode"]) -> None:
         started = time.perf_counter()
         before = self._mean_length(sequence)
-        view = replace(
-            self.kv.view(sequence.slot), seed=sequence.plan.seed, phase=phase, round=sequence.decode_evictions
-        )
-        indices, counts = plan_kept(view, sequence.plan, self.kernels)
+        view, done = self.kv.view(sequence.slot), sequence.decode_evictions
+        indices, counts = plan_kept(view, sequence.plan, self.kernels, phase=phase, round=done)
         pages_freed = self.kv.evict(sequence.slot, indices, counts)
         kept = counts.double().mean().item()
         sequence.evicted_tokens += before - kept
