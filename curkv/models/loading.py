@@ -1,4 +1,4 @@
-"""From what a user names (`--model`) to a directory on disk, and from there to configuration, weights and tokenizer."""
+"""From what a user names (`--model`) to a directory, and from there to configuration and weights."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from curkv.models.cache_directory import build_once
@@ -18,9 +19,6 @@ from curkv.models.config import ModelConfig, token_ids
 from curkv.models.default_model import BUILT_IN, ensure_built_in
 from curkv.models.errors import ModelError, ModelNotFound
 from curkv.models.gguf import convert_gguf
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.jinja"]
@@ -100,21 +98,24 @@ def load_config(directory: Path) -> ModelConfig:
     return replace(config, eos_token_ids=token_ids(generation.get("eos_token_id")) or config.eos_token_ids)
 
 
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """Returns the tokenizer; a `tokenizer.json` is taken as it is, whatever class the configuration names."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """Returns the tokenizer; a `tokenizer.json` is taken as it is, whatever class the configuration names.
 
-    if (directory / "tokenizer.json").is_file():
-        return PreTrainedTokenizerFast.from_pretrained(directory)
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
+    Raises:
+        ModelNotFound: The directory has no tokenizer.
+    """
+    path = directory / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path)) if path.is_file() else _slow_tokenizer(directory)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     return tokenizer
 
 
 class Checkpoint:
     """The safetensors files of a model directory, memory-mapped.
 
-    Weights are read when asked for, so that a caller which repacks them holds one layer twice, never the model.
-    Those that are neither fused nor converted are views of the file.
+    Weights are read when asked for, so that a caller which repacks them holds one layer twice, never the
+    whole model. Those that are neither fused nor converted are views of the file.
     """
 
     def __init__(self, directory: Path, config: ModelConfig, dtype: torch.dtype = torch.float32):
@@ -178,7 +179,10 @@ def _tensor_files(directory: Path) -> dict[str, Any]:
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise ModelNotFound(f"{directory} has no {missing[0]}; weights are read from safetensors files")
-    files = [safe_open(directory / name, framework="pt") for name in names]
+    try:
+        files: list[Any] = [safe_open(directory / name, framework="pt") for name in names]
+    except SafetensorError as error:
+        raise ModelError(f"a safetensors file in {directory} is damaged: {error}") from error
     return {tensor: file for file in files for tensor in file.keys()}  # noqa: SIM118
 
 
@@ -203,6 +207,17 @@ def _from_hub(model_id: str) -> Path:
             f"{model_id} could not be fetched from the Hugging Face Hub and is not in the local cache "
             f"({type(error).__name__}: {str(error).splitlines()[0]})"
         ) from error
+
+
+def _slow_tokenizer(directory: Path) -> Tokenizer:
+    """Returns what transformers makes of the other tokenizer files."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(directory).backend_tokenizer
+    except Exception as error:
+        raise ModelNotFound(f"{directory} has no usable tokenizer.json ({error})") from error
+    return tokenizer
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
