@@ -90,7 +90,7 @@ class Llama:
         self._final_norm = checkpoint.final_norm
         self._head = kernels.pack_linear(checkpoint.head, None)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(self, batch: Batch, kv: Attention) -> Tensor:
         """Runs the batch's new tokens through the model.
 

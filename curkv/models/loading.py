@@ -69,7 +69,7 @@ def resolve_model(source: str) -> Path:
         UnsupportedModel: A GGUF file whose model or tokenizer is not implemented.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
+    if source and path.is_dir():
         return path
     if path.suffix == ".gguf":
         return _converted(path)
@@ -102,10 +102,15 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """Returns the tokenizer; a `tokenizer.json` is taken as it is, whatever class the configuration names.
 
     Raises:
-        ModelNotFound: The directory has no tokenizer.
+        ModelNotFound: The directory has no tokenizer.json.
     """
     path = directory / "tokenizer.json"
-    tokenizer = Tokenizer.from_file(str(path)) if path.is_file() else _slow_tokenizer(directory)
+    if not path.is_file():
+        raise ModelNotFound(
+            f"{directory} has no tokenizer.json; `AutoTokenizer.from_pretrained(...).save_pretrained(...)` "
+            "of transformers makes one from older formats"
+        )
+    tokenizer = Tokenizer.from_file(str(path))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -207,17 +212,6 @@ def _from_hub(model_id: str) -> Path:
             f"{model_id} could not be fetched from the Hugging Face Hub and is not in the local cache "
             f"({type(error).__name__}: {str(error).splitlines()[0]})"
         ) from error
-
-
-def _slow_tokenizer(directory: Path) -> Tokenizer:
-    """Returns what transformers makes of the other tokenizer files."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(directory).backend_tokenizer
-    except Exception as error:
-        raise ModelNotFound(f"{directory} has no usable tokenizer.json ({error})") from error
-    return tokenizer
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
