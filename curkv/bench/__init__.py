@@ -1,1 +1,1 @@
-"""Measurements: kernels against the machine's bandwidth, the server against other ways to run the same model."""
+"""Measurements: kernels against the machine's bandwidth, a server against other ways to run its model."""

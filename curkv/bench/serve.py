@@ -1,4 +1,4 @@
-"""Speed of a server under load: TTFT, inter-token latency and throughput, beside transformers on the same machine.
+"""Speed of a server under load, TTFT, inter-token latency, throughput; transformers in the same run.
 
 Every figure of a workload is taken in one run and in turn, so that ratios hold on a noisy machine.
 """
@@ -47,7 +47,7 @@ class Measurement:
         itl_p50: median time between tokens of a request.
         itl_p99: its 99th percentile.
         prefill_rate: prompt tokens per second until the last request has its first token.
-        decode_rate: tokens per second from the moment that all requests have their first token until one ends.
+        decode_rate: tokens per second from when all requests have their first token until the first ends.
         kept_ratio: share of the prompt's KV cache that was kept; None if the server does not say.
     """
 
@@ -120,10 +120,11 @@ def run(
 
 
 def table(results: list[Measurement]) -> str:
-    """Lays measurements out as Markdown, each decode rate also as a ratio to the same workload's full cache."""
+    """Lays measurements out as Markdown; decode rates also as ratios to the workload's full cache."""
     full = {m.workload: m.decode_rate for m in results if m.contender == "full"}
     lines = [
-        "| requests x prompt + new | contender | TTFT s | ITL p50 / p99 ms | prefill tok/s | decode tok/s | ratio | kept |",
+        "| requests x prompt + new | contender | TTFT s | ITL p50 / p99 ms | prefill tok/s | decode tok/s "
+        "| ratio | kept |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for m in results:
@@ -143,11 +144,15 @@ async def _measure(
 ) -> tuple[float, list[_Stream]]:
     async with httpx.AsyncClient(base_url=url, timeout=None) as client:
         started = time.perf_counter()
-        streams = await asyncio.gather(*(_stream(client, prompt, workload.new_tokens, kv) for prompt in prompts))
+        streams = await asyncio.gather(
+            *(_stream(client, prompt, workload.new_tokens, kv) for prompt in prompts)
+        )
     return started, list(streams)
 
 
-async def _stream(client: httpx.AsyncClient, prompt: list[int], new_tokens: int, kv: dict[str, str]) -> _Stream:
+async def _stream(
+    client: httpx.AsyncClient, prompt: list[int], new_tokens: int, kv: dict[str, str]
+) -> _Stream:
     body: dict[str, Any] = {
         "model": (await client.get("/v1/models")).json()["data"][0]["id"],
         "prompt": prompt,
@@ -162,7 +167,9 @@ async def _stream(client: httpx.AsyncClient, prompt: list[int], new_tokens: int,
     result = _Stream([])
     async with client.stream("POST", "/v1/completions", json=body) as response:
         if response.status_code != 200:
-            raise RuntimeError(f"the server answered {response.status_code}: {(await response.aread()).decode()}")
+            raise RuntimeError(
+                f"the server answered {response.status_code}: {(await response.aread()).decode()}"
+            )
         async for line in response.aiter_lines():
             if not line.startswith("data: ") or line == "data: [DONE]":
                 continue
@@ -197,7 +204,7 @@ def _load_transformers(directory: Path) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    return model.eval()
+    return model
 
 
 def _run_transformers(model: PreTrainedModel, workload: Workload, prompts: list[list[int]]) -> Measurement:

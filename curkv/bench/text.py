@@ -30,7 +30,7 @@ def token_spans(tokenizer: Tokenizer, count: int, length: int, seed: int) -> lis
     """
     text, draw = documentation_text(), random.Random(seed)
     window = 12 * length + 200
-    spans = []
+    spans: list[list[int]] = []
     while len(spans) < count:
         start = draw.randrange(max(1, len(text) - window))
         ids: list[int] = tokenizer.encode(text[start : start + window], add_special_tokens=False).ids

@@ -50,7 +50,9 @@ class Detokenizer:
     def _decode(self, token_id: int) -> str:
         try:
             return self._stream.step(self._tokenizer, token_id) or ""
-        except Exception:  # the library gives up on some sequences of invalid bytes; the next token starts afresh
+        except (
+            Exception
+        ):  # the library gives up on some sequences of invalid bytes; the next token starts afresh
             self._stream = _stream([])
             return self._stream.step(self._tokenizer, token_id) or ""
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from curkv.cache.batch import Batch
 from curkv.cache.eviction import plan_kept
 from curkv.cache.kv_cache import KVCache
-from curkv.cache.page_pool import OutOfPages
 from curkv.cache.options import EvictionPlan, OptionError, resolve
+from curkv.cache.page_pool import OutOfPages
 from curkv.engine.detokenizer import Detokenizer
 from curkv.engine.sampling import choice_seed, sample
 from curkv.engine.scheduler import Schedule, Scheduler
@@ -88,7 +88,7 @@ class Engine:
             )
         unknown = [i for i in request.sampling.logit_bias if not 0 <= i < vocab]
         if unknown:
-            raise InvalidRequest(f"token id {unknown[0]} is outside the vocabulary 0..{vocab - 1}", "logit_bias")
+            raise InvalidRequest(f"token id {unknown[0]} is outside the vocabulary of {vocab}", "logit_bias")
         try:
             plan = resolve(request.eviction, prompt, self.kv.layout)
         except OptionError as error:
@@ -104,15 +104,19 @@ class Engine:
     def _check_pool(self, plan: EvictionPlan, prompt_tokens: int, max_tokens: int) -> None:
         held = plan.budget_tokens + max_tokens
         if plan.decode_budget_tokens is not None:
-            held = min(held, max(plan.decode_budget_tokens, plan.budget_tokens) + plan.options.decode_interval)
+            held = min(
+                held, max(plan.decode_budget_tokens, plan.budget_tokens) + plan.options.decode_interval
+            )
         ragged = plan.policy.allocation == "adaptive"
         slack = self.kv.layout.num_heads if ragged and held > prompt_tokens else 0
         needed = self.kv.layout.sequence_pages(max(prompt_tokens, held)) + slack
         if needed > self.kv.num_pages:
             raise InvalidRequest(
-                f"the request needs {needed} pages of KV cache at its peak and the pool has {self.kv.num_pages}: "
+                f"the request needs {needed} pages of KV cache at its peak, of {self.kv.num_pages}: "
                 "shorten it, lower its budget, or start the server with a larger --kv-cache-memory",
-                "prompt" if self.kv.layout.sequence_pages(prompt_tokens) > self.kv.num_pages else "max_tokens",
+                "prompt"
+                if self.kv.layout.sequence_pages(prompt_tokens) > self.kv.num_pages
+                else "max_tokens",
             )
 
     def add(self, request: Request, plan: EvictionPlan) -> None:
@@ -196,8 +200,8 @@ class Engine:
     def _evict(self, sequence: Sequence, phase: Literal["prefill", "decode"]) -> None:
         started = time.perf_counter()
         before = self._mean_length(sequence)
-        view, done = self.kv.view(sequence.slot), sequence.decode_evictions
-        indices, counts = plan_kept(view, sequence.plan, self.kernels, phase=phase, round=done)
+        view = self.kv.view(sequence.slot, sequence.plan.seed, phase, sequence.decode_evictions)
+        indices, counts = plan_kept(view, sequence.plan, self.kernels)
         pages_freed = self.kv.evict(sequence.slot, indices, counts)
         kept = counts.double().mean().item()
         sequence.evicted_tokens += before - kept
@@ -274,7 +278,9 @@ class Engine:
             kv=self._finish(sequence, ended) if ended is not None else None,
         )
 
-    def _stopped_by(self, sequence: Sequence, token: int) -> tuple[FinishReason | None, str | int | None, str]:
+    def _stopped_by(
+        self, sequence: Sequence, token: int
+    ) -> tuple[FinishReason | None, str | int | None, str]:
         """Whether a token ends its sequence, what ended it, and the text that it adds."""
         params, detokenizer = sequence.request.sampling, sequence.detokenizer
         if len(sequence.output) > params.min_tokens:

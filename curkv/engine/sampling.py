@@ -26,9 +26,9 @@ class Sampled:
 def sample(logits: Tensor, sequences: list[Sequence], stop_ids: frozenset[int]) -> Sampled:
     """Chooses one token per row.
 
-    The order is that of vLLM: penalties, logit bias, suppressed stop tokens, temperature, min_p, top_k, top_p.
-    A row's random number depends only on the choice's seed and the token's index, so that a preempted sequence
-    and a sequence batched differently draw the same tokens.
+    As in vLLM: penalties, logit bias, suppressed stop tokens, temperature, min_p, top_k, top_p.
+    A row's random number depends only on the choice's seed and the token's index, so that a preempted
+    sequence and a sequence batched differently draw the same tokens.
 
     Args:
         logits: float32 [R, vocab]; modified.
@@ -79,7 +79,7 @@ def _adjust(row: Tensor, sequence: Sequence, stop_ids: frozenset[int]) -> None:
         values = row[seen]
         row[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
     if (p.presence_penalty or p.frequency_penalty) and sequence.output:
-        ids, counts = torch.tensor(sequence.output).unique(return_counts=True)
+        ids, counts = torch.unique(torch.tensor(sequence.output), return_counts=True)
         row[ids] -= p.presence_penalty + p.frequency_penalty * counts
     if p.logit_bias:
         row[torch.tensor(list(p.logit_bias))] += torch.tensor(list(p.logit_bias.values()), dtype=row.dtype)

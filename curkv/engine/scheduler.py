@@ -21,10 +21,10 @@ class Schedule:
 class Scheduler:
     """Continuous batching: running decodes first, then prefills in order, then new sequences that fit.
 
-    A sequence is admitted when its whole prompt fits beside what the running ones hold, what prefills in flight
-    still need, and what decodes will append while the prompt is computed. What a sequence will hold later is
-    what eviction leaves of it, so nothing is reserved for its full prompt plus `max_tokens`. If pages run out
-    all the same, the newest sequence is preempted and computed again later.
+    A sequence is admitted when its whole prompt fits beside what the running ones hold, what prefills in
+    flight still need, and what decodes will append while the prompt is computed. What a sequence will hold
+    later is what eviction leaves of it, so nothing is reserved for its prompt plus `max_tokens`. If pages run
+    out all the same, the newest sequence is preempted and computed again later.
 
     Args:
         kv: the cache.

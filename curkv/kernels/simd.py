@@ -103,7 +103,7 @@ def row_address(tensor: torch.Tensor, dtype: torch.dtype) -> int:
     return tensor.data_ptr()
 
 
-class Float32x8(types.Type):  # type: ignore[misc]
+class Float32x8(types.Type):
     """Numba type of eight float32 lanes, held in a register."""
 
     def __init__(self) -> None:
@@ -114,7 +114,7 @@ float32x8 = Float32x8()
 
 
 @register_model(Float32x8)
-class _Float32x8Model(models.PrimitiveModel):  # type: ignore[misc]
+class _Float32x8Model(models.PrimitiveModel):
     def __init__(self, manager: Any, numba_type: Any) -> None:
         super().__init__(manager, numba_type, _FLOATS)
 

@@ -39,9 +39,9 @@ class Attention(Protocol):
 
         Args:
             layer: Index of the layer.
-            q: [T, num_heads, head_dim], contiguous, before RoPE; may be overwritten.
-            k: [T, num_kv_heads, head_dim], contiguous, before RoPE.
-            v: [T, num_kv_heads, head_dim], contiguous.
+            q: [T, num_heads, head_dim], before RoPE, heads contiguous; may be overwritten.
+            k: [T, num_kv_heads, head_dim], before RoPE, heads contiguous.
+            v: [T, num_kv_heads, head_dim], heads contiguous.
             batch: The batch given to `Llama.forward`.
 
         Returns:
@@ -117,18 +117,16 @@ class Llama:
         return self._head(x).float()
 
     def _heads(self, layer: Layer, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Splits [T, q_size + 2 kv_size] into queries, keys and values, [T, heads, head_dim] each."""
+        """Views [T, q_size + 2 kv_size] as the heads of queries, keys and values, [T, heads, head_dim] each."""
         config = self.config
-        q, k, v = (
-            part.reshape(len(qkv), -1, config.head_dim).contiguous()
-            for part in torch.split(qkv, [config.q_size, config.kv_size, config.kv_size], dim=-1)
-        )
+        heads = qkv.unflatten(-1, (-1, config.head_dim))
+        q, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = self._norm_heads(q, layer.q_norm), self._norm_heads(k, layer.k_norm)
         return q, k, v
 
     def _norm_heads(self, heads: Tensor, weight: Tensor) -> Tensor:
-        rows = heads.view(-1, self.config.head_dim)
+        rows = heads.reshape(-1, self.config.head_dim)
         normed: Tensor = self._kernels.rms_norm(rows, weight, self.config.rms_norm_eps)
         return normed.view(heads.shape)
 

@@ -58,11 +58,19 @@ class APIError(HTTPException):
     ):
         super().__init__(status, message, dict(headers or {}))
         kind = "server_error" if status >= 500 else "invalid_request_error"
-        self.body = ErrorResponse(error=ErrorDetail(message=message, type=kind, param=param, code=code))
+        param = _encodable(param) if param is not None else None
+        self.body = ErrorResponse(
+            error=ErrorDetail(message=_encodable(message), type=kind, param=param, code=code)
+        )
 
     def response(self) -> JSONResponse:
         """The error as an answer."""
         return JSONResponse(jsonable_encoder(self.body), self.status_code, self.headers)
+
+
+def _encodable(text: str) -> str:
+    """The text with lone surrogates, which JSON may smuggle in, written out."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def unavailable(message: str, code: str) -> APIError:
@@ -138,8 +146,11 @@ def _field(error: Mapping[str, Any]) -> str | None:
     """Dotted path of the field: list positions and the names of union members are of no use to a caller."""
     if error["type"] == "json_invalid":
         return None
+    loc = error["loc"]
+    if "[key]" in loc:  # what precedes it is the wrong key itself
+        loc = loc[: loc.index("[key]") - 1]
     path: list[str] = []
-    for part in error["loc"][1:]:
+    for part in loc[1:]:
         if not isinstance(part, str) or not part.isidentifier() or part in ("str", "int", "float", "bool"):
             break
         path.append(part)

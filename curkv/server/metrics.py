@@ -13,6 +13,7 @@ from prometheus_client import (
     Gauge,
     Histogram,
     ProcessCollector,
+    disable_created_metrics,
     generate_latest,
 )
 from prometheus_client.core import HistogramMetricFamily, Metric
@@ -22,6 +23,9 @@ from curkv.engine.stats import EvictionStats, RequestStats, StepStats
 
 if TYPE_CHECKING:
     from curkv.engine.client import EngineClient
+
+# Without it every counter and histogram comes with a `_created` series; there is no switch per registry.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 PREFIX = "curkv:"
 

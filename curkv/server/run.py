@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import errno
 import logging
-import signal
 import socket
 import threading
 import time
@@ -95,7 +94,7 @@ class Server(uvicorn.Server):
     """Answers /health from the first moment, loads the engine beside it, and drains before it stops.
 
     The first SIGTERM or SIGINT drains: the port stays open, new requests get 503, running ones may finish
-    within `drain_timeout`. A second one stops at once.
+    within `drain_timeout`, after which, or at a second signal, they end with a 503.
 
     Attributes:
         exit_status: 0, or 1 if the engine could not be loaded.
@@ -121,22 +120,28 @@ class Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drains on the first signal; stops at once on a second, or when there is nothing to drain."""
-        if self._loop is None or self._state.client is None:
+        """Drains on the first signal, ends running requests on the second, drops everything on the third."""
+        if self.should_exit:
+            self.force_exit = True
+        elif self._loop is None or self._state.client is None:
             self.should_exit = True
-        elif self._draining is None:
-            logger.info("%s: draining, at most %g s", signal.Signals(sig).name, self._settings.drain_timeout)
-            self._loop.call_soon_threadsafe(self._start_draining)
         else:
-            self.should_exit = self.force_exit = True
+            self._loop.call_soon_threadsafe(self._drain_or_hurry, self._state.client)
 
-    def _start_draining(self) -> None:
-        if self._draining is None and self._state.client is not None:
-            self._draining = asyncio.create_task(self._drain(self._state.client))
+    def _drain_or_hurry(self, client: EngineClient) -> None:
+        if self._draining is None:
+            logger.info("draining: running requests have %g s to finish", self._settings.drain_timeout)
+            self._draining = asyncio.create_task(self._drain(client))
+        else:
+            self._draining.cancel()
 
     async def _drain(self, client: EngineClient) -> None:
-        if not await client.drain(self._settings.drain_timeout):
-            logger.warning("requests still ran after %g s and were ended", self._settings.drain_timeout)
+        try:
+            finished = await client.drain(self._settings.drain_timeout)
+        except asyncio.CancelledError:
+            finished = False
+        if not finished:
+            logger.warning("requests that still run are ended")
             await asyncio.to_thread(client.stop)
         self.should_exit = True
 

@@ -41,7 +41,13 @@ class Loaded:
     ) -> Engine:
         config = self.model.config
         layout = CacheLayout(
-            config.num_layers, config.num_kv_heads, config.head_dim, page_size, dtype, max_sequences, max_model_len
+            config.num_layers,
+            config.num_kv_heads,
+            config.head_dim,
+            page_size,
+            dtype,
+            max_sequences,
+            max_model_len,
         )
         kv = KVCache(layout, num_pages, self.kernels, rope_tables(config, max_model_len))
         return Engine(self.model, kv, self.kernels, self.tokenizer, max_step_tokens, max_model_len)
@@ -65,7 +71,11 @@ def make_engine(loaded: Loaded) -> Callable[..., Engine]:
 
 
 def request(
-    prompt: list[int], max_tokens: int = 8, id: str = "r", kv: EvictionOptions | None = None, **sampling: object
+    prompt: list[int],
+    max_tokens: int = 8,
+    id: str = "r",
+    kv: EvictionOptions | None = None,
+    **sampling: object,
 ) -> Request:
     params = SamplingParams(**{"max_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True, **sampling})
     return Request(id, prompt, params, kv or EvictionOptions())

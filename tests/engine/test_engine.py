@@ -76,13 +76,17 @@ def test_eviction_keeps_the_budget_and_frees_the_rest(
 def test_a_budget_of_the_whole_prompt_changes_nothing(make_engine: MakeEngine, loaded: Loaded) -> None:
     engine = make_engine()
     full = run(engine, request(loaded.prompt(100)))["r", 0]
-    kept = run(engine, request(loaded.prompt(100), kv=parse_options({"policy": "curdkv", "budget": "100%"})))["r", 0]
+    kept = run(engine, request(loaded.prompt(100), kv=parse_options({"policy": "curdkv", "budget": "100%"})))[
+        "r", 0
+    ]
     assert tokens(full) == tokens(kept)
     assert kept[-1].kv is not None and kept[-1].kv.evicted_tokens == 0
 
 
 @pytest.mark.parametrize("max_step_tokens", [37, 512])
-def test_chunks_do_not_change_what_is_kept(make_engine: MakeEngine, loaded: Loaded, max_step_tokens: int) -> None:
+def test_chunks_do_not_change_what_is_kept(
+    make_engine: MakeEngine, loaded: Loaded, max_step_tokens: int
+) -> None:
     item = request(loaded.prompt(300), 12, kv=parse_options({"policy": "adacurdkv", "budget": "20%"}))
     reference = run(make_engine(max_step_tokens=300), item)["r", 0]
     assert tokens(run(make_engine(max_step_tokens=max_step_tokens), item)["r", 0]) == tokens(reference)
@@ -117,12 +121,20 @@ def test_choices_share_the_prompt_and_differ(make_engine: MakeEngine, loaded: Lo
 
 
 @pytest.mark.parametrize(
-    "kv", [{}, {"policy": "adacurdkv", "budget": "50%"}, {"policy": "curdkv", "budget": "80", "decode_budget": "100"}]
+    "kv",
+    [
+        {},
+        {"policy": "adacurdkv", "budget": "50%"},
+        {"policy": "curdkv", "budget": "80", "decode_budget": "100"},
+    ],
 )
-def test_preemption_gives_the_same_answer(make_engine: MakeEngine, loaded: Loaded, kv: dict[str, str]) -> None:
+def test_preemption_gives_the_same_answer(
+    make_engine: MakeEngine, loaded: Loaded, kv: dict[str, str]
+) -> None:
     options = parse_options(kv)
     items = [
-        request(loaded.prompt(128, start=200 * i), 90, id=str(i), kv=options, temperature=0.8, seed=i) for i in range(3)
+        request(loaded.prompt(128, start=200 * i), 90, id=str(i), kv=options, temperature=0.8, seed=i)
+        for i in range(3)
     ]
     roomy = run(make_engine(), *items)
     engine = make_engine(num_pages=90 * 12)
@@ -186,7 +198,9 @@ def test_priority_runs_first(make_engine: MakeEngine, loaded: Loaded) -> None:
     assert order == ["2", "1", "0"]
 
 
-def test_eight_compressed_requests_run_where_three_full_ones_fit(make_engine: MakeEngine, loaded: Loaded) -> None:
+def test_eight_compressed_requests_run_where_three_full_ones_fit(
+    make_engine: MakeEngine, loaded: Loaded
+) -> None:
     def most_running(kv: dict[str, str]) -> int:
         engine = make_engine(num_pages=90 * 3 * 20, max_step_tokens=512)
         for index in range(12):

@@ -56,7 +56,9 @@ def test_a_draw_depends_on_seed_and_place_and_not_on_the_batch() -> None:
     logits = torch.randn(3, 50)
     group = [sequence(seed=s, output=(0,) * s) for s in (1, 2, 3)]
     together = sample(logits.clone(), group, NO_STOP).token_ids
-    alone = [sample(row[None].clone(), [s], NO_STOP).token_ids[0] for row, s in zip(logits, group, strict=True)]
+    alone = [
+        sample(row[None].clone(), [s], NO_STOP).token_ids[0] for row, s in zip(logits, group, strict=True)
+    ]
     assert together == alone
 
 
@@ -70,9 +72,15 @@ def test_uniform_numbers_look_uniform_and_unrelated() -> None:
 
 def test_penalties_push_down_what_was_said() -> None:
     logits = torch.tensor([[2.0, 1.9, -1.0, 0.0]])
-    assert sample(logits.clone(), [sequence(temperature=0.0, output=(0,), presence_penalty=0.2)], NO_STOP).token_ids == [1]
-    assert sample(logits.clone(), [sequence(temperature=0.0, output=(0, 0), frequency_penalty=0.1)], NO_STOP).token_ids == [1]
-    assert sample(logits.clone(), [sequence(temperature=0.0, prompt=(0,), repetition_penalty=1.1)], NO_STOP).token_ids == [1]
+    assert sample(
+        logits.clone(), [sequence(temperature=0.0, output=(0,), presence_penalty=0.2)], NO_STOP
+    ).token_ids == [1]
+    assert sample(
+        logits.clone(), [sequence(temperature=0.0, output=(0, 0), frequency_penalty=0.1)], NO_STOP
+    ).token_ids == [1]
+    assert sample(
+        logits.clone(), [sequence(temperature=0.0, prompt=(0,), repetition_penalty=1.1)], NO_STOP
+    ).token_ids == [1]
     assert sample(logits.clone(), [sequence(temperature=0.0, logit_bias={3: 5.0})], NO_STOP).token_ids == [3]
 
 
@@ -86,7 +94,9 @@ def test_min_tokens_holds_back_every_kind_of_stop() -> None:
 def test_logprobs_are_those_of_the_model_before_any_change() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0]])
     expected = torch.log_softmax(logits[0], -1)
-    (entry,) = sample(logits.clone(), [sequence(temperature=0.0, logprobs=2, logit_bias={0: 9.0})], NO_STOP).logprobs
+    (entry,) = sample(
+        logits.clone(), [sequence(temperature=0.0, logprobs=2, logit_bias={0: 9.0})], NO_STOP
+    ).logprobs
     assert entry is not None and entry.token_id == 0
     assert entry.logprob == pytest.approx(expected[0].item())
     assert [i for i, _ in entry.top] == [2, 1]

@@ -45,7 +45,7 @@ class DenseAttention:
         self._stored: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: DenseBatch) -> Tensor:
-        assert q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
+        assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
         q, k = self._rotate(q, batch.positions), self._rotate(k, batch.positions)
         spans = pairwise(batch.query_start)
         return torch.cat([self._sequence(layer, i, q[a:b], k[a:b], v[a:b]) for i, (a, b) in enumerate(spans)])

@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numba import prange
+from numba import njit, prange
 from torch import Tensor
 
 from curkv.kernels.pages import Pages
-from curkv.kernels.simd import KINDS, address, dot_tile, kernel, parallel_kernel
+from curkv.kernels.simd import KINDS, address, dot_tile
 
 _COMBINE = {"product": 0, "mean": 1, "key": 2, "value": 3}
 
@@ -44,7 +44,7 @@ def leverage_scores(
     return scores
 
 
-@parallel_kernel
+@njit(parallel=True, nogil=True, cache=True)
 def _gather(k_sq: Any, v_sq: Any, table: Any, lengths: Any, key: Any, value: Any) -> None:
     """Copy both side arrays of each row's tokens to `key` and `value`, [N, width]."""
     page_size = k_sq.shape[1]
@@ -65,7 +65,7 @@ def _in_fours(columns: Tensor) -> np.ndarray[Any, Any]:
     return padded.numpy()
 
 
-@parallel_kernel
+@njit(parallel=True, nogil=True, cache=True)
 def _sketch(
     kind: Any, storage: int, page_size: int, columns: Any, table: Any, lengths: Any, energies: Any
 ) -> None:
@@ -91,7 +91,7 @@ def _sketch(
             _sketch_page(kind, place, columns, products, stored)
 
 
-@kernel
+@njit(nogil=True, cache=True)
 def _sketch_page(kind: Any, tokens: int, columns: Any, products: Any, energies: Any) -> None:
     """Sketch the tokens of one page, four at a time; up to three more are read and ignored."""
     rank, head_dim = columns.shape
@@ -107,7 +107,7 @@ def _sketch_page(kind: Any, tokens: int, columns: Any, products: Any, energies: 
             energies[first + token] = total
 
 
-@parallel_kernel
+@njit(parallel=True, nogil=True, cache=True)
 def _score(
     key: Any, value: Any, lengths: Any, window: int, left: bool, corrected: bool, combine: int, out: Any
 ) -> None:
@@ -134,7 +134,7 @@ def _score(
         scores[length:] = -np.inf
 
 
-@kernel
+@njit(nogil=True, cache=True)
 def _share_of_windows(energy: Any, window: int, left: bool, corrected: bool) -> None:
     """Divide energies [length] by the sum of their window, in place."""
     length = len(energy)

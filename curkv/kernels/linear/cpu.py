@@ -1,9 +1,9 @@
 """Linear layers on CPU: weights in panels of 16 rows, multiplied tile by tile in vector registers.
 
-One layout serves a single token and a long chunk alike. A panel is read from memory in the order it is stored,
-which lets a decode step run at memory bandwidth, and a 6 x 16 tile of the result keeps 12 of 16 vector registers
-busy, which lets a prefill chunk run at the arithmetic peak (Goto and van de Geijn, "Anatomy of high-performance
-matrix multiplication", 2008).
+One layout serves a single token and a long chunk. A panel is read from memory in the order it is stored,
+which lets a decode step run at memory bandwidth, and a 6 x 16 tile of the result keeps 12 of 16 vector
+registers busy, which lets a prefill chunk run at the arithmetic peak (Goto and van de Geijn, "Anatomy of
+high-performance matrix multiplication", 2008).
 """
 
 from __future__ import annotations
@@ -39,22 +39,31 @@ class _PackedLinear:
         self._panels = -(-self._rows // PANEL)
         padded = torch.zeros(self._panels * PANEL, self._depth)
         padded[: self._rows] = weight
-        self._weight = padded.view(self._panels, PANEL, self._depth).transpose(1, 2).contiguous().numpy().ravel()
+        self._weight = (
+            padded.view(self._panels, PANEL, self._depth).transpose(1, 2).contiguous().numpy().ravel()
+        )
         self._bias = None if bias is None else bias.float()
 
     def __call__(self, x: Tensor) -> Tensor:
         count = x.shape[0]
         out = torch.empty(count, self._panels * PANEL)
         _matmul(
-            x.contiguous().numpy().ravel(), self._weight, out.numpy().ravel(), count, self._depth, get_num_threads()
+            x.contiguous().numpy().ravel(),
+            self._weight,
+            out.numpy().ravel(),
+            count,
+            self._depth,
+            get_num_threads(),
         )
         if out.shape[1] > self._rows:
             out = out[:, : self._rows].contiguous()
         return out if self._bias is None else out.add_(self._bias)
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _matmul(x: NDArray[Any], weight: NDArray[Any], out: NDArray[Any], count: int, depth: int, parts: int) -> None:
+@njit(parallel=True, nogil=True, cache=True)
+def _matmul(
+    x: NDArray[Any], weight: NDArray[Any], out: NDArray[Any], count: int, depth: int, parts: int
+) -> None:
     panels = weight.size // (depth * PANEL)
     for part in prange(parts):
         for start in range(0, depth, BLOCK_DEPTH):
@@ -63,10 +72,23 @@ def _matmul(x: NDArray[Any], weight: NDArray[Any], out: NDArray[Any], count: int
                 rows = min(BLOCK_ROWS, count - row)
                 for panel in range(panels * part // parts, panels * (part + 1) // parts):
                     place = (panel * depth + start) * PANEL
-                    _block(x, row * depth + start, depth, weight, place, size, out, row, panel, panels, rows, start > 0)
+                    _block(
+                        x,
+                        row * depth + start,
+                        depth,
+                        weight,
+                        place,
+                        size,
+                        out,
+                        row,
+                        panel,
+                        panels,
+                        rows,
+                        start > 0,
+                    )
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _block(
     x: NDArray[Any],
     x_start: int,

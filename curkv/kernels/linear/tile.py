@@ -19,7 +19,7 @@ _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _VECTOR = ir.VectorType(ir.FloatType(), LANES)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def gemm_tile(
     height: int,
     x: NDArray[Any],
@@ -62,7 +62,7 @@ def gemm_tile(
         _tile(1, x, x_start, x_stride, w, w_start, depth, out, out_start, out_stride, add)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _tile(
     typing: Any,
     height: Any,

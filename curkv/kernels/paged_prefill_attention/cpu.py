@@ -3,8 +3,8 @@
 A worker takes a block of queries of one KV head, all query heads of the group together, and goes through the
 stored tokens tile by tile (FlashAttention-2, https://arxiv.org/abs/2307.08691, section 3.1): keys are widened
 and transposed once per tile, scores and outputs are products of matrices held in vector registers, values are
-widened on their way there. Only tiles that reach past a query's own position are masked. Unused memory may hold
-NaN: no score of it is used and no value of it is read.
+widened on their way there. Only tiles that reach past a query's own position are masked. Unused memory may
+hold NaN: no score of it is used and no value of it is read.
 """
 
 from __future__ import annotations
@@ -207,7 +207,11 @@ def _work(
             return
         while starts[i + 1] <= item:
             i += 1
-        slot, begin, end = load_int32(slots + 4 * i), load_int32(query_start + 4 * i), load_int32(query_start + 4 * i + 4)
+        slot, begin, end = (
+            load_int32(slots + 4 * i),
+            load_int32(query_start + 4 * i),
+            load_int32(query_start + 4 * i + 4),
+        )
         place = starts[i + 1] - 1 - item
         head, first = place % heads, begin + place // heads * block
         tokens = min(block, end - first)
@@ -217,7 +221,18 @@ def _work(
             kind, k, v, table + 4 * (slot * table_stride + head * head_stride), page_size, dim, tokens, group,
             seen, scale, queries, outputs, scores, keys, highest, total,
         )  # fmt: skip
-        _finish(tokens, group, dim, scale, outputs, highest, total, heads, out + 4 * (first * heads + head) * group * dim, lse + 4 * (first * heads + head) * group)
+        _finish(
+            tokens,
+            group,
+            dim,
+            scale,
+            outputs,
+            highest,
+            total,
+            heads,
+            out + 4 * (first * heads + head) * group * dim,
+            lse + 4 * (first * heads + head) * group,
+        )
 
 
 @kernel
@@ -225,7 +240,11 @@ def _gather(tokens: int, group: int, dim: int, q: int, q_stride: int, queries: A
     """Copy an item's queries together."""
     for t in range(tokens):
         for d in range(0, group * dim, 8):
-            store(FLOAT32, queries.ctypes.data + 4 * (t * group * dim + d), load(FLOAT32, q + 4 * (t * q_stride + d)))
+            store(
+                FLOAT32,
+                queries.ctypes.data + 4 * (t * group * dim + d),
+                load(FLOAT32, q + 4 * (t * q_stride + d)),
+            )
 
 
 @kernel
@@ -256,8 +275,22 @@ def _attend_block(
     for start in range(0, last, TILE_TOKENS):
         width = min(TILE_TOKENS, last - start)
         _transpose(kind, k, table, page_size, dim, start, width, keys)
-        _multiply(FLOAT32, 1, rows, queries.ctypes.data, dim, keys.ctypes.data, TILE_TOKENS, dim, (width + 7) // 8 * 8, scores.ctypes.data, TILE_TOKENS)
-        _softmax(rows, group, dim, seen - start, width, scale * math.log2(math.e), scores, outputs, highest, total)
+        _multiply(
+            FLOAT32,
+            1,
+            rows,
+            queries.ctypes.data,
+            dim,
+            keys.ctypes.data,
+            TILE_TOKENS,
+            dim,
+            (width + 7) // 8 * 8,
+            scores.ctypes.data,
+            TILE_TOKENS,
+        )
+        _softmax(
+            rows, group, dim, seen - start, width, scale * math.log2(math.e), scores, outputs, highest, total
+        )
         position = start
         while position < start + width:
             offset = position % page_size
@@ -270,7 +303,9 @@ def _attend_block(
 
 
 @kernel
-def _transpose(kind: Any, k: int, table: int, page_size: int, dim: int, start: int, width: int, keys: Any) -> None:
+def _transpose(
+    kind: Any, k: int, table: int, page_size: int, dim: int, start: int, width: int, keys: Any
+) -> None:
     """Widen the keys of a tile into [dim, TILE_TOKENS]."""
     for t in range(0, width, 8):
         page = load_int32(table + 4 * ((start + t) // page_size))
@@ -282,7 +317,16 @@ def _transpose(kind: Any, k: int, table: int, page_size: int, dim: int, start: i
 
 @kernel
 def _softmax(
-    rows: int, group: int, dim: int, seen: int, width: int, factor: float, scores: Any, outputs: Any, highest: Any, total: Any
+    rows: int,
+    group: int,
+    dim: int,
+    seen: int,
+    width: int,
+    factor: float,
+    scores: Any,
+    outputs: Any,
+    highest: Any,
+    total: Any,
 ) -> None:
     """Turn a tile's scores into exponentials and rescale what the row has gathered before.
 
@@ -305,7 +349,17 @@ def _softmax(
 
 @inlined
 def _multiply(
-    kind: Any, fresh: int, rows: int, a: int, a_stride: int, b: int, b_stride: int, inner: int, columns: int, c: int, c_stride: int
+    kind: Any,
+    fresh: int,
+    rows: int,
+    a: int,
+    a_stride: int,
+    b: int,
+    b_stride: int,
+    inner: int,
+    columns: int,
+    c: int,
+    c_stride: int,
 ) -> None:
     """C (+)= A B, in tiles of 6 x 16."""
     for column in range(0, columns, 16):
@@ -337,7 +391,16 @@ def _multiply(
 
 @kernel
 def _finish(
-    tokens: int, group: int, dim: int, scale: float, outputs: Any, highest: Any, total: Any, heads: int, out: int, lse: int
+    tokens: int,
+    group: int,
+    dim: int,
+    scale: float,
+    outputs: Any,
+    highest: Any,
+    total: Any,
+    heads: int,
+    out: int,
+    lse: int,
 ) -> None:
     """Divide by the sums and write one item's outputs and log-sum-exps."""
     for row in range(tokens * group):
@@ -347,4 +410,3 @@ def _finish(
             value = load(FLOAT32, outputs.ctypes.data + 4 * (row * dim + d))
             store(FLOAT32, out + 4 * (place * dim + d), mul(value, spread))
         store_scalar(FLOAT32, lse + 4 * place, np.float32(highest[row] * scale + np.log(total[row])))
-

@@ -129,8 +129,9 @@ def _store(
                 place = load_int32(table + 4 * entry) * page_size + index % page_size
                 _store_token(
                     kind, k + 4 * (token * k_stride + head * k_head_stride),
-                    v + 4 * (token * v_stride + head * v_head_stride), cos + angle, sin + angle, position, place,
-                    dim, k_pages, v_pages, position_pages, k_sq_pages, v_sq_pages, attention_pages, scratch,
+                    v + 4 * (token * v_stride + head * v_head_stride), cos + angle, sin + angle, position,
+                    place, dim, k_pages, v_pages, position_pages, k_sq_pages, v_sq_pages, attention_pages,
+                    scratch,
                 )  # fmt: skip
 
 
@@ -155,8 +156,10 @@ def _store_token(
     """Write one token of one head to slot `place` of the pool; `rotated` is scratch, float32 [dim]."""
     rotate(k, rotated.ctypes.data, cos, sin, dim)
     offset = place * dim * kind.itemsize
-    store_scalar(FLOAT32, k_sq_pages + 4 * place, _copy(kind, rotated.ctypes.data, k_pages + offset, dim))
-    store_scalar(FLOAT32, v_sq_pages + 4 * place, _copy(kind, v, v_pages + offset, dim))
+    k_sq = _copy(kind, rotated.ctypes.data, k_pages + offset, dim)
+    v_sq = _copy(kind, v, v_pages + offset, dim)
+    store_scalar(FLOAT32, k_sq_pages + 4 * place, k_sq)
+    store_scalar(FLOAT32, v_sq_pages + 4 * place, v_sq)
     store_int32(position_pages + 4 * place, position)
     store_scalar(FLOAT32, attention_pages + 4 * place, np.float32(0.0))
 
