@@ -39,8 +39,10 @@ def load_corpus(name: str) -> str:
 
     Raises:
         CorpusNotInstalled: The novels are not on this machine.
-        KeyError: The name is unknown.
+        ValueError: The name is unknown.
     """
+    if name not in corpus_names():
+        raise ValueError(f"no corpus {name!r}; there are {', '.join(corpus_names())}")
     if name == "documentation":
         return documentation_text()
     if name == "austen":

@@ -27,21 +27,19 @@ class Measure:
         value: Of a record; None if it has none.
         estimate: Mean and interval of values.
         format: Of a value.
-        low_is_good: Whether less is better.
     """
 
     name: str
     value: Callable[[Record], float | None]
     estimate: Callable[[Sequence[float]], Estimate]
     format: str
-    low_is_good: bool = True
 
 
-SCORE = Measure("exact match", lambda record: record.score, proportion, "{:.0%}", low_is_good=False)
+SCORE = Measure("exact match", lambda record: record.score, proportion, "{:.0%}")
 ANSWER_NLL = Measure("NLL per token of the right answer", lambda record: record.nll, mean, "{:.3f}")
 TEXT_NLL = Measure("NLL per token of the text that follows", lambda record: record.nll, mean, "{:.3f}")
 KL = Measure("KL(full || policy) per token", lambda record: record.kl, mean, "{:.3f}")
-TOP1 = Measure("top-1 agreement", lambda record: record.top1, proportion, "{:.1%}", low_is_good=False)
+TOP1 = Measure("top-1 agreement", lambda record: record.top1, proportion, "{:.1%}")
 
 
 def group(records: Iterable[Record], key: Callable[[Record], K]) -> dict[K, list[Record]]:

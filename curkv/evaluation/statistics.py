@@ -49,7 +49,7 @@ def mean(values: Sequence[float]) -> Estimate:
 
 
 def _student(df: int) -> float:
-    """The 97.5 % quantile of Student's t, from the normal one (Abramowitz and Stegun, 26.7.5); 2 % off at df 2."""
+    """The 97.5 % quantile of Student's t (Abramowitz and Stegun, 26.7.5; 3 % off for two degrees)."""
     first = (_Z**3 + _Z) / 4
     second = (5 * _Z**5 + 16 * _Z**3 + 3 * _Z) / 96
     third = (3 * _Z**7 + 19 * _Z**5 + 17 * _Z**3 - 15 * _Z) / 384
