@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 
 from curkv.bench.text import token_spans
 from curkv.cache.options import parse_options
@@ -32,20 +33,24 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--prompt-tokens", type=int, default=2000)
     parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--plot", type=Path, help="draw the pool over time into this file")
     args = parser.parse_args()
 
     engine = build_engine(EngineOptions(args.model, kv_cache_bytes=2**31))
     print(f"8 requests of {args.prompt_tokens} + {args.new_tokens} tokens, {engine.kv.layout.dtype} cache\n")
-    print("| policy | peak MiB | after prefill MiB | final MiB | share of full | eviction / prefill time |")
-    print("|---|---|---|---|---|---|")
-    full = 0
+    print("| policy | peak MiB | after prefill MiB | share of full | eviction / prefill time |")
+    print("|---|---|---|---|---|")
+    full, histories = 0, {}
     for name, options in CHOICES.items():
-        peak, held, final, share = _memory(engine, args.prompt_tokens, args.new_tokens, options)
-        full = full or final
-        print(
-            f"| {name} | {peak / MIB:.1f} | {held / MIB:.1f} | {final / MIB:.1f} | {final / full:.1%} | {share:.2%} |"
-        )
+        history: list[tuple[float, int]] = []
+        peak, held, share = _memory(engine, args.prompt_tokens, args.new_tokens, options, history)
+        histories[name] = history
+        full = full or held
+        sizes = " | ".join(f"{size / MIB:.1f}" for size in (peak, held))
+        print(f"| {name} | {sizes} | {held / full:.1%} | {share:.2%} |")
 
+    if args.plot:
+        _plot(histories, args.plot, args.prompt_tokens)
     layout = engine.kv.layout
     three = 3 * layout.sequence_pages(args.prompt_tokens + args.new_tokens) * layout.page_bytes
     small = build_engine(EngineOptions(args.model, kv_cache_bytes=three))
@@ -66,24 +71,48 @@ def _requests(
 
 
 def _memory(
-    engine: Engine, prompt_tokens: int, new_tokens: int, options: dict[str, str]
-) -> tuple[int, int, int, float]:
-    """Bytes of the pool at their peak, when the last prefill has ended and at the last step; eviction's share."""
+    engine: Engine,
+    prompt_tokens: int,
+    new_tokens: int,
+    options: dict[str, str],
+    history: list[tuple[float, int]],
+) -> tuple[int, int, float]:
+    """Bytes used at the peak and after the last prefill; eviction's share of the prefill's time."""
     _requests(engine, 8, prompt_tokens, new_tokens, options)
-    held, prefill, evicting = [], 0.0, 0.0
-    after_prefill = 0
+    peak = held = 0
+    prefill = evicting = 0.0
+    begun = time.perf_counter()
     while engine.has_work:
         started = time.perf_counter()
-        busy = any(s.prefilling for s in engine.scheduler.running) or engine.scheduler.num_waiting > 0
         engine.step()
-        if busy or not held:
+        stats = engine.last_stats
+        if stats.prompt_tokens:
             prefill += time.perf_counter() - started
-            evicting += sum(e.seconds for e in engine.last_stats.evictions)
-            after_prefill = engine.last_stats.used_bytes
-        if engine.has_work:
-            held.append(engine.last_stats.used_bytes)
-    peak = max(held + [max(r.kv.peak_bytes for r in engine.last_stats.finished if r.kv)])
-    return peak, after_prefill, held[-1], evicting / prefill
+            evicting += sum(e.seconds for e in stats.evictions)
+            held = stats.used_bytes
+        freed = sum(e.pages_freed for e in stats.evictions) * engine.kv.page_bytes
+        peak = max(peak, stats.used_bytes + freed)
+        history += [
+            (time.perf_counter() - begun, size) for size in (stats.used_bytes + freed, stats.used_bytes)
+        ]
+    return peak, held, evicting / prefill
+
+
+def _plot(histories: dict[str, list[tuple[float, int]]], file: Path, prompt_tokens: int) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    for name, history in histories.items():
+        seconds, sizes = zip(*history, strict=True)
+        axes.plot(seconds, [size / MIB for size in sizes], label=name)
+    axes.set(xlabel="seconds", ylabel="KV cache in use, MiB", ylim=(0, None))
+    axes.set_title(f"8 requests of {prompt_tokens:,} tokens arrive together", loc="left")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=130)
 
 
 def _crowd(

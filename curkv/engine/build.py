@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from numba import set_num_threads
 
+from curkv.cache.budgets import Budget
 from curkv.cache.kv_cache import CacheLayout, KVCache
+from curkv.cache.options import EvictionOptions
 from curkv.cache.sizing import default_cache_bytes, num_pages_for
 from curkv.engine.engine import Engine
+from curkv.engine.types import Request, SamplingParams
 from curkv.kernels.dispatch import KernelsName, get_kernels
 from curkv.models.config import ModelConfig
 from curkv.models.llama import Llama, rope_tables
 from curkv.models.loading import Checkpoint, load_config, load_tokenizer, resolve_model
+
+logger = logging.getLogger(__name__)
 
 KVDtype = Literal["auto", "float32", "bfloat16", "float16"]
 CPU_KV_DTYPE: KVDtype = "float16"
@@ -74,7 +81,25 @@ def build_engine(options: EngineOptions) -> Engine:
     )
     num_bytes = options.kv_cache_bytes if options.kv_cache_bytes is not None else default_cache_bytes()
     kv = KVCache(layout, num_pages_for(num_bytes, layout), kernels, rope_tables(config, max_model_len))
-    return Engine(model, kv, kernels, load_tokenizer(directory), options.max_step_tokens, max_model_len)
+    engine = Engine(model, kv, kernels, load_tokenizer(directory), options.max_step_tokens, max_model_len)
+    _warm_up(engine)
+    return engine
+
+
+def _warm_up(engine: Engine) -> None:
+    """Runs every kernel once, so that what Numba compiles on a new machine is not waited for by a request."""
+    started = time.perf_counter()
+    layout = engine.kv.layout
+    room = engine.kv.num_pages // layout.num_heads * layout.page_size
+    length = min(2 * layout.page_size, engine.max_model_len - 2, room - 2)
+    kv = EvictionOptions(policy="adacurdkv", budget=Budget("ratio", 0.5))
+    request = Request("warm-up", [0] * length, SamplingParams(max_tokens=2, ignore_eos=True), kv)
+    engine.add(request, engine.plan(request))
+    while engine.has_work:
+        engine.step()
+    seconds = time.perf_counter() - started
+    if seconds > 5:
+        logger.info("compiled the kernels in %.0f s; they are kept on disk", seconds)
 
 
 def _max_model_len(asked: int | None, config: ModelConfig) -> int:

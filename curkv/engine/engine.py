@@ -189,13 +189,19 @@ class Engine:
             if decoded == 0:
                 self._evict_prompt(sequence)
             elif decoded > 0 and sequence.plan.decode_due(decoded, self._mean_length(sequence)):
-                self._evict(sequence, "decode")
-                sequence.decode_evictions += 1
+                self._evict_decode(sequence)
 
     def _evict_prompt(self, sequence: Sequence) -> None:
         if sequence.plan.evicts_prompt:
             self._evict(sequence, "prefill")
         sequence.kept_tokens = self._mean_length(sequence)
+
+    def _evict_decode(self, sequence: Sequence) -> None:
+        try:
+            self._evict(sequence, "decode")
+            sequence.decode_evictions += 1
+        except OutOfPages:  # pages shared with another choice cannot be copied: recompute without sharing
+            self.scheduler.preempt(sequence)
 
     def _evict(self, sequence: Sequence, phase: Literal["prefill", "decode"]) -> None:
         started = time.perf_counter()
@@ -225,12 +231,14 @@ class Engine:
         """Lets the further choices of a prompt share the pages of the first one.
 
         A choice that finds no room for its copy of the last pages is queued and prefills on its own.
+        Sequences that were preempted within the step are left out.
 
         Returns:
             The sequences to sample, and the row of the step's logits of each.
         """
-        sequences, rows = list(sampled), list(range(len(sampled)))
-        for row, parent in enumerate(sampled):
+        held = [(row, sequence) for row, sequence in enumerate(sampled) if sequence.slot >= 0]
+        rows, sequences = [row for row, _ in held], [sequence for _, sequence in held]
+        for row, parent in held:
             forks, parent.forks = parent.forks, []
             for fork in forks:
                 if self._share(parent, fork):

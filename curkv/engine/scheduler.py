@@ -100,10 +100,11 @@ class Scheduler:
             if victim in step.sequences:
                 position = step.sequences.index(victim)
                 del step.sequences[position], step.chunks[position]
-            self._preempt(victim)
+            self.preempt(victim)
             step.preempted += 1
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def preempt(self, sequence: Sequence) -> None:
+        """Takes a sequence's pages; it is computed again later, from its place in the queue."""
         self.running.remove(sequence)
         self._free(sequence)
         sequence.reset()

@@ -37,6 +37,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 Args = list[ir.Value]
 
 LANES = 8
+_LINE = 64  # bytes of a cache line
 _FLOAT = ir.FloatType()
 _INT16 = ir.IntType(16)
 _INT32 = ir.IntType(32)
@@ -376,57 +377,95 @@ def _offset(builder: ir.IRBuilder, base: ir.Value, *terms: int | ir.Value) -> ir
     return builder.add(base, product)
 
 
+def _prefetch(builder: ir.IRBuilder, location: ir.Value) -> None:
+    """Fetch a cache line for reading; no address is wrong."""
+    place = _pointer(builder, location, ir.IntType(8))
+    _call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, _INT32(0), _INT32(3), _INT32(1)])
+
+
 def _accumulators(builder: ir.IRBuilder, count: int) -> list[ir.Value]:
     """Stack slots that LLVM turns into registers."""
     return [cgutils.alloca_once(builder, _FLOATS) for _ in range(count)]
 
 
+def _call_own(
+    builder: ir.IRBuilder, name: str, args: Args, body: Callable[[ir.IRBuilder, Args], None]
+) -> None:
+    """Call `body` as a function of its own, so that the registers are all for its loop.
+
+    Args:
+        builder: Where to call from.
+        name: Of the function; the same name means the same body.
+        args: int64 values.
+        body: Emits the function's instructions, given a builder and the function's arguments.
+    """
+    function = builder.module.globals.get(name)
+    if function is None:
+        function_type = ir.FunctionType(ir.VoidType(), [arg.type for arg in args])
+        function = ir.Function(builder.module, function_type, name)
+        function.linkage = "internal"
+        function.attributes.add("noinline")
+        inner = ir.IRBuilder(function.append_basic_block())
+        body(inner, list(function.args))
+        inner.ret_void()
+    builder.call(function, args)
+
+
 @intrinsic
-def dot_tile(context: Any, kind: Any, rows: Any, q: Any, dim: Any, k: Any, out: Any, out_stride: Any) -> Any:
-    """Products of `rows` query vectors and four consecutive keys.
+def dot_rows(
+    context: Any, kind: Any, rows: Any,
+    q: Any, dim: Any, k: Any, keys: Any, out: Any, out_stride: Any, ahead: Any,
+) -> Any:  # fmt: skip
+    """Products of `rows` query vectors and consecutive keys, four keys at a time.
 
     Args:
         context: Numba's.
         kind: Of the keys.
-        rows: Literal, 1 to 4.
+        rows: Literal, 1 to 3.
         q: Address of float32 [rows, dim].
         dim: Multiple of 8.
-        k: Address of [4, dim] of `kind`.
-        out: Address of float32 [rows, 4], written.
+        k: Address of [keys, dim] of `kind`.
+        keys: Taken up to a multiple of four: so many are read, and written to `out`.
+        out: Address of float32 [rows, keys], written.
         out_stride: Floats from one row of `out` to the next.
+        ahead: Bytes from `k` to the keys that will be read next, to be prefetched.
     """
-    count, keys = rows.literal_value, 4
+    count, block = rows.literal_value, 4
 
     def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
-        kind, _, q, dim, k, out, out_stride = signature.args[0], *args[1:]
-        size = _item_size(kind)
-        sums = _accumulators(builder, count * keys)
-        for slot in sums:
-            builder.store(_constant(_FLOATS, 0.0), slot)
-        with cgutils.for_range_slice(builder, dim.type(0), dim, dim.type(LANES)) as (d, _count):
-            loaded = [
-                _widen(
-                    builder,
-                    kind,
-                    _offset(builder, k, builder.add(builder.mul(dim, dim.type(t)), d), size),
-                    _FLOATS,
-                )
-                for t in range(keys)
-            ]
-            for m in range(count):
-                place = _offset(builder, q, builder.add(builder.mul(dim, dim.type(m)), d), 4)
-                query = builder.load(_pointer(builder, place, _FLOATS), align=4)
-                for t in range(keys):
-                    slot = sums[m * keys + t]
-                    builder.store(_fma(builder, query, loaded[t], builder.load(slot)), slot)
-        for m in range(count):
-            four = _sum_four(builder, [builder.load(slot) for slot in sums[m * keys : (m + 1) * keys]])
-            builder.store(
-                four, _pointer(builder, _offset(builder, out, out_stride, 4 * m), four.type), align=4
-            )
+        kind = signature.args[0]
+        name = f"dot_rows_{count}_{kind.dtype}"
+        _call_own(builder, name, args[2:], lambda inner, own: body(inner, kind, *own))
 
-    integer = types.int64
-    return types.void(kind, rows, integer, integer, integer, integer, integer), generate
+    def body(builder: ir.IRBuilder, kind: Any, *args: ir.Value) -> None:
+        q, dim, k, keys, out, out_stride, ahead = args
+        size = _item_size(kind)
+        sums = _accumulators(builder, count * block)
+        with cgutils.for_range_slice(builder, keys.type(0), keys, keys.type(block)) as (key, _first):
+            for slot in sums:
+                builder.store(_constant(_FLOATS, 0.0), slot)
+            starts = [_offset(builder, k, builder.add(key, key.type(t)), dim, size) for t in range(block)]
+            with cgutils.for_range_slice(builder, dim.type(0), dim, dim.type(LANES)) as (d, _second):
+                places = [_offset(builder, _offset(builder, q, dim, 4 * m), d, 4) for m in range(count)]
+                queries = [builder.load(_pointer(builder, place, _FLOATS), align=4) for place in places]
+                for t in range(block):
+                    loaded = _widen(builder, kind, _offset(builder, starts[t], d, size), _FLOATS)
+                    for m in range(count):
+                        slot = sums[m * block + t]
+                        builder.store(_fma(builder, queries[m], loaded, builder.load(slot)), slot)
+            block_bytes = builder.mul(dim, dim.type(block * size))
+            next_block = builder.add(starts[0], ahead)
+            with cgutils.for_range_slice(builder, dim.type(0), block_bytes, dim.type(_LINE)) as (
+                line,
+                _third,
+            ):
+                _prefetch(builder, builder.add(next_block, line))
+            for m in range(count):
+                four = _sum_four(builder, [builder.load(slot) for slot in sums[m * block : (m + 1) * block]])
+                place = _offset(builder, _offset(builder, out, out_stride, 4 * m), key, 4)
+                builder.store(four, _pointer(builder, place, four.type), align=4)
+
+    return types.void(kind, rows, *[types.int64] * 7), generate
 
 
 def _sum_four(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
@@ -445,7 +484,7 @@ def _sum_four(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
 @intrinsic
 def matrix_tile(
     context: Any, kind: Any, rows: Any, vectors: Any, fresh: Any,
-    a: Any, a_stride: Any, b: Any, b_stride: Any, inner: Any, c: Any, c_stride: Any,
+    a: Any, a_stride: Any, b: Any, b_stride: Any, inner: Any, c: Any, c_stride: Any, ahead: Any,
 ) -> Any:  # fmt: skip
     """C += A B (or C = A B) on a tile held in registers.
 
@@ -462,39 +501,65 @@ def matrix_tile(
         inner: Length of the inner dimension.
         c: Address of float32 [rows, 8 * vectors].
         c_stride: Floats from one row of C to the next.
+        ahead: Bytes from B to the matrix that will be read next, to be prefetched.
     """
     height, width, replace = rows.literal_value, vectors.literal_value, bool(fresh.literal_value)
 
     def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
-        kind, (a, a_stride, b, b_stride, inner, c, c_stride) = signature.args[0], args[4:]
+        kind = signature.args[0]
+        name = f"matrix_tile_{height}_{width}_{int(replace)}_{kind.dtype}"
+        _call_own(builder, name, args[4:], lambda inner, own: body(inner, kind, *own))
+
+    def body(builder: ir.IRBuilder, kind: Any, *args: ir.Value) -> None:
+        a, a_stride, b, b_stride, inner, c, c_stride, ahead = args
         size = _item_size(kind)
         tile = _accumulators(builder, height * width)
         starts = [_offset(builder, a, a_stride, 4 * m) for m in range(height)]
+        rows_of_c = [_offset(builder, c, c_stride, 4 * m) for m in range(height)]
         targets = [
-            _pointer(builder, _offset(builder, _offset(builder, c, c_stride, 4 * m), 4 * LANES * n), _FLOATS)
-            for m in range(height)
+            _pointer(builder, _offset(builder, row, 4 * LANES * n), _FLOATS)
+            for row in rows_of_c
             for n in range(width)
         ]
         for slot, target in zip(tile, targets, strict=True):
             builder.store(_constant(_FLOATS, 0.0) if replace else builder.load(target, align=4), slot)
         with cgutils.for_range(builder, inner) as loop:
             row = _offset(builder, b, loop.index, b_stride, size)
-            loaded = [
-                _widen(builder, kind, _offset(builder, row, LANES * size * n), _FLOATS) for n in range(width)
-            ]
-            for m in range(height):
-                factor = builder.load(
-                    _pointer(builder, _offset(builder, starts[m], loop.index, 4), _FLOAT), align=4
+
+            for line in range(0, LANES * size * width, _LINE):
+                _prefetch(builder, _offset(builder, builder.add(row, ahead), line))
+
+            def factor(m: int) -> ir.Value:
+                place = _offset(builder, starts[m], loop.index, 4)
+                return _splat(builder, builder.load(_pointer(builder, place, _FLOAT), align=4))
+
+            def column(n: int) -> ir.Value:
+                return _widen(builder, kind, _offset(builder, row, LANES * size * n), _FLOATS)
+
+            # The fewer operands wait in registers, the other ones are loaded one after the other.
+            if height < width:
+                factors = [factor(m) for m in range(height)]
+                pairs = (
+                    (m, n, factors[m], value)
+                    for n in range(width)
+                    for value in [column(n)]
+                    for m in range(height)
                 )
-                spread = _splat(builder, factor)
-                for n in range(width):
-                    slot = tile[m * width + n]
-                    builder.store(_fma(builder, spread, loaded[n], builder.load(slot)), slot)
+            else:
+                columns = [column(n) for n in range(width)]
+                pairs = (
+                    (m, n, value, columns[n])
+                    for m in range(height)
+                    for value in [factor(m)]
+                    for n in range(width)
+                )
+            for m, n, left, right in pairs:
+                slot = tile[m * width + n]
+                builder.store(_fma(builder, left, right, builder.load(slot)), slot)
         for slot, target in zip(tile, targets, strict=True):
             builder.store(builder.load(slot), target, align=4)
 
-    addresses = [types.int64] * 7
-    return types.void(kind, rows, vectors, fresh, *addresses), generate
+    return types.void(kind, rows, vectors, fresh, *[types.int64] * 8), generate
 
 
 @intrinsic

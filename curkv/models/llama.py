@@ -117,10 +117,10 @@ class Llama:
         return self._head(x).float()
 
     def _heads(self, layer: Layer, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Views [T, q_size + 2 kv_size] as the heads of queries, keys and values, [T, heads, head_dim] each."""
+        """Views [T, q_size + 2 kv_size] as queries, keys and values, [T, heads, head_dim] each."""
         config = self.config
-        heads = qkv.unflatten(-1, (-1, config.head_dim))
-        q, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
+        heads = qkv.view(len(qkv), -1, config.head_dim)
+        q, k, v = torch.split(heads, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = self._norm_heads(q, layer.q_norm), self._norm_heads(k, layer.k_norm)
         return q, k, v

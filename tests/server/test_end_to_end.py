@@ -201,15 +201,17 @@ async def test_metrics_count_what_was_evicted_and_return_to_zero(
 ) -> None:
     body = {"prompt": QUESTION, "max_tokens": 1, "kv": {"policy": "knorm", "budget": "50%"}}
     kv = (await http.post("/v1/completions", json=body)).json()["usage"]["kv"]
-    await until_idle(engine)
-    text = (await http.get("/metrics")).text
+    labels = f'{{model_name="{NAME}",phase="prefill",policy="knorm"}}'
+    evicted = kv["evicted_tokens"] * engine.cache_layout.num_heads
+    expected = [f"curkv:kv_tokens_evicted_total{labels} {evicted}"]
     for name in (
         "num_requests_running",
         "num_requests_waiting",
         "kv_cache_used_bytes",
         "kv_cache_usage_ratio",
     ):
-        assert f'curkv:{name}{{model_name="{NAME}"}} 0.0' in text
-    labels = f'{{model_name="{NAME}",phase="prefill",policy="knorm"}}'
-    heads = engine.cache_layout.num_heads
-    assert f"curkv:kv_tokens_evicted_total{labels} {kv['evicted_tokens'] * heads}" in text
+        expected.append(f'curkv:{name}{{model_name="{NAME}"}} 0.0')
+    async with asyncio.timeout(10):
+        while missing := set(expected) - set((await http.get("/metrics")).text.splitlines()):
+            await asyncio.sleep(0.05)
+    assert not missing

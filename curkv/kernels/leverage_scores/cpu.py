@@ -10,7 +10,7 @@ from numba import njit, prange
 from torch import Tensor
 
 from curkv.kernels.pages import Pages
-from curkv.kernels.simd import KINDS, address, dot_tile
+from curkv.kernels.simd import KINDS, address, dot_rows
 
 _COMBINE = {"product": 0, "mean": 1, "key": 2, "value": 3}
 
@@ -35,7 +35,7 @@ def leverage_scores(
     if sketch is None:
         _gather(pages.k_sq.numpy(), pages.v_sq.numpy(), rows, counts, key, value)
     else:
-        columns = _in_fours(sketch.T)
+        columns = _in_threes(sketch.T)
         for storage, energies in ((pages.k, key), (pages.v, value)):
             kind, place = KINDS[storage.dtype], address(storage, storage.dtype)
             _sketch(kind, place, storage.shape[1], columns, rows, counts, energies)
@@ -58,9 +58,9 @@ def _gather(k_sq: Any, v_sq: Any, table: Any, lengths: Any, key: Any, value: Any
                 value[row, start + i] = v_sq[source, i]
 
 
-def _in_fours(columns: Tensor) -> np.ndarray[Any, Any]:
-    """Copy [rank, head_dim] to float32 with rows of zeros that fill the last four."""
-    padded = torch.zeros(-(-len(columns) // 4) * 4, columns.shape[1])
+def _in_threes(columns: Tensor) -> np.ndarray[Any, Any]:
+    """Copy [rank, head_dim] to float32 with rows of zeros that fill the last three."""
+    padded = torch.zeros(-(-len(columns) // 3) * 3, columns.shape[1])
     padded[: len(columns)] = columns
     return padded.numpy()
 
@@ -75,7 +75,7 @@ def _sketch(
         kind: Of the storage, see `simd`.
         storage: Address of K or V; page_size is a multiple of 4.
         page_size: Tokens per page.
-        columns: float32 [rank, head_dim], the columns of G; rank is a multiple of 4.
+        columns: float32 [rank, head_dim], the columns of G; rank is a multiple of 3.
         table: int32 [N, max_pages].
         lengths: int32 [N].
         energies: float32 [N, width], written.
@@ -97,9 +97,9 @@ def _sketch_page(kind: Any, tokens: int, columns: Any, products: Any, energies: 
     rank, head_dim = columns.shape
     for first in range(0, len(energies), 4):
         place = tokens + first * head_dim * kind.itemsize
-        for column in range(0, rank, 4):
-            four, out = columns.ctypes.data + column * head_dim * 4, products.ctypes.data + column * 16
-            dot_tile(kind, 4, four, head_dim, place, out, 4)
+        for column in range(0, rank, 3):
+            three, out = columns.ctypes.data + column * head_dim * 4, products.ctypes.data + column * 16
+            dot_rows(kind, 3, three, head_dim, place, 4, out, 4, 0)
         for token in range(min(4, len(energies) - first)):
             total = np.float32(0)
             for column in range(rank):

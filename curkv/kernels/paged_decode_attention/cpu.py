@@ -24,7 +24,7 @@ from curkv.kernels.simd import (
     KINDS,
     address,
     broadcast,
-    dot_tile,
+    dot_rows,
     fetch_add,
     fma,
     inlined,
@@ -189,7 +189,12 @@ def _attend_split(
     for start in range(0, count, page_size):
         page = load_int32(table + 4 * (start // page_size))
         tokens = min(page_size, count - start)
-        _score_page(kind, group, dim, q, k + page * page_bytes, tokens, scores + 4 * start, width)
+        keys = k + page * page_bytes
+        if start + page_size < count:
+            next_read = k + load_int32(table + 4 * (start // page_size + 1)) * page_bytes
+        else:
+            next_read = v + load_int32(table) * page_bytes
+        _score_page(kind, group, dim, q, keys, tokens, scores + 4 * start, width, next_read - keys)
     for g in range(group):
         row = scores + 4 * g * width
         top = row_max(row, count)
@@ -201,7 +206,11 @@ def _attend_split(
     for start in range(0, count, page_size):
         page = load_int32(table + 4 * (start // page_size))
         tokens = min(page_size, count - start)
-        _weigh_page(kind, group, dim, scores + 4 * start, width, v + page * page_bytes, tokens, partial)
+        values = v + page * page_bytes
+        next_read = values
+        if start + page_size < count:
+            next_read = v + load_int32(table + 4 * (start // page_size + 1)) * page_bytes
+        _weigh_page(kind, group, dim, scores + 4 * start, width, values, tokens, partial, next_read - values)
 
 
 @inlined
@@ -212,27 +221,25 @@ def _block(rows: int) -> int:
 
 @inlined
 def _score_page(
-    kind: Any, group: int, dim: int, q: int, k: int, tokens: int, scores: int, width: int
+    kind: Any, group: int, dim: int, q: int, k: int, tokens: int, scores: int, width: int, ahead: int
 ) -> None:
     """Write the scores [group, tokens] of a page's keys, four at a time: up to three too many."""
-    key_bytes = dim * kind.itemsize
     g = 0
     while g < group:
         rows = _block(group - g)
         query, target = q + 4 * g * dim, scores + 4 * g * width
-        for t in range(0, tokens, 4):
-            if rows == 3:
-                dot_tile(kind, 3, query, dim, k + t * key_bytes, target + 4 * t, width)
-            elif rows == 2:
-                dot_tile(kind, 2, query, dim, k + t * key_bytes, target + 4 * t, width)
-            else:
-                dot_tile(kind, 1, query, dim, k + t * key_bytes, target + 4 * t, width)
+        if rows == 3:
+            dot_rows(kind, 3, query, dim, k, tokens, target, width, ahead)
+        elif rows == 2:
+            dot_rows(kind, 2, query, dim, k, tokens, target, width, ahead)
+        else:
+            dot_rows(kind, 1, query, dim, k, tokens, target, width, ahead)
         g += rows
 
 
 @inlined
 def _weigh_page(
-    kind: Any, group: int, dim: int, weights: int, width: int, v: int, tokens: int, out: int
+    kind: Any, group: int, dim: int, weights: int, width: int, v: int, tokens: int, out: int, ahead: int
 ) -> None:
     """Add a page's values, weighted, to `out`, float32 [group, dim + 2]."""
     stride = dim + 2
@@ -245,11 +252,11 @@ def _weigh_page(
         for d in range(0, body, wide):
             value, place = v + d * kind.itemsize, target + 4 * d
             if rows == 3:
-                matrix_tile(kind, 3, 4, 0, row, width, value, dim, tokens, place, stride)
+                matrix_tile(kind, 3, 4, 0, row, width, value, dim, tokens, place, stride, ahead)
             elif rows == 2:
-                matrix_tile(kind, 2, 4, 0, row, width, value, dim, tokens, place, stride)
+                matrix_tile(kind, 2, 4, 0, row, width, value, dim, tokens, place, stride, ahead)
             else:
-                matrix_tile(kind, 1, 8, 0, row, width, value, dim, tokens, place, stride)
+                matrix_tile(kind, 1, 8, 0, row, width, value, dim, tokens, place, stride, ahead)
         for d in range(body, dim, 8):
             value, place = v + d * kind.itemsize, target + 4 * d
             for r in range(rows):
@@ -265,6 +272,7 @@ def _weigh_page(
                     tokens,
                     place + 4 * r * stride,
                     stride,
+                    ahead,
                 )
         g += rows
 
@@ -355,11 +363,11 @@ def _add_split(
     scores: int,
     width: int,
 ) -> None:
-    """Add `count` tokens' exponentials, float32 [group, width], scaled per query head."""
-    for t in range(count):
+    """Add `count` tokens' exponentials, float32 [group, width], scaled per query head, by eights.
+
+    Those behind the last token are 0.
+    """
+    for t in range(0, count, 8):
         page = load_int32(table + 4 * ((start + t) // page_size))
         place = attention + 4 * (page * page_size + (start + t) % page_size)
-        probability = load_scalar(FLOAT32, place)
-        for g in range(group):
-            probability += scale[g] * load_scalar(FLOAT32, scores + 4 * (g * width + t))
-        store_scalar(FLOAT32, place, probability)
+        matrix_tile(FLOAT32, 1, 1, 0, scale.ctypes.data, 0, scores + 4 * t, width, group, place, 0, 0)

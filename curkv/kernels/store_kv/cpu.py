@@ -1,34 +1,35 @@
-"""Storing new keys and values in pages, with Numba."""
+"""Writing new keys and values into pages, with Numba."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import numba
 import numpy as np
 import torch
-from numba import get_num_threads, prange
 from torch import Tensor
 
 from curkv.kernels.pages import Pages
-from curkv.kernels.rope.cpu import TOKENS_PER_THREAD, rotate
+from curkv.kernels.rope.cpu import TOKENS_AT_ONCE, rotate
 from curkv.kernels.simd import (
     FLOAT32,
     KINDS,
     address,
     broadcast,
+    fetch_add,
     fma,
     inlined,
     kernel,
     lane_sum,
     load,
     load_int32,
-    load_scalar,
-    parallel_kernel,
     row_address,
     store,
     store_int32,
     store_scalar,
 )
+from curkv.kernels.workers import compile_worker, launch, read_arguments
 
 
 def store_kv(
@@ -43,50 +44,58 @@ def store_kv(
     slots: Tensor,
     query_start: Tensor,
 ) -> None:
-    """Rotate the new keys and write them, their values and the side arrays; see `reference.store_kv`."""
+    """Rotate the new keys and write them, their values and the side arrays; see `reference.store_kv`.
+
+    head_dim is a multiple of 8.
+    """
     tokens, heads, dim = k.shape
     dtype = pages.k.dtype
-    _store(
-        KINDS[dtype],
-        row_address(k, torch.float32),
-        k.stride(0),
-        k.stride(1),
-        row_address(v, torch.float32),
-        v.stride(0),
-        v.stride(1),
-        address(cos, torch.float32),
-        address(sin, torch.float32),
-        address(positions, torch.int32),
-        row_address(table, torch.int32),
-        table.stride(0),
-        table.stride(1),
-        row_address(lengths, torch.int32),
-        lengths.stride(0),
-        address(slots, torch.int32),
-        address(query_start, torch.int32),
-        address(pages.k, dtype),
-        address(pages.v, dtype),
-        address(pages.position, torch.int32),
-        address(pages.k_sq, torch.float32),
-        address(pages.v_sq, torch.float32),
-        address(pages.attention, torch.float32),
-        tokens,
-        slots.shape[0],
-        heads,
-        dim,
-        pages.k.shape[1],
-        min(get_num_threads(), -(-tokens // TOKENS_PER_THREAD)),
-    )
+    if dim % 8:
+        raise ValueError(f"head_dim {dim} must be a multiple of 8")
+    arguments = (
+        row_address(k, torch.float32), k.stride(0), k.stride(1),
+        row_address(v, torch.float32), v.stride(0), v.stride(1),
+        address(cos, torch.float32), address(sin, torch.float32), address(positions, torch.int32),
+        row_address(table, torch.int32), table.stride(0), table.stride(1),
+        row_address(lengths, torch.int32), lengths.stride(0),
+        address(slots, torch.int32), address(query_start, torch.int32),
+        address(pages.k, dtype), address(pages.v, dtype), address(pages.position, torch.int32),
+        address(pages.k_sq, torch.float32), address(pages.v_sq, torch.float32),
+        address(pages.attention, torch.float32), heads, dim, pages.k.shape[1],
+    )  # fmt: skip
+    if tokens <= TOKENS_AT_ONCE:
+        _store_tokens(KINDS[dtype], 0, tokens, *arguments)
+        return
+    counter = torch.zeros(1, dtype=torch.int64)
+    launch(_worker(dtype), numba.get_num_threads(), counter.data_ptr(), tokens, *arguments)
 
 
-@parallel_kernel
-def _store(
+@functools.cache
+def _worker(dtype: torch.dtype) -> int:
+    kind = KINDS[dtype]
+
+    def work(arguments: int, worker: int) -> None:
+        counter, tokens = read_arguments(arguments, 2)
+        while True:
+            first = fetch_add(counter, TOKENS_AT_ONCE)
+            if first >= tokens:
+                break
+            end = min(tokens, first + TOKENS_AT_ONCE)
+            _store_tokens(kind, first, end, *read_arguments(arguments + 16, 25))
+
+    return compile_worker(work)
+
+
+@kernel
+def _store_tokens(
     kind: Any,
+    first: int,
+    end: int,
     k: int,
-    k_stride: int,
+    k_token_stride: int,
     k_head_stride: int,
     v: int,
-    v_stride: int,
+    v_token_stride: int,
     v_head_stride: int,
     cos: int,
     sin: int,
@@ -100,82 +109,45 @@ def _store(
     query_start: int,
     k_pages: int,
     v_pages: int,
-    position_pages: int,
-    k_sq_pages: int,
-    v_sq_pages: int,
-    attention_pages: int,
-    tokens: int,
-    batch: int,
+    position: int,
+    k_sq: int,
+    v_sq: int,
+    attention: int,
     heads: int,
     dim: int,
     page_size: int,
-    parts: int,
 ) -> None:
-    """Share the tokens among `parts` threads; strides are in elements per token, head or sequence."""
-    rotated = np.empty((parts, dim), np.float32)
-    for unsigned_part in prange(parts):
-        part: Any = np.int64(unsigned_part)
-        scratch = rotated[part]
-        i = 0
-        for token in range(tokens * part // parts, tokens * (part + 1) // parts):
-            while load_int32(query_start + 4 * (i + 1)) <= token:
-                i += 1
-            slot, left = load_int32(slots + 4 * i), load_int32(query_start + 4 * (i + 1)) - token
-            position = load_int32(positions + 4 * token)
-            angle = 4 * position * (dim // 2)
-            for head in range(heads):
-                index = load_int32(lengths + 4 * (slot * lengths_stride + head)) - left
-                entry = slot * table_stride + head * head_stride + index // page_size
-                place = load_int32(table + 4 * entry) * page_size + index % page_size
-                _store_token(
-                    kind, k + 4 * (token * k_stride + head * k_head_stride),
-                    v + 4 * (token * v_stride + head * v_head_stride), cos + angle, sin + angle, position,
-                    place, dim, k_pages, v_pages, position_pages, k_sq_pages, v_sq_pages, attention_pages,
-                    scratch,
-                )  # fmt: skip
-
-
-@kernel
-def _store_token(
-    kind: Any,
-    k: int,
-    v: int,
-    cos: int,
-    sin: int,
-    position: int,
-    place: int,
-    dim: int,
-    k_pages: int,
-    v_pages: int,
-    position_pages: int,
-    k_sq_pages: int,
-    v_sq_pages: int,
-    attention_pages: int,
-    rotated: Any,
-) -> None:
-    """Write one token of one head to slot `place` of the pool; `rotated` is scratch, float32 [dim]."""
-    rotate(k, rotated.ctypes.data, cos, sin, dim)
-    offset = place * dim * kind.itemsize
-    k_sq = _copy(kind, rotated.ctypes.data, k_pages + offset, dim)
-    v_sq = _copy(kind, v, v_pages + offset, dim)
-    store_scalar(FLOAT32, k_sq_pages + 4 * place, k_sq)
-    store_scalar(FLOAT32, v_sq_pages + 4 * place, v_sq)
-    store_int32(position_pages + 4 * place, position)
-    store_scalar(FLOAT32, attention_pages + 4 * place, np.float32(0.0))
+    """Write the tokens from `first` to `end`. Addresses, and strides in elements."""
+    half = dim // 2
+    i = 0
+    for t in range(first, end):
+        while load_int32(query_start + 4 * i + 4) <= t:
+            i += 1
+        slot = load_int32(slots + 4 * i)
+        until_end = load_int32(query_start + 4 * i + 4) - t
+        where = load_int32(positions + 4 * t)
+        row = 4 * where * half
+        for head in range(heads):
+            index = load_int32(lengths + 4 * (slot * lengths_stride + head)) - until_end
+            entry = slot * table_stride + head * head_stride + index // page_size
+            token = load_int32(table + 4 * entry) * page_size + index % page_size
+            key = k + 4 * (t * k_token_stride + head * k_head_stride)
+            value = v + 4 * (t * v_token_stride + head * v_head_stride)
+            place = token * dim * kind.itemsize
+            store_scalar(
+                FLOAT32, k_sq + 4 * token, rotate(key, cos + row, sin + row, half, kind, k_pages + place)
+            )
+            store_scalar(FLOAT32, v_sq + 4 * token, _copy(value, dim, kind, v_pages + place))
+            store_int32(position + 4 * token, where)
+            store_scalar(FLOAT32, attention + 4 * token, np.float32(0.0))
 
 
 @inlined
-def _copy(kind: Any, source: int, target: int, dim: int) -> Any:
-    """Round `dim` floats to `kind`; returns the sum of their squares before rounding."""
-    body = dim - dim % 8
+def _copy(source: int, dim: int, kind: Any, target: int) -> Any:
+    """Write float32 [dim] as `kind`; returns its squared norm."""
     squares = broadcast(np.float32(0.0))
-    for d in range(0, body, 8):
-        vector = load(FLOAT32, source + 4 * d)
-        squares = fma(vector, vector, squares)
-        store(kind, target + d * kind.itemsize, vector)
-    total = lane_sum(squares)
-    for d in range(body, dim):
-        value = load_scalar(FLOAT32, source + 4 * d)
-        total += value * value
-        store_scalar(kind, target + d * kind.itemsize, value)
-    return total
+    for d in range(0, dim, 8):
+        value = load(FLOAT32, source + 4 * d)
+        store(kind, target + kind.itemsize * d, value)
+        squares = fma(value, value, squares)
+    return lane_sum(squares)
