@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from typing import Protocol
 
 from curkv.evaluation.corpora import load_corpus
@@ -96,15 +98,15 @@ def fit(make: Callable[[int], Sample], length: int, count_tokens: CountTokens) -
 
 @cache
 def sentences(corpus: str) -> list[str]:
-    """Splits a corpus into sentences, each with the white space behind it."""
-    return re.findall(r".*?[.!?:](?:\s+|$)|.+$", load_corpus(corpus), re.DOTALL)
+    """Splits a corpus into sentences and headings, each with the white space behind it."""
+    return re.findall(r".+?(?:[.!?:]\s+|\n\s*\n|\Z)", load_corpus(corpus), re.DOTALL)
 
 
 def insert(texts: Sequence[str], inserted: Sequence[str], depths: Sequence[float]) -> list[str]:
-    """Puts strings between others, each at its depth from 0 (first) to 1 (last)."""
-    result = list(texts)
+    """Puts strings between others, each at its depth from 0 (first) to 1 (last) in the length of the text."""
+    result, starts = list(texts), list(accumulate(map(len, texts), initial=0))
     for text, depth in sorted(zip(inserted, depths, strict=True), key=lambda pair: -pair[1]):
-        result.insert(round(depth * len(texts)), text)
+        result.insert(bisect_left(starts, depth * starts[-1]), text)
     return result
 
 
