@@ -55,7 +55,7 @@ class Settings(BaseSettings):
     kv_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type of cached K, V."
     )
-    page_size: int = Field(32, ge=8, le=256, description="Tokens of one KV head per page.")
+    page_size: int = Field(64, ge=8, le=256, description="Tokens of one KV head per page.")
     max_step_tokens: int = Field(512, ge=16, description="Most tokens per step; longer prompts go in chunks.")
     max_sequences: int = Field(64, ge=1, le=4096, description="Most sequences in flight at once.")
     max_model_len: int | None = Field(None, ge=2, description="Most tokens of prompt + output; the model's.")

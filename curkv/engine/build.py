@@ -47,7 +47,7 @@ class EngineOptions:
     model: str
     kv_cache_bytes: int | None = None
     kv_dtype: KVDtype = "auto"
-    page_size: int = 32
+    page_size: int = 64
     max_step_tokens: int = 512
     max_sequences: int = 64
     max_model_len: int | None = None

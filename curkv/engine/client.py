@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Literal
 
 from tokenizers import Tokenizer
@@ -68,6 +68,11 @@ class EngineClient:
     def max_model_len(self) -> int:
         """Most tokens of prompt and output together."""
         return self._engine.max_model_len
+
+    @property
+    def weights_bytes(self) -> Mapping[str, int]:
+        """Memory of the model's weights by kind."""
+        return self._engine.model.weights_bytes
 
     @property
     def cache_layout(self) -> CacheLayout:

@@ -14,9 +14,8 @@ an empty array whose dtype tells which it is, so that one function body speciali
 | float16 | uint16 | bit cast to half, extended |
 | bfloat16 | int16 | shifted left by 16 bits |
 
-An address does not keep its array alive. Hence: allocate scratch arrays in one function, take their addresses
-in functions that it calls. Numba's disk cache does not notice that a callee in another file has changed:
-delete `__pycache__` after working on this file.
+An address does not keep its array alive: whoever takes the address of a tensor or an array keeps that one
+in a variable that is used again after the last access.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -80,15 +81,21 @@ class Layer:
 
 
 class Llama:
-    """A decoder of the Llama family."""
+    """A decoder of the Llama family.
+
+    Attributes:
+        config: its shape.
+        weights_bytes: memory of its weights by kind: embedding, attention, mlp, norm, head.
+    """
 
     def __init__(self, config: ModelConfig, checkpoint: Checkpoint, kernels: ModelKernels):
         self.config = config
         self._kernels = kernels
-        self._embedding = checkpoint.embedding
-        self._layers = [_pack(checkpoint.layer(index), kernels) for index in range(config.num_layers)]
-        self._final_norm = checkpoint.final_norm
-        self._head = kernels.pack_linear(checkpoint.head, None)
+        self.weights_bytes: Counter[str] = Counter()
+        self._embedding = self._counted("embedding", checkpoint.embedding)
+        self._layers = [self._pack(checkpoint.layer(index)) for index in range(config.num_layers)]
+        self._final_norm = self._counted("norm", checkpoint.final_norm)
+        self._head = self._linear("head", checkpoint.head)
 
     @torch.no_grad()
     def forward(self, batch: Batch, kv: Attention) -> Tensor:
@@ -130,6 +137,29 @@ class Llama:
         normed: Tensor = self._kernels.rms_norm(rows, weight, self.config.rms_norm_eps)
         return normed.view(heads.shape)
 
+    def _pack(self, weights: LayerWeights) -> Layer:
+        q_norm, k_norm = weights.q_norm, weights.k_norm
+        return Layer(
+            input_norm=self._counted("norm", weights.input_norm),
+            qkv=self._linear("attention", weights.qkv, weights.qkv_bias),
+            q_norm=None if q_norm is None else self._counted("norm", q_norm),
+            k_norm=None if k_norm is None else self._counted("norm", k_norm),
+            o=self._linear("attention", weights.o, weights.o_bias),
+            post_attention_norm=self._counted("norm", weights.post_attention_norm),
+            gate_up=self._linear("mlp", weights.gate_up, weights.gate_up_bias),
+            down=self._linear("mlp", weights.down, weights.down_bias),
+        )
+
+    def _linear(self, kind: str, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        self._counted(kind, weight)
+        if bias is not None:
+            self._counted(kind, bias)
+        return self._kernels.pack_linear(weight, bias)
+
+    def _counted(self, kind: str, weight: Tensor) -> Tensor:
+        self.weights_bytes[kind] += weight.nbytes
+        return weight
+
 
 def rope_tables(config: ModelConfig, max_positions: int | None = None) -> tuple[Tensor, Tensor]:
     """Returns the cosines and sines of every position, computed in float32 as transformers does.
@@ -156,16 +186,3 @@ def _scale_frequencies(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
     waves = scaling.original_max_positions * frequencies / (2 * math.pi)
     blend = ((waves - low) / (high - low)).clamp(0, 1)
     return (1 - blend) * frequencies / scaling.factor + blend * frequencies
-
-
-def _pack(weights: LayerWeights, kernels: ModelKernels) -> Layer:
-    return Layer(
-        input_norm=weights.input_norm,
-        qkv=kernels.pack_linear(weights.qkv, weights.qkv_bias),
-        q_norm=weights.q_norm,
-        k_norm=weights.k_norm,
-        o=kernels.pack_linear(weights.o, weights.o_bias),
-        post_attention_norm=weights.post_attention_norm,
-        gate_up=kernels.pack_linear(weights.gate_up, weights.gate_up_bias),
-        down=kernels.pack_linear(weights.down, weights.down_bias),
-    )

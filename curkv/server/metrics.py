@@ -128,6 +128,9 @@ class Metrics:
         }
         info = self._gauge("cache_config_info", "Shape of the KV cache, in labels; always 1.", *shape)
         info.labels(self._model, *shape.values()).set(1)
+        weights = self._gauge("weights_bytes", "Memory of the model's weights.", "kind")
+        for kind, size in client.weights_bytes.items():
+            weights.labels(self._model, kind).set(size)
         self._observe_state(stats)
 
     def observe(self, step: StepStats) -> None:

@@ -48,6 +48,7 @@ async def test_idle_metrics(http: httpx.AsyncClient) -> None:
     assert values["curkv:num_requests_running"] == values["curkv:num_requests_waiting"] == 0
     assert values["curkv:kv_cache_usage_ratio"] == values["curkv:kv_cache_used_bytes"] == 0
     assert values["curkv:kv_cache_capacity_bytes"] == 1 << 20
+    assert values["curkv:weights_bytes{kind=mlp}"] == 300
     [info] = [name for name in values if name.startswith("curkv:cache_config_info")]
     assert "kv_dtype=float16" in info and "page_size=16" in info and "num_pages=100" in info
 
