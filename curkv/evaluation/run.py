@@ -92,14 +92,16 @@ def run_local(plan: Plan, options: EngineOptions, path: Path, workers: int) -> N
     """
     source = f"{options.model} {options.kv_dtype}"
     jobs = plan.jobs(source, read_records(path) if path.exists() else [])
-    threads = options.threads or os.cpu_count() or 1
-    kv_cache_bytes = options.kv_cache_bytes or default_cache_bytes()
-    share = replace(options, threads=max(1, threads // workers), kv_cache_bytes=kv_cache_bytes // workers)
     if workers == 1:
-        evaluator = Evaluator(build_engine(share), source)
+        evaluator = Evaluator(build_engine(options), source)
         with ThreadPoolExecutor(1) as executor:
             _work(jobs, lambda job: evaluator.evaluate(job.recipe, job.wanted), executor, path)
         return
+    share = replace(
+        options,
+        threads=max(1, (options.threads or os.cpu_count() or 1) // workers),
+        kv_cache_bytes=(options.kv_cache_bytes or default_cache_bytes()) // workers,
+    )
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start_worker, (share, source)) as executor:
         _work(jobs, _run_in_worker, executor, path)
