@@ -1,0 +1,143 @@
+"""Markdown tables of an evaluation."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from curkv.evaluation.records import Record
+from curkv.evaluation.statistics import Estimate, mean, proportion
+from curkv.evaluation.tasks import TASKS
+
+CAN_DO = 0.5
+"""A task counts at a length if the full cache reaches this mean score, else the model cannot do it at all."""
+
+K = TypeVar("K", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A quantity that tables and plots show.
+
+    Attributes:
+        name: For headings.
+        value: Of a record; None if it has none.
+        estimate: Mean and interval of values.
+        format: Of a value.
+    """
+
+    name: str
+    value: Callable[[Record], float | None]
+    estimate: Callable[[Sequence[float]], Estimate]
+    format: str
+
+
+SCORE = Measure("exact match", lambda record: record.score, proportion, "{:.0%}")
+ANSWER_NLL = Measure("NLL per token of the right answer", lambda record: record.nll, mean, "{:.3f}")
+TEXT_NLL = Measure("NLL per token of the text that follows", lambda record: record.nll, mean, "{:.3f}")
+KL = Measure("KL(full || policy) per token", lambda record: record.kl, mean, "{:.3f}")
+TOP1 = Measure("top-1 agreement", lambda record: record.top1, proportion, "{:.1%}")
+
+
+def group(records: Iterable[Record], key: Callable[[Record], K]) -> dict[K, list[Record]]:
+    """Sorts records into groups, in order of appearance."""
+    groups: dict[K, list[Record]] = defaultdict(list)
+    for record in records:
+        groups[key(record)].append(record)
+    return dict(groups)
+
+
+def answered(records: Iterable[Record]) -> list[Record]:
+    """Those of tasks with a question that the model can do with the full cache."""
+    by_task = group((r for r in records if r.score is not None), lambda r: (r.source, r.task, r.length))
+    return [record for found in by_task.values() if can_do(found) for record in found]
+
+
+def can_do(records: Iterable[Record]) -> bool:
+    """Whether the full cache reaches `CAN_DO` in a task's records."""
+    scores = [r.score for r in records if not r.budget and r.score is not None]
+    return bool(scores) and sum(scores) / len(scores) >= CAN_DO
+
+
+def estimate(records: Iterable[Record], measure: Measure) -> Estimate | None:
+    """Mean of a measure over records; None if none has it."""
+    values = [value for record in records if (value := measure.value(record)) is not None]
+    return measure.estimate(values) if values else None
+
+
+def markdown(records: Sequence[Record], plots: Sequence[Path] = ()) -> str:
+    """Writes the report.
+
+    Args:
+        records: Of one or more runs.
+        plots: Images to show, in the same directory.
+    """
+    parts = ["# What eviction costs in quality"]
+    for source, found in group(records, lambda record: record.source).items():
+        parts += [f"Source: {source}. Intervals are 95 %; n counts samples.", _tasks(found)]
+        usable = answered(found)
+        varied = [record for record in usable if not TASKS[record.task].repeats]
+        repeating = [record for record in usable if TASKS[record.task].repeats]
+        parts += _tables("All tasks that count, varied text", varied, [SCORE, ANSWER_NLL])
+        for task, of_task in group(varied, lambda record: record.task).items():
+            parts += _tables(f"`{task}`", of_task, [SCORE, ANSWER_NLL])
+        parts += _tables("Tasks with one repeated sentence", repeating, [SCORE, ANSWER_NLL])
+        continuations = [record for record in found if record.kl is not None]
+        parts += _tables("Continuation of real text", continuations, [KL, TOP1, TEXT_NLL])
+    parts += [f"![{plot.stem}]({plot.name})" for plot in plots]
+    return "\n\n".join(parts) + "\n"
+
+
+def _tasks(records: Sequence[Record]) -> str:
+    """Says which tasks the model can do with the full cache."""
+    full = [r for r in records if not r.budget and r.score is not None]
+    rows = []
+    for (task, length, protocol), found in group(full, lambda r: (r.task, r.length, r.protocol)).items():
+        counts = can_do(r for r in records if (r.task, r.length) == (task, length))
+        verdict = "yes" if counts else "no: the model cannot do it with the full cache"
+        cells = [f"`{task}`", str(length), protocol, _cell(found, SCORE), _cell(found, ANSWER_NLL)]
+        rows.append([*cells, str(len(found)), verdict])
+    header = ["task", "tokens", "question", "exact match", "answer NLL", "n", "counts"]
+    return "## The full cache\n\n" + _table(header, rows)
+
+
+def _tables(title: str, records: Sequence[Record], measures: Sequence[Measure]) -> list[str]:
+    """A table for each protocol, length and measure: policies by budgets."""
+    parts = []
+    for (protocol, length), found in group(records, lambda r: (r.protocol, r.length)).items():
+        where = f"{length} tokens" if protocol == "continuation" else f"question {protocol}, {length} tokens"
+        parts += [
+            f"### {title}: {measure.name}, {where}\n\n{_policies(found, measure)}" for measure in measures
+        ]
+    return [f"## {title}", *parts] if parts else []
+
+
+def _policies(records: Sequence[Record], measure: Measure) -> str:
+    budgets = list(dict.fromkeys(record.budget for record in records if record.budget))
+    cells = group(records, lambda record: (record.policy, record.budget))
+    rows = []
+    for policy in dict.fromkeys(record.policy for record in records):
+        columns = [cells.get((policy, "" if policy == "full" else budget), []) for budget in budgets]
+        estimates = [_cell(found, measure) for found in columns]
+        rows.append([f"`{policy}`", *estimates, str(_samples(records, policy))])
+    return _table(["policy", *(f"{budget} kept" for budget in budgets), "n"], rows)
+
+
+def _samples(records: Sequence[Record], policy: str) -> int:
+    return len({(r.task, r.corpus, r.seed) for r in records if r.policy == policy})
+
+
+def _cell(records: Sequence[Record], measure: Measure) -> str:
+    found = estimate(records, measure)
+    if found is None:
+        return ""
+    mean, low, high = (measure.format.format(value) for value in (found.mean, found.low, found.high))
+    return f"{mean} [{low}, {high}]" if found.samples > 1 else mean
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

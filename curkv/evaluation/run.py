@@ -1,0 +1,140 @@
+"""Works through samples and variants, in several processes or threads, and keeps what is done."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from curkv.cache.sizing import default_cache_bytes
+from curkv.engine.build import EngineOptions, build_engine
+from curkv.evaluation.evaluator import Evaluator
+from curkv.evaluation.records import Journal, Key, ProtocolName, Record, read_records
+from curkv.evaluation.remote import RemoteEvaluator
+from curkv.evaluation.tasks.base import Recipe
+from curkv.evaluation.variants import Variant
+
+
+@dataclass(frozen=True)
+class Job:
+    """One sample and what is still wanted of it."""
+
+    recipe: Recipe
+    wanted: dict[ProtocolName, list[Variant]]
+
+    @property
+    def size(self) -> int:
+        """Records to come."""
+        return sum(map(len, self.wanted.values()))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure: every variant on every sample under every protocol.
+
+    Attributes:
+        tasks: Names of tasks.
+        lengths: Tokens of a sample.
+        seeds: A sample of each task and length per seed.
+        corpus: Of tasks over real text.
+        protocols: "visible", "hidden" or both; a continuation is measured whatever they are.
+        variants: Eviction options at budgets.
+    """
+
+    tasks: Sequence[str]
+    lengths: Sequence[int]
+    seeds: Sequence[int]
+    corpus: str
+    protocols: Sequence[ProtocolName]
+    variants: Sequence[Variant]
+
+    def jobs(self, source: str, done: Iterable[Record]) -> list[Job]:
+        """What is not done yet, seed after seed, so that an interrupted run is even over tasks."""
+        keys = {record.key for record in done}
+        jobs = [self._job(recipe, source, keys) for recipe in self._recipes()]
+        return [job for job in jobs if job.wanted]
+
+    def _recipes(self) -> Iterator[Recipe]:
+        for seed in self.seeds:
+            for length in self.lengths:
+                for task in self.tasks:
+                    yield Recipe(task, length, seed, self.corpus)
+
+    def _job(self, recipe: Recipe, source: str, done: set[Key]) -> Job:
+        protocols: Sequence[ProtocolName] = (
+            ["continuation"] if recipe.task == "continuation" else self.protocols
+        )
+        sample = recipe.task, recipe.corpus, recipe.length, recipe.seed
+        missing = {
+            protocol: [
+                variant
+                for variant in self.variants
+                if (source, *sample, protocol, variant.policy, variant.budget) not in done
+            ]
+            for protocol in protocols
+        }
+        return Job(recipe, {protocol: variants for protocol, variants in missing.items() if variants})
+
+
+def run_local(plan: Plan, options: EngineOptions, path: Path, workers: int) -> None:
+    """Measures on this machine's own engine.
+
+    Args:
+        plan: What to measure.
+        options: Of the engine that each worker builds; the threads and the cache are shared out among them.
+        path: JSON lines; what they hold already is not measured again.
+        workers: Processes.
+    """
+    source = f"{options.model} {options.kv_dtype}"
+    jobs = plan.jobs(source, read_records(path) if path.exists() else [])
+    if workers == 1:
+        evaluator = Evaluator(build_engine(options), source)
+        with ThreadPoolExecutor(1) as executor:
+            _work(jobs, lambda job: evaluator.evaluate(job.recipe, job.wanted), executor, path)
+        return
+    share = replace(
+        options,
+        threads=max(1, (options.threads or os.cpu_count() or 1) // workers),
+        kv_cache_bytes=(options.kv_cache_bytes or default_cache_bytes()) // workers,
+    )
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start_worker, (share, source)) as executor:
+        _work(jobs, _run_in_worker, executor, path)
+
+
+def run_remote(plan: Plan, evaluator: RemoteEvaluator, path: Path, workers: int) -> None:
+    """Measures a server, `workers` requests at a time."""
+    jobs = plan.jobs(evaluator.source, read_records(path) if path.exists() else [])
+    with ThreadPoolExecutor(workers) as executor:
+        _work(jobs, lambda job: evaluator.evaluate(job.recipe, job.wanted), executor, path)
+
+
+def _work(jobs: list[Job], run: Callable[[Job], list[Record]], executor: Executor, path: Path) -> None:
+    """Runs jobs and writes each one's records as soon as it is done."""
+    sizes = {executor.submit(run, job): job.size for job in jobs}
+    bar = tqdm(total=sum(sizes.values()), unit="answer", smoothing=0.05)
+    with Journal.open(path) as journal, bar:
+        try:
+            for future in as_completed(sizes):
+                journal.append(future.result())
+                bar.update(sizes[future])
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+_worker: Evaluator
+
+
+def _start_worker(options: EngineOptions, source: str) -> None:
+    global _worker
+    _worker = Evaluator(build_engine(options), source)
+
+
+def _run_in_worker(job: Job) -> list[Record]:
+    return _worker.evaluate(job.recipe, job.wanted)

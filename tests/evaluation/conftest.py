@@ -1,0 +1,96 @@
+"""A random Llama of two layers over characters, so that the evaluation runs in milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+
+from curkv.cache.kv_cache import CacheLayout, KVCache
+from curkv.engine.engine import Engine
+from curkv.kernels.dispatch import get_kernels
+from curkv.models.config import ModelConfig
+from curkv.models.llama import Llama, rope_tables
+from curkv.models.loading import LayerWeights
+
+MakeEngine = Callable[..., Engine]
+MAX_TOKENS = 2048
+
+
+class RandomCheckpoint:
+    """Weights drawn at random, large enough that attention is not flat."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self._generator = torch.Generator().manual_seed(0)
+        self.embedding = self._draw(config.vocab_size, config.hidden_size)
+        self.head = self._draw(config.vocab_size, config.hidden_size)
+        self.final_norm = torch.ones(config.hidden_size)
+
+    def layer(self, index: int) -> LayerWeights:
+        config, hidden = self._config, self._config.hidden_size
+        return LayerWeights(
+            input_norm=torch.ones(hidden),
+            qkv=self._draw(config.q_size + 2 * config.kv_size, hidden),
+            qkv_bias=None,
+            q_norm=None,
+            k_norm=None,
+            o=self._draw(hidden, config.q_size),
+            o_bias=None,
+            post_attention_norm=torch.ones(hidden),
+            gate_up=self._draw(2 * config.intermediate_size, hidden),
+            gate_up_bias=None,
+            down=self._draw(hidden, config.intermediate_size),
+            down_bias=None,
+        )
+
+    def _draw(self, rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, generator=self._generator) * 1.5 * columns**-0.5
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """A token per character."""
+    tokenizer = Tokenizer(models.WordLevel({chr(i): i for i in range(128)}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def make_engine(tokenizer: Tokenizer) -> MakeEngine:
+    config = ModelConfig.from_dict(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": 128,
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "max_position_embeddings": MAX_TOKENS,
+            "rms_norm_eps": 1e-5,
+        }
+    )
+    kernels = get_kernels("reference")
+    model = Llama(config, RandomCheckpoint(config), kernels)
+
+    def make(num_pages: int = 4000, max_sequences: int = 32) -> Engine:
+        layout = CacheLayout(2, 2, 16, 16, torch.float32, max_sequences, MAX_TOKENS)
+        kv = KVCache(layout, num_pages, kernels, rope_tables(config))
+        return Engine(model, kv, kernels, tokenizer, 256, MAX_TOKENS)
+
+    return make
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The model is too small for two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,143 @@
+"""The batched measurement gives what a server would, whatever else is measured beside it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from curkv.cache.kv_cache import KVCache
+from curkv.engine.engine import Engine
+from curkv.engine.types import Request, SamplingParams
+from curkv.evaluation import evaluator as evaluator_module
+from curkv.evaluation.evaluator import Evaluator
+from curkv.evaluation.perplexity import dense_logits
+from curkv.evaluation.records import Record
+from curkv.evaluation.tasks.base import CountTokens, Recipe, Sample
+from curkv.evaluation.variants import FULL, Variant, cross, parse_variant
+
+from .conftest import MakeEngine
+
+CONTEXT = "".join(chr(97 + i * i % 23 + i % 3) for i in range(300))
+SAMPLE = Sample(
+    recipe=Recipe("needle", 320, 0, "documentation"),
+    context=CONTEXT,
+    question="and now, what?",
+    answers=("never said",),
+    target=" never said",
+    max_new_tokens=12,
+)
+VARIANTS = cross(["curdkv", "adacurdkv", "streaming-llm", "random seed=3"], ["50%", "25%"])
+
+
+@pytest.fixture(autouse=True)
+def sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, SAMPLE)
+
+
+def use(monkeypatch: pytest.MonkeyPatch, sample: Sample) -> None:
+    def make_sample(recipe: Recipe, count_tokens: CountTokens) -> Sample:
+        return sample
+
+    monkeypatch.setattr(evaluator_module, "make_sample", make_sample)
+
+
+def measured(engine: Engine, **wanted: list[Variant]) -> dict[tuple[str, str, str], Record]:
+    records = Evaluator(engine, "test").evaluate(SAMPLE.recipe, wanted)  # type: ignore[arg-type]
+    engine.check_integrity()
+    assert engine.kv.used_pages == 0
+    return {(record.protocol, record.policy, record.budget): record for record in records}
+
+
+def served(engine: Engine, variant: Variant) -> str:
+    prompt = engine.tokenizer.encode(SAMPLE.context + SAMPLE.question).ids
+    sampling = SamplingParams(max_tokens=SAMPLE.max_new_tokens, temperature=0)
+    request = Request("r", prompt, sampling, variant.options)
+    engine.add(request, engine.plan(request))
+    text = ""
+    while engine.has_work:
+        text += "".join(output.text for output in engine.step())
+    return text
+
+
+class KeptSets:
+    """Notes what is kept at every eviction."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[tuple[Tensor, Tensor]] = []
+        evict = KVCache.evict
+
+        def noting(kv: KVCache, slot: int, indices: Tensor, counts: Tensor) -> int:
+            self.seen.append((indices.clone(), counts.clone()))
+            return evict(kv, slot, indices, counts)
+
+        monkeypatch.setattr(KVCache, "evict", noting)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: f"{variant.policy} {variant.budget}")
+def test_a_visible_sample_keeps_and_says_what_the_server_does(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, variant: Variant
+) -> None:
+    kept = KeptSets(monkeypatch)
+    expected = served(make_engine(), variant)
+    record = measured(make_engine(), visible=[variant])["visible", variant.policy, variant.budget]
+    assert record.text == expected and record.score == 0
+    assert len(kept.seen) == (0 if variant.full else 2)
+    for ours, theirs in zip(kept.seen[1:], kept.seen, strict=False):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_variants_do_not_disturb_each_other(make_engine: MakeEngine) -> None:
+    together = measured(make_engine(), visible=VARIANTS, hidden=VARIANTS)
+    assert len(together) == 2 * len(VARIANTS)
+    for (protocol, *_), record in together.items():
+        alone = next(v for v in VARIANTS if (v.policy, v.budget) == (record.policy, record.budget))
+        again = measured(make_engine(), **{protocol: [alone]})[protocol, record.policy, record.budget]
+        assert again.text == record.text
+        assert again.nll == pytest.approx(record.nll, rel=1e-4)
+
+
+def test_a_small_pool_measures_the_same_in_more_steps(make_engine: MakeEngine) -> None:
+    roomy = measured(make_engine(), hidden=VARIANTS)
+    tight = measured(make_engine(num_pages=200, max_sequences=5), hidden=VARIANTS)
+    assert {key: record.text for key, record in tight.items()} == {k: r.text for k, r in roomy.items()}
+
+
+def test_hidden_compresses_the_context_before_the_question_is_there(make_engine: MakeEngine) -> None:
+    variants = [FULL, parse_variant("curdkv", "100%"), parse_variant("curdkv", "20%")]
+    records = measured(make_engine(), hidden=variants, visible=[FULL])
+    full = records["hidden", "full", ""]
+    assert full.prompt_tokens == len(CONTEXT)
+    assert full.nll == pytest.approx(records["visible", "full", ""].nll, rel=1e-4)
+    assert records["hidden", "curdkv", "100%"].nll == pytest.approx(full.nll, rel=1e-4)
+    assert records["hidden", "curdkv", "20%"].kept_ratio == 0.2
+    assert records["hidden", "curdkv", "20%"].nll != pytest.approx(full.nll, rel=1e-3)
+
+
+def test_an_answer_that_greedy_decoding_gives_is_right(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = measured(make_engine(), visible=[FULL])["visible", "full", ""].text
+    assert text is not None
+    for target in (text, "something else"):
+        use(monkeypatch, replace(SAMPLE, answers=(text[2:5],), target=target))
+        record = measured(make_engine(), visible=[FULL])["visible", "full", ""]
+        assert record.score == 1 and record.text is not None and text.startswith(record.text)
+
+
+def test_a_continuation_is_held_against_the_full_cache(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    following = CONTEXT[::-1][:40]
+    use(monkeypatch, replace(SAMPLE, question="", answers=(), target=following, max_new_tokens=40))
+    engine = make_engine()
+    records = measured(engine, continuation=[parse_variant("streaming-llm", "10%")])
+    full, policy = records["continuation", "full", ""], records["continuation", "streaming-llm", "10%"]
+    assert (full.kl, full.top1) == (pytest.approx(0, abs=1e-6), 1)
+    assert policy.kl is not None and policy.kl > 0.01 and policy.score is None
+    ids = torch.tensor(engine.tokenizer.encode(CONTEXT + following).ids)
+    logits = dense_logits(engine.model)(ids)[len(CONTEXT) - 1 : -1]
+    nll = torch.nn.functional.cross_entropy(logits, ids[len(CONTEXT) :]).item()
+    assert full.nll == pytest.approx(nll, rel=1e-4)

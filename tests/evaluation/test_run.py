@@ -1,0 +1,172 @@
+"""Runs are resumed, servers are asked as they should be, reports say what counts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+from typer.testing import CliRunner
+
+from curkv.evaluation.cli import app
+from curkv.evaluation.evaluator import Evaluator
+from curkv.evaluation.records import Journal, Record, read_records
+from curkv.evaluation.remote import RemoteEvaluator, ServerError
+from curkv.evaluation.report import markdown
+from curkv.evaluation.run import Plan, run_remote
+from curkv.evaluation.statistics import mean, proportion
+from curkv.evaluation.variants import FULL, cross, parse_variant
+
+from .conftest import MakeEngine
+
+RECORD = Record(
+    "m", "needle", "documentation", 600, 0, "visible", "full", "", 600, 1.0, 0.1, 1.0, "7", depth=0.05
+)
+PLAN = Plan(["needle"], [900], range(2), "documentation", ["visible"], cross(["curdkv"], ["50%"]))
+
+
+def test_results_survive_a_killed_run(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    with Journal.open(path) as journal:
+        journal.append([RECORD])
+    with path.open("a") as file:
+        file.write('{"source": "m", "ta')
+    other = replace(RECORD, seed=1)
+    with Journal.open(path) as journal:
+        journal.append([other, replace(other, score=0.0)])
+    assert read_records(path) == [RECORD, replace(other, score=0.0)]
+
+
+def test_only_what_is_missing_is_measured() -> None:
+    done = replace(RECORD, length=900)
+    jobs = PLAN.jobs("m", [done])
+    assert [(job.recipe.seed, job.size) for job in jobs] == [(0, 1), (1, 2)]
+    assert [variant.policy for variant in jobs[0].wanted["visible"]] == ["curdkv"]
+    everything = [
+        replace(done, seed=seed, policy=variant.policy, budget=variant.budget)
+        for seed in PLAN.seeds
+        for variant in PLAN.variants
+    ]
+    assert not PLAN.jobs("m", everything)
+    assert len(PLAN.jobs("another model", everything)) == 2
+
+
+def test_variants_are_read_like_a_request() -> None:
+    variant = parse_variant("curdkv preset=paper recent_tokens=8", "25%")
+    assert variant.options.preset == "paper" and variant.options.recent_tokens == 8
+    assert cross(["full", "knorm"], ["0.5"]) == [FULL, parse_variant("knorm", "0.5")]
+    with pytest.raises(ValueError, match="key=value"):
+        parse_variant("curdkv paper", "25%")
+    with pytest.raises(ValueError, match="preset"):
+        parse_variant("curdkv preset=nope", "25%")
+
+
+class Server(HTTPServer):
+    """Answers every completion with 42; says what it kept if it is a curkv server."""
+
+    curkv = True
+    bodies: list[dict[str, Any]]
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.bodies.append(body)
+        usage: dict[str, Any] = {"prompt_tokens": 5}
+        if self.server.curkv:
+            usage["kv"] = {"kept_ratio": 0.5}
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"choices": [{"text": " 42"}], "usage": usage}).encode())
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server(("127.0.0.1", 0), Handler) as server:
+        server.bodies = []
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def test_a_server_is_asked_for_each_variant(server: Server, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    evaluator = RemoteEvaluator(f"http://127.0.0.1:{server.server_port}", "m", tokenizer)
+    run_remote(PLAN, evaluator, tmp_path / "out.jsonl", workers=2)
+    records = read_records(tmp_path / "out.jsonl")
+    assert [record.kept_ratio for record in records if record.policy == "curdkv"] == [0.5, 0.5]
+    asked = [body.get("kv") for body in server.bodies]
+    assert asked.count(None) == 2 and asked.count({"policy": "curdkv", "budget": "50%"}) == 2
+    run_remote(PLAN, evaluator, tmp_path / "out.jsonl", workers=2)
+    assert len(server.bodies) == 4
+
+
+def test_a_server_that_evicts_nothing_is_not_measured_as_if_it_did(
+    server: Server, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    server.curkv = False
+    evaluator = RemoteEvaluator(f"http://127.0.0.1:{server.server_port}", "m", tokenizer)
+    with pytest.raises(ServerError, match="did not apply policy 'curdkv'"):
+        run_remote(PLAN, evaluator, tmp_path / "out.jsonl", workers=1)
+
+
+def test_tasks_that_the_full_cache_fails_do_not_count() -> None:
+    good = [replace(RECORD, seed=seed) for seed in range(4)]
+    bad = [replace(record, task="qa_list", score=0.0) for record in good]
+    text = markdown([*good, *bad])
+    assert "| `needle` | 600 | visible | 100% [51%, 100%] | 0.100 [0.100, 0.100] | 4 | yes |" in text
+    assert "the model cannot do it" in text
+    assert "## `needle`" in text and "## `qa_list`" not in text
+
+
+def test_report_of_a_real_run(make_engine: MakeEngine, tmp_path: Path) -> None:
+    evaluator = Evaluator(make_engine(), "tiny")
+    plan = replace(PLAN, tasks=["needle", "continuation"], seeds=range(1), protocols=["visible", "hidden"])
+    with Journal.open(tmp_path / "r.jsonl") as journal:
+        for job in plan.jobs("tiny", []):
+            journal.append(
+                replace(r, score=r.score and 1) for r in evaluator.evaluate(job.recipe, job.wanted)
+            )
+        journal.append(
+            [replace(RECORD, source="tiny"), replace(RECORD, source="tiny", policy="knorm", budget="9%")]
+        )
+    result = CliRunner().invoke(app, ["report", str(tmp_path / "r.jsonl"), "-o", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    report = (tmp_path / "out/report.md").read_text()
+    assert "KL(full || policy)" in report
+    images = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert images == {"quality-visible.png", "needle-visible.png", "quality-continuation.png"}
+    assert all(f"({name})" in report for name in images)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "nope"], "unknown task nope"),
+        (["--policy", "nope"], "policy"),
+        (["--policy", "curdkv", "--budget", "101%"], "budget"),
+        (["--protocol", "nope"], "visible or hidden"),
+        (["--url", "http://x", "--protocol", "hidden"], "--url"),
+    ],
+)
+def test_bad_input_is_named(arguments: list[str], message: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["run", str(tmp_path / "out.jsonl"), *arguments])
+    assert result.exit_code == 1 and message in result.output
+
+
+def test_intervals() -> None:
+    found = proportion([1.0] * 8 + [0.0] * 2)
+    assert (found.mean, found.low, found.high) == pytest.approx((0.8, 0.490, 0.943), abs=1e-3)
+    assert proportion([0.0]).low == 0
+    found = mean([1.0, 2.0, 3.0, 4.0])
+    assert (found.mean, found.high - found.mean) == pytest.approx((2.5, 3.182 * 1.29099 / 2), rel=0.01)

@@ -1,0 +1,80 @@
+"""Samples are of the wanted length, the same for the same seed, and can be answered from their context."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from curkv.evaluation.corpora import load_corpus
+from curkv.evaluation.tasks import TASKS, make_sample, task_names
+from curkv.evaluation.tasks.base import Recipe, Sample, string_match_all
+
+LENGTH = 1200
+
+
+def count_tokens(text: str) -> int:
+    """A token per word or mark."""
+    return len(re.findall(r"\w+|[^\w\s]", text))
+
+
+def sample(task: str, seed: int = 0, length: int = LENGTH) -> Sample:
+    return make_sample(Recipe(task, length, seed, "documentation"), count_tokens)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_sample_fills_its_length_and_is_that_of_its_seed(task: str) -> None:
+    made = sample(task)
+    used = count_tokens(made.context) + count_tokens(made.question)
+    assert 0.9 * LENGTH < used <= LENGTH
+    assert sample(task) == made
+    assert sample(task, seed=1).context != made.context
+
+
+@pytest.mark.parametrize("task", [name for name in TASKS if name != "continuation"])
+def test_the_answer_is_in_the_context_and_the_target_is_right(task: str) -> None:
+    for seed in range(3):
+        made = sample(task, seed)
+        assert string_match_all(made.context, made.answers) == 1
+        assert string_match_all(made.target, made.answers) == 1
+        assert string_match_all(made.question, made.answers) == 0
+
+
+def test_a_continuation_is_the_text_itself() -> None:
+    made = sample("continuation")
+    text = load_corpus("documentation")
+    assert made.context[-200:] + made.target in text or made.context[:200] in text
+    assert not made.question
+
+
+def test_the_needle_grid_covers_all_depths() -> None:
+    places = []
+    for seed in range(10):
+        made = sample("needle", seed, length=600)
+        assert made.depth == pytest.approx((seed + 0.5) / 10)
+        places.append(made.context.index(made.answers[0]) / len(made.context))
+    assert places == sorted(places) and places[0] < 0.25 and places[-1] > 0.75
+
+
+@pytest.mark.parametrize("task", ["vt", "needle"])
+def test_a_length_that_holds_nothing_is_refused(task: str) -> None:
+    with pytest.raises(ValueError, match="does not fit into 20 tokens"):
+        sample(task, length=20)
+
+
+def test_the_metric_is_the_share_of_references_found_whatever_case_and_breaks() -> None:
+    assert string_match_all("It is\n FORTY two.", ["forty two", "seven"]) == 0.5
+
+
+def test_task_groups() -> None:
+    assert task_names(["ruler"]) == [
+        "niah_single_1",
+        "niah_multikey_2",
+        "niah_multikey_3",
+        "vt",
+        "cwe",
+        "fwe",
+    ]
+    assert task_names(["all", "vt"]) == list(TASKS)
+    with pytest.raises(ValueError, match="unknown task nope"):
+        task_names(["nope"])
