@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 import curkv
 from curkv.config import Settings
+from curkv.evaluation.cli import app as eval_app
 
 app = typer.Typer(
     help="An OpenAI-compatible server that keeps only the part of the KV cache that matters.",
@@ -23,6 +24,7 @@ model_app = typer.Typer(help="Models and eviction policies.", no_args_is_help=Tr
 bench_app = typer.Typer(help="Measurements on this machine.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
 app.add_typer(bench_app, name="bench")
+app.add_typer(eval_app, name="eval")
 
 
 def _fail(message: str, status: int = 1) -> typer.Exit:

@@ -50,7 +50,7 @@ def test_a_continuation_is_the_text_itself() -> None:
 def test_the_needle_grid_covers_all_depths() -> None:
     places = []
     for seed in range(10):
-        made = sample("needle", seed, length=600)
+        made = sample("needle", seed, length=2000)
         assert made.depth == pytest.approx((seed + 0.5) / 10)
         places.append(made.context.index(made.answers[0]) / len(made.context))
     assert places == sorted(places) and places[0] < 0.25 and places[-1] > 0.75
