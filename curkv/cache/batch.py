@@ -1,0 +1,84 @@
+"""What one step of the engine runs, as flattened tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, chain, takewhile
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The new tokens of every sequence in a step, sequence after sequence.
+
+    Attributes:
+        token_ids: int64 [T].
+        positions: int32 [T], logical positions; after an eviction they differ from the place in the cache.
+        slots: int32 [B], the cache slot of each sequence.
+        query_start: int32 [B + 1], sequence b owns tokens query_start[b] to query_start[b + 1].
+        num_decodes: the first `num_decodes` sequences have exactly one token and use decode attention.
+        logit_rows: int64 [R], the tokens whose logits are wanted.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    query_start: Tensor
+    num_decodes: int
+    logit_rows: Tensor
+
+    @classmethod
+    def build(
+        cls,
+        slots: Sequence[int],
+        token_ids: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        sampled: Sequence[bool] | None = None,
+        device: str | torch.device = "cpu",
+    ) -> Batch:
+        """Flattens per-sequence data; put sequences with a single new token first to have them decoded fast.
+
+        Args:
+            slots: the cache slot of each sequence.
+            token_ids: the new tokens of each sequence, one or more.
+            starts: logical position of each sequence's first new token.
+            sampled: whether the logits of a sequence's last token are wanted; default all.
+            device: where the tensors go.
+
+        Returns:
+            The batch; `logit_rows` follows the order of the sequences.
+        """
+        counts = [len(tokens) for tokens in token_ids]
+        if not all(counts):
+            raise ValueError("every sequence of a batch needs at least one new token")
+        ends = list(accumulate(counts))
+        positions = [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
+        wanted = [True] * len(ends) if sampled is None else sampled
+        rows = [end - 1 for end, want in zip(ends, wanted, strict=True) if want]
+        return cls(
+            token_ids=torch.tensor(list(chain.from_iterable(token_ids)), dtype=torch.int64, device=device),
+            positions=torch.tensor(list(chain.from_iterable(positions)), dtype=torch.int32, device=device),
+            slots=torch.tensor(list(slots), dtype=torch.int32, device=device),
+            query_start=torch.tensor([0, *ends], dtype=torch.int32, device=device),
+            num_decodes=sum(1 for _ in takewhile(lambda count: count == 1, counts)),
+            logit_rows=torch.tensor(rows, dtype=torch.int64, device=device),
+        )
+
+    @cached_property
+    def decode_slots(self) -> Tensor:
+        """int32 [num_decodes], slots of the sequences that use decode attention."""
+        return self.slots[: self.num_decodes]
+
+    @cached_property
+    def prefill_slots(self) -> Tensor:
+        """int32 [B - num_decodes], slots of the other sequences."""
+        return self.slots[self.num_decodes :]
+
+    @cached_property
+    def prefill_query_start(self) -> Tensor:
+        """int32 [B - num_decodes + 1], `query_start` of the others, from their first token."""
+        return self.query_start[self.num_decodes :] - self.num_decodes

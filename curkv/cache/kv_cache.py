@@ -1,0 +1,455 @@
+"""The KV cache as attention, the policies and the scheduler see it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from curkv.cache.batch import Batch
+from curkv.cache.page_pool import Ids, OutOfPages, PagePool
+from curkv.kernels.dispatch import Kernels
+from curkv.kernels.pages import Pages
+
+if TYPE_CHECKING:
+    from curkv.cache.policies.base import CacheView
+
+_SIDE_BYTES = 16
+"""Bytes of a token's side arrays: position, k_sq, v_sq and attention, 4 bytes each."""
+
+
+class OutOfSlots(RuntimeError):
+    """Every one of the cache's `max_sequences` slots is taken."""
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """The shape of a cache.
+
+    Attributes:
+        num_layers: layers of the model.
+        num_kv_heads: KV heads of a layer.
+        head_dim: channels of a key or value.
+        page_size: tokens per page.
+        dtype: of keys and values: float32, bfloat16 or float16.
+        max_sequences: sequences held at once.
+        max_tokens: most tokens that a head of one sequence can hold.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    dtype: torch.dtype
+    max_sequences: int
+    max_tokens: int
+
+    @property
+    def num_heads(self) -> int:
+        """KV heads of all layers together; each has its own pages."""
+        return self.num_layers * self.num_kv_heads
+
+    @property
+    def max_pages(self) -> int:
+        """Pages that a head of one sequence can hold."""
+        return -(-self.max_tokens // self.page_size)
+
+    @property
+    def head_token_bytes(self) -> int:
+        """Bytes of one token in one head, side arrays included."""
+        return 2 * self.head_dim * self.dtype.itemsize + _SIDE_BYTES
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token in every head of every layer."""
+        return self.num_heads * self.head_token_bytes
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page."""
+        return self.page_size * self.head_token_bytes
+
+    def sequence_pages(self, tokens: int) -> int:
+        """Pages of a sequence that holds `tokens` tokens in every head."""
+        return self.num_heads * -(-tokens // self.page_size)
+
+
+class KVCache:
+    """Keys and values of many sequences, each KV head with its own length.
+
+    A sequence is known by its slot, a row of the page table. `extend` makes room for new tokens, `attend`
+    stores and reads them layer by layer, `evict` keeps a chosen part. The books are kept on the host, for
+    every head of every sequence at once; kernels read the table and lengths on the cache's device (on a CPU
+    the same memory), so that no step waits for a device to count pages.
+
+    Attributes:
+        layout: the cache's shape.
+        kernels: the operations on pages.
+        pool: the pages and their owners.
+        page_table: int32 [max_sequences, layers, heads, max_pages]; entries past a head's page count mean
+            nothing.
+        lengths: int32 [max_sequences, layers, heads], tokens of each head; 0 for a slot not in use.
+        page_counts: int32 [max_sequences, layers, heads] on the host, pages of each head.
+    """
+
+    def __init__(
+        self,
+        layout: CacheLayout,
+        num_pages: int,
+        kernels: Kernels,
+        rope: tuple[Tensor, Tensor],
+        device: str | torch.device = "cpu",
+    ) -> None:
+        """Allocates the pool; its memory is touched only when tokens are stored.
+
+        Args:
+            layout: the cache's shape.
+            num_pages: pages in the pool, see `curkv.cache.sizing.num_pages_for`.
+            kernels: the operations on pages.
+            rope: cos and sin, float32 [positions, head_dim / 2] each.
+            device: where everything lies.
+        """
+        heads = (layout.max_sequences, layout.num_layers, layout.num_kv_heads)
+        self.layout = layout
+        self.pool = PagePool(num_pages, layout.page_size, layout.head_dim, layout.dtype, device)
+        self._table = np.zeros((*heads, layout.max_pages), dtype=np.int32)
+        self._lengths = np.zeros(heads, dtype=np.int32)
+        self.page_counts = np.zeros(heads, dtype=np.int32)
+        self.page_table = torch.from_numpy(self._table).to(device)
+        self.lengths = torch.from_numpy(self._lengths).to(device)
+        self.kernels = kernels
+        self._cos, self._sin = rope
+        self._scale = layout.head_dim**-0.5
+        self._active = [False] * layout.max_sequences
+        self._free_slots = list(range(layout.max_sequences - 1, -1, -1))
+        self._row_start = np.arange(0, self._table.size, layout.max_pages).reshape(heads)
+        self._page_index = np.arange(layout.max_pages, dtype=np.int32)
+
+    @property
+    def pages(self) -> Pages:
+        """The pool's memory."""
+        return self.pool.pages
+
+    @property
+    def num_pages(self) -> int:
+        """Pages in the pool."""
+        return self.pool.num_pages
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that nobody owns."""
+        return self.pool.num_free
+
+    @property
+    def used_pages(self) -> int:
+        """Pages with an owner; a shared page counts once."""
+        return self.num_pages - self.free_pages
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page."""
+        return self.layout.page_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the pages with an owner."""
+        return self.used_pages * self.page_bytes
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Bytes of all pages."""
+        return self.num_pages * self.page_bytes
+
+    @property
+    def free_slots(self) -> int:
+        """Sequences that can still be added."""
+        return len(self._free_slots)
+
+    @property
+    def active_slots(self) -> list[int]:
+        """Slots in use, ascending."""
+        return [slot for slot, active in enumerate(self._active) if active]
+
+    @property
+    def stranded_slots_ratio(self) -> float:
+        """Share of the token slots in used pages that hold no token, 0 to 1 (the cost of ragged last pages).
+
+        Shared pages are always full, so the empty slots of all heads together are exactly those of the pool.
+        """
+        if not self.used_pages:
+            return 0.0
+        page_size = self.layout.page_size
+        empty = int(self.page_counts.sum()) * page_size - int(self._lengths.sum())
+        return empty / (self.used_pages * page_size)
+
+    def sequence_bytes(self, slot: int) -> int:
+        """Bytes of the pages a sequence owns, alone or with others."""
+        return int(self.page_counts[slot].sum()) * self.page_bytes
+
+    def sequence_tokens(self, slot: int) -> int:
+        """Tokens a sequence holds, summed over layers and heads."""
+        return int(self._lengths[slot].sum())
+
+    def head_lengths(self, slot: int) -> NDArray[np.int32]:
+        """int32 [L, H] on the host, tokens that each head of a sequence holds (a copy)."""
+        lengths: NDArray[np.int32] = self._lengths[slot]
+        return lengths.copy()
+
+    def view(
+        self, slot: int, seed: int = 0, phase: Literal["prefill", "decode"] = "prefill", round: int = 0
+    ) -> CacheView:
+        """What a policy sees of a sequence; the arguments are those of `CacheView`."""
+        from curkv.cache.policies.base import CacheView
+
+        return CacheView(self.pages, self.page_table[slot], self.lengths[slot], seed, phase, round)
+
+    def add_sequence(self) -> int:
+        """Starts an empty sequence.
+
+        Returns:
+            Its slot.
+
+        Raises:
+            OutOfSlots: `max_sequences` sequences are held already.
+        """
+        if not self._free_slots:
+            raise OutOfSlots(f"all {self.layout.max_sequences} sequence slots are taken")
+        slot = self._free_slots.pop()
+        self._active[slot] = True
+        return slot
+
+    def free(self, slot: int) -> int:
+        """Ends a sequence.
+
+        Args:
+            slot: its slot, which may be given to another sequence afterwards.
+
+        Returns:
+            The number of pages that went back to the pool; pages shared with others stay.
+        """
+        self._check_active(slot)
+        freed = self.pool.release(self._owned_pages(slot, self.page_counts[slot]))
+        self._lengths[slot] = 0
+        self.page_counts[slot] = 0
+        self._publish([slot])
+        self._active[slot] = False
+        self._free_slots.append(slot)
+        return freed
+
+    def fork(self, slot: int) -> int:
+        """Starts a sequence that holds what another one holds.
+
+        Full pages are shared; partial last pages are copied, so that neither sequence ever writes into a page
+        of the other.
+
+        Args:
+            slot: the sequence to copy.
+
+        Returns:
+            The slot of the new sequence.
+
+        Raises:
+            OutOfPages: the partial pages cannot be copied; nothing is changed.
+            OutOfSlots: no slot is free; nothing is changed.
+        """
+        self._check_active(slot)
+        lengths, counts, table = self._lengths[slot], self.page_counts[slot], self._table[slot]
+        partial = lengths % self.layout.page_size > 0
+        new = self.add_sequence()
+        try:
+            copies = self.pool.take(int(partial.sum()))
+        except OutOfPages:
+            self.free(new)
+            raise
+        self.pool.share(self._owned_pages(slot, counts - partial))
+        self._table[new] = table
+        self._lengths[new] = lengths
+        self.page_counts[new] = counts
+        last = (*partial.nonzero(), counts[partial] - 1)
+        self._copy_pages(table[last], copies)
+        self._table[new][last] = copies
+        self._publish([new])
+        return new
+
+    def pages_needed(self, slots: Sequence[int], new_tokens: Sequence[int]) -> int:
+        """Counts the pages that `extend` with the same arguments would take."""
+        lengths, counts = self._grown(slots, new_tokens)
+        return int((self._pages_of(lengths) - counts).sum())
+
+    def extend(self, slots: Sequence[int], new_tokens: Sequence[int]) -> None:
+        """Makes room for new tokens in every head: takes pages and advances the lengths.
+
+        Args:
+            slots: [B], different sequences.
+            new_tokens: [B], tokens to add to each.
+
+        Raises:
+            OutOfPages: the pool is short; nothing is changed.
+            ValueError: a slot is not in use or a head would exceed `max_tokens`; nothing is changed.
+        """
+        for slot in slots:
+            self._check_active(slot)
+        lengths, counts = self._grown(slots, new_tokens)
+        if lengths.max(initial=0) > self.layout.max_tokens:
+            raise ValueError(f"a head would hold more than {self.layout.max_tokens} tokens")
+        new_counts = self._pages_of(lengths)
+        missing = new_counts - counts
+        total = int(missing.sum())
+        if total:
+            self._append_pages(slots, counts, missing, self.pool.take(total))
+            self.page_counts[slots] = new_counts
+        self._lengths[slots] = lengths
+        self._publish(slots)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
+        """Stores one layer's new keys and values and attends over everything its heads hold.
+
+        Args:
+            layer: index of the layer.
+            q: float32 [T, query heads, head_dim] before RoPE; rotated in place.
+            k: float32 [T, KV heads, head_dim] before RoPE.
+            v: float32 [T, KV heads, head_dim].
+            batch: the step's tokens; `extend` has been called for them.
+
+        Returns:
+            float32 [T, query heads, head_dim].
+        """
+        table, lengths = self.page_table[:, layer], self.lengths[:, layer]
+        cos, sin, decodes = self._cos, self._sin, batch.num_decodes
+        heads = table, lengths
+        self.kernels.rope(q, cos, sin, batch.positions)
+        self.kernels.store_kv(
+            self.pages, k, v, cos, sin, batch.positions, *heads, batch.slots, batch.query_start
+        )
+        parts = []
+        if decodes:
+            parts.append(
+                self.kernels.paged_decode_attention(
+                    q[:decodes], self.pages, *heads, batch.decode_slots, self._scale
+                )
+            )
+        if decodes < batch.slots.shape[0]:
+            parts.append(
+                self.kernels.paged_prefill_attention(
+                    q[decodes:],
+                    self.pages,
+                    *heads,
+                    batch.prefill_slots,
+                    batch.prefill_query_start,
+                    self._scale,
+                )
+            )
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def evict(self, slot: int, indices: Tensor, counts: Tensor) -> int:
+        """Keeps the chosen tokens of a sequence and gives the emptied pages back.
+
+        Heads that own their pages alone are compacted in place; heads with a shared page move to fresh pages.
+        Heads that keep everything are left as they are.
+
+        Args:
+            slot: the sequence.
+            indices: int32 [layers, heads, n], ascending indices of the tokens each head keeps, -1 padded.
+            counts: int32 [layers, heads], how many each head keeps.
+
+        Returns:
+            Pages freed, less the fresh ones taken.
+
+        Raises:
+            OutOfPages: shared pages cannot be copied; nothing is changed.
+        """
+        self._check_active(slot)
+        free_before = self.free_pages
+        lengths, page_counts = self._lengths[slot].reshape(-1), self.page_counts[slot].reshape(-1)
+        kept = counts.reshape(-1).numpy(force=True)
+        if (kept > lengths).any():
+            raise ValueError("a head cannot keep more tokens than it has")
+        rows = (kept < lengths).nonzero()[0]
+        if not len(rows):
+            return 0
+        kept = kept[rows]
+        old, new = page_counts[rows, None], self._pages_of(kept)[:, None]
+        column = self._page_index[: old.max()]
+        table = self._table[slot].reshape(-1, self.layout.max_pages)[:, : len(column)]
+        source = table[rows]
+        owned = column < old
+        shared = ((self.pool.owners[source] > 1) & owned).any(axis=1, keepdims=True)
+        target = self._with_fresh_pages(source, shared & (column < new))
+        self._compact(source, target, indices.flatten(0, 1)[torch.from_numpy(rows)], kept)
+        self.pool.release(source[owned & (shared | (column >= new))])
+        table[rows] = target
+        lengths[rows] = kept
+        page_counts[rows] = new[:, 0]
+        self._publish([slot])
+        return self.free_pages - free_before
+
+    def check_integrity(self) -> None:
+        """Checks every invariant of the cache; call it between steps.
+
+        Raises:
+            IntegrityError: says what is wrong.
+        """
+        from curkv.cache.integrity import check_integrity
+
+        check_integrity(self)
+
+    def _check_active(self, slot: int) -> None:
+        if not self._active[slot]:
+            raise ValueError(f"slot {slot} is not in use")
+
+    def _publish(self, slots: Sequence[int]) -> None:
+        """Brings the device's table and lengths up to date; on a CPU they are the host's memory."""
+        if self.lengths.device.type != "cpu":
+            rows = torch.tensor(slots, device=self.lengths.device)
+            self.page_table[rows] = torch.from_numpy(self._table[slots]).to(rows.device)
+            self.lengths[rows] = torch.from_numpy(self._lengths[slots]).to(rows.device)
+
+    def _pages_of(self, lengths: NDArray[np.int32]) -> NDArray[np.int32]:
+        return (lengths + (self.layout.page_size - 1)) // self.layout.page_size
+
+    def _owned_pages(self, slot: int, counts: NDArray[np.int32]) -> Ids:
+        """Lists the ids of the first `counts` [L, H] pages of each head."""
+        column = self._page_index[: counts.max()]
+        table: Ids = self._table[slot][..., : len(column)]
+        return table[column < counts[..., None]]
+
+    def _grown(
+        self, slots: Sequence[int], new_tokens: Sequence[int]
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Gives lengths with the new tokens and present page counts, both [B, L, H]."""
+        rows = np.array(slots, dtype=np.int64)
+        added = np.array(new_tokens, dtype=np.int32)
+        return self._lengths[rows] + added[:, None, None], self.page_counts[rows]
+
+    def _append_pages(
+        self, slots: Sequence[int], counts: NDArray[np.int32], missing: NDArray[np.int32], ids: Ids
+    ) -> None:
+        """Writes `ids` into the table, `missing` [B, L, H] of them after the first `counts` of each head."""
+        growing = missing.nonzero()
+        missing = missing[growing]
+        place = (self._row_start[slots] + counts)[growing]
+        if len(place) < len(ids):
+            place = (place + missing - missing.cumsum()).repeat(missing) + np.arange(len(ids))
+        self._table.reshape(-1)[place] = ids
+
+    def _with_fresh_pages(self, source: Ids, fresh: NDArray[np.bool_]) -> Ids:
+        """Copies the table rows `source` [N, pages], with newly taken pages where `fresh`."""
+        target = source.copy()
+        target[fresh] = self.pool.take(int(fresh.sum()))
+        return target
+
+    def _compact(self, source: Ids, target: Ids, indices: Tensor, counts: NDArray[np.int32]) -> None:
+        device = self.pages.k.device
+        tables = [torch.from_numpy(array).to(device) for array in (source, target)]
+        self.kernels.compact(self.pages, *tables, indices, torch.from_numpy(counts).to(device))
+
+    def _copy_pages(self, source: Ids, target: Ids) -> None:
+        pages = self.pages
+        rows, copies = (torch.from_numpy(ids).to(pages.k.device) for ids in (source, target))
+        for memory in (pages.k, pages.v, pages.position, pages.k_sq, pages.v_sq, pages.attention):
+            memory[copies] = memory[rows]

@@ -1,0 +1,145 @@
+"""Pages, who owns them, and which are free."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from curkv.kernels.pages import Pages
+
+Ids = NDArray[np.int32]
+"""Page ids, on the host like all bookkeeping: numpy costs a fifth of torch on arrays this small."""
+
+
+class OutOfPages(RuntimeError):
+    """The pool has fewer free pages than were asked for; nothing was taken.
+
+    Attributes:
+        needed: pages asked for.
+        free: pages that were free.
+    """
+
+    def __init__(self, needed: int, free: int) -> None:
+        super().__init__(f"{needed} pages are needed but only {free} are free")
+        self.needed = needed
+        self.free = free
+
+
+class PagePool:
+    """Owns the memory of all pages, a stack of free ones and a reference count for each.
+
+    Every operation works on any number of pages at once. Memory is allocated but not touched: the operating
+    system backs a page when it is first written, and recently freed pages are the first to be taken again.
+
+    Attributes:
+        pages: the memory; contents of free pages are undefined.
+        owners: int32 [num_pages] on the host, reference counts; 0 for a free page.
+    """
+
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        """Allocates `num_pages` free pages.
+
+        Args:
+            num_pages: pages in the pool, at least 1.
+            page_size: tokens per page.
+            head_dim: channels of a key or value.
+            dtype: float32, bfloat16 or float16.
+            device: where the pages' memory lies.
+        """
+        slots = (num_pages, page_size)
+
+        def side(dtype: torch.dtype) -> Tensor:
+            return torch.empty(slots, dtype=dtype, device=device)
+
+        self.pages = Pages(
+            k=torch.empty(*slots, head_dim, dtype=dtype, device=device),
+            v=torch.empty(*slots, head_dim, dtype=dtype, device=device),
+            position=side(torch.int32),
+            k_sq=side(torch.float32),
+            v_sq=side(torch.float32),
+            attention=side(torch.float32),
+        )
+        self.owners: Ids = np.zeros(num_pages, dtype=np.int32)
+        self._stack: Ids = np.arange(num_pages - 1, -1, -1, dtype=np.int32)
+        self._num_free = num_pages
+
+    @property
+    def num_pages(self) -> int:
+        """Pages in the pool, free or not."""
+        return len(self.owners)
+
+    @property
+    def num_free(self) -> int:
+        """Pages that `take` can still hand out."""
+        return self._num_free
+
+    @property
+    def free_pages(self) -> Ids:
+        """int32 [num_free], ids of the free pages, the next one to be taken last. A view: do not write."""
+        return self._stack[: self._num_free]
+
+    def take(self, count: int) -> Ids:
+        """Takes free pages, each with one owner.
+
+        Args:
+            count: how many.
+
+        Returns:
+            int32 [count] page ids; neighbours in a fresh pool, so that a head's pages lie side by side.
+
+        Raises:
+            OutOfPages: fewer than `count` pages are free.
+        """
+        if count > self._num_free:
+            raise OutOfPages(count, self._num_free)
+        left = self._num_free - count
+        ids = self._stack[left : self._num_free][::-1].copy()
+        self.owners[ids] = 1
+        self._num_free = left
+        return ids
+
+    def share(self, ids: Ids) -> None:
+        """Adds one owner to each listed page; a page listed twice gains two.
+
+        Args:
+            ids: int32 [n], pages in use.
+
+        Raises:
+            RuntimeError: a page is free; nothing is changed.
+        """
+        pages, counts = np.unique(ids, return_counts=True)
+        owners = self.owners[pages]
+        if not owners.all():
+            raise RuntimeError(f"page {pages[owners == 0][0]} is free and cannot be shared")
+        self.owners[pages] = owners + counts
+
+    def release(self, ids: Ids) -> int:
+        """Removes one owner from each listed page and frees those left without any.
+
+        Args:
+            ids: int32 [n]; a page may be listed once for each of its owners.
+
+        Returns:
+            The number of pages freed.
+
+        Raises:
+            RuntimeError: a page was released more often than it is owned; nothing is changed.
+        """
+        pages, counts = np.unique(ids, return_counts=True)
+        owners = self.owners[pages] - counts
+        if owners.min(initial=0) < 0:
+            raise RuntimeError(f"page {pages[owners < 0][0]} was released more often than it is owned")
+        self.owners[pages] = owners
+        freed = pages[owners == 0]
+        self._stack[self._num_free : self._num_free + len(freed)] = freed[::-1]
+        self._num_free += len(freed)
+        return len(freed)

@@ -1,0 +1,61 @@
+"""Picks the implementation of every kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from importlib import import_module
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+KernelsName = Literal["auto", "cpu", "reference"]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """One implementation of every operation; signatures are in `curkv/kernels/<module>/reference.py`."""
+
+    rope: Callable[..., None]
+    store_kv: Callable[..., None]
+    paged_decode_attention: Callable[..., Tensor]
+    paged_prefill_attention: Callable[..., Any]
+    leverage_scores: Callable[..., Tensor]
+    select: Callable[..., tuple[Tensor, Tensor]]
+    compact: Callable[..., None]
+    rms_norm: Callable[..., Any]
+    silu_mul: Callable[..., Tensor]
+    pack_linear: Callable[..., Any]
+
+
+_MODULES = {"pack_linear": "linear"}
+_BACKENDS = {"cpu": "cpu", "reference": "reference"}
+_AUTO = {"cpu": "cpu"}
+
+
+def get_kernels(name: KernelsName = "auto", device: str | torch.device = "cpu") -> Kernels:
+    """Imports one implementation of every kernel; what is not asked for is never imported.
+
+    Args:
+        name: "cpu" (Numba), "reference" (torch), or "auto": the fastest one for `device`.
+        device: where the tensors lie; only read by "auto".
+
+    Returns:
+        The kernels.
+
+    Raises:
+        ValueError: the name is unknown, or "auto" knows nothing for the device.
+    """
+    kind = torch.device(device).type
+    backend = _AUTO.get(kind) if name == "auto" else _BACKENDS.get(name)
+    if backend is None:
+        wanted = f"device {kind!r}" if name == "auto" else f"the name {name!r}"
+        raise ValueError(f"there are no kernels for {wanted}; choose one of auto, {', '.join(_BACKENDS)}")
+    return Kernels(**{field.name: _load(field.name, backend) for field in fields(Kernels)})
+
+
+def _load(operation: str, backend: str) -> Callable[..., Any]:
+    module = import_module(f"curkv.kernels.{_MODULES.get(operation, operation)}.{backend}")
+    kernel: Callable[..., Any] = getattr(module, operation)
+    return kernel

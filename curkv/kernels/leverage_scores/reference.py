@@ -1,0 +1,82 @@
+"""CurDKV's approximate leverage scores over ragged pages, in plain torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from curkv.kernels.pages import Pages
+
+
+def leverage_scores(
+    pages: Pages,
+    table: Tensor,
+    lengths: Tensor,
+    *,
+    normalization: Literal["window", "head"] = "window",
+    window: int = 16,
+    partial: Literal["corrected", "left", "right"] = "corrected",
+    combine: Literal["product", "mean", "key", "value"] = "product",
+    sketch: Tensor | None = None,
+) -> Tensor:
+    """Score the stored tokens of every head by the energy of their key and value.
+
+    CurDKV (https://arxiv.org/abs/2509.15038): the energies are ||k||^2 and ||v||^2, read from the side arrays, or
+    ||k G||^2 and ||v G||^2 of the stored K and V (section 3, "approximate leverage scores"). With normalization
+    "window", as the authors released it, each is divided by its sum over a window of consecutive stored tokens
+    before the two are combined; with "head", as the paper writes it, they are combined as they are. Scores sum to 1
+    per row in the end. Zero energies score 0.
+
+    Args:
+        pages: The page pool.
+        table: int32 [N, max_pages], pages of each row; a row is one (layer, KV head) of a sequence.
+        lengths: int32 [N], tokens of each row.
+        normalization: "window" or "head".
+        window: Tokens per window, 16 in the released code.
+        partial: Where the window lies that holds fewer than `window` tokens: over a row's first tokens ("left", the
+            authors' padding) or last ones ("right", kvpress's); its tokens score too high by its smaller sum.
+            "corrected": last, its sum scaled by window / tokens in it.
+        combine: "product", "mean", "key" or "value".
+        sketch: float32 [head_dim, rank], the matrix G; None uses the plain norms.
+
+    Returns:
+        float32 [N, max(lengths)], -inf past a row's length.
+    """
+    width = int(lengths.max()) if lengths.numel() else 0
+    stored = torch.arange(width, device=lengths.device) < lengths[:, None]
+    if sketch is None:
+        key, value = (_gather(side, table, stored) for side in (pages.k_sq, pages.v_sq))
+    else:
+        key, value = ((_gather(x, table, stored).float() @ sketch).square().sum(-1) for x in (pages.k, pages.v))
+    if normalization == "window":
+        shift = -lengths[:, None] % window if partial == "left" else torch.zeros_like(lengths[:, None])
+        number = (torch.arange(width, device=lengths.device) + shift) // window
+        key, value = (_share_of_window(x, stored, number, window, partial == "corrected") for x in (key, value))
+    combined = {"product": key * value, "mean": (key + value) / 2, "key": key, "value": value}[combine]
+    return _share(combined, combined.sum(-1, keepdim=True)).masked_fill(~stored, -torch.inf)
+
+
+def _gather(storage: Tensor, table: Tensor, stored: Tensor) -> Tensor:
+    """Read tokens [N, width, ...] of every row; what is not stored reads as 0."""
+    page_size = storage.shape[1]
+    row, index = stored.nonzero(as_tuple=True)
+    tokens = storage.new_zeros(*stored.shape, *storage.shape[2:])
+    tokens[row, index] = storage[table[row, index // page_size].long(), index % page_size]
+    return tokens
+
+
+def _share_of_window(energy: Tensor, stored: Tensor, number: Tensor, window: int, corrected: bool) -> Tensor:
+    """Divide energies [N, width] by the sum of their window, whose `number` is [N, width]."""
+    sums = energy.new_zeros(energy.shape[0], energy.shape[1] // window + 2)
+    counts = sums.scatter_add(1, number, stored.float())
+    sums = sums.scatter_add(1, number, energy)
+    if corrected:
+        sums = sums * (window / counts.clamp_min(1))
+    return _share(energy, sums.gather(1, number))
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """Divide, with 0 / 0 = 0."""
+    return torch.where(whole > 0, part / whole, 0.0)

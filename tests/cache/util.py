@@ -1,0 +1,116 @@
+"""A small cache, and plain ways to look into it."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from curkv.cache.batch import Batch
+from curkv.cache.kv_cache import CacheLayout, KVCache
+from curkv.kernels.compact.reference import compact
+from curkv.kernels.paged_decode_attention.reference import paged_decode_attention
+from curkv.kernels.paged_prefill_attention.reference import paged_prefill_attention
+from curkv.kernels.pages import Pages
+from curkv.kernels.rope.reference import rope
+from curkv.kernels.store_kv.reference import store_kv
+
+KERNELS = SimpleNamespace(
+    rope=rope,
+    store_kv=store_kv,
+    paged_decode_attention=paged_decode_attention,
+    paged_prefill_attention=paged_prefill_attention,
+    compact=compact,
+)
+
+
+def make_cache(
+    num_pages: int = 64,
+    rope: tuple[Tensor, Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
+    **layout: int,
+) -> KVCache:
+    """A cache of 2 layers x 2 heads x 4 channels with pages of 4 tokens; by default RoPE turns nothing."""
+    shape = {
+        "num_layers": 2,
+        "num_kv_heads": 2,
+        "head_dim": 4,
+        "page_size": 4,
+        "max_sequences": 4,
+        "max_tokens": 24,
+    }
+    cache_layout = CacheLayout(dtype=dtype, **(shape | layout))
+    half = cache_layout.head_dim // 2
+    rope = rope or (torch.ones(256, half), torch.zeros(256, half))
+    cache = KVCache(cache_layout, num_pages, KERNELS, rope=rope)
+    poison(cache)
+    return cache
+
+
+def token_slots(cache: KVCache) -> tuple[Tensor, ...]:
+    """Sequence, layer, head, page and place in the page [n] of every stored token, in this order."""
+    size = cache.layout.page_size
+    index = torch.arange(cache.layout.max_pages * size)
+    *head, token = (index < cache.lengths[..., None]).nonzero(as_tuple=True)
+    return (*head, cache.page_table[(*head, token // size)].long(), token % size)
+
+
+def poison(cache: KVCache) -> None:
+    """Fills all memory that holds no token, so that reading it cannot go unnoticed."""
+    unused = torch.ones(cache.num_pages, cache.layout.page_size, dtype=torch.bool)
+    *_, page, place = token_slots(cache)
+    unused[page, place] = False
+    for field in fields(Pages):
+        memory = getattr(cache.pages, field.name)
+        memory[unused] = -1 if memory.dtype == torch.int32 else torch.nan
+
+
+def head_tokens(cache: KVCache, slot: int, layer: int, head: int) -> dict[str, Tensor]:
+    """All that the pages hold about one head's tokens, by field name."""
+    length = int(cache.lengths[slot, layer, head])
+    count = -(-length // cache.layout.page_size)
+    ids = cache.page_table[slot, layer, head, :count].long()
+    return {f.name: getattr(cache.pages, f.name)[ids].flatten(0, 1)[:length] for f in fields(Pages)}
+
+
+def kept(masks: list[list[list[int]]]) -> tuple[Tensor, Tensor]:
+    """Turns [L][H] lists of kept indices into what `evict` takes."""
+    width = max(len(row) for layer in masks for row in layer)
+    indices = [[row + [-1] * (width - len(row)) for row in layer] for layer in masks]
+    counts = [[len(row) for row in layer] for layer in masks]
+    shape = (len(masks), len(masks[0]), width)
+    return (
+        torch.tensor(indices, dtype=torch.int32).reshape(shape),
+        torch.tensor(counts, dtype=torch.int32),
+    )
+
+
+def step(
+    cache: KVCache, chunks: dict[int, int], starts: dict[int, int], generator: torch.Generator | None = None
+) -> Batch:
+    """Adds `chunks[slot]` random tokens to each sequence through `extend` and `attend`."""
+    batch = Batch.build(list(chunks), [[0] * n for n in chunks.values()], [starts[slot] for slot in chunks])
+    cache.extend(list(chunks), list(chunks.values()))
+    layout, total = cache.layout, len(batch.token_ids)
+    for layer in range(layout.num_layers):
+        q, k, v = (
+            torch.randn(total, heads, layout.head_dim, generator=generator)
+            for heads in (2 * layout.num_kv_heads, layout.num_kv_heads, layout.num_kv_heads)
+        )
+        cache.attend(layer, q, k, v, batch)
+    return batch
+
+
+def books(cache: KVCache) -> list[Tensor]:
+    """A copy of everything that a refused operation must leave as it was."""
+    memory = [getattr(cache.pages, field.name).nan_to_num(-7) for field in fields(Pages)]
+    free = torch.from_numpy(cache.pool.free_pages.copy())
+    owners, counts = torch.from_numpy(cache.pool.owners.copy()), torch.from_numpy(cache.page_counts.copy())
+    slots = torch.tensor(cache.active_slots)
+    return [*memory, cache.page_table.clone(), cache.lengths.clone(), counts, owners, free, slots]
+
+
+def same_books(before: list[Tensor], after: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
