@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import prange
 from torch import Tensor
 
 from curkv.kernels.pages import Pages
+from curkv.kernels.simd import kernel, parallel_kernel
 
 
 def compact(pages: Pages, source: Tensor, target: Tensor, indices: Tensor, counts: Tensor) -> None:
@@ -19,7 +20,7 @@ def compact(pages: Pages, source: Tensor, target: Tensor, indices: Tensor, count
     _move(words, *(x.contiguous().numpy() for x in (source, target, indices, counts)))
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@parallel_kernel
 def _move(storages: Any, source: Any, target: Any, indices: Any, counts: Any) -> None:
     """Move tokens in each of the arrays int32 [num_pages, page_size, words per token]."""
     for row in prange(len(counts)):
@@ -27,9 +28,9 @@ def _move(storages: Any, source: Any, target: Any, indices: Any, counts: Any) ->
             _move_row(storage, source[row], target[row], indices[row, : counts[row]])
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _move_row(storage: Any, source: Any, target: Any, indices: Any) -> None:
-    """Move the tokens `indices` of one row; unsigned, since a signed division costs as much as moving a token."""
+    """Move the tokens `indices` of one row; unsigned, for a signed division costs as much as a token."""
     page_size = np.uint32(storage.shape[1])
     for i in range(np.uint32(len(indices))):
         index = np.uint32(indices[i])

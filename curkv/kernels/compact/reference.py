@@ -12,8 +12,8 @@ def compact(pages: Pages, source: Tensor, target: Tensor, indices: Tensor, count
     """Move tokens of each row, with everything a page holds about them, bit for bit.
 
     Token i of a row moves from index `indices[row, i]` of its source pages to index i of its target pages. A
-    target page is the source page of the same place (in place: tokens only move forward, so none is overwritten
-    before it has moved) or a page that no row reads.
+    target page is the source page of the same place (in place: tokens only move forward, so none is
+    overwritten before it has moved) or a page that no row reads.
 
     Args:
         pages: The page pool, written in place.

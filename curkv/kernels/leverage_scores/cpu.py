@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import prange
 from torch import Tensor
 
 from curkv.kernels.pages import Pages
+from curkv.kernels.simd import KINDS, address, dot_tile, kernel, parallel_kernel
 
 _COMBINE = {"product": 0, "mean": 1, "key": 2, "value": 3}
 
@@ -30,17 +31,20 @@ def leverage_scores(
     width = int(counts.max()) if counts.size else 0
     scores = torch.empty(len(counts), width)
     out = scores.numpy()
+    key, value = np.empty_like(out), np.empty_like(out)
     if sketch is None:
-        key, value = np.empty_like(out), np.empty_like(out)
         _gather(pages.k_sq.numpy(), pages.v_sq.numpy(), rows, counts, key, value)
     else:
-        raise NotImplementedError
+        columns = _in_fours(sketch.T)
+        for storage, energies in ((pages.k, key), (pages.v, value)):
+            kind, place = KINDS[storage.dtype], address(storage, storage.dtype)
+            _sketch(kind, place, storage.shape[1], columns, rows, counts, energies)
     span = window if normalization == "window" else 0
     _score(key, value, counts, span, partial == "left", partial == "corrected", _COMBINE[combine], out)
     return scores
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@parallel_kernel
 def _gather(k_sq: Any, v_sq: Any, table: Any, lengths: Any, key: Any, value: Any) -> None:
     """Copy both side arrays of each row's tokens to `key` and `value`, [N, width]."""
     page_size = k_sq.shape[1]
@@ -54,11 +58,60 @@ def _gather(k_sq: Any, v_sq: Any, table: Any, lengths: Any, key: Any, value: Any
                 value[row, start + i] = v_sq[source, i]
 
 
-@njit(parallel=True, nogil=True, cache=True)
+def _in_fours(columns: Tensor) -> np.ndarray[Any, Any]:
+    """Copy [rank, head_dim] to float32 with rows of zeros that fill the last four."""
+    padded = torch.zeros(-(-len(columns) // 4) * 4, columns.shape[1])
+    padded[: len(columns)] = columns
+    return padded.numpy()
+
+
+@parallel_kernel
+def _sketch(
+    kind: Any, storage: int, page_size: int, columns: Any, table: Any, lengths: Any, energies: Any
+) -> None:
+    """Write ||x G||^2 of each row's tokens to `energies`, [N, width].
+
+    Args:
+        kind: Of the storage, see `simd`.
+        storage: Address of K or V; page_size is a multiple of 4.
+        page_size: Tokens per page.
+        columns: float32 [rank, head_dim], the columns of G; rank is a multiple of 4.
+        table: int32 [N, max_pages].
+        lengths: int32 [N].
+        energies: float32 [N, width], written.
+    """
+    page_values = page_size * columns.shape[1]
+    for row in prange(len(lengths)):
+        products = np.empty((len(columns), 4), dtype=np.float32)
+        length = lengths[row]
+        for page in range((length + page_size - 1) // page_size):
+            start = page * page_size
+            place = storage + np.int64(table[row, page]) * page_values * kind.itemsize
+            stored = energies[row, start : min(start + page_size, length)]
+            _sketch_page(kind, place, columns, products, stored)
+
+
+@kernel
+def _sketch_page(kind: Any, tokens: int, columns: Any, products: Any, energies: Any) -> None:
+    """Sketch the tokens of one page, four at a time; up to three more are read and ignored."""
+    rank, head_dim = columns.shape
+    for first in range(0, len(energies), 4):
+        place = tokens + first * head_dim * kind.itemsize
+        for column in range(0, rank, 4):
+            four, out = columns.ctypes.data + column * head_dim * 4, products.ctypes.data + column * 16
+            dot_tile(kind, 4, four, head_dim, place, out, 4)
+        for token in range(min(4, len(energies) - first)):
+            total = np.float32(0)
+            for column in range(rank):
+                total += products[column, token] * products[column, token]
+            energies[first + token] = total
+
+
+@parallel_kernel
 def _score(
     key: Any, value: Any, lengths: Any, window: int, left: bool, corrected: bool, combine: int, out: Any
 ) -> None:
-    """Normalise the energies [N, width] in place, by windows unless `window` is 0, and combine them into `out`."""
+    """Normalise the energies [N, width] in place, per window unless it is 0, and combine them into `out`."""
     for row in prange(len(lengths)):
         length = lengths[row]
         k, v, scores = key[row, :length], value[row, :length], out[row]
@@ -81,7 +134,7 @@ def _score(
         scores[length:] = -np.inf
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _share_of_windows(energy: Any, window: int, left: bool, corrected: bool) -> None:
     """Divide energies [length] by the sum of their window, in place."""
     length = len(energy)

@@ -23,19 +23,17 @@ def leverage_scores(
 ) -> Tensor:
     """Score the stored tokens of every head by the energy of their key and value.
 
-    CurDKV (https://arxiv.org/abs/2509.15038): the energies are ||k||^2 and ||v||^2, read from the side arrays, or
-    ||k G||^2 and ||v G||^2 of the stored K and V (section 3, "approximate leverage scores"). With normalization
-    "window", as the authors released it, each is divided by its sum over a window of consecutive stored tokens
-    before the two are combined; with "head", as the paper writes it, they are combined as they are. Scores sum to 1
-    per row in the end. Zero energies score 0.
+    CurDKV (https://arxiv.org/abs/2509.15038): the energies are ||k||^2 and ||v||^2, read from the side
+    arrays, or ||k G||^2 and ||v G||^2 of the stored K and V (section 3, "approximate leverage scores"). With
+    normalization "window", as the authors released it, each is divided by its sum over a window of
+    consecutive stored tokens before the two are combined; with "head", as the paper writes it, they are
+    combined as they are. Scores sum to 1 per row in the end. Zero energies score 0.
 
     Args:
-        pages: The page pool.
-        table: int32 [N, max_pages], pages of each row; a row is one (layer, KV head) of a sequence.
-        lengths: int32 [N], tokens of each row.
-        normalization: "window" or "head".
-        window: Tokens per window, 16 in the released code.
-        partial: Where the window lies that holds fewer than `window` tokens: over a row's first tokens ("left", the
+        pages: The page pool. table: int32 [N, max_pages], pages of each row; a row is one (layer, KV head) of
+        a sequence. lengths: int32 [N], tokens of each row. normalization: "window" or "head". window: Tokens
+        per window, 16 in the released code. partial: Where the window lies that holds fewer than `window`
+        tokens: over a row's first tokens ("left", the
             authors' padding) or last ones ("right", kvpress's); its tokens score too high by its smaller sum.
             "corrected": last, its sum scaled by window / tokens in it.
         combine: "product", "mean", "key" or "value".
@@ -49,11 +47,15 @@ def leverage_scores(
     if sketch is None:
         key, value = (_gather(side, table, stored) for side in (pages.k_sq, pages.v_sq))
     else:
-        key, value = ((_gather(x, table, stored).float() @ sketch).square().sum(-1) for x in (pages.k, pages.v))
+        key, value = (
+            (_gather(x, table, stored).float() @ sketch).square().sum(-1) for x in (pages.k, pages.v)
+        )
     if normalization == "window":
         shift = -lengths[:, None] % window if partial == "left" else torch.zeros_like(lengths[:, None])
         number = (torch.arange(width, device=lengths.device) + shift) // window
-        key, value = (_share_of_window(x, stored, number, window, partial == "corrected") for x in (key, value))
+        key, value = (
+            _share_of_window(x, stored, number, window, partial == "corrected") for x in (key, value)
+        )
     combined = {"product": key * value, "mean": (key + value) / 2, "key": key, "value": value}[combine]
     return _share(combined, combined.sum(-1, keepdim=True)).masked_fill(~stored, -torch.inf)
 

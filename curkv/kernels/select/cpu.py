@@ -6,15 +6,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import prange
 from torch import Tensor
+
+from curkv.kernels.simd import kernel, parallel_kernel
 
 _DIGIT_BITS = 11
 _SIGN = np.uint32(0x80000000)
 
 
-def select(scores: Tensor, lengths: Tensor, keep: Tensor, floor: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Choose the highest-scoring tokens of each head, or of each layer's heads together; see `reference.select`."""
+def select(
+    scores: Tensor, lengths: Tensor, keep: Tensor, floor: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Choose the highest-scoring tokens per head, or per layer with floors; see `reference.select`."""
     layers, heads, width = scores.shape
     groups = (layers * heads, 1) if floor is None else (layers, heads)
     stored = lengths.reshape(groups).numpy()
@@ -26,10 +30,12 @@ def select(scores: Tensor, lengths: Tensor, keep: Tensor, floor: Tensor | None =
     counts = kept.sum(-1, dtype=np.int32)
     indices = np.full((layers * heads, counts.max(initial=0)), -1, dtype=np.int32)
     _list(kept.reshape(layers * heads, width), indices)
-    return torch.from_numpy(indices).reshape(layers, heads, -1), torch.from_numpy(counts).reshape(layers, heads)
+    return torch.from_numpy(indices).reshape(layers, heads, -1), torch.from_numpy(counts).reshape(
+        layers, heads
+    )
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@parallel_kernel
 def _choose(bits: Any, lengths: Any, totals: Any, floor: Any, kept: Any) -> None:
     """Mark the kept tokens of every group of heads.
 
@@ -54,7 +60,7 @@ def _choose(bits: Any, lengths: Any, totals: Any, floor: Any, kept: Any) -> None
         _keep_best(keys, left, kept[group])
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _ordered(bits: Any, keys: Any) -> None:
     """Turn float32 bits into integers of the same order, all above 0, which stands for no candidate."""
     for i in range(len(bits)):
@@ -64,7 +70,7 @@ def _ordered(bits: Any, keys: Any) -> None:
         keys[i] = ~x if x & _SIGN else x | _SIGN
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _keep_best(keys: Any, count: int, kept: Any) -> None:
     """Mark the `count` highest candidates of [M, n] in `kept`; they stop being candidates."""
     threshold, ties = _threshold(keys.ravel(), count)
@@ -78,8 +84,8 @@ def _keep_best(keys: Any, count: int, kept: Any) -> None:
                 keys[head, i] = 0
 
 
-@njit(nogil=True, cache=True)
-def _threshold(keys: Any, count: int) -> tuple[int, int]:
+@kernel
+def _threshold(keys: Any, count: int) -> tuple[Any, int]:
     """Find the `count`-th highest key by three digits, the highest first.
 
     Returns:
@@ -106,7 +112,7 @@ def _threshold(keys: Any, count: int) -> tuple[int, int]:
     return np.uint32(found), count
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@parallel_kernel
 def _list(kept: Any, indices: Any) -> None:
     """Write the indices of the marks [N, n] of each row to `indices`, [N, max_kept]."""
     for row in prange(len(kept)):

@@ -6,13 +6,16 @@ import torch
 from torch import Tensor
 
 
-def select(scores: Tensor, lengths: Tensor, keep: Tensor, floor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def select(
+    scores: Tensor, lengths: Tensor, keep: Tensor, floor: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Choose the highest-scoring tokens of each head, or of each layer's heads together.
 
-    Without `floor` a head keeps its best `keep[l, h]` tokens. With it (Ada-KV, https://arxiv.org/abs/2407.11550,
-    algorithm 1) the heads of a layer share `sum(keep[l])` tokens: each is sure of its best `floor[l, h]`, and the
-    rest go to the highest scores of all heads together. Of equal scores the lower position wins, then the lower head.
-    A head, or a layer, with fewer tokens than it may keep keeps all of them.
+    Without `floor` a head keeps its best `keep[l, h]` tokens. With it (Ada-KV,
+    https://arxiv.org/abs/2407.11550, algorithm 1) the heads of a layer share `sum(keep[l])` tokens: each is
+    sure of its best `floor[l, h]`, and the rest go to the highest scores of all heads together. Of equal
+    scores the lower position wins, then the lower head. A head, or a layer, with fewer tokens than it may
+    keep keeps all of them.
 
     Args:
         scores: float32 [L, H, n], no NaN; read up to a head's length only.
@@ -41,7 +44,7 @@ def select(scores: Tensor, lengths: Tensor, keep: Tensor, floor: Tensor | None =
 
 
 def _rank(scores: Tensor, candidates: Tensor) -> Tensor:
-    """Place of each entry [..., n] among the candidates by falling score, then rising index; others come last."""
-    order = (~candidates).int().gather(-1, by_score := scores.argsort(-1, descending=True, stable=True))
-    by_score = by_score.gather(-1, order.argsort(-1, stable=True))
-    return by_score.argsort(-1)
+    """Place of each entry [..., n] among the candidates, by score, then index; the other entries are last."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    candidates_first = (~candidates).int().gather(-1, order).argsort(dim=-1, stable=True)
+    return order.gather(-1, candidates_first).argsort(-1)

@@ -1,0 +1,31 @@
+"""Keeping everything."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from curkv.cache.policies.base import CacheView, Needs
+
+if TYPE_CHECKING:
+    from curkv.cache.options import EvictionOptions
+    from curkv.kernels.dispatch import Kernels
+
+
+class Full:
+    """Keeps every token: the ordinary cache, and what the other policies are measured against."""
+
+    name = "full"
+    description = "keeps every token"
+    needs = Needs()
+    allocation: Literal["uniform", "adaptive"] = "uniform"
+    published_sinks = 0
+    reads: frozenset[str] = frozenset()
+
+    def score(self, view: CacheView, options: EvictionOptions, kernels: Kernels) -> Tensor:
+        """Score all tokens alike."""
+        return torch.zeros(view.stored.shape, device=view.lengths.device).masked_fill_(
+            ~view.stored, -torch.inf
+        )

@@ -1,0 +1,1 @@
+"""Llama-family models: configuration, checkpoints, tokenizers and the forward pass."""

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from curkv.kernels.compact import cpu, reference
+from curkv.kernels.pages import Pages
+from tests.kernels.util import DTYPES, Pool, make_pool
+
+IMPLEMENTATIONS = [reference, cpu]
+FIELDS = tuple(Pages.__dataclass_fields__)
+RAGGED = [[0, 1, 15], [16, 17, 100], [333, 64, 31]]
+
+
+def rows(pool: Pool) -> tuple[torch.Tensor, torch.Tensor]:
+    return pool.table[pool.slots.long()].flatten(0, 1), pool.lengths[pool.slots.long()].flatten()
+
+
+def bits(pages: Pages, name: str) -> torch.Tensor:
+    """A tensor's memory as integers, so that NaN equals itself."""
+    storage = getattr(pages, name)
+    return storage.view({2: torch.int16, 4: torch.int32}[storage.itemsize])
+
+
+def tokens(pages: Pages, name: str, row: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    size = pages.k.shape[1]
+    return bits(pages, name)[row[index // size].long(), index % size]
+
+
+def random_kept(lengths: torch.Tensor, share: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    counts = (lengths * share).ceil().int()
+    indices = torch.full((len(lengths), max(1, int(counts.max()))), -1, dtype=torch.int32)
+    for row, (length, count) in enumerate(zip(lengths.tolist(), counts.tolist(), strict=True)):
+        chosen = torch.randperm(length, generator=generator)[:count]
+        indices[row, :count] = chosen.sort().values.int()
+    return indices, counts
+
+
+def check(before: Pages, after: Pages, source, target, indices, counts) -> None:
+    written = {name: torch.zeros(after.position.shape, dtype=torch.bool) for name in FIELDS}
+    for row, count in enumerate(counts.tolist()):
+        to = torch.arange(count)
+        for name in FIELDS:
+            expected = tokens(before, name, source[row], indices[row, :count].long())
+            assert torch.equal(tokens(after, name, target[row], to), expected)
+            written[name][target[row][to // after.k.shape[1]].long(), to % after.k.shape[1]] = True
+    for name in FIELDS:
+        untouched = ~written[name]
+        assert torch.equal(bits(after, name)[untouched], bits(before, name)[untouched])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "page_size"), [(64, 16), (96, 48), (128, 128)])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_in_place(implementation, dtype, head_dim, page_size, share):
+    pool = make_pool(RAGGED, head_dim=head_dim, page_size=page_size, dtype=dtype)
+    table, lengths = rows(pool)
+    indices, counts = random_kept(lengths, share)
+    after = pool.copy().pages
+    implementation.compact(after, table, table, indices, counts)
+    check(pool.pages, after, table, table, indices, counts)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_shared_pages_are_copied_and_not_written(implementation):
+    pool = make_pool([[100, 70], [90, 65]], shared_pages=3)
+    table, lengths = rows(pool)
+    indices, counts = random_kept(lengths, 0.8)
+    after = pool.copy().pages
+    fresh = len(after.k) + torch.arange(table.numel(), dtype=torch.int32).view_as(table)
+    after, before = (
+        Pages(*(torch.cat([x, x.new_zeros(table.numel(), *x.shape[1:])]) for x in fields))
+        for fields in ([getattr(p, name) for name in FIELDS] for p in (after, pool.pages))
+    )
+    shared = torch.isin(table, table[2:]) & torch.isin(table, table[:2])
+    assert shared.any()
+    target = torch.where(shared, fresh, table)
+    implementation.compact(after, table, target, indices, counts)
+    check(before, after, table, target, indices, counts)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_keeping_everything_changes_nothing(implementation):
+    pool = make_pool(RAGGED)
+    table, lengths = rows(pool)
+    indices, counts = random_kept(lengths, 1.0)
+    after = pool.copy().pages
+    implementation.compact(after, table, table, indices, counts)
+    assert all(torch.equal(bits(after, name), bits(pool.pages, name)) for name in FIELDS)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_no_rows(implementation):
+    pages = make_pool([[3]]).pages
+    empty = torch.empty(0, 4, dtype=torch.int32)
+    implementation.compact(pages, empty, empty, empty, torch.empty(0, dtype=torch.int32))
