@@ -11,7 +11,8 @@ from torch import Tensor
 from triton.language.target_info import is_cuda
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-LOG2_E = 1.4426950408889634
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 def power_of_two(n: int) -> int:
@@ -44,15 +45,25 @@ def dot(a, b, acc):
 
     Triton's interpreter multiplies the raw bits of bfloat16 operands, so they are widened there.
     """
-    if INTERPRETED:
-        if a.dtype == tl.bfloat16:
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
-        return tl.dot(a, b, acc, input_precision="ieee")
-    elif is_cuda():
-        return tl.dot(a, b, acc, input_precision="tf32x3")
+    if INTERPRETED and a.dtype == tl.bfloat16:
+        product = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    elif a.dtype == tl.float32 and is_cuda():
+        product = tl.dot(a, b, acc, input_precision="tf32x3")
     else:
-        return tl.dot(a, b, acc, input_precision="ieee")
+        product = tl.dot(a, b, acc, input_precision="ieee")
+    return product
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """Round float32 numbers to a dtype; Triton's interpreter cuts bfloat16 off, so it is rounded by hand there."""
+    if INTERPRETED and dtype == tl.bfloat16 and x.dtype == tl.float32:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        rounded = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        rounded = x.to(dtype)
+    return rounded
 
 
 @triton.jit
@@ -97,5 +108,5 @@ def softmax_step(logits, values, peak, total, acc):
     weights = tl.exp2(logits - new_peak[:, None])
     decay = tl.exp2(peak - new_peak)
     total = total * decay + tl.sum(weights, 1)
-    acc = dot(weights.to(values.dtype), values, acc * decay[:, None])
+    acc = dot(narrow(weights, values.dtype), values, acc * decay[:, None])
     return new_peak, total, acc

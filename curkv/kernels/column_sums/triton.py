@@ -8,7 +8,15 @@ from torch import Tensor
 
 from curkv.kernels.paged_prefill_attention.triton import load_queries, query_rows
 from curkv.kernels.pages import Pages
-from curkv.kernels.triton_util import LOG2_E, attention_block, dot, find_slots, load_tokens, power_of_two
+from curkv.kernels.triton_util import (
+    LOG2_E,
+    attention_block,
+    dot,
+    find_slots,
+    load_tokens,
+    narrow,
+    power_of_two,
+)
 
 _MAX_BLOCK_N = 64
 _TILE_BYTES = 16384
@@ -45,8 +53,7 @@ def column_sums(
         q.stride(1),
         *table.stride()[:2],
         *lengths.stride(),
-        scale * LOG2_E,
-        LOG2_E=LOG2_E,
+        scale * LOG2_E.value,
         GROUP=group,
         HEAD_DIM=head_dim,
         PAGE_SIZE=page_size,
@@ -76,7 +83,6 @@ def _add_sums(
     stride_lengths_slot,
     stride_lengths_head,
     scale_log2,
-    LOG2_E: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -110,7 +116,7 @@ def _add_sums(
         reads = (r < TILE * GROUP) & (step < chunk)
         token = start + step
         queries = load_queries(q, token, query_head, stride_q_token, stride_q_head, reads, HEAD_DIM, BLOCK_D)
-        scores = dot(queries.to(keys.dtype), keys, tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * scale_log2
+        scores = dot(narrow(queries, keys.dtype), keys, tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * scale_log2
         normaliser = tl.load(
             lse + token.to(tl.int64) * (tl.num_programs(1) * GROUP) + query_head, mask=reads, other=0.0
         )

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from curkv.kernels.pages import Pages
-from curkv.kernels.triton_util import attention_block, dot, find_slots, load_tokens, power_of_two
+from curkv.kernels.triton_util import attention_block, dot, find_slots, load_tokens, narrow, power_of_two
 
 _BLOCK = 2048
 _MAX_BLOCK_N = 64
@@ -57,7 +57,9 @@ def leverage_scores(
     return scores
 
 
-def _sketch(pages: Pages, table: Tensor, lengths: Tensor, sketch: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def _sketch(
+    pages: Pages, table: Tensor, lengths: Tensor, sketch: Tensor, width: int
+) -> tuple[Tensor, Tensor]:
     """Energies float32 [N, width] of the keys and of the values after projection by `sketch` [head_dim, rank]."""
     rows, rank = len(lengths), sketch.shape[1]
     block_n = attention_block(pages.k, _MAX_BLOCK_N, _TILE_BYTES)
@@ -87,10 +89,10 @@ def _sketch(pages: Pages, table: Tensor, lengths: Tensor, sketch: Tensor, width:
 @triton.jit
 def _project(x, sketch):
     """Squared norms of x G; a 16-bit x meets G in two 16-bit parts, so that G keeps 16 bits of precision or more."""
-    high = sketch.to(x.dtype)
+    high = narrow(sketch, x.dtype)
     product = dot(x, high, tl.zeros([x.shape[0], sketch.shape[1]], tl.float32))
     if x.dtype != tl.float32:
-        product = dot(x, (sketch - high.to(tl.float32)).to(x.dtype), product)
+        product = dot(x, narrow(sketch - high.to(tl.float32), x.dtype), product)
     return tl.sum(product * product, 1)
 
 

@@ -14,6 +14,7 @@ from curkv.kernels.triton_util import (
     dot,
     find_slots,
     load_tokens,
+    narrow,
     num_processors,
     power_of_two,
     softmax_step,
@@ -68,7 +69,7 @@ def paged_decode_attention(
         q.stride(0),
         q.stride(1),
         max_tokens,
-        scale * LOG2_E,
+        scale * LOG2_E.value,
         splits,
         GROUP=query_heads // heads,
         HEAD_DIM=head_dim,
@@ -171,7 +172,7 @@ def _attend(
     rows = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
     query_head = head * GROUP + g
     pointers = q + sequence * stride_q_sequence + query_head[:, None] * stride_q_head + d[None, :]
-    queries = tl.load(pointers, mask=rows, other=0.0).to(pages_k.dtype.element_ty)
+    queries = narrow(tl.load(pointers, mask=rows, other=0.0), pages_k.dtype.element_ty)
     row = table + slot * stride_table_slot + head * stride_table_head
     result = sequence * tl.num_programs(1) * GROUP + query_head
 
@@ -193,7 +194,7 @@ def _attend(
 
     out = result * splits + split
     acc /= tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(partial + out[:, None] * HEAD_DIM + d[None, :], acc, mask=rows)
+    tl.store(partial + out[:, None] * HEAD_DIM + d[None, :], narrow(acc, partial.dtype.element_ty), mask=rows)
     tl.store(lse + out, peak + tl.log2(total), mask=g < GROUP)
 
 
@@ -238,7 +239,7 @@ def _reduce(
     mask = (split < count)[:, None] & (d < HEAD_DIM)[None, :]
     parts = tl.load(pointers, mask=mask, other=0.0)
     total = tl.sum(parts * weights[:, None], 0) / tl.where(weight > 0, weight, 1.0)
-    tl.store(out + result * HEAD_DIM + d, total, mask=d < HEAD_DIM)
+    tl.store(out + result * HEAD_DIM + d, narrow(total, out.dtype.element_ty), mask=d < HEAD_DIM)
     tl.store(total_lse + result, peak + tl.log2(weight))
 
 

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from curkv.kernels.pages import Pages
 from curkv.kernels.triton_util import (
+    LN_2,
     LOG2_E,
     attention_block,
     dot,
     find_sequence,
     find_slots,
     load_tokens,
+    narrow,
     power_of_two,
     sequence_block,
     softmax_step,
@@ -58,7 +60,7 @@ def paged_prefill_attention(
             *table.stride()[:2],
             *lengths.stride(),
             len(slots),
-            scale * LOG2_E,
+            scale * LOG2_E.value,
             GROUP=group,
             HEAD_DIM=head_dim,
             PAGE_SIZE=pages.k.shape[1],
@@ -79,7 +81,9 @@ def query_rows(pages_k: Tensor) -> int:
 
 
 @triton.jit
-def load_queries(q, token, head, stride_token, stride_head, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_queries(
+    q, token, head, stride_token, stride_head, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """Read queries [rows, BLOCK_D] of tokens and heads [rows]; 0 where `valid` is unset and past HEAD_DIM."""
     d = tl.arange(0, BLOCK_D)
     pointers = q + token.to(tl.int64)[:, None] * stride_token + head[:, None] * stride_head + d[None, :]
@@ -166,7 +170,7 @@ def _attend(
     query_head = head * GROUP + r % GROUP
     valid = (r < TILE * GROUP) & (first + r // GROUP < chunk)
     queries = load_queries(q, token, query_head, stride_q_token, stride_q_head, valid, HEAD_DIM, BLOCK_D)
-    queries = queries.to(pages_k.dtype.element_ty)
+    queries = narrow(queries, pages_k.dtype.element_ty)
     last = length - chunk + step
 
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -188,5 +192,6 @@ def _attend(
     d = tl.arange(0, BLOCK_D)
     result = token.to(tl.int64) * (tl.num_programs(1) * GROUP) + query_head
     mask = valid[:, None] & (d < HEAD_DIM)[None, :]
-    tl.store(out + result[:, None] * HEAD_DIM + d[None, :], acc / total[:, None], mask=mask)
-    tl.store(lse + result, (peak + tl.log2(total)) / 1.4426950408889634, mask=valid)
+    acc = narrow(acc / total[:, None], out.dtype.element_ty)
+    tl.store(out + result[:, None] * HEAD_DIM + d[None, :], acc, mask=mask)
+    tl.store(lse + result, (peak + tl.log2(total)) * LN_2, mask=valid)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from curkv.kernels.triton_util import power_of_two
+from curkv.kernels.triton_util import narrow, power_of_two
 
 
 @overload
@@ -65,10 +65,10 @@ def _normalise_rows(
         values = values.to(tl.float32) + tl.load(
             residual + row * stride_residual + i, mask=mask, other=0.0
         ).to(tl.float32)
-        values = values.to(x.dtype.element_ty)
+        values = narrow(values, x.dtype.element_ty)
         tl.store(total + row * SIZE + i, values, mask=mask)
     exact = values.to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(exact * exact, 0) / SIZE + eps)
-    normalised = (exact * scale).to(x.dtype.element_ty).to(tl.float32)
+    normalised = narrow(exact * scale, x.dtype.element_ty).to(tl.float32)
     w = tl.load(weight + i, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + row * SIZE + i, normalised * w, mask=mask)
+    tl.store(out + row * SIZE + i, narrow(normalised * w, out.dtype.element_ty), mask=mask)

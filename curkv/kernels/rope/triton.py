@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from curkv.kernels.triton_util import power_of_two
+from curkv.kernels.triton_util import narrow, power_of_two
 
 _MAX_BLOCK_H = 8
 
@@ -64,5 +64,5 @@ def _rotate_heads(
     first = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(pointers + HALF, mask=mask, other=0.0).to(tl.float32)
     first, second = rotate(first, second, c, s)
-    tl.store(pointers, first, mask=mask)
-    tl.store(pointers + HALF, second, mask=mask)
+    tl.store(pointers, narrow(first, q.dtype.element_ty), mask=mask)
+    tl.store(pointers + HALF, narrow(second, q.dtype.element_ty), mask=mask)

@@ -12,7 +12,9 @@ from curkv.kernels.triton_util import power_of_two
 _BLOCK = 2048
 
 
-def select(scores: Tensor, lengths: Tensor, keep: Tensor, floor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def select(
+    scores: Tensor, lengths: Tensor, keep: Tensor, floor: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Choose the highest-scoring tokens of each head, or of each layer's heads together; see `reference.select`.
 
     The indices are a view of a wider tensor: their last stride is 1, rows are further apart than they are long.

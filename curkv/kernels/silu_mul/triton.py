@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from curkv.kernels.triton_util import narrow
+
 _BLOCK = 1024
 
 
@@ -29,4 +31,4 @@ def _silu_mul_rows(gate_up, out, stride, SIZE: tl.constexpr, BLOCK: tl.constexpr
     mask = i < SIZE
     gate = tl.load(gate_up + row * stride + i, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + SIZE + i, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + row * SIZE + i, gate / (1.0 + tl.exp(-gate)) * up, mask=mask)
+    tl.store(out + row * SIZE + i, narrow(gate / (1.0 + tl.exp(-gate)) * up, out.dtype.element_ty), mask=mask)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from curkv.kernels.pages import Pages
 from curkv.kernels.rope.triton import rotate
-from curkv.kernels.triton_util import find_slots, power_of_two, sequence_block
+from curkv.kernels.triton_util import find_slots, narrow, power_of_two, sequence_block
 
 _MAX_BLOCK_H = 4
 
@@ -109,10 +109,8 @@ def _store_tokens(
     slot = tl.load(slots + sequence, mask=sequence < num_sequences, other=-1).to(tl.int64)
     end = tl.load(query_start + 1 + sequence, mask=slot >= 0, other=0)
 
-    valid = (head < num_heads) & (slot >= 0)
-    length = tl.load(
-        lengths + slot * stride_lengths_slot + head * stride_lengths_head, mask=valid, other=0
-    )
+    valid = head < tl.where(slot >= 0, num_heads, 0)
+    length = tl.load(lengths + slot * stride_lengths_slot + head * stride_lengths_head, mask=valid, other=0)
     row = table + slot * stride_table_slot + head * stride_table_head
     place = find_slots(row, length - end + token, valid, PAGE_SIZE)
 
@@ -132,10 +130,10 @@ def _store_tokens(
     k1, k2 = rotate(k1, k2, c, s)
 
     vectors = place[:, None] * HEAD_DIM + i[None, :]
-    tl.store(pages_k + vectors, k1.to(pages_k.dtype.element_ty), mask=mask)
-    tl.store(pages_k + vectors + HALF, k2.to(pages_k.dtype.element_ty), mask=mask)
-    tl.store(pages_v + vectors, v1.to(pages_v.dtype.element_ty), mask=mask)
-    tl.store(pages_v + vectors + HALF, v2.to(pages_v.dtype.element_ty), mask=mask)
+    tl.store(pages_k + vectors, narrow(k1, pages_k.dtype.element_ty), mask=mask)
+    tl.store(pages_k + vectors + HALF, narrow(k2, pages_k.dtype.element_ty), mask=mask)
+    tl.store(pages_v + vectors, narrow(v1, pages_v.dtype.element_ty), mask=mask)
+    tl.store(pages_v + vectors + HALF, narrow(v2, pages_v.dtype.element_ty), mask=mask)
     tl.store(pages_position + place, tl.zeros([BLOCK_H], tl.int32) + position, mask=valid)
     tl.store(pages_k_sq + place, tl.sum(k1 * k1 + k2 * k2, 1), mask=valid)
     tl.store(pages_v_sq + place, tl.sum(v1 * v1 + v2 * v2, 1), mask=valid)

@@ -16,6 +16,7 @@ from curkv.kernels.triton_util import (
     dot,
     find_slots,
     load_tokens,
+    narrow,
     num_processors,
     power_of_two,
 )
@@ -58,7 +59,7 @@ def window_scores(
         lengths,
         lse,
         table.stride(0),
-        scale * LOG2_E,
+        scale * LOG2_E.value,
         splits,
     )
     constants = {
@@ -107,10 +108,10 @@ def _logits(
     newest = tl.load(pages_position + find_slots(table, length - 1, length > 0, PAGE_SIZE))
     r = first + tl.arange(0, BLOCK_M)
     own = newest - (WINDOW - 1) + r // GROUP
-    tile = load_tokens(
-        queries, row * (WINDOW * GROUP) + r, r < WINDOW * GROUP, HEAD_DIM, BLOCK_D
+    tile = load_tokens(queries, row * (WINDOW * GROUP) + r, r < WINDOW * GROUP, HEAD_DIM, BLOCK_D)
+    scores = (
+        dot(narrow(tile, keys.dtype), tl.trans(keys), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * scale_log2
     )
-    scores = dot(tile.to(keys.dtype), tl.trans(keys), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * scale_log2
     read = (r < WINDOW * GROUP)[:, None] & valid[None, :] & (position[None, :] <= own[:, None])
     return tl.where(read, scores, float("-inf"))
 

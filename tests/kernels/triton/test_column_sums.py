@@ -21,9 +21,7 @@ from tests.kernels.util import make_pool, query_start
 def test_adds_what_the_reference_adds(
     close, lengths, new_tokens, group, head_dim, page_size, dtype, shared_pages
 ):
-    pool = make_pool(
-        lengths, head_dim=head_dim, page_size=page_size, dtype=dtype, shared_pages=shared_pages
-    )
+    pool = make_pool(lengths, head_dim=head_dim, page_size=page_size, dtype=dtype, shared_pages=shared_pages)
     expected = pool.copy()
     heads = len(lengths[0])
     q = torch.randn(sum(new_tokens), 2 * heads * group, head_dim)[:, heads * group :]

@@ -29,9 +29,14 @@ def assert_same(pages, expected):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 1.0])
-@pytest.mark.parametrize(("head_dim", "page_size", "dtype"), [
-    (64, 16, torch.float32), (96, 32, torch.float16), (256, 128, torch.bfloat16),
-])
+@pytest.mark.parametrize(
+    ("head_dim", "page_size", "dtype"),
+    [
+        (64, 16, torch.float32),
+        (96, 32, torch.float16),
+        (256, 128, torch.bfloat16),
+    ],
+)
 def test_moves_in_place_bit_for_bit(head_dim, page_size, dtype, share):
     lengths = [[300, 0, 1], [64, 65, 17]]
     pool = make_pool(lengths, head_dim=head_dim, page_size=page_size, dtype=dtype)

@@ -22,9 +22,7 @@ from tests.kernels.util import make_pool
 def test_attends_like_the_reference(
     close, lengths, group, head_dim, page_size, dtype, shared_pages, accumulate
 ):
-    pool = make_pool(
-        lengths, head_dim=head_dim, page_size=page_size, dtype=dtype, shared_pages=shared_pages
-    )
+    pool = make_pool(lengths, head_dim=head_dim, page_size=page_size, dtype=dtype, shared_pages=shared_pages)
     expected = pool.copy()
     q = torch.randn(len(lengths), 3 * len(lengths[0]) * group, head_dim)[:, : len(lengths[0]) * group]
     arguments = pool.table, pool.lengths, pool.slots, head_dim**-0.5, accumulate

@@ -21,9 +21,7 @@ from tests.kernels.util import make_pool, query_start
 def test_attends_like_the_reference(
     close, lengths, new_tokens, group, head_dim, page_size, dtype, shared_pages
 ):
-    pool = make_pool(
-        lengths, head_dim=head_dim, page_size=page_size, dtype=dtype, shared_pages=shared_pages
-    )
+    pool = make_pool(lengths, head_dim=head_dim, page_size=page_size, dtype=dtype, shared_pages=shared_pages)
     heads = len(lengths[0])
     q = torch.randn(sum(new_tokens), 2 * heads * group, head_dim)[:, heads * group :]
     layout = pool.table, pool.lengths, pool.slots, query_start(new_tokens)

@@ -45,6 +45,4 @@ def test_a_slot_below_zero_is_not_written():
     before = pool.copy()
     store(triton, pool, [1, 1], 64, slots=torch.tensor([-1, -1], dtype=torch.int32))
     for field in FIELDS:
-        assert torch.equal(
-            getattr(pool.pages, field).nan_to_num(), getattr(before.pages, field).nan_to_num()
-        )
+        assert torch.equal(getattr(pool.pages, field).nan_to_num(), getattr(before.pages, field).nan_to_num())

@@ -25,9 +25,7 @@ def rows_of(pool):
         ([[33]], 2, 16, 256, 64, torch.bfloat16),
     ],
 )
-def test_scores_like_the_reference(
-    close, lengths, window, group, head_dim, page_size, dtype, reduction
-):
+def test_scores_like_the_reference(close, lengths, window, group, head_dim, page_size, dtype, reduction):
     pool = make_pool(lengths, head_dim=head_dim, page_size=page_size, dtype=dtype)
     table, counts = rows_of(pool)
     queries = torch.randn(len(counts), window, group, head_dim)
