@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.target_info import is_cuda
+from triton.runtime import driver
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -39,6 +40,14 @@ def num_processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def is_older_cuda() -> bool:
+    """Whether the device has tensor cores without asynchronous matrix products: before Hopper."""
+    if INTERPRETED.value:
+        return False
+    target = driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch < 90
+
+
 @triton.jit
 def dot(a, b, acc):
     """acc + a b in float32, whatever the operands: tensor cores for 16 bits, three TF32 products for float32.
@@ -56,7 +65,7 @@ def dot(a, b, acc):
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """Round float32 numbers to a dtype; Triton's interpreter cuts bfloat16 off, so it is rounded by hand there."""
+    """Round float32 numbers to a dtype; Triton's interpreter would cut bfloat16 off."""
     if INTERPRETED and dtype == tl.bfloat16 and x.dtype == tl.float32:
         bits = x.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
@@ -78,7 +87,7 @@ def find_slots(row, index, mask, PAGE_SIZE: tl.constexpr):
 
 @triton.jit
 def load_tokens(memory, place, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Read keys or values [tokens, BLOCK_D] at places of the pool; 0 where `mask` is unset and past HEAD_DIM."""
+    """Read keys or values [tokens, BLOCK_D] at places of the pool; 0 where masked and past HEAD_DIM."""
     d = tl.arange(0, BLOCK_D)
     pointers = memory + place[:, None] * HEAD_DIM + d[None, :]
     return tl.load(pointers, mask=mask[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
@@ -88,8 +97,8 @@ def load_tokens(memory, place, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constex
 def find_sequence(query_start, tile, num_sequences, TILE: tl.constexpr, BLOCK_B: tl.constexpr):
     """Sequence of a tile of up to TILE queries, when sequence b's tiles begin at query_start[b] // TILE + b.
 
-    T // TILE + B tiles are enough for B sequences of T queries together, however they are divided: the grid needs
-    no look at the lengths. A tile may turn out to be past its sequence's end.
+    T // TILE + B tiles are enough for B sequences of T queries together, however they are divided: the grid
+    needs no look at the lengths. A tile may turn out to be past its sequence's end.
     """
     b = tl.arange(0, BLOCK_B)
     starts = tl.load(query_start + b, mask=b < num_sequences, other=0)

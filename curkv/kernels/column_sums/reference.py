@@ -21,9 +21,9 @@ def column_sums(
 ) -> None:
     """Add the attention that a chunk's queries pay to each stored token to `pages.attention`.
 
-    H2O's score (https://arxiv.org/abs/2306.14048, section 4): the sum of softmax(scale q K^T) over the queries
-    and over the group, where query i of a chunk of c reads the stored tokens j < length - c + i + 1, as in
-    `paged_prefill_attention`, whose log-sum-exp it takes.
+    H2O's score (https://arxiv.org/abs/2306.14048, section 4): the sum of softmax(scale q K^T) over the
+    queries and over the group, where query i of a chunk of c reads the stored tokens j < length - c + i + 1,
+    as in `paged_prefill_attention`, whose log-sum-exp it takes.
 
     Args:
         q: float32 [T, Hq, head_dim], after RoPE; any stride over tokens and heads.

@@ -103,8 +103,8 @@ def _move(
 ):
     """Move a row's tokens of WORDS words each, block by block.
 
-    Token i comes from index >= i, so a block's targets lie before all that later blocks read; the barrier has every
-    thread read its part of a block before any writes.
+    Token i comes from index >= i, so a block's targets lie before all that later blocks read; the barrier has
+    every thread read its part of a block before any writes.
     """
     n = tl.arange(0, BLOCK_N)
     word = tl.arange(0, BLOCK_WORDS)

@@ -60,7 +60,7 @@ def leverage_scores(
 def _sketch(
     pages: Pages, table: Tensor, lengths: Tensor, sketch: Tensor, width: int
 ) -> tuple[Tensor, Tensor]:
-    """Energies float32 [N, width] of the keys and of the values after projection by `sketch` [head_dim, rank]."""
+    """Energies float32 [N, width] of keys and of values projected by `sketch` [head_dim, rank]."""
     rows, rank = len(lengths), sketch.shape[1]
     block_n = attention_block(pages.k, _MAX_BLOCK_N, _TILE_BYTES)
     key = torch.empty(rows, width, dtype=torch.float32, device=lengths.device)
@@ -88,7 +88,7 @@ def _sketch(
 
 @triton.jit
 def _project(x, sketch):
-    """Squared norms of x G; a 16-bit x meets G in two 16-bit parts, so that G keeps 16 bits of precision or more."""
+    """Squared norms of x G; a 16-bit x meets G in two 16-bit parts, which keep G's precision."""
     high = narrow(sketch, x.dtype)
     product = dot(x, high, tl.zeros([x.shape[0], sketch.shape[1]], tl.float32))
     if x.dtype != tl.float32:
@@ -156,7 +156,7 @@ def _combined(
     WINDOW: tl.constexpr,
     BLOCK_SPAN: tl.constexpr,
 ):
-    """Combined energies of windows `number` [BLOCK_W], one a row [BLOCK_W, BLOCK_SPAN], and their token indices."""
+    """Combined energies of windows `number` [BLOCK_W, BLOCK_SPAN]; the tokens' indices; which are valid."""
     i = tl.arange(0, BLOCK_SPAN)
     index = number[:, None] * WINDOW + i[None, :] - shift
     valid = (i < WINDOW)[None, :] & (index >= 0) & (index < length)

@@ -1,4 +1,4 @@
-"""Attention of one new token per sequence over ragged pages, with Triton: long heads are split and then reduced."""
+"""Attention of one new token per sequence over ragged pages, with Triton; long heads are split."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def paged_decode_attention(
     scale: float,
     accumulate: bool = False,
 ) -> Tensor:
-    """Attend with one query per sequence over the kept tokens of each head; see `reference.paged_decode_attention`.
+    """Attend with one query per sequence over each head's tokens; see `reference.paged_decode_attention`.
 
     The grid depends on shapes only, never on lengths. A slot below 0 stands for no sequence: its output is 0.
-    With `accumulate` the logits are kept, float32 [B, Hq, tokens that a head may have], so that K is read once.
+    With `accumulate` the logits are kept, float32 [B, Hq, tokens a head may have], so that K is read once.
     """
     batch, query_heads, head_dim = q.shape
     heads, page_size = table.shape[1], pages.k.shape[1]
@@ -260,7 +260,10 @@ def _accumulate(
     PAGE_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Program (sequence, KV head, block of tokens): adds the group's probabilities. Shared pages need the atomic."""
+    """Program (sequence, KV head, block of tokens): adds the group's probabilities.
+
+    Pages may be shared, hence the atomic.
+    """
     sequence = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     slot = tl.load(slots + sequence).to(tl.int64)

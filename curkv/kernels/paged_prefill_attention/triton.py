@@ -15,6 +15,7 @@ from curkv.kernels.triton_util import (
     dot,
     find_sequence,
     find_slots,
+    is_older_cuda,
     load_tokens,
     narrow,
     power_of_two,
@@ -24,6 +25,8 @@ from curkv.kernels.triton_util import (
 
 _MAX_BLOCK_N = 64
 _TILE_BYTES = 16384
+_OLDER_TILE_BYTES = 8192
+"""Before Hopper the products' operands lie in registers: larger tiles of keys would spill."""
 
 
 def paged_prefill_attention(
@@ -66,7 +69,9 @@ def paged_prefill_attention(
             PAGE_SIZE=pages.k.shape[1],
             TILE=tile,
             BLOCK_M=block_m,
-            BLOCK_N=attention_block(pages.k, _MAX_BLOCK_N, _TILE_BYTES),
+            BLOCK_N=attention_block(
+                pages.k, _MAX_BLOCK_N, _OLDER_TILE_BYTES if is_older_cuda() else _TILE_BYTES
+            ),
             BLOCK_D=power_of_two(head_dim),
             BLOCK_B=sequence_block(len(slots)),
             num_warps=8 if block_m == 128 else 4,
@@ -112,7 +117,7 @@ def _attend_block(
 ):
     """Fold tokens `block` to `block + BLOCK_N` of a head into a running softmax.
 
-    With CAUSAL each query reads up to index `last` [BLOCK_M]; without, all tokens of the block are read by all.
+    With CAUSAL each query reads up to index `last` [BLOCK_M]; without, the whole block.
     """
     index = block + tl.arange(0, BLOCK_N)
     valid = index < end
@@ -153,7 +158,7 @@ def _attend(
     BLOCK_D: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """Program (tile of TILE tokens, KV head); row r of a tile is token r // GROUP, head r % GROUP of the group."""
+    """Program (tile of TILE tokens, KV head); row r of a tile is token r // GROUP, head r % GROUP."""
     head = tl.program_id(1)
     sequence = find_sequence(query_start, tl.program_id(0), num_sequences, TILE, BLOCK_B)
     start = tl.load(query_start + sequence)

@@ -15,9 +15,9 @@ _BLOCK = 2048
 def select(
     scores: Tensor, lengths: Tensor, keep: Tensor, floor: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Choose the highest-scoring tokens of each head, or of each layer's heads together; see `reference.select`.
+    """Choose the best tokens of each head, or of each layer's heads together; see `reference.select`.
 
-    The indices are a view of a wider tensor: their last stride is 1, rows are further apart than they are long.
+    The indices are a view of a wider tensor, a row's contiguous.
     """
     layers, heads, width = scores.shape
     device = scores.device
@@ -46,7 +46,9 @@ def select(
         BLOCK=_BLOCK,
         num_warps=8,
     )
-    return indices[..., : int(counts.max())], counts
+    indices = indices[..., : int(counts.max())]
+    _pad[(layers * heads,)](indices, counts, width, indices.shape[2], BLOCK=_BLOCK, num_warps=4)
+    return indices, counts
 
 
 def _thresholds(scores: Tensor, lengths: Tensor, count: Tensor, heads: int, sure: Tensor | None) -> Tensor:
@@ -60,8 +62,8 @@ def _thresholds(scores: Tensor, lengths: Tensor, count: Tensor, heads: int, sure
         sure: int32 [L * H, 2], cuts of single heads whose tokens are kept already and do not count; or None.
 
     Returns:
-        int32 [groups, 2]: the key (see `_keys`) of the lowest score kept, and the place (token * heads + head) of
-        the last token kept of those with exactly that key, -1 if none.
+        int32 [groups, 2]: the key (see `_keys`) of the lowest score kept, and the place, token * heads + head,
+        of the last token kept of those with exactly that key; -1 if none.
     """
     groups = lengths.numel() // heads
     cuts = torch.empty(groups, 2, dtype=torch.int32, device=scores.device)
@@ -136,7 +138,7 @@ def _find_thresholds(
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Program (group): four digits of the threshold, the highest first, then the last token that ties with it."""
+    """Program (group): four digits of the threshold, the highest first, then the last tie that is kept."""
     group = tl.program_id(0).to(tl.int64)
     scores += group * HEADS * width
     lengths += group * HEADS
@@ -188,7 +190,7 @@ def _list_kept(
     FLOOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program (layer and head): the indices of its kept tokens in order, then -1."""
+    """Program (layer and head): the indices of its kept tokens in order."""
     row = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + row)
     scores += row * width
@@ -206,6 +208,12 @@ def _list_kept(
         tl.store(indices + place, token, mask=kept)
         count += tl.sum(kept.to(tl.int32), 0)
     tl.store(counts + row, count)
-    for block in range(0, width, BLOCK):
-        token = block + tl.arange(0, BLOCK)
-        tl.store(indices + token, -1, mask=(token >= count) & (token < width))
+
+
+@triton.jit(do_not_specialize=["stride", "width"])
+def _pad(indices, counts, stride, width, BLOCK: tl.constexpr):
+    """Program (layer and head): -1 from its count up to `width`, the largest count."""
+    row = tl.program_id(0).to(tl.int64)
+    for block in range(tl.load(counts + row), width, BLOCK):
+        place = block + tl.arange(0, BLOCK)
+        tl.store(indices + row * stride + place, -1, mask=place < width)

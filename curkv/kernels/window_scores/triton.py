@@ -1,4 +1,4 @@
-"""How much attention the newest queries pay to each stored token, with Triton: two passes over K."""
+"""How much attention the newest queries pay to each stored token, with Triton."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ def window_scores(
     lengths: Tensor,
     scale: float,
     reduction: Literal["mean", "max"] = "mean",
+    lse: Tensor | None = None,
 ) -> Tensor:
-    """Score the stored tokens of every head by the attention of the last w queries; see `reference.window_scores`."""
+    """Score the stored tokens by the attention of the last w queries; see `reference.window_scores`."""
     rows, window, group, head_dim = queries.shape
     width = int(lengths.max()) if rows else 0
     scores = torch.empty(rows, width, dtype=torch.float32, device=queries.device)
@@ -46,21 +47,14 @@ def window_scores(
         return scores
     block_m = min(_MAX_BLOCK_M, max(16, power_of_two(window * group)))
     block_n = attention_block(pages.k, _MAX_BLOCK_N, _TILE_BYTES)
-    tiles = triton.cdiv(window * group, block_m)
-    wanted = triton.cdiv(_PROGRAMS_PER_PROCESSOR * num_processors(queries.device), rows * tiles)
-    splits = max(1, min(wanted, triton.cdiv(width, MIN_SPLIT)))
-    size = triton.cdiv(triton.cdiv(width, splits), block_n) * block_n
-    lse = torch.empty(rows, splits, window * group, dtype=torch.float32, device=queries.device)
-    arguments = (
+    layout = (
         queries.contiguous(),
         pages.k,
         pages.position,
         table,
         lengths,
-        lse,
         table.stride(0),
         scale * LOG2_E.value,
-        splits,
     )
     constants = {
         "WINDOW": window,
@@ -73,9 +67,17 @@ def window_scores(
         "num_warps": 4,
         "num_stages": 2,
     }
-    _normalisers[(rows, tiles, splits)](*arguments, size, **constants)
+    if lse is None:
+        tiles = triton.cdiv(window * group, block_m)
+        wanted = triton.cdiv(_PROGRAMS_PER_PROCESSOR * num_processors(queries.device), rows * tiles)
+        splits = max(1, min(wanted, triton.cdiv(width, MIN_SPLIT)))
+        size = triton.cdiv(triton.cdiv(width, splits), block_n) * block_n
+        parts = torch.empty(rows, splits, window * group, dtype=torch.float32, device=queries.device)
+        _normalisers[(rows, tiles, splits)](*layout, parts, splits, size, **constants)
+    else:
+        parts = (lse * LOG2_E.value).reshape(rows, 1, window * group)
     _sum_probabilities[(rows, triton.cdiv(width, block_n))](
-        *arguments, scores, width, MEAN=reduction == "mean", **constants
+        *layout, parts, parts.shape[1], scores, width, MEAN=reduction == "mean", **constants
     )
     return scores
 
@@ -99,7 +101,7 @@ def _logits(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Base-2 logits [BLOCK_M, BLOCK_N] of queries from `first` on and tokens from `block` on; -inf if not read."""
+    """Base-2 logits [BLOCK_M, BLOCK_N] of queries from `first` and tokens from `block` on; -inf if unread."""
     index = block + tl.arange(0, BLOCK_N)
     valid = index < length
     place = find_slots(table, index, valid, PAGE_SIZE)
@@ -109,11 +111,9 @@ def _logits(
     r = first + tl.arange(0, BLOCK_M)
     own = newest - (WINDOW - 1) + r // GROUP
     tile = load_tokens(queries, row * (WINDOW * GROUP) + r, r < WINDOW * GROUP, HEAD_DIM, BLOCK_D)
-    scores = (
-        dot(narrow(tile, keys.dtype), tl.trans(keys), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * scale_log2
-    )
+    scores = dot(narrow(tile, keys.dtype), tl.trans(keys), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
     read = (r < WINDOW * GROUP)[:, None] & valid[None, :] & (position[None, :] <= own[:, None])
-    return tl.where(read, scores, float("-inf"))
+    return tl.where(read, scores * scale_log2, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["splits", "size"])
@@ -123,9 +123,9 @@ def _normalisers(
     pages_position,
     table,
     lengths,
-    lse,
     stride_table,
     scale_log2,
+    lse,
     splits,
     size,
     WINDOW: tl.constexpr,
@@ -145,8 +145,8 @@ def _normalisers(
     total = tl.zeros([BLOCK_M], tl.float32)
     for block in range(split * size, tl.minimum((split + 1) * size, length), BLOCK_N):
         scores = _logits(
-            row, first, block, length, queries, pages_k, pages_position, table + row * stride_table, scale_log2,
-            WINDOW, GROUP, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
+            row, first, block, length, queries, pages_k, pages_position, table + row * stride_table,
+            scale_log2, WINDOW, GROUP, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         shift = tl.where(new_peak > float("-inf"), new_peak, 0.0)
@@ -164,9 +164,9 @@ def _sum_probabilities(
     pages_position,
     table,
     lengths,
-    lse,
     stride_table,
     scale_log2,
+    lse,
     splits,
     scores,
     width,
