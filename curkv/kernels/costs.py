@@ -1,12 +1,12 @@
 """What each operation must move and compute, as formulas over the shapes of a call.
 
 Letters, all counts unless said otherwise:
-    B sequences, T new tokens of all sequences, c new tokens of each, n stored tokens of each head, k tokens kept,
-    L layers, H KV heads, Q query heads, G = Q / H, D head_dim, P page_size, w window queries, r sketch rank,
-    d hidden size, I intermediate size, s bytes of a stored element, a bytes of an activation, S splits.
+    B sequences, T new tokens of all sequences, c new tokens of each, n stored tokens of each head, k tokens
+    kept, L layers, H KV heads, Q query heads, G = Q / H, D head_dim, P page_size, w window queries, r sketch
+    rank, d hidden size, I intermediate size, s bytes of a stored element, a bytes of an activation, S splits.
 
-`minimum` is what any implementation moves: inputs and outputs once. `moved` is what the kernels move between the
-device's memory and its L2 cache. What they read again out of L2 is named in `again`.
+`minimum` is what any implementation moves: inputs and outputs once. `moved` is what the kernels move between
+the device's memory and its L2 cache. What they read again out of L2 is named in `again`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ class Cost:
 
 COSTS = {
     "rope": Cost("2*T*Q*D*a + 4*T*D", "2*T*Q*D*a + 4*T*D + 4*T", "3*T*Q*D"),
-    "store_kv": Cost(
-        "T*H*(2*D*(a + s) + 16) + 4*T*D", "T*H*(2*D*(a + s) + 16 + 8) + 4*T*D + 4*T", "7*T*H*D"
-    ),
+    "store_kv": Cost("T*H*(2*D*(a + s) + 16) + 4*T*D", "T*H*(2*D*(a + s) + 16 + 8) + 4*T*D + 4*T", "7*T*H*D"),
     "paged_decode_attention": Cost(
         "B*H*n*2*D*s + 2*B*Q*D*a",
         "B*H*n*(2*D*s + 4/P) + 2*B*Q*D*a + 8*B*Q*S*(D + 1)*(S > 1)",

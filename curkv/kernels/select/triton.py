@@ -59,11 +59,11 @@ def _thresholds(scores: Tensor, lengths: Tensor, count: Tensor, heads: int, sure
         lengths: int32 [L, H].
         count: int32 [groups], tokens to keep.
         heads: Heads of a group: 1, or all H of a layer.
-        sure: int32 [L * H, 2], cuts of single heads whose tokens are kept already and do not count; or None.
+        sure: int32 [L * H, 2], cuts of single heads; what they keep does not count. Or None.
 
     Returns:
-        int32 [groups, 2]: the key (see `_keys`) of the lowest score kept, and the place, token * heads + head,
-        of the last token kept of those with exactly that key; -1 if none.
+        int32 [groups, 2]: the key (see `_keys`) of the lowest score kept, and the place, token * heads +
+        head, of the last token kept of those with exactly that key; -1 if none.
     """
     groups = lengths.numel() // heads
     cuts = torch.empty(groups, 2, dtype=torch.int32, device=scores.device)
