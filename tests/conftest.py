@@ -1,7 +1,14 @@
-"""Triton kernels run in its interpreter; that is settled when triton is first imported, by whichever test."""
-
-from __future__ import annotations
-
 import os
+from pathlib import Path
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
+import pytest
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # settled when triton is first imported, by whichever test
+
+from curkv.models.default_model import DEFAULT_MODEL, ensure_built_in
+
+
+@pytest.fixture(scope="session")
+def default_model_dir() -> Path:
+    """Directory of the default model, fetched on first use and kept in the user's cache."""
+    return ensure_built_in(DEFAULT_MODEL)

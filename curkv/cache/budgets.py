@@ -41,9 +41,11 @@ class Budget:
         adaptive allocation it counts with the worst split of tokens over heads, almost a page more for each.
 
         Args:
-            prompt_tokens: Length of the prompt. layout: Shape of the cache. adaptive: Heads of a layer may
-            hold different numbers of tokens. slack: Tokens per head that come on top before the next
-            eviction; only a byte budget has to hold them.
+            prompt_tokens: Length of the prompt.
+            layout: Shape of the cache.
+            adaptive: Heads of a layer may hold different numbers of tokens.
+            slack: Tokens per head that come on top before the next eviction; only a byte budget has to hold
+                them.
 
         Returns:
             Tokens per head; below 1 if a byte budget does not hold one.

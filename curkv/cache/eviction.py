@@ -16,34 +16,25 @@ if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels
 
 
-def plan_kept(
-    view: CacheView,
-    plan: EvictionPlan,
-    kernels: Kernels,
-    *,
-    phase: Literal["prefill", "decode"] = "prefill",
-    round: int = 0,
-) -> tuple[Tensor, Tensor]:
+def plan_kept(view: CacheView, plan: EvictionPlan, kernels: Kernels) -> tuple[Tensor, Tensor]:
     """Choose the tokens to keep: score, pool, protect, allocate.
 
     Sinks, newest tokens and protected spans are found by their position in the text, wherever earlier
     evictions have moved them; they count towards the budget.
 
     Args:
-        view: The sequence; this step's tokens are stored and attended to.
+        view: The sequence, its phase and round; this step's tokens are stored and attended to.
         plan: What the request asked for.
         kernels: Operations on pages.
-        phase: "prefill" after the last chunk of the prompt, "decode" later on.
-        round: Evictions of this sequence so far.
 
     Returns:
         indices: int32 [L, H, max(counts)], ascending indices of each head's kept tokens, -1 past its count.
         counts: int32 [L, H]. All tokens, if the cache holds no more than the budget.
     """
-    k = plan.budget_tokens if phase == "prefill" else plan.decode_budget_tokens
+    k = plan.budget_tokens if view.phase == "prefill" else plan.decode_budget_tokens
     if k is None:
         raise ValueError("the plan has no decode budget")
-    view = replace(view, seed=plan.seed, phase=phase, round=round)
+    view = replace(view, seed=plan.seed)
     scores = plan.policy.score(view, plan.options, kernels)
     scores = pooled(scores, view.stored, plan.options.pool or 1, plan.options.pool_kind)
     scores.masked_fill_(protected(view, plan), torch.inf)

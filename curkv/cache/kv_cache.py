@@ -271,8 +271,8 @@ class KVCache:
         self._lengths[new] = lengths
         self.page_counts[new] = counts
         last = (*partial.nonzero(), counts[partial] - 1)
-        self._copy_pages(table[last], copies)
         self._table[new][last] = copies
+        self._copy_pages(table[last], copies, lengths[partial] % self.layout.page_size)
         self._publish([new])
         return new
 
@@ -369,22 +369,21 @@ class KVCache:
         kept = counts.reshape(-1).numpy(force=True)
         if (kept > lengths).any():
             raise ValueError("a head cannot keep more tokens than it has")
-        rows = (kept < lengths).nonzero()[0]
-        if not len(rows):
+        changed = kept < lengths
+        if not changed.any():
             return 0
-        kept = kept[rows]
-        old, new = page_counts[rows, None], self._pages_of(kept)[:, None]
+        old, new = page_counts[:, None], self._pages_of(kept)[:, None]
         column = self._page_index[: old.max()]
         table = self._table[slot].reshape(-1, self.layout.max_pages)[:, : len(column)]
-        source = table[rows]
+        source = table.copy()
         owned = column < old
-        shared = ((self.pool.owners[source] > 1) & owned).any(axis=1, keepdims=True)
+        shared = ((self.pool.owners[source] > 1) & owned).any(axis=1, keepdims=True) & changed[:, None]
         target = self._with_fresh_pages(source, shared & (column < new))
-        self._compact(source, target, indices.flatten(0, 1)[torch.from_numpy(rows)], kept)
+        self._move(source, target, indices.flatten(0, 1), kept)
         self.pool.release(source[owned & (shared | (column >= new))])
-        table[rows] = target
-        lengths[rows] = kept
-        page_counts[rows] = new[:, 0]
+        table[:] = target
+        lengths[:] = kept
+        page_counts[:] = new[:, 0]
         self._publish([slot])
         return self.free_pages - free_before
 
@@ -443,13 +442,13 @@ class KVCache:
         target[fresh] = self.pool.take(int(fresh.sum()))
         return target
 
-    def _compact(self, source: Ids, target: Ids, indices: Tensor, counts: NDArray[np.int32]) -> None:
+    def _copy_pages(self, source: Ids, target: Ids, counts: NDArray[np.int32]) -> None:
+        """Copies the first `counts` [N] tokens of the pages `source` [N]."""
+        tokens = torch.arange(self.layout.page_size, dtype=torch.int32, device=self.pages.k.device)
+        self._move(source[:, None], target[:, None], tokens.expand(len(counts), -1), counts)
+
+    def _move(self, source: Ids, target: Ids, indices: Tensor, counts: NDArray[np.int32]) -> None:
+        """Moves tokens `indices` [N, n] of the table rows `source` [N, pages] to the front of `target`."""
         device = self.pages.k.device
         tables = [torch.from_numpy(array).to(device) for array in (source, target)]
         self.kernels.compact(self.pages, *tables, indices, torch.from_numpy(counts).to(device))
-
-    def _copy_pages(self, source: Ids, target: Ids) -> None:
-        pages = self.pages
-        rows, copies = (torch.from_numpy(ids).to(pages.k.device) for ids in (source, target))
-        for memory in (pages.k, pages.v, pages.position, pages.k_sq, pages.v_sq, pages.attention):
-            memory[copies] = memory[rows]

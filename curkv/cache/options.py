@@ -162,7 +162,8 @@ def parse_options(raw: Mapping[str, object], defaults: EvictionOptions | None = 
     Args:
         raw: Value of each field that was given: a string, or what JSON has for it. A None counts as not
             given.
-        defaults: Of fields that were not given; a request that asks for policy "full" gets none of them.
+        defaults: Of fields that were not given; those that the given ones leave without effect, such as a
+            budget with policy "full", are left out.
 
     Returns:
         The options; they agree with each other as far as can be told without the prompt.
@@ -183,6 +184,10 @@ def parse_options(raw: Mapping[str, object], defaults: EvictionOptions | None = 
     if given.get("policy") == "full" != defaults.policy:
         defaults = EvictionOptions()
     options = replace(defaults, **given)
+    unread: dict[str, Any] = {
+        field: _DEFAULTS[field] for field in _without_effect(options) if field not in given
+    }
+    options = replace(options, **unread)
     check_options(options)
     return options
 
@@ -200,14 +205,10 @@ def check_options(options: EvictionOptions) -> None:
     if options.policy != "full" and not budgets:
         message = f"policy {options.policy!r} needs a budget or decode_budget to evict to; 'full' needs none"
         raise OptionError("budget", message, ("policy",))
-    policy = get_policy(options.policy)
-    for field in _SCORING - policy.reads:
+    for field, other in _without_effect(options).items():
         if getattr(options, field) != _DEFAULTS[field]:
-            raise OptionError(field, f"policy {options.policy!r} does not use {field}", ("policy",))
-    unused = "window" if _leverage(options) == "sketch" else "rank"
-    if getattr(options, unused) != _DEFAULTS[unused]:
-        message = f"leverage {_leverage(options)!r} does not use {unused}"
-        raise OptionError(unused, message, ("leverage",))
+            value = _leverage(options) if other == "leverage" else getattr(options, other)
+            raise OptionError(field, f"has no effect with {other} {value!r}", (other,))
 
 
 def resolve(options: EvictionOptions, prompt_tokens: Sequence[int], layout: CacheLayout) -> EvictionPlan:
@@ -344,7 +345,17 @@ _PARSERS: dict[str, Callable[[object], Any]] = {
     "decode_interval": _integer(1),
 }
 _SCORING = {"leverage", "rank", "window", "combine", "pool", "pool_kind", "alpha"}
-_DEFAULTS = {field.name: field.default for field in fields(EvictionOptions)}
+_DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(EvictionOptions)}
+
+
+def _without_effect(options: EvictionOptions) -> dict[str, str]:
+    """Scoring options that do nothing, each with the option that makes it so."""
+    fields = dict.fromkeys(_SCORING - get_policy(options.policy).reads, "policy")
+    if "leverage" not in fields:
+        fields["window" if _leverage(options) == "sketch" else "rank"] = "leverage"
+    if (options.pool or 1) == 1:
+        fields.setdefault("pool_kind", "pool")
+    return fields
 
 
 def _leverage(options: EvictionOptions) -> Literal["window", "sketch"]:

@@ -42,7 +42,9 @@ def test_windowed_shares_are_those_of_the_formula(implementation, partial, windo
     for row, length in enumerate(lengths.tolist()):
         pages = table[row, : -(-length // 16)].long()
         side = (x[pages].flatten()[:length] for x in (pool.pages.k_sq, pool.pages.v_sq))
-        expected = plain_scores(*side, window=window, left=partial == "left", corrected=partial == "corrected")
+        expected = plain_scores(
+            *side, window=window, left=partial == "left", corrected=partial == "corrected"
+        )
         assert_close(scores[row, :length], expected, 1e-6)
         assert scores[row, length:].eq(-torch.inf).all()
 
@@ -60,7 +62,9 @@ def test_cpu_agrees_with_the_reference(combine, normalization, partial, page_siz
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("head_dim", "rank", "page_size"), [(64, 20, 16), (96, 3, 32), (128, 21, 64), (256, 20, 128)])
+@pytest.mark.parametrize(
+    ("head_dim", "rank", "page_size"), [(64, 20, 16), (96, 3, 32), (128, 21, 64), (256, 20, 128)]
+)
 def test_sketched_energies_agree_with_the_reference(dtype, head_dim, rank, page_size):
     pool = make_pool(RAGGED, head_dim=head_dim, page_size=page_size, dtype=dtype)
     sketch = torch.randn(head_dim, rank, generator=torch.Generator().manual_seed(1)) / rank**0.5

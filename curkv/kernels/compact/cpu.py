@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import prange
+from numba import njit, prange
 from torch import Tensor
 
 from curkv.kernels.pages import Pages
-from curkv.kernels.simd import kernel, parallel_kernel
 
 
 def compact(pages: Pages, source: Tensor, target: Tensor, indices: Tensor, counts: Tensor) -> None:
@@ -20,7 +19,7 @@ def compact(pages: Pages, source: Tensor, target: Tensor, indices: Tensor, count
     _move(words, *(x.contiguous().numpy() for x in (source, target, indices, counts)))
 
 
-@parallel_kernel
+@njit(parallel=True, nogil=True, cache=True)
 def _move(storages: Any, source: Any, target: Any, indices: Any, counts: Any) -> None:
     """Move tokens in each of the arrays int32 [num_pages, page_size, words per token]."""
     for row in prange(len(counts)):
@@ -28,7 +27,7 @@ def _move(storages: Any, source: Any, target: Any, indices: Any, counts: Any) ->
             _move_row(storage, source[row], target[row], indices[row, : counts[row]])
 
 
-@kernel
+@njit(nogil=True, cache=True)
 def _move_row(storage: Any, source: Any, target: Any, indices: Any) -> None:
     """Move the tokens `indices` of one row; unsigned, for a signed division costs as much as a token."""
     page_size = np.uint32(storage.shape[1])

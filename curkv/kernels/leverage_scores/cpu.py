@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numba import prange
+from numba import njit, prange
 from torch import Tensor
 
 from curkv.kernels.pages import Pages
-from curkv.kernels.simd import KINDS, address, dot_tile, kernel, parallel_kernel
+from curkv.kernels.simd import KINDS, address, dot_rows
 
 _COMBINE = {"product": 0, "mean": 1, "key": 2, "value": 3}
 
@@ -35,7 +35,7 @@ def leverage_scores(
     if sketch is None:
         _gather(pages.k_sq.numpy(), pages.v_sq.numpy(), rows, counts, key, value)
     else:
-        columns = _in_fours(sketch.T)
+        columns = _in_threes(sketch.T)
         for storage, energies in ((pages.k, key), (pages.v, value)):
             kind, place = KINDS[storage.dtype], address(storage, storage.dtype)
             _sketch(kind, place, storage.shape[1], columns, rows, counts, energies)
@@ -44,7 +44,7 @@ def leverage_scores(
     return scores
 
 
-@parallel_kernel
+@njit(parallel=True, nogil=True, cache=True)
 def _gather(k_sq: Any, v_sq: Any, table: Any, lengths: Any, key: Any, value: Any) -> None:
     """Copy both side arrays of each row's tokens to `key` and `value`, [N, width]."""
     page_size = k_sq.shape[1]
@@ -58,14 +58,14 @@ def _gather(k_sq: Any, v_sq: Any, table: Any, lengths: Any, key: Any, value: Any
                 value[row, start + i] = v_sq[source, i]
 
 
-def _in_fours(columns: Tensor) -> np.ndarray[Any, Any]:
-    """Copy [rank, head_dim] to float32 with rows of zeros that fill the last four."""
-    padded = torch.zeros(-(-len(columns) // 4) * 4, columns.shape[1])
+def _in_threes(columns: Tensor) -> np.ndarray[Any, Any]:
+    """Copy [rank, head_dim] to float32 with rows of zeros that fill the last three."""
+    padded = torch.zeros(-(-len(columns) // 3) * 3, columns.shape[1])
     padded[: len(columns)] = columns
     return padded.numpy()
 
 
-@parallel_kernel
+@njit(parallel=True, nogil=True, cache=True)
 def _sketch(
     kind: Any, storage: int, page_size: int, columns: Any, table: Any, lengths: Any, energies: Any
 ) -> None:
@@ -75,7 +75,7 @@ def _sketch(
         kind: Of the storage, see `simd`.
         storage: Address of K or V; page_size is a multiple of 4.
         page_size: Tokens per page.
-        columns: float32 [rank, head_dim], the columns of G; rank is a multiple of 4.
+        columns: float32 [rank, head_dim], the columns of G; rank is a multiple of 3.
         table: int32 [N, max_pages].
         lengths: int32 [N].
         energies: float32 [N, width], written.
@@ -91,15 +91,15 @@ def _sketch(
             _sketch_page(kind, place, columns, products, stored)
 
 
-@kernel
+@njit(nogil=True, cache=True)
 def _sketch_page(kind: Any, tokens: int, columns: Any, products: Any, energies: Any) -> None:
     """Sketch the tokens of one page, four at a time; up to three more are read and ignored."""
     rank, head_dim = columns.shape
     for first in range(0, len(energies), 4):
         place = tokens + first * head_dim * kind.itemsize
-        for column in range(0, rank, 4):
-            four, out = columns.ctypes.data + column * head_dim * 4, products.ctypes.data + column * 16
-            dot_tile(kind, 4, four, head_dim, place, out, 4)
+        for column in range(0, rank, 3):
+            three, out = columns.ctypes.data + column * head_dim * 4, products.ctypes.data + column * 16
+            dot_rows(kind, 3, three, head_dim, place, 4, out, 4, 0)
         for token in range(min(4, len(energies) - first)):
             total = np.float32(0)
             for column in range(rank):
@@ -107,7 +107,7 @@ def _sketch_page(kind: Any, tokens: int, columns: Any, products: Any, energies: 
             energies[first + token] = total
 
 
-@parallel_kernel
+@njit(parallel=True, nogil=True, cache=True)
 def _score(
     key: Any, value: Any, lengths: Any, window: int, left: bool, corrected: bool, combine: int, out: Any
 ) -> None:
@@ -134,7 +134,7 @@ def _score(
         scores[length:] = -np.inf
 
 
-@kernel
+@njit(nogil=True, cache=True)
 def _share_of_windows(energy: Any, window: int, left: bool, corrected: bool) -> None:
     """Divide energies [length] by the sum of their window, in place."""
     length = len(energy)

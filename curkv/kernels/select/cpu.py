@@ -6,10 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import prange
+from numba import njit, prange
 from torch import Tensor
-
-from curkv.kernels.simd import kernel, parallel_kernel
 
 _DIGIT_BITS = 11
 _SIGN = np.uint32(0x80000000)
@@ -35,7 +33,7 @@ def select(
     )
 
 
-@parallel_kernel
+@njit(parallel=True, nogil=True, cache=True)
 def _choose(bits: Any, lengths: Any, totals: Any, floor: Any, kept: Any) -> None:
     """Mark the kept tokens of every group of heads.
 
@@ -60,7 +58,7 @@ def _choose(bits: Any, lengths: Any, totals: Any, floor: Any, kept: Any) -> None
         _keep_best(keys, left, kept[group])
 
 
-@kernel
+@njit(nogil=True, cache=True)
 def _ordered(bits: Any, keys: Any) -> None:
     """Turn float32 bits into integers of the same order, all above 0, which stands for no candidate."""
     for i in range(len(bits)):
@@ -70,7 +68,7 @@ def _ordered(bits: Any, keys: Any) -> None:
         keys[i] = ~x if x & _SIGN else x | _SIGN
 
 
-@kernel
+@njit(nogil=True, cache=True)
 def _keep_best(keys: Any, count: int, kept: Any) -> None:
     """Mark the `count` highest candidates of [M, n] in `kept`; they stop being candidates."""
     threshold, ties = _threshold(keys.ravel(), count)
@@ -84,7 +82,7 @@ def _keep_best(keys: Any, count: int, kept: Any) -> None:
                 keys[head, i] = 0
 
 
-@kernel
+@njit(nogil=True, cache=True)
 def _threshold(keys: Any, count: int) -> tuple[Any, int]:
     """Find the `count`-th highest key by three digits, the highest first.
 
@@ -112,7 +110,7 @@ def _threshold(keys: Any, count: int) -> tuple[Any, int]:
     return np.uint32(found), count
 
 
-@parallel_kernel
+@njit(parallel=True, nogil=True, cache=True)
 def _list(kept: Any, indices: Any) -> None:
     """Write the indices of the marks [N, n] of each row to `indices`, [N, max_kept]."""
     for row in prange(len(kept)):

@@ -1,0 +1,270 @@
+"""Speed of each kernel beside what the machine can do: reading memory in order, multiplying matrices.
+
+Every round runs all cases in turn and each case keeps its best time, so that ratios hold on a noisy machine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from curkv.cache.page_pool import PagePool
+from curkv.kernels.dispatch import Kernels, get_kernels
+from curkv.kernels.pages import Pages
+
+HEAD_DIM, HEADS, GROUP = 64, 3, 3  # of smollm2-135m
+PAGE_SIZE = 64
+LAYERS = 6  # different pages in turn, more than the caches hold
+CONTEXTS = tuple(range(2000, 4001, 280))  # tokens of the eight sequences of a decode step
+CHUNK = 512
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+READ, MATMUL = "streaming read", "matmul"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to measure.
+
+    Attributes:
+        kernel: What runs.
+        shape: In words.
+        dtype: Of the cache, or of what is read.
+        run: Runs it `calls` times.
+        calls: Kernel calls of one run.
+        bytes: Memory that one call has to move.
+        flops: Multiplications and additions of one call; 0 where they do not matter.
+    """
+
+    kernel: str
+    shape: str
+    dtype: torch.dtype
+    run: Callable[[], object]
+    calls: int = 1
+    bytes: int = 0
+    flops: int = 0
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The best time of one call of a case."""
+
+    case: Case
+    seconds: float
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second."""
+        return self.case.bytes / self.seconds
+
+    @property
+    def flops(self) -> float:
+        """Floating point operations per second."""
+        return self.case.flops / self.seconds
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Sequences of random tokens on shuffled pages of one pool.
+
+    Attributes:
+        pages: The pool.
+        tables: int32 [sequences, layers, H, max_pages].
+        lengths: int32 [sequences, layers, H].
+        slots: int32 [sequences].
+    """
+
+    pages: Pages
+    tables: Tensor
+    lengths: Tensor
+    slots: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one layer, over all sequences and heads."""
+        return int(self.lengths[:, 0].sum())
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one head's K and V of one token."""
+        return 2 * self.pages.k.shape[2] * self.pages.k.element_size()
+
+    def layer(self, layer: int) -> tuple[Pages, Tensor, Tensor, Tensor]:
+        """What the attention kernels take."""
+        return self.pages, self.tables[:, layer], self.lengths[:, layer], self.slots
+
+
+def make_layers(contexts: tuple[int, ...], layers: int, dtype: torch.dtype) -> Layers:
+    """Fill a pool with sequences of `contexts` tokens, each head a few tokens longer than the one before."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor(contexts)[:, None, None] + 7 * torch.arange(HEADS)
+    lengths = lengths.expand(-1, layers, -1).to(torch.int32).contiguous()
+    counts = -(-lengths // PAGE_SIZE)
+    owned = torch.arange(int(counts.max())) < counts[..., None]
+    tables = torch.zeros(owned.shape, dtype=torch.int32)
+    num_pages = int(counts.sum())
+    tables[owned] = torch.randperm(num_pages, generator=generator).to(torch.int32)
+    pages = PagePool(num_pages, PAGE_SIZE, HEAD_DIM, dtype).pages
+    some = torch.randn(64, PAGE_SIZE, HEAD_DIM, generator=generator).to(dtype)
+    for memory in (pages.k, pages.v):
+        memory.copy_(some.repeat(-(-num_pages // 64), 1, 1)[:num_pages])
+    for side in (pages.k_sq, pages.v_sq, pages.attention):
+        side.uniform_(generator=generator)
+    pages.position.zero_()
+    return Layers(pages, tables, lengths, torch.arange(len(contexts), dtype=torch.int32))
+
+
+def limits() -> Iterator[Case]:
+    """What the machine can do: reading 256 MiB in order, a float32 matrix product."""
+    memory = torch.ones(64 << 20)
+    yield Case(READ, "256 MiB", torch.float32, memory.sum, bytes=memory.nbytes)
+    n = 1024
+    a, b = torch.rand(n, n), torch.rand(n, n)
+    yield Case(MATMUL, f"{n}^3", torch.float32, lambda: a @ b, flops=2 * n**3)
+
+
+def decode(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
+    """One token for each of eight sequences of 2,000 to 4,000 tokens, and for one of them."""
+    for contexts in (CONTEXTS, CONTEXTS[-1:]):
+        cache = make_layers(contexts, LAYERS if len(contexts) > 1 else LAYERS * len(CONTEXTS), dtype)
+        q = torch.randn(len(contexts), HEADS * GROUP, HEAD_DIM)
+        layers = cache.tables.shape[1]
+
+        def run(cache: Layers = cache, q: Tensor = q, layers: int = layers) -> None:
+            for layer in range(layers):
+                kernels.paged_decode_attention(q, *cache.layer(layer), HEAD_DIM**-0.5)
+
+        shape = f"{len(contexts)} x {contexts[0]:,}-{contexts[-1]:,} tokens"
+        yield Case("paged_decode_attention", shape, dtype, run, layers, cache.tokens * cache.token_bytes)
+
+
+def prefill(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
+    """A chunk of a prompt after nothing, and after earlier chunks; torch's attention on the same shape."""
+    for before in (0, 2000, 4000):
+        cache = make_layers((before + CHUNK,), 1, dtype)
+        cache.lengths.fill_(before + CHUNK)
+        q = torch.randn(CHUNK, HEADS * GROUP, HEAD_DIM)
+        starts = torch.tensor([0, CHUNK], dtype=torch.int32)
+
+        def run(cache: Layers = cache, q: Tensor = q, starts: Tensor = starts) -> None:
+            kernels.paged_prefill_attention(q, *cache.layer(0), starts, HEAD_DIM**-0.5)
+
+        pairs = HEADS * GROUP * CHUNK * (before + (CHUNK + 1) / 2)
+        flops = int(4 * HEAD_DIM * pairs)
+        shape = f"{CHUNK} after {before:,} tokens"
+        bytes_read = cache.tokens * cache.token_bytes
+        yield Case("paged_prefill_attention", shape, dtype, run, bytes=bytes_read, flops=flops)
+        if dtype is torch.float32:
+            queries = q.transpose(0, 1)[None].contiguous()
+            keys = torch.randn(1, HEADS * GROUP, before + CHUNK, HEAD_DIM)
+            mask = torch.ones(CHUNK, before + CHUNK, dtype=torch.bool).tril(before)
+
+            def run_torch(queries: Tensor = queries, keys: Tensor = keys, mask: Tensor = mask) -> None:
+                functional.scaled_dot_product_attention(queries, keys, keys, attn_mask=mask)
+
+            yield Case("(torch attention)", shape, dtype, run_torch, bytes=bytes_read, flops=flops)
+
+
+def store(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
+    """Rotating queries, and rotating and storing keys and values: one prompt chunk, one decode step."""
+    angles = torch.rand(CHUNK, HEAD_DIM // 2)
+    cos, sin = angles.cos(), angles.sin()
+    for new_tokens in ((CHUNK,), (1,) * len(CONTEXTS)):
+        tokens, layers = sum(new_tokens), 30
+        cache = make_layers(tuple(CHUNK for _ in new_tokens), layers, dtype)
+        q = torch.randn(tokens, HEADS * GROUP, HEAD_DIM)
+        k, v = torch.randn(2, tokens, HEADS, HEAD_DIM)
+        positions = torch.zeros(tokens, dtype=torch.int32)
+        starts = torch.tensor([0, *new_tokens]).cumsum(0).to(torch.int32)
+
+        def rotate(q: Tensor = q, positions: Tensor = positions, layers: int = layers) -> None:
+            for _ in range(layers):
+                kernels.rope(q, cos, sin, positions)
+
+        def run(
+            cache: Layers = cache,
+            k: Tensor = k,
+            v: Tensor = v,
+            positions: Tensor = positions,
+            starts: Tensor = starts,
+        ) -> None:
+            for layer in range(cache.tables.shape[1]):
+                pages, *where = cache.layer(layer)
+                kernels.store_kv(pages, k, v, cos, sin, positions, *where, starts)
+
+        shape = f"{tokens} tokens"
+        if dtype is torch.float32:
+            yield Case("rope", shape, dtype, rotate, layers, 2 * q.nbytes)
+        written = tokens * HEADS * (cache.token_bytes + 16)
+        yield Case("store_kv", shape, dtype, run, layers, k.nbytes + v.nbytes + written)
+
+
+def evict(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
+    """Scoring 30 layers of a 4,000-token prompt, choosing a quarter of each head, moving it to the front."""
+    layers, length = 30, CONTEXTS[-1]
+    cache = make_layers((length,), layers, dtype)
+    cache.lengths.fill_(length)
+    tables, lengths = cache.tables[0].flatten(0, 1), cache.lengths[0].flatten()
+    shape, tokens = f"{layers} x {HEADS} x {length:,} tokens", layers * HEADS * length
+    keep = torch.full((layers, HEADS), length // 4, dtype=torch.int32)
+    scores = torch.rand(layers, HEADS, length)
+    indices, counts = kernels.select(scores, cache.lengths[0], keep)
+    rows = indices.flatten(0, 1), counts.flatten()
+    if dtype is torch.float32:
+        score = lambda: kernels.leverage_scores(cache.pages, tables, lengths)  # noqa: E731
+        yield Case("leverage_scores", shape, dtype, score, bytes=12 * tokens)
+        choose = lambda: kernels.select(scores, cache.lengths[0], keep)  # noqa: E731
+        yield Case("select", shape, dtype, choose, bytes=4 * tokens)
+    move = lambda: kernels.compact(cache.pages, tables, tables, *rows)  # noqa: E731
+    yield Case(
+        "compact",
+        f"a quarter of {shape}",
+        dtype,
+        move,
+        bytes=2 * int(counts.sum()) * (cache.token_bytes + 16),
+    )
+
+
+def run(rounds: int = 15) -> list[Measurement]:
+    """Measure all kernels of the CPU, and the machine's limits, in turn.
+
+    Args:
+        rounds: Runs of each case; the best one counts.
+    """
+    kernels = get_kernels("cpu")
+    cases = list(limits())
+    for make in (decode, prefill, store, evict):
+        cases += [case for dtype in DTYPES for case in make(kernels, dtype)]
+    best = [float("inf")] * len(cases)
+    for _ in range(rounds + 1):  # the first run of each compiles and warms up
+        for i, case in enumerate(cases):
+            start = time.perf_counter()
+            case.run()
+            best[i] = min(best[i], (time.perf_counter() - start) / case.calls)
+    return [Measurement(case, seconds) for case, seconds in zip(cases, best, strict=True)]
+
+
+def table(measurements: list[Measurement]) -> str:
+    """Lay the results out: times, and rates as shares of what the machine reads and multiplies."""
+    read = max(m.bandwidth for m in measurements if m.case.kernel == READ)
+    matmul = max(m.flops for m in measurements if m.case.kernel == MATMUL)
+    head = ("kernel", "shape", "dtype", "ms", "MB", "GB/s", "of read", "GFLOP/s", "of matmul")
+    rows = [head]
+    for m in measurements:
+        moved = ("", "", "")
+        if m.case.bytes:
+            moved = (f"{m.case.bytes / 1e6:.2f}", f"{m.bandwidth / 1e9:.1f}", f"{m.bandwidth / read:.0%}")
+        computed = (f"{m.flops / 1e9:.1f}", f"{m.flops / matmul:.0%}") if m.case.flops else ("", "")
+        dtype = str(m.case.dtype).removeprefix("torch.")
+        rows.append((m.case.kernel, m.case.shape, dtype, f"{m.seconds * 1e3:.3f}", *moved, *computed))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        texts = [cell.ljust(width) for cell, width in zip(row[:3], widths, strict=False)]
+        numbers = [cell.rjust(width) for cell, width in zip(row[3:], widths[3:], strict=True)]
+        lines.append("  ".join(texts + numbers).rstrip())
+    return "\n".join(lines)

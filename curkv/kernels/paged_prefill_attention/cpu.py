@@ -1,0 +1,296 @@
+"""Attention of chunks of new tokens over ragged pages, with Numba.
+
+Threads take blocks of queries of one (sequence, KV head) from a shared counter, those with the most keys
+first. For each block of keys, K is widened and transposed and V is widened into scratch memory, once for all
+query heads of the group and all queries of the block; then strips of six query rows go through scores,
+exponentials and weighted values with a running maximum (FlashAttention-2, https://arxiv.org/abs/2307.08691,
+section 3.1). A strip stops at the last key that one of its queries may see. No score beyond a query's last
+key is used and no V beyond the length is read: unused memory may hold NaN.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from curkv.kernels.pages import Pages
+from curkv.kernels.simd import (
+    FLOAT32,
+    KINDS,
+    address,
+    broadcast,
+    fetch_add,
+    inlined,
+    load,
+    load_int32,
+    load_scalar,
+    matrix_tile,
+    mul,
+    row_address,
+    row_exp2,
+    row_max,
+    store,
+    store_scalar,
+    transpose_tile,
+)
+from curkv.kernels.workers import bits_of_float, compile_worker, float_of_bits, launch, read_arguments
+
+KEY_BLOCK = 128  # keys in scratch at once: K and V of head_dim 64 take 64 KiB, which stays in the L2 cache
+QUERY_ROWS = 192  # (query, query head) pairs that share them
+STRIP = 6  # rows of a register tile, which is 6 x 16
+
+
+def paged_prefill_attention(
+    q: Tensor,
+    pages: Pages,
+    table: Tensor,
+    lengths: Tensor,
+    slots: Tensor,
+    query_start: Tensor,
+    scale: float,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend with a chunk of queries per sequence; see `reference.paged_prefill_attention`.
+
+    head_dim and the page size are multiples of 8.
+    """
+    tokens, query_heads, dim = q.shape
+    heads, page_size, dtype = table.shape[1], pages.k.shape[1], pages.k.dtype
+    if dim % 8 or page_size % 8:
+        raise ValueError(f"head_dim {dim} and page size {page_size} must be multiples of 8")
+    if q.stride()[1:] != (dim, 1):
+        q = q.contiguous()
+    group = query_heads // heads
+    threads = numba.get_num_threads()
+    block = max(1, min(QUERY_ROWS // group, -(-tokens * heads // (4 * threads))))
+    out = torch.empty((tokens, query_heads, dim))
+    lse = torch.empty((tokens, query_heads) if return_lse else 0)
+    counter = torch.zeros(1, dtype=torch.int64)
+    scratch = torch.empty((threads, _scratch_size(block * group, dim)))
+    launch(
+        _worker(dtype), threads,
+        row_address(q, torch.float32), q.stride(0), address(pages.k, dtype), address(pages.v, dtype),
+        row_address(table, torch.int32), table.stride(0), table.stride(1),
+        row_address(lengths, torch.int32), lengths.stride(0),
+        address(slots, torch.int32), address(query_start, torch.int32),
+        out.data_ptr(), lse.data_ptr() if return_lse else 0,
+        slots.shape[0], heads, group, dim, page_size, block, bits_of_float(scale * math.log2(math.e)),
+        counter.data_ptr(), scratch.data_ptr(), 4 * scratch.stride(0),
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def _scratch_size(rows: int, dim: int) -> int:
+    """Floats of scratch per worker; see `_attend_block`."""
+    padded_rows, padded_dim = rows + STRIP, dim + 8
+    return padded_rows * (dim + padded_dim + 2) + KEY_BLOCK * (dim + padded_dim) + STRIP * KEY_BLOCK
+
+
+@functools.cache
+def _worker(dtype: torch.dtype) -> int:
+    kind = KINDS[dtype]
+
+    def work(arguments: int, worker: int) -> None:
+        _work(kind, arguments, worker)
+
+    return compile_worker(work)
+
+
+@inlined
+def _work(kind: Any, arguments: int, worker: int) -> None:
+    """Take blocks of queries until none is left.
+
+    The arguments, addresses unless stated otherwise:
+        q: float32 [T, H, group, dim], `q_stride` floats per token.
+        k, v: The pages of K and V.
+        table: The page table, `table_stride` and `head_stride` entries per sequence and head.
+        lengths: The lengths, `lengths_stride` entries per sequence.
+        slots, query_start: int32 [B] and [B + 1].
+        out: float32 [T, H, group, dim].
+        lse: float32 [T, H, group], or 0.
+        batch, heads, group, dim, page_size: Numbers: B, H, query heads per KV head, ...
+        block: Number of queries in a block.
+        factor: scale * log2(e), as bits.
+        counter: int64, blocks taken.
+        scratch: `scratch_bytes` for each worker.
+    """
+    (
+        q, q_stride, k, v, table, table_stride, head_stride, lengths, lengths_stride, slots, query_start,
+        out, lse, batch, heads, group, dim, page_size, block, factor_bits, counter, scratch, scratch_bytes,
+    ) = read_arguments(arguments, 23)  # fmt: skip
+    i, first_item, items, start, new_tokens = -1, 0, 0, 0, 0
+    while True:
+        item = fetch_add(counter, 1)
+        while item >= first_item + items and i < batch:
+            i += 1
+            if i < batch:
+                start = load_int32(query_start + 4 * i)
+                new_tokens = load_int32(query_start + 4 * i + 4) - start
+                first_item += items
+                items = (new_tokens + block - 1) // block * heads
+        if i == batch:
+            break
+        head = (item - first_item) % heads
+        first = (items // heads - 1 - (item - first_item) // heads) * block
+        count = min(block, new_tokens - first)
+        slot = load_int32(slots + 4 * i)
+        seen = load_int32(lengths + 4 * (slot * lengths_stride + head)) - new_tokens + first + 1
+        row = ((start + first) * heads + head) * group
+        _attend_block(
+            kind, group, dim, q + 4 * ((start + first) * q_stride + head * group * dim), q_stride, count,
+            seen, k, v, table + 4 * (slot * table_stride + head * head_stride), page_size,
+            float_of_bits(factor_bits), out + 4 * row * dim, lse + 4 * row if lse else 0, heads * group,
+            scratch + worker * scratch_bytes,
+        )  # fmt: skip
+
+
+@inlined
+def _attend_block(
+    kind: Any,
+    group: int,
+    dim: int,
+    q: int,
+    q_stride: int,
+    count: int,
+    seen: int,
+    k: int,
+    v: int,
+    table: int,
+    page_size: int,
+    factor: float,
+    out: int,
+    lse: int,
+    out_heads: int,
+    scratch: int,
+) -> None:
+    """Attend with `count` queries of one group of heads; query i sees the first `seen + i` tokens of `table`.
+
+    Scratch: queries [rows, dim] and outputs [rows, padded], where rows = count * group and head_dim are
+    padded to whole tiles, then a row's largest score and its sum of exponentials, K and V in panels of 16
+    columns, and the scores of a strip.
+    """
+    rows = count * group
+    padded_rows = (rows + STRIP - 1) // STRIP * STRIP
+    padded = (dim + 15) // 16 * 16
+    outputs = scratch + 4 * padded_rows * dim
+    states = outputs + 4 * padded_rows * padded
+    keys = states + 8 * padded_rows
+    values = keys + 4 * KEY_BLOCK * dim
+    scores = values + 4 * KEY_BLOCK * padded
+    _load_queries(scratch, q, q_stride, count, group * dim, padded_rows * dim)
+    zeros = broadcast(np.float32(0.0))
+    for d in range(0, padded_rows * padded, 8):
+        store(FLOAT32, outputs + 4 * d, zeros)
+    for row in range(padded_rows):
+        store_scalar(FLOAT32, states + 8 * row, np.float32(-np.inf))
+        store_scalar(FLOAT32, states + 8 * row + 4, np.float32(0.0))
+    length = seen + count - 1
+    for first in range(0, length, KEY_BLOCK):
+        tokens = min(KEY_BLOCK, length - first)
+        _load_keys(kind, dim, k, table, page_size, first, tokens, keys)
+        _load_values(kind, dim, v, table, page_size, first, tokens, values)
+        for row in range(0, rows, STRIP):
+            last = min(row + STRIP, rows) - 1
+            width = min(tokens, seen + last // group - first)
+            if width > 0:
+                query = scratch + 4 * row * dim
+                for t in range(0, width, 16):
+                    panel = keys + 4 * t * dim
+                    matrix_tile(
+                        FLOAT32, 6, 2, 1, query, dim, panel, 16, dim, scores + 4 * t, KEY_BLOCK, 64 * dim
+                    )
+                for r in range(STRIP):
+                    visible = min(tokens, seen + min(row + r, last) // group - first)
+                    _update_row(
+                        scores + 4 * r * KEY_BLOCK, visible, width, factor,
+                        states + 8 * (row + r), outputs + 4 * (row + r) * padded, padded,
+                    )  # fmt: skip
+                for d in range(0, padded, 16):
+                    panel, target = values + 4 * d * KEY_BLOCK, outputs + 4 * (row * padded + d)
+                    matrix_tile(
+                        FLOAT32, 6, 2, 0, scores, KEY_BLOCK, panel, 16, width, target, padded, 64 * KEY_BLOCK
+                    )
+    for row in range(rows):
+        place = row // group * out_heads + row % group
+        top, total = load_scalar(FLOAT32, states + 8 * row), load_scalar(FLOAT32, states + 8 * row + 4)
+        inverse = broadcast(np.float32(1.0) / total)
+        for d in range(0, dim, 8):
+            value = mul(load(FLOAT32, outputs + 4 * (row * padded + d)), inverse)
+            store(FLOAT32, out + 4 * (place * dim + d), value)
+        if lse:
+            natural = (factor * top + np.log2(total)) * math.log(2)
+            store_scalar(FLOAT32, lse + 4 * place, np.float32(natural))
+
+
+@inlined
+def _load_queries(target: int, q: int, q_stride: int, count: int, size: int, padded_size: int) -> None:
+    """Copy `count` tokens' queries, `size` floats each, and fill up with zeros to `padded_size` floats."""
+    for i in range(count):
+        for d in range(0, size, 8):
+            store(FLOAT32, target + 4 * (i * size + d), load(FLOAT32, q + 4 * (i * q_stride + d)))
+    for d in range(count * size, padded_size, 8):
+        store(FLOAT32, target + 4 * d, broadcast(np.float32(0.0)))
+
+
+@inlined
+def _load_keys(
+    kind: Any, dim: int, k: int, table: int, page_size: int, first: int, tokens: int, target: int
+) -> None:
+    """Write keys `first ...` as panels float32 [tokens / 16, dim, 16], by eights: up to seven too many."""
+    for t in range(0, tokens, 8):
+        index = first + t
+        page = load_int32(table + 4 * (index // page_size))
+        source = k + (page * page_size + index % page_size) * dim * kind.itemsize
+        panel = target + 4 * (t // 16 * 16 * dim + t % 16)
+        for d in range(0, dim, 8):
+            transpose_tile(kind, source + d * kind.itemsize, dim, panel + 64 * d, 16)
+
+
+@inlined
+def _load_values(
+    kind: Any, dim: int, v: int, table: int, page_size: int, first: int, tokens: int, target: int
+) -> None:
+    """Write values `first ...` as panels float32 [dim / 16, KEY_BLOCK, 16], padded with zeros."""
+    for t in range(tokens):
+        index = first + t
+        page = load_int32(table + 4 * (index // page_size))
+        source = v + (page * page_size + index % page_size) * dim * kind.itemsize
+        for d in range(0, dim, 8):
+            place = target + 4 * (d // 16 * 16 * KEY_BLOCK + t * 16 + d % 16)
+            store(FLOAT32, place, load(kind, source + d * kind.itemsize))
+        if dim % 16:
+            place = target + 4 * (dim // 16 * 16 * KEY_BLOCK + t * 16 + 8)
+            store(FLOAT32, place, broadcast(np.float32(0.0)))
+
+
+@inlined
+def _update_row(
+    scores: int, visible: int, width: int, factor: float, state: int, output: int, padded: int
+) -> None:
+    """Turn a row's first `visible` scores into exponentials, the rest up to `width` into zeros.
+
+    Updates the row's largest score and sum of exponentials at `state`, and rescales its output when the
+    largest score has grown.
+    """
+    if visible <= 0:
+        for t in range(0, width, 8):
+            store(FLOAT32, scores + 4 * t, broadcast(np.float32(0.0)))
+    else:
+        top, total = load_scalar(FLOAT32, state), load_scalar(FLOAT32, state + 4)
+        highest = row_max(scores, visible)
+        if highest > top:
+            shrink = np.float32(np.exp2(factor * (top - highest)))
+            total *= shrink
+            for d in range(0, padded, 8):
+                value = mul(load(FLOAT32, output + 4 * d), broadcast(shrink))
+                store(FLOAT32, output + 4 * d, value)
+            top = highest
+            store_scalar(FLOAT32, state, top)
+        total += row_exp2(scores, visible, width, factor, top)
+        store_scalar(FLOAT32, state + 4, total)

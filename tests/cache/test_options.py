@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from curkv.cache.budgets import Budget
+from curkv.cache.kv_cache import CacheLayout
+from curkv.cache.options import EvictionOptions, OptionError, content_seed, parse_options, resolve
+from curkv.cache.policies import get_policy, policy_descriptions, policy_names
+
+LAYOUT = CacheLayout(30, 3, 64, 64, torch.float32, max_sequences=8, max_tokens=8192)
+PROMPT = list(range(1000))
+
+
+def plan(prompt=PROMPT, /, **raw):
+    return resolve(parse_options(raw), prompt, LAYOUT)
+
+
+def refused(prompt=PROMPT, /, **raw) -> OptionError:
+    with pytest.raises(OptionError) as caught:
+        plan(prompt, **raw)
+    return caught.value
+
+
+def test_headers_and_json_say_the_same():
+    header = {
+        "policy": "AdaCurDKV", "budget": "25%", "decode_budget": "512", "sink_tokens": "8",
+        "recent_tokens": "32", "protect": "0-16, 100-128", "seed": "-7", "leverage": "sketch", "rank": "10",
+        "pool": "7", "alpha": "0.3",
+    }  # fmt: skip
+    body = {
+        "policy": "adacurdkv", "budget": 0.25, "decode_budget": 512, "sink_tokens": 8,
+        "recent_tokens": 32, "protect": [[100, 128], [0, 16]], "seed": -7, "leverage": "sketch", "rank": 10,
+        "pool": 7, "alpha": 0.3,
+    }  # fmt: skip
+    expected = EvictionOptions(
+        policy="adacurdkv", budget=Budget("ratio", 0.25), decode_budget=Budget("tokens", 512),
+        sink_tokens=8, recent_tokens=32, protect=((0, 16), (100, 128)), seed=-7, leverage="sketch", rank=10,
+        pool=7, alpha=0.3,
+    )  # fmt: skip
+    assert parse_options(header) == parse_options(body) == expected
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("policy", "h2o?"), ("policy", 3), ("policy", ""),
+        *(("budget", x) for x in ("0", "-1", "101%", "abc", "1e999", -1, True)),
+        ("decode_budget", "0"), ("preset", "best"),
+        ("sink_tokens", "-1"), ("sink_tokens", 1.5), ("sink_tokens", True), ("sink_tokens", "four"),
+        ("recent_tokens", "9" * 30), ("recent_tokens", [1]), ("seed", "x"), ("seed", 2**63), ("seed", 1e300),
+        *(("protect", x) for x in ("5", "9-3", "4-4", "0-1-2", "-3", "a-b", "", "0-5,", 7, {"a": 1})),
+        *(("protect", x) for x in ([[1]], [[3, 1]], [[-1, 4]], [[0, True]], [0, 5])),
+        ("leverage", "exact?"), ("rank", 0), ("window", 0), ("combine", "sum"), ("pool", 4), ("pool", 0),
+        ("pool_kind", "median"), ("alpha", 1.1), ("alpha", -0.1), ("alpha", "nan"), ("decode_interval", 0),
+        ("budgets", "25%"),
+    ],
+)  # fmt: skip
+def test_a_bad_value_is_refused_by_its_field(field, value):
+    raw = {"policy": "curdkv", "budget": "50%", field: value}
+    with pytest.raises(OptionError) as caught:
+        parse_options(raw)
+    assert caught.value.field == field
+    assert len(str(caught.value)) < 300
+
+
+def test_overlapping_spans_are_merged():
+    assert parse_options({"protect": "10-20,0-5,15-30,30-31"}).protect == ((0, 5), (10, 31))
+
+
+@pytest.mark.parametrize(
+    ("raw", "fields"),
+    [
+        ({"policy": "full", "budget": "25%"}, {"budget", "policy"}),
+        ({"policy": "full", "decode_budget": 100}, {"decode_budget", "policy"}),
+        ({"policy": "curdkv"}, {"budget", "policy"}),
+        ({"policy": "knorm", "budget": 100, "leverage": "sketch"}, {"leverage", "policy"}),
+        ({"policy": "streaming-llm", "budget": 100, "pool": 7}, {"pool", "policy"}),
+        ({"policy": "curdkv", "budget": 100, "alpha": 0.5}, {"alpha", "policy"}),
+        ({"policy": "curdkv", "budget": 100, "rank": 8}, {"rank", "leverage"}),
+        ({"policy": "curdkv", "budget": 100, "leverage": "sketch", "window": 8}, {"window", "leverage"}),
+        ({"policy": "curdkv", "budget": 100, "pool_kind": "mean"}, {"pool_kind", "pool"}),
+        ({"policy": "curdkv", "budget": 100, "sink_tokens": 101}, {"budget", "sink_tokens"}),
+        ({"policy": "curdkv", "budget": 100, "sink_tokens": 60, "recent_tokens": 60},
+         {"budget", "sink_tokens", "recent_tokens"}),
+        ({"policy": "curdkv", "budget": "10%", "protect": "100-201"}, {"budget", "protect"}),
+        ({"policy": "curdkv", "decode_budget": 68}, {"decode_budget", "sink_tokens", "recent_tokens"}),
+        ({"policy": "curdkv", "decode_budget": 100, "protect": "10-50"},
+         {"decode_budget", "sink_tokens", "recent_tokens", "protect"}),
+    ],
+)  # fmt: skip
+def test_a_contradiction_names_all_its_fields(raw, fields):
+    error = refused(**raw)
+    assert {error.field, *error.others} == fields
+    assert all(field in str(error) for field in fields)
+
+
+def test_spans_must_lie_in_the_prompt():
+    assert plan(policy="curdkv", budget=500, protect="990-1000").protect == ((990, 1000),)
+    assert refused(policy="curdkv", budget=500, protect="990-1001").field == "protect"
+
+
+def test_a_byte_budget_below_a_page_per_head_is_refused():
+    assert refused(policy="curdkv", budget="1MiB").field == "budget"
+
+
+def test_serving_defaults():
+    resolved = plan(policy="curdkv", budget="50%")
+    assert (resolved.budget_tokens, resolved.sink_tokens, resolved.recent_tokens) == (500, 4, 64)
+    assert (resolved.options.leverage, resolved.options.partial_window) == ("window", "corrected")
+    assert (resolved.options.combine, resolved.options.window, resolved.options.pool) == ("product", 16, 1)
+    assert resolved.decode_budget_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("preset", "leverage", "partial"),
+    [("paper", "sketch", None), ("authors", "window", "left"), ("kvpress", "window", "right")],
+)
+def test_published_presets_protect_the_sinks_only(preset, leverage, partial):
+    resolved = plan(policy="curdkv", budget="50%", preset=preset)
+    assert (resolved.sink_tokens, resolved.recent_tokens, resolved.options.leverage) == (4, 0, leverage)
+    assert partial in (None, resolved.options.partial_window)
+    assert plan(policy="knorm", budget="50%", preset=preset).sink_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("k", "sinks", "recent"), [(1, 1, 0), (3, 3, 0), (8, 4, 2), (100, 4, 25), (256, 4, 64)]
+)
+def test_defaults_adapt_to_small_budgets(k, sinks, recent):
+    resolved = plan(policy="curdkv", budget=k)
+    assert (resolved.sink_tokens, resolved.recent_tokens) == (sinks, recent)
+
+
+def test_defaults_give_way_to_what_is_asked_for():
+    resolved = plan(policy="curdkv", budget=100, protect="200-299")
+    assert (resolved.sink_tokens, resolved.recent_tokens) == (1, 0)
+    assert plan(policy="curdkv", budget=100, sink_tokens=90).recent_tokens == 10
+
+
+def test_a_budget_of_the_whole_prompt_evicts_nothing():
+    for budget in ("100%", 1000, 5000, "1GiB"):
+        resolved = plan(policy="curdkv", budget=budget)
+        assert (resolved.evicts_prompt, resolved.budget_tokens) == (False, 1000)
+    assert not plan().evicts_prompt
+
+
+def test_decode_evictions_are_due_every_interval_above_the_budget():
+    resolved = plan(policy="curdkv", decode_budget=200)
+    assert resolved.decode_recent_tokens == 64
+    assert resolved.decode_due(64, 201)
+    assert not resolved.decode_due(64, 200)
+    assert not resolved.decode_due(63, 500)
+    assert not plan(policy="curdkv", budget=200).decode_due(64, 5000)
+    assert plan(policy="curdkv", decode_budget=40, recent_tokens=16).decode_recent_tokens == 16
+
+
+def test_a_byte_budget_holds_what_is_generated_between_two_decode_evictions():
+    resolved = plan(policy="curdkv", decode_budget="32MiB")
+    held = resolved.decode_budget_tokens + resolved.options.decode_interval
+    assert LAYOUT.sequence_pages(held) * LAYOUT.page_bytes <= 32 * 2**20
+
+
+def test_the_seed_comes_from_the_prompt_unless_given():
+    assert plan(policy="random", budget=10).seed == content_seed(PROMPT) == content_seed(tuple(PROMPT))
+    assert content_seed(PROMPT) != content_seed(PROMPT[::-1])
+    assert content_seed([1, 2, 3]) == 6520558355739401531
+    assert plan(policy="random", budget=10, seed="5").seed == 5
+    assert plan(policy="random", budget=10, seed=-1).seed >= 0
+
+
+def test_requests_override_the_servers_defaults():
+    defaults = parse_options({"policy": "curdkv", "budget": "25%", "decode_budget": 512, "pool": 7})
+    assert parse_options({}, defaults) == defaults
+    assert parse_options({"budget": "50%", "seed": None}, defaults).budget == Budget("ratio", 0.5)
+    assert parse_options({"policy": "full"}, defaults) == EvictionOptions()
+    assert parse_options({"policy": "streaming-llm"}, defaults).pool is None
+    with pytest.raises(OptionError, match="pool"):
+        parse_options({"policy": "streaming-llm", "pool": 7}, defaults)
+
+
+def test_every_policy_can_be_loaded_and_described():
+    assert set(policy_descriptions()) == set(policy_names())
+    for name in policy_names():
+        assert get_policy(name).name == name
+        assert get_policy(name).needs.query_agnostic

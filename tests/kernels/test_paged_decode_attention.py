@@ -1,0 +1,86 @@
+"""One-token attention over ragged pages: the CPU kernel against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from curkv.kernels.paged_decode_attention import cpu, reference
+from tests.kernels.util import DTYPES, assert_close, make_pool
+
+TOLERANCE = 2e-6  # both read the same rounded K and V and compute in float32
+
+
+def check(lengths: list[list[int]], group: int, accumulate: bool = False, **options: object) -> None:
+    """Compare outputs, and attention sums, on a random pool."""
+    pool = make_pool(lengths, **options)  # type: ignore[arg-type]
+    heads, dim = len(lengths[0]), pool.pages.k.shape[2]
+    q = torch.randn(len(lengths), heads * group, dim, generator=torch.Generator().manual_seed(1))
+    mine, theirs = pool.copy(), pool.copy()
+    scale = dim**-0.5
+    actual = cpu.paged_decode_attention(
+        q, mine.pages, pool.table, pool.lengths, pool.slots, scale, accumulate
+    )
+    expected = reference.paged_decode_attention(
+        q, theirs.pages, pool.table, pool.lengths, pool.slots, scale, accumulate
+    )
+    assert_close(actual, expected, TOLERANCE)
+    assert_close(mine.pages.attention, theirs.pages.attention, TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("head_dim", "page_size", "group"),
+    [
+        (64, 16, 3),
+        (64, 64, 1),
+        (96, 32, 2),
+        (128, 128, 4),
+        (256, 16, 5),
+        (72, 24, 6),
+        (8, 8, 16),
+        (64, 256, 8),
+    ],
+)
+def test_ragged_heads(dtype: torch.dtype, head_dim: int, page_size: int, group: int) -> None:
+    lengths = [[1, page_size, page_size + 1], [700, 3, 1025], [page_size - 1, 512, 2 * page_size]]
+    check(lengths, group, head_dim=head_dim, page_size=page_size, dtype=dtype)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_pages_shared_between_sequences(accumulate: bool) -> None:
+    check([[600, 40], [900, 33], [64, 700]], 3, accumulate, shared_pages=8)
+
+
+def test_head_without_tokens_gives_zeros() -> None:
+    pool = make_pool([[0, 5]])
+    q = torch.randn(1, 4, 64)
+    out = cpu.paged_decode_attention(q, pool.pages, pool.table, pool.lengths, pool.slots, 0.125, True)
+    assert torch.equal(out[0, :2], torch.zeros(2, 64))
+    assert out[0, 2:].isfinite().all()
+
+
+def test_extreme_scores_stay_exact() -> None:
+    pool = make_pool([[1500, 7]])
+    pool.pages.k.mul_(200)
+    q = torch.randn(1, 6, 64)
+    args = (q, pool.pages, pool.table, pool.lengths, pool.slots, 1.0)
+    assert_close(cpu.paged_decode_attention(*args), reference.paged_decode_attention(*args), 1e-4)
+
+
+def test_queries_may_be_a_slice_of_a_wider_projection() -> None:
+    pool = make_pool([[40, 50], [20, 30]])
+    wide = torch.randn(2, 10, 64)
+    args = (pool.pages, pool.table, pool.lengths, pool.slots, 0.125)
+    for q in (wide[:, :6], wide.transpose(0, 1).contiguous().transpose(0, 1)[:, :6]):
+        actual = cpu.paged_decode_attention(q, *args)
+        assert_close(actual, reference.paged_decode_attention(q, *args), TOLERANCE)
+
+
+def test_wrong_arguments_are_refused() -> None:
+    pool = make_pool([[4]])
+    q = torch.randn(1, 2, 64)
+    with pytest.raises(TypeError, match="int32"):
+        cpu.paged_decode_attention(q, pool.pages, pool.table, pool.lengths, pool.slots.long(), 1.0)
+    with pytest.raises(ValueError, match="multiples of 8"):
+        cpu.paged_decode_attention(q[..., :60], pool.pages, pool.table, pool.lengths, pool.slots, 1.0)

@@ -1,0 +1,70 @@
+"""Attention of prompt chunks over ragged pages: the CPU kernel against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from curkv.kernels.paged_prefill_attention import cpu, reference
+from tests.kernels.util import DTYPES, assert_close, make_pool, query_start
+
+TOLERANCE = 2e-6  # both read the same rounded K and V and compute in float32
+
+
+def check(lengths: list[list[int]], new_tokens: list[int], group: int, **options: object) -> None:
+    """Compare outputs and log-sum-exps on a random pool whose sequences end in new tokens."""
+    pool = make_pool(lengths, **options)  # type: ignore[arg-type]
+    heads, dim = len(lengths[0]), pool.pages.k.shape[2]
+    q = torch.randn(sum(new_tokens), heads * group, dim, generator=torch.Generator().manual_seed(1))
+    args = (q, pool.pages, pool.table, pool.lengths, pool.slots, query_start(new_tokens), dim**-0.5, True)
+    out, lse = cpu.paged_prefill_attention(*args)
+    expected_out, expected_lse = reference.paged_prefill_attention(*args)
+    assert_close(out, expected_out, TOLERANCE)
+    assert_close(lse, expected_lse, TOLERANCE)
+    assert_close(cpu.paged_prefill_attention(*args[:-1]), out, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("head_dim", "page_size", "group"),
+    [
+        (64, 16, 3),
+        (64, 64, 1),
+        (96, 32, 2),
+        (128, 128, 4),
+        (256, 16, 5),
+        (72, 24, 6),
+        (8, 8, 16),
+        (64, 256, 8),
+    ],
+)
+def test_ragged_heads_and_chunks(dtype: torch.dtype, head_dim: int, page_size: int, group: int) -> None:
+    lengths = [[1, 1, 1], [300, 77, 129], [page_size + 1, 2 * page_size, 40], [65, 64, 500]]
+    check(lengths, [1, 77, 9, 17], group, head_dim=head_dim, page_size=page_size, dtype=dtype)
+
+
+@pytest.mark.parametrize("new_tokens", [1, 2, 63, 64, 65, 127, 128, 129, 200])
+@pytest.mark.parametrize("before", [0, 1, 127, 128])
+def test_chunks_around_block_boundaries(new_tokens: int, before: int) -> None:
+    check([[before + new_tokens, new_tokens]], [new_tokens], 3)
+
+
+def test_long_context_with_shared_pages() -> None:
+    check([[2000, 900], [1900, 1000]], [300, 5], 3, shared_pages=50)
+
+
+def test_growing_scores_are_rescaled() -> None:
+    pool = make_pool([[600]])
+    row = pool.table[int(pool.slots[0]), 0]
+    for page in range(38):
+        pool.pages.k[int(row[page])] *= 1 + page
+    q = torch.randn(600, 2, 64)
+    args = (q, pool.pages, pool.table, pool.lengths, pool.slots, query_start([600]), 0.5)
+    assert_close(cpu.paged_prefill_attention(*args), reference.paged_prefill_attention(*args), 1e-4)
+
+
+def test_queries_may_be_a_slice_of_a_wider_projection() -> None:
+    pool = make_pool([[40, 50]])
+    q = torch.randn(30, 10, 64)[:, :6]
+    args = (q, pool.pages, pool.table, pool.lengths, pool.slots, query_start([30]), 0.125)
+    assert_close(cpu.paged_prefill_attention(*args), reference.paged_prefill_attention(*args), TOLERANCE)

@@ -1,0 +1,57 @@
+"""Storing keys and values: the CPU kernel against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from curkv.kernels.pages import Pages
+from curkv.kernels.store_kv import cpu, reference
+from tests.kernels.util import DTYPES, Pool, assert_close, make_pool, query_start, rope_tables
+
+# A fused multiply-add may round a few rotated keys to the neighbouring 16-bit value.
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3}
+
+
+def store(kernel: object, pool: Pool, new_tokens: list[int], seed: int = 0) -> Pages:
+    """Store random tokens at random positions into a copy of the pool."""
+    generator = torch.Generator().manual_seed(seed)
+    heads, head_dim = pool.table.shape[1], pool.pages.k.shape[2]
+    tokens = sum(new_tokens)
+    wide = torch.randn(tokens, 2 * heads, head_dim, generator=generator)
+    positions = torch.randint(0, 4096, (tokens,), generator=generator, dtype=torch.int32)
+    pages = pool.copy().pages
+    tables = rope_tables(head_dim)
+    k, v = wide[:, :heads], wide[:, heads:]
+    starts = query_start(new_tokens)
+    kernel.store_kv(pages, k, v, *tables, positions, pool.table, pool.lengths, pool.slots, starts)  # type: ignore[attr-defined]
+    return pages
+
+
+def check(lengths: list[list[int]], new_tokens: list[int], **options: object) -> None:
+    pool = make_pool(lengths, new_tokens=new_tokens, **options)  # type: ignore[arg-type]
+    actual, expected = store(cpu, pool, new_tokens), store(reference, pool, new_tokens)
+    tolerance = TOLERANCE[pool.pages.k.dtype]
+    assert_close(actual.k, expected.k, tolerance)
+    assert torch.equal(actual.v.nan_to_num(), expected.v.nan_to_num())
+    assert torch.equal(actual.position, expected.position)
+    assert torch.equal(actual.attention.nan_to_num(-1), expected.attention.nan_to_num(-1))
+    assert_close(actual.k_sq, expected.k_sq, 1e-6)
+    assert_close(actual.v_sq, expected.v_sq, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("head_dim", "page_size"), [(64, 16), (96, 64), (128, 128), (256, 8), (72, 24), (8, 16)]
+)
+def test_ragged_heads(dtype: torch.dtype, head_dim: int, page_size: int) -> None:
+    lengths = [[1, 1, 1], [100, 41, page_size + 41], [2 * page_size, 3 * page_size + 1, 7]]
+    check(lengths, [1, 41, 7], head_dim=head_dim, page_size=page_size, dtype=dtype)
+
+
+def test_decode_step_of_a_few_sequences() -> None:
+    check([[5, 17], [16, 1], [33, 32]], [1, 1, 1])
+
+
+def test_sequence_without_new_tokens_is_left_alone() -> None:
+    check([[5, 17], [20, 30], [43, 40]], [2, 0, 40])
