@@ -139,8 +139,8 @@ class Report:
 def calls(model: ModelShape, target: Target, dtype: torch.dtype = torch.bfloat16) -> list[Call]:
     """Call every operation with a model's shapes; page size 64.
 
-    Decode: 32 sequences with 4,096 tokens each, and one with 32,768; prefill: a chunk of 2,048 tokens of 8,192;
-    eviction: one sequence, 8,192 tokens down to 2,048.
+    Decode: 32 sequences with 4,096 tokens each, and one with 32,768; prefill: a chunk of 2,048 tokens of
+    8,192; eviction: one sequence, 8,192 tokens down to 2,048.
     """
     return [_record(*call, target) for call in _calls(model, dtype)]
 
@@ -201,7 +201,7 @@ def _calls(m: ModelShape, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, i
 
     def qkv(tokens: int) -> tuple[Tensor, ...]:
         x = torch.empty(tokens, m.query_heads + 2 * heads, m.head_dim, dtype=dtype)
-        return x.split([m.query_heads, heads, heads], dim=1)
+        return torch.split(x, [m.query_heads, heads, heads], dim=1)
 
     def layer(sequences: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         table = torch.zeros(sequences, 2, heads, -(-tokens // fixed["P"]), dtype=torch.int32)[:, 1]

@@ -45,7 +45,7 @@ def is_older_cuda() -> bool:
     if INTERPRETED.value:
         return False
     target = driver.active.get_current_target()
-    return target.backend == "cuda" and target.arch < 90
+    return bool(target.backend == "cuda" and target.arch < 90)
 
 
 @triton.jit

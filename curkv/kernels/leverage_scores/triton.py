@@ -14,7 +14,7 @@ from curkv.kernels.triton_util import attention_block, dot, find_slots, load_tok
 
 _BLOCK = 2048
 _MAX_BLOCK_N = 64
-_TILE_BYTES = 16384
+_TILE_BYTES = 8192
 
 
 def leverage_scores(

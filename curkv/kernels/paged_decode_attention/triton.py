@@ -25,6 +25,7 @@ MIN_SPLIT = 256
 few percent of what it reads."""
 
 _PROGRAMS_PER_PROCESSOR = 4
+_BLOCK_SPLITS = 16
 _MAX_BLOCK_N = 64
 _TILE_BYTES = 16384
 _BLOCK_TOKENS = 256
@@ -50,7 +51,8 @@ def paged_decode_attention(
     out = torch.empty(batch, query_heads, head_dim, dtype=q.dtype, device=q.device)
     if not batch:
         return out
-    splits = _num_splits(batch * heads, max_tokens, q.device)
+    per_processor = 1 if accumulate else _PROGRAMS_PER_PROCESSOR
+    splits = _num_splits(batch * heads, per_processor * num_processors(q.device), max_tokens)
     lse = torch.empty(batch, query_heads, splits, dtype=torch.float32, device=q.device)
     partial = out if splits == 1 else torch.empty(*lse.shape, head_dim, dtype=torch.float32, device=q.device)
     total_lse = lse if splits == 1 else torch.empty_like(lse[..., 0])
@@ -94,8 +96,9 @@ def paged_decode_attention(
             HEAD_DIM=head_dim,
             BLOCK_D=power_of_two(head_dim),
             BLOCK_S=power_of_two(splits),
+            BLOCK_SPLITS=_BLOCK_SPLITS,
             MIN_SPLIT=MIN_SPLIT,
-            num_warps=2,
+            num_warps=4,
         )
     if accumulate:
         _accumulate[(batch, heads, triton.cdiv(max_tokens, _BLOCK_TOKENS))](
@@ -112,10 +115,9 @@ def paged_decode_attention(
     return out
 
 
-def _num_splits(programs: int, max_tokens: int, device: torch.device) -> int:
-    """Programs per head that fill the device, if a head may get as long as that."""
-    wanted = triton.cdiv(_PROGRAMS_PER_PROCESSOR * num_processors(device), programs)
-    return max(1, min(wanted, triton.cdiv(max_tokens, MIN_SPLIT)))
+def _num_splits(heads: int, programs: int, max_tokens: int) -> int:
+    """Splits of each of `heads` heads that make about `programs`, if a head may get as long as that."""
+    return max(1, min(-(-programs // heads), -(-max_tokens // MIN_SPLIT)))
 
 
 @triton.jit
@@ -216,6 +218,7 @@ def _reduce(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
 ):
     """Program (sequence, query head): the weighted sum of its splits."""
@@ -229,16 +232,21 @@ def _reduce(
     )
     count = tl.maximum(tl.cdiv(length, _split_size(length, splits, MIN_SPLIT)), 1)
     result = sequence * tl.num_programs(1) + query_head
+    lse += result * splits
     split = tl.arange(0, BLOCK_S)
+    all_lse = tl.load(lse + split, mask=split < count, other=float("-inf"))
+    peak = tl.max(all_lse, 0)
+    shift = tl.where(peak > float("-inf"), peak, 0.0)
+    weight = tl.sum(tl.exp2(all_lse - shift), 0)
     d = tl.arange(0, BLOCK_D)
-    parts_lse = tl.load(lse + result * splits + split, mask=split < count, other=float("-inf"))
-    peak = tl.max(parts_lse, 0)
-    weights = tl.exp2(parts_lse - tl.where(peak > float("-inf"), peak, 0.0))
-    weight = tl.sum(weights, 0)
-    pointers = partial + (result * splits + split)[:, None] * HEAD_DIM + d[None, :]
-    mask = (split < count)[:, None] & (d < HEAD_DIM)[None, :]
-    parts = tl.load(pointers, mask=mask, other=0.0)
-    total = tl.sum(parts * weights[:, None], 0) / tl.where(weight > 0, weight, 1.0)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for block in range(0, count, BLOCK_SPLITS):
+        split = block + tl.arange(0, BLOCK_SPLITS)
+        weights = tl.exp2(tl.load(lse + split, mask=split < count, other=float("-inf")) - shift)
+        pointers = partial + (result * splits + split)[:, None] * HEAD_DIM + d[None, :]
+        parts = tl.load(pointers, mask=(split < count)[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+        total += tl.sum(parts * weights[:, None], 0)
+    total /= tl.where(weight > 0, weight, 1.0)
     tl.store(out + result * HEAD_DIM + d, narrow(total, out.dtype.element_ty), mask=d < HEAD_DIM)
     tl.store(total_lse + result, peak + tl.log2(weight))
 

@@ -1,7 +1,9 @@
-"""Breaks each Triton kernel in a plausible way and sees whether a test notices: run as `python -m`.
+"""Breaks each Triton kernel in a plausible way and sees whether a test notices.
 
-Each mutation replaces one piece of a kernel's source in a child process, which then runs the operation's tests.
-The table that comes out says which test failed first; a mutation that no test notices fails the run.
+    python -m tests.kernels.triton.mutations [operation ...]
+
+Each mutation replaces one piece of a kernel's source in a child process, which then runs the operation's
+tests. The table that comes out says which test failed first; a mutation that no test notices fails the run.
 """
 
 from __future__ import annotations
@@ -83,9 +85,9 @@ MUTATIONS = (
     ),
     Mutation(
         "paged_prefill_attention",
-        "stale length",
+        "causal limit of another query",
         "last = length - chunk + step",
-        "last = length - chunk + first",
+        "last = length - chunk + step // 2",
     ),
     Mutation(
         "column_sums", "causal mask off by one", "index[None, :] <= (length", "index[None, :] < (length"
@@ -204,7 +206,8 @@ def main() -> int:
     torch.set_num_threads(1)
     missed = 0
     print("| kernel | mutation | noticed by | seconds |\n|---|---|---|---|")
-    for mutation in MUTATIONS:
+    wanted = [m for m in MUTATIONS if len(sys.argv) < 2 or m.operation in sys.argv]
+    for mutation in wanted:
         start = time.perf_counter()
         failure = run(mutation)
         missed += not failure
@@ -213,7 +216,7 @@ def main() -> int:
             f"| {where} | {mutation.what} | {failure or '**nothing**'} | {time.perf_counter() - start:.0f} |",
             flush=True,
         )
-    print(f"{len(MUTATIONS)} mutations, {missed} not noticed")
+    print(f"{len(wanted)} mutations, {missed} not noticed")
     return min(missed, 1)
 
 

@@ -53,6 +53,10 @@ def test_neighbouring_floats_are_told_apart():
     check((start + torch.arange(40, dtype=torch.int32)).view(torch.float32)[None, None], [[40]], [[13]])
 
 
+def test_minus_zero_ties_with_zero():
+    check(torch.tensor([[[-1.0, -0.0, 0.0, -0.0, 0.0]]]), [[5]], [[1]])
+
+
 def test_nothing_to_choose_from():
     indices, counts = triton.select(torch.empty(2, 0, 5), *torch.empty(2, 2, 0, dtype=torch.int32))
     assert indices.shape == (2, 0, 0)
