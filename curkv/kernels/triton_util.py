@@ -8,10 +8,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.target_info import is_cuda
 from triton.runtime import driver
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+FLOAT32_DOT = tl.constexpr("ieee" if INTERPRETED.value or torch.version.hip else "tf32x3")
+"""Precision of float32 dots: NVIDIA's tensor cores make three TF32 products of one, AMD's have float32."""
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -50,16 +52,16 @@ def is_older_cuda() -> bool:
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a b in float32, whatever the operands: tensor cores for 16 bits, three TF32 products for float32.
+    """acc + a b, summed in float32.
 
     Triton's interpreter multiplies the raw bits of bfloat16 operands, so they are widened there.
     """
     if INTERPRETED and a.dtype == tl.bfloat16:
         product = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    elif a.dtype == tl.float32 and is_cuda():
-        product = tl.dot(a, b, acc, input_precision="tf32x3")
+    elif a.dtype == tl.float32:
+        product = tl.dot(a, b, acc, input_precision=FLOAT32_DOT)
     else:
-        product = tl.dot(a, b, acc, input_precision="ieee")
+        product = tl.dot(a, b, acc)
     return product
 
 

@@ -241,10 +241,10 @@ def _reduce(
     d = tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_D], tl.float32)
     for block in range(0, count, BLOCK_SPLITS):
-        split = block + tl.arange(0, BLOCK_SPLITS)
-        weights = tl.exp2(tl.load(lse + split, mask=split < count, other=float("-inf")) - shift)
-        pointers = partial + (result * splits + split)[:, None] * HEAD_DIM + d[None, :]
-        parts = tl.load(pointers, mask=(split < count)[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+        some = block + tl.arange(0, BLOCK_SPLITS)
+        weights = tl.exp2(tl.load(lse + some, mask=some < count, other=float("-inf")) - shift)
+        pointers = partial + (result * splits + some)[:, None] * HEAD_DIM + d[None, :]
+        parts = tl.load(pointers, mask=(some < count)[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
         total += tl.sum(parts * weights[:, None], 0)
     total /= tl.where(weight > 0, weight, 1.0)
     tl.store(out + result * HEAD_DIM + d, narrow(total, out.dtype.element_ty), mask=d < HEAD_DIM)

@@ -56,8 +56,8 @@ MUTATIONS = (
     Mutation(
         "paged_decode_attention",
         "last split lost",
-        "(split < count)[:, None]",
-        "(split < count - 1)[:, None]",
+        "(some < count)[:, None]",
+        "(some < count - 1)[:, None]",
     ),
     Mutation(
         "paged_decode_attention",

@@ -1,6 +1,6 @@
 """Every Triton kernel on the GPU at hand: right against the reference, timed, and the engine end to end.
 
-    python benchmarks/gpu/kernels.py --model Llama-3.1-8B > h100.md
+    python benchmarks/gpu/run.py --model Llama-3.1-8B > h100.md
 
 Needs torch >= 2.11 and triton >= 3.6. Times are medians of `triton.testing.do_bench`, which empties the L2
 cache between runs, over inputs that rotate through different pages. Without a GPU it runs the same code under
