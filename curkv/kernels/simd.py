@@ -65,6 +65,12 @@ def inlined(function: F) -> F:
     return compiled
 
 
+def parallel_kernel(function: F) -> F:
+    """Compile a function called from Python that may use `prange`."""
+    compiled: F = numba.njit(nogil=True, cache=True, error_model="numpy", parallel=True)(function)
+    return compiled
+
+
 def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
     """Make a Numba intrinsic whose plain integer arguments arrive as literal types."""
     made: Callable[..., Any] = _intrinsic(prefer_literal=True)(function)
@@ -97,7 +103,7 @@ def row_address(tensor: torch.Tensor, dtype: torch.dtype) -> int:
     return tensor.data_ptr()
 
 
-class Float32x8(types.Type):  # type: ignore[misc]
+class Float32x8(types.Type):
     """Numba type of eight float32 lanes, held in a register."""
 
     def __init__(self) -> None:
@@ -108,7 +114,7 @@ float32x8 = Float32x8()
 
 
 @register_model(Float32x8)
-class _Float32x8Model(models.PrimitiveModel):  # type: ignore[misc]
+class _Float32x8Model(models.PrimitiveModel):
     def __init__(self, manager: Any, numba_type: Any) -> None:
         super().__init__(manager, numba_type, _FLOATS)
 

@@ -76,7 +76,7 @@ def compile_worker(function: Callable[[int, int], None]) -> int:
 _keep: list[Any] = []
 
 
-@numba.njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(parallel=True, nogil=True, cache=True)
 def _launch(function: int, arguments: int, workers: int) -> None:
     for worker in prange(workers):
         _call_worker(function, arguments, np.int64(worker))

@@ -22,8 +22,8 @@ def models_directory() -> Path:
 def build_once(name: str, build: Callable[[Path], None]) -> Path:
     """Returns the cached directory of `name`, building it first if it does not exist.
 
-    The build works in a directory beside the final one, which is renamed when complete; processes that want the
-    same model wait for the first. What an interrupted build left is removed, at once or by the next attempt.
+    The build works in a directory beside the final one, which is renamed when complete; processes that want
+    the same model wait for the first. What an interrupted build left is removed, at once or by the next one.
 
     Args:
         name: Key of the model; safe as a file name.
@@ -42,7 +42,7 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
 def _build(final: Path, build: Callable[[Path], None]) -> None:
     partial = final.with_name(f".{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    partial.mkdir(exist_ok=True)
     try:
         build(partial)
         partial.rename(final)

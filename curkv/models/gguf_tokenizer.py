@@ -1,7 +1,7 @@
 """The tokenizer inside a GGUF file, as `tokenizer.json` and `tokenizer_config.json`.
 
-It is built from the file's own vocabulary and merges. The converter of transformers 5 names a wrong class and a wrong
-end token for some files (SmolLM2 among them), after which text is split differently from the way the model learnt it.
+It is built from the file's own vocabulary and merges. The converter of transformers 5 names a wrong class and
+a wrong end token for some files (SmolLM2 among them), after which text is split in ways the model never saw.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ Metadata = Callable[[str], Any]
 CONTROL, USER_DEFINED = 3, 4
 
 _WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _SPACE = "▁"
 
@@ -64,7 +65,9 @@ def build_tokenizer(metadata: Metadata) -> Tokenizer:
     elif kind == "llama":
         tokenizer, adds_bos = _sentence_piece(metadata), True
     else:
-        raise UnsupportedModel(f"unsupported GGUF tokenizer {kind}; supported: gpt2 (byte-level BPE), llama (SentencePiece)")
+        raise UnsupportedModel(
+            f"unsupported GGUF tokenizer {kind}; supported: gpt2 (byte-level BPE), llama (SentencePiece)"
+        )
     _add_special_tokens(tokenizer, metadata)
     explicit = metadata("tokenizer.ggml.add_bos_token")
     if adds_bos if explicit is None else explicit:
@@ -73,7 +76,7 @@ def build_tokenizer(metadata: Metadata) -> Tokenizer:
 
 
 def _byte_level(metadata: Metadata) -> tuple[Tokenizer, bool]:
-    """Returns the tokenizer, and whether it begins a text with the bos token unless the file says otherwise."""
+    """Returns the tokenizer, and whether it puts the bos token first unless the file says otherwise."""
     name = metadata("tokenizer.ggml.pre")
     if name not in _PRE_TOKENIZERS:
         raise UnsupportedModel(
@@ -133,11 +136,15 @@ def _sentence_piece(metadata: Metadata) -> Tokenizer:
 
 
 def _merges_by_score(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """Returns the merges that SentencePiece leaves implicit: every split of a token in two, best token first."""
+    """Returns the merges that SentencePiece leaves implicit: every token cut in two, best token first."""
     ranked = []
     for token, id in vocabulary.items():
         splits = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        known = [(vocabulary[left], vocabulary[right]) for left, right in splits if {left, right} <= vocabulary.keys()]
+        known = [
+            (vocabulary[left], vocabulary[right])
+            for left, right in splits
+            if {left, right} <= vocabulary.keys()
+        ]
         ranked += [(-scores[id], left, right) for left, right in sorted(known)]
     tokens = list(vocabulary)
     return [(tokens[left], tokens[right]) for _, left, right in sorted(ranked, key=lambda merge: merge[0])]
@@ -146,8 +153,12 @@ def _merges_by_score(vocabulary: dict[str, int], scores: list[float]) -> list[tu
 def _add_special_tokens(tokenizer: Tokenizer, metadata: Metadata) -> None:
     tokens = metadata("tokenizer.ggml.tokens")
     types = metadata("tokenizer.ggml.token_type") or []
-    chosen = [(token, kind) for token, kind in zip(tokens, types, strict=False) if kind in (CONTROL, USER_DEFINED)]
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=kind == CONTROL) for token, kind in chosen])
+    chosen = [
+        (token, kind) for token, kind in zip(tokens, types, strict=False) if kind in (CONTROL, USER_DEFINED)
+    ]
+    tokenizer.add_tokens(
+        [AddedToken(token, normalized=False, special=kind == CONTROL) for token, kind in chosen]
+    )
 
 
 def _prepend_bos(tokenizer: Tokenizer, metadata: Metadata) -> None:

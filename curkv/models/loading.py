@@ -1,4 +1,4 @@
-"""From what a user names (`--model`) to a directory on disk, and from there to configuration, weights and tokenizer."""
+"""From what a user names (`--model`) to a directory, and from there to configuration and weights."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from curkv.models.cache_directory import build_once
@@ -18,9 +19,6 @@ from curkv.models.config import ModelConfig, token_ids
 from curkv.models.default_model import BUILT_IN, ensure_built_in
 from curkv.models.errors import ModelError, ModelNotFound
 from curkv.models.gguf import convert_gguf
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.jinja"]
@@ -71,7 +69,7 @@ def resolve_model(source: str) -> Path:
         UnsupportedModel: A GGUF file whose model or tokenizer is not implemented.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
+    if source and path.is_dir():
         return path
     if path.suffix == ".gguf":
         return _converted(path)
@@ -100,21 +98,29 @@ def load_config(directory: Path) -> ModelConfig:
     return replace(config, eos_token_ids=token_ids(generation.get("eos_token_id")) or config.eos_token_ids)
 
 
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """Returns the tokenizer; a `tokenizer.json` is taken as it is, whatever class the configuration names."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """Returns the tokenizer; a `tokenizer.json` is taken as it is, whatever class the configuration names.
 
-    if (directory / "tokenizer.json").is_file():
-        return PreTrainedTokenizerFast.from_pretrained(directory)
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
+    Raises:
+        ModelNotFound: The directory has no tokenizer.json.
+    """
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise ModelNotFound(
+            f"{directory} has no tokenizer.json; `AutoTokenizer.from_pretrained(...).save_pretrained(...)` "
+            "of transformers makes one from older formats"
+        )
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     return tokenizer
 
 
 class Checkpoint:
     """The safetensors files of a model directory, memory-mapped.
 
-    Weights are read when asked for, so that a caller which repacks them holds one layer twice, never the model.
-    Those that are neither fused nor converted are views of the file.
+    Weights are read when asked for, so that a caller which repacks them holds one layer twice, never the
+    whole model. Those that are neither fused nor converted are views of the file.
     """
 
     def __init__(self, directory: Path, config: ModelConfig, dtype: torch.dtype = torch.float32):
@@ -178,7 +184,10 @@ def _tensor_files(directory: Path) -> dict[str, Any]:
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise ModelNotFound(f"{directory} has no {missing[0]}; weights are read from safetensors files")
-    files = [safe_open(directory / name, framework="pt") for name in names]
+    try:
+        files: list[Any] = [safe_open(directory / name, framework="pt") for name in names]
+    except SafetensorError as error:
+        raise ModelError(f"a safetensors file in {directory} is damaged: {error}") from error
     return {tensor: file for file in files for tensor in file.keys()}  # noqa: SIM118
 
 

@@ -1,4 +1,4 @@
-"""Writing a safetensors file one tensor at a time, so that a conversion never holds a whole model in memory."""
+"""Writing a safetensors file tensor by tensor, so that a conversion never holds a whole model in memory."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def write_safetensors(path: Path, entries: Sequence[TensorEntry]) -> None:
         for entry in tqdm(entries, desc="Converting weights", unit=" tensors", leave=False):
             array = entry.read()
             if array.shape != entry.shape or array.dtype != entry.dtype:
-                raise ValueError(f"{entry.name}: expected {entry.shape} {entry.dtype}, read {array.shape} {array.dtype}")
+                raise ValueError(
+                    f"{entry.name}: expected {entry.shape} {entry.dtype}, read {array.shape} {array.dtype}"
+                )
             file.write(np.ascontiguousarray(array).data)
         file.flush()
         os.fsync(file.fileno())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
 from curkv.cache.batch import Batch
@@ -18,7 +18,7 @@ from curkv.cache.page_pool import OutOfPages
 from curkv.kernels.store_kv.reference import store_kv
 from tests.cache.util import books, kept, make_cache, poison, same_books, token_slots
 
-LAYERS, HEADS, PAGE, MAX_TOKENS, NUM_PAGES = 2, 2, 4, 24, 44
+LAYERS, HEADS, PAGE, MAX_TOKENS = 2, 2, 4, 24
 
 K_PATTERN, V_PATTERN = torch.tensor([1.0, 0.0, 0.5, 0.0]), torch.tensor([0.0, -2.0, 0.0, 0.0])
 ROPE = (torch.ones(512, 2), torch.zeros(512, 2))
@@ -42,18 +42,19 @@ class Modelled:
 
 
 class CacheMachine(RuleBasedStateMachine):
-    def __init__(self) -> None:
-        super().__init__()
-        self.cache = make_cache(NUM_PAGES, max_tokens=MAX_TOKENS, page_size=PAGE)
+    @initialize(num_pages=st.sampled_from([20, 32, 48, 80]))
+    def start(self, num_pages: int) -> None:
+        self.cache = make_cache(num_pages, max_tokens=MAX_TOKENS, page_size=PAGE, max_sequences=6)
         self.model: dict[int, Modelled] = {}
         self.next_value = 1.0
 
-    @rule()
-    def admit(self) -> None:
+    @rule(prompt=st.sampled_from([0, 1, 3, 4, 5, 8, 11, 17]))
+    def admit(self, prompt: int) -> None:
         if self.cache.free_slots:
             slot = self.cache.add_sequence()
             assert slot not in self.model
             self.model[slot] = Modelled()
+            self.advance({slot: prompt} if prompt else {})
         else:
             with pytest.raises(OutOfSlots):
                 self.cache.add_sequence()
@@ -76,12 +77,8 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def evict(self, data: st.DataObject) -> None:
         slot = self.draw_slot(data)
-        sequence = self.model[slot]
-        keep = {
-            where: [i for i in range(len(tokens)) if mask >> i & 1]
-            for where, tokens in sequence.heads.items()
-            for mask in [data.draw(st.integers(0, 2 ** len(tokens) - 1), label=f"kept of {where}")]
-        }
+        heads = self.model[slot].heads
+        keep = {where: draw_kept(data, len(tokens)) for where, tokens in heads.items()}
         indices, counts = kept([[keep[layer, head] for head in range(HEADS)] for layer in range(LAYERS)])
         before, free = books(self.cache), self.cache.free_pages
         try:
@@ -91,20 +88,10 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.cache.pool.owners.max() > 1, "only shared pages need room to be evicted from"
             return
         assert self.cache.free_pages == free + freed
-        for where, tokens in sequence.heads.items():
-            sequence.heads[where] = [tokens[i] for i in keep[where]]
-
-    @precondition(lambda self: self.model)
-    @rule(data=st.data())
-    def evict_nothing(self, data: st.DataObject) -> None:
-        slot = self.draw_slot(data)
-        everything = [
-            [list(range(len(self.model[slot].heads[layer, head]))) for head in range(HEADS)]
-            for layer in range(LAYERS)
-        ]
-        before = books(self.cache)
-        assert self.cache.evict(slot, *kept(everything)) == 0
-        assert same_books(before, books(self.cache))
+        if all(len(keep[where]) == len(tokens) for where, tokens in heads.items()):
+            assert same_books(before, books(self.cache))
+        for where, tokens in heads.items():
+            heads[where] = [tokens[i] for i in keep[where]]
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
@@ -223,6 +210,12 @@ class CacheMachine(RuleBasedStateMachine):
             assert not self.cache.pages.attention[page, index % PAGE].any()
             self.cache.pages.attention[page, index % PAGE] = contents(values, layer, head)["attention"]
             tokens.extend(zip(positions, values.tolist(), strict=True))
+
+
+def draw_kept(data: st.DataObject, length: int) -> list[int]:
+    """Everything, or any subset."""
+    mask = data.draw(st.just(2**length - 1) | st.integers(0, 2**length - 1), label="kept")
+    return [i for i in range(length) if mask >> i & 1]
 
 
 def contents(values: Tensor, layer: Tensor | int, head: Tensor | int) -> dict[str, Tensor]:

@@ -6,9 +6,7 @@ from curkv.kernels.dispatch import get_kernels
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_known_ones() -> None:
-    with pytest.raises(
-        ValueError, match="no kernels for the name 'cuda'; choose one of auto, cpu, reference"
-    ):
+    with pytest.raises(ValueError, match="name 'cuda'; choose one of auto, cpu, reference"):
         get_kernels("cuda")  # type: ignore[arg-type]
 
 

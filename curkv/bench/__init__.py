@@ -1,0 +1,1 @@
+"""Measurements: kernels against the machine's bandwidth, a server against other ways to run its model."""

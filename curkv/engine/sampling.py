@@ -1,0 +1,117 @@
+"""Choosing the next token of every sequence of a step at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from curkv.engine.sequence import Sequence
+from curkv.engine.types import SamplingParams, TokenLogprob
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Tokens chosen for the rows of a step."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprob | None]
+
+
+def sample(logits: Tensor, sequences: list[Sequence], stop_ids: frozenset[int]) -> Sampled:
+    """Chooses one token per row.
+
+    As in vLLM: penalties, logit bias, suppressed stop tokens, temperature, min_p, top_k, top_p.
+    A row's random number depends only on the choice's seed and the token's index, so that a preempted
+    sequence and a sequence batched differently draw the same tokens.
+
+    Args:
+        logits: float32 [R, vocab]; modified.
+        sequences: the R sequences that the rows belong to.
+        stop_ids: end-of-sequence ids of the model, which `min_tokens` holds back.
+    """
+    params = [sequence.request.sampling for sequence in sequences]
+    wanted = [i for i, p in enumerate(params) if p.logprobs is not None]
+    raw = torch.log_softmax(logits[wanted], dim=-1) if wanted else None
+    for row, sequence in zip(logits, sequences, strict=True):
+        _adjust(row, sequence, stop_ids)
+    tokens = logits.argmax(dim=-1)
+    drawn = [i for i, p in enumerate(params) if p.temperature > 0]
+    if drawn:
+        tokens[drawn] = _draw(logits[drawn], [sequences[i] for i in drawn])
+    ids: list[int] = tokens.tolist()
+    logprobs: list[TokenLogprob | None] = [None] * len(ids)
+    if raw is not None:
+        for row, i in zip(raw, wanted, strict=True):
+            logprobs[i] = _logprob(row, ids[i], params[i].logprobs or 0)
+    return Sampled(ids, logprobs)
+
+
+def uniform(seeds: list[int], counters: list[int]) -> NDArray[np.float64]:
+    """Random numbers in [0, 1), one per (seed, counter): splitmix64 of both (Steele et al., OOPSLA 2014)."""
+    state = np.array(seeds, dtype=np.uint64) + _GOLDEN * np.array(counters, dtype=np.uint64)
+    mixed = _mix(_mix(state) + _GOLDEN)
+    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def choice_seed(seed: int, index: int) -> int:
+    """Seed of choice `index` of a request whose seed is `seed`."""
+    state = np.array([seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64) ^ _mix(np.array([index], dtype=np.uint64))
+    return int(_mix(state)[0])
+
+
+def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def _adjust(row: Tensor, sequence: Sequence, stop_ids: frozenset[int]) -> None:
+    """Applies penalties, bias and min_tokens to one row of logits, in place."""
+    p = sequence.request.sampling
+    if p.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted({*sequence.prompt, *sequence.output}))
+        values = row[seen]
+        row[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
+    if (p.presence_penalty or p.frequency_penalty) and sequence.output:
+        ids, counts = torch.unique(torch.tensor(sequence.output), return_counts=True)
+        row[ids] -= p.presence_penalty + p.frequency_penalty * counts
+    if p.logit_bias:
+        row[torch.tensor(list(p.logit_bias))] += torch.tensor(list(p.logit_bias.values()), dtype=row.dtype)
+    if len(sequence.output) < p.min_tokens:
+        row[torch.tensor(sorted({*stop_ids, *p.stop_token_ids}), dtype=torch.long)] = -torch.inf
+
+
+def _draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+    """Draws from the softmax of each row after temperature and truncation, by the inverse of its CDF."""
+    params = [sequence.request.sampling for sequence in sequences]
+    logits = logits / torch.tensor([[p.temperature] for p in params])
+    for row, p in zip(logits, params, strict=True):
+        _truncate(row, p)
+    cdf = torch.softmax(logits, dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    u = uniform([s.seed for s in sequences], [len(s.output) for s in sequences])
+    targets = torch.from_numpy(u)[:, None] * cdf[:, -1:]
+    return torch.searchsorted(cdf, targets, right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
+
+
+def _truncate(row: Tensor, p: SamplingParams) -> None:
+    """Sets logits outside min_p, top_k and top_p to -inf, in place."""
+    if p.min_p > 0:
+        row[row < row.max() + float(np.log(p.min_p))] = -torch.inf
+    if 0 < p.top_k < row.numel():
+        row[row < row.topk(p.top_k).values[-1]] = -torch.inf
+    if p.top_p < 1:
+        probabilities, order = torch.softmax(row, dim=-1).sort(descending=True, stable=True)
+        before = probabilities.cumsum(dim=-1) - probabilities
+        row[order[before >= p.top_p]] = -torch.inf
+
+
+def _logprob(row: Tensor, token_id: int, count: int) -> TokenLogprob:
+    top = row.topk(count) if count else None
+    pairs = list(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if top else []
+    return TokenLogprob(token_id, float(row[token_id]), pairs)

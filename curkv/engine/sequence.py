@@ -1,0 +1,113 @@
+"""One choice of one request, from arrival to its last token."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from curkv.cache.options import EvictionPlan
+from curkv.engine.detokenizer import Detokenizer
+from curkv.engine.types import KVReport, Request
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A sequence of tokens and where its KV cache stands.
+
+    `computed` counts logical tokens whose K and V went through the cache, kept or not; a preempted sequence
+    falls back to 0 and is fed its own tokens again, evictions at the same places included.
+
+    Attributes:
+        request: what was asked.
+        index: which of the request's `n` choices this is.
+        order: rank of arrival; a preempted sequence keeps it.
+        plan: the request's eviction options, resolved for its prompt.
+        seed: seed of this choice's random stream.
+        detokenizer: turns its tokens into text and watches for stop strings.
+        slot: row of the page table, -1 while the sequence holds no memory.
+    """
+
+    request: Request
+    index: int
+    order: int
+    plan: EvictionPlan
+    seed: int
+    detokenizer: Detokenizer
+    output: list[int] = field(default_factory=list)
+    slot: int = -1
+    computed: int = 0
+    forks: list[Sequence] = field(default_factory=list)
+
+    first_scheduled: float | None = None
+    token_times: list[float] = field(default_factory=list)
+    kept_tokens: float | None = None
+    evicted_tokens: float = 0.0
+    decode_evictions: int = 0
+    peak_bytes: int = 0
+
+    @property
+    def prompt(self) -> list[int]:
+        """Token ids of the prompt."""
+        return self.request.prompt_token_ids
+
+    @property
+    def priority(self) -> tuple[int, int]:
+        """Lower runs first and is preempted last."""
+        return (self.request.priority, self.order)
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens: prompt and output."""
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def remaining(self) -> int:
+        """Known tokens not yet computed; a decode step has exactly one."""
+        return self.num_tokens - self.computed
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether the prompt is not fully computed."""
+        return self.computed < len(self.prompt)
+
+    def next_stop(self) -> int:
+        """Logical position that the next chunk must not cross, because the cache may be evicted there."""
+        prompt, interval = len(self.prompt), self.plan.options.decode_interval
+        if self.prefilling:
+            return prompt
+        if self.plan.decode_budget_tokens is None:
+            return self.num_tokens
+        return prompt + ((self.computed - prompt) // interval + 1) * interval
+
+    def tokens(self, start: int, count: int) -> list[int]:
+        """Token ids at logical positions start .. start + count."""
+        prompt = self.prompt
+        if start >= len(prompt):
+            return self.output[start - len(prompt) : start - len(prompt) + count]
+        head = prompt[start : start + count]
+        return head + self.output[: count - len(head)]
+
+    def reset(self) -> None:
+        """Forgets everything that recomputing will find again."""
+        self.slot, self.computed = -1, 0
+        self.kept_tokens, self.evicted_tokens, self.decode_evictions = None, 0.0, 0
+
+    def report(self, held_bytes: int) -> KVReport | None:
+        """What eviction did; None before the end of prefill."""
+        if self.kept_tokens is None:
+            return None
+        return KVReport(
+            policy=self.plan.policy.name,
+            budget_tokens=self.plan.budget_tokens,
+            kept_tokens=round(self.kept_tokens, 3),
+            evicted_tokens=round(self.evicted_tokens, 3),
+            kept_ratio=round(self.kept_tokens / len(self.prompt), 6),
+            bytes=held_bytes,
+            peak_bytes=max(self.peak_bytes, held_bytes),
+            decode_evictions=self.decode_evictions,
+        )
+
+    def mark_scheduled(self) -> None:
+        """Notes when the sequence first got to run."""
+        if self.first_scheduled is None:
+            self.first_scheduled = time.monotonic()

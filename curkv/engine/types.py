@@ -1,0 +1,154 @@
+"""What the server asks of the engine and what it gets back: plain data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from curkv.cache.options import EvictionOptions
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class InvalidRequest(ValueError):
+    """A request that can never be served as asked; the server answers 400.
+
+    Attributes:
+        param: name of the field at fault (`prompt`, `max_tokens`, `kv.budget`), None if no single field is.
+        message: what is wrong and what would be right, for the caller.
+    """
+
+    def __init__(self, message: str, param: str | None = None):
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen and when generation ends.
+
+    Attributes:
+        max_tokens: most tokens to generate; None means as many as the context holds.
+        temperature: 0 is greedy.
+        top_p: nucleus mass in (0, 1].
+        top_k: 0 keeps all tokens.
+        min_p: least probability relative to the likeliest token, in [0, 1].
+        seed: seed of this request's random stream; None draws one.
+        n: independent choices for the prompt.
+        stop: strings that end generation; not part of the text returned.
+        stop_token_ids: token ids that end generation.
+        ignore_eos: go on past the model's end-of-sequence token.
+        min_tokens: tokens generated before end-of-sequence or a stop token may be chosen.
+        presence_penalty: subtracted once from each token already generated, in [-2, 2].
+        frequency_penalty: subtracted per occurrence among the generated tokens, in [-2, 2].
+        repetition_penalty: divides (multiplies, if negative) logits of tokens seen in prompt or output; > 0.
+        logit_bias: added to the logits of token ids, in [-100, 100].
+        logprobs: alternatives reported per generated token; 0 reports the chosen one alone, None nothing.
+    """
+
+    max_tokens: int | None = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to be continued `sampling.n` times.
+
+    Attributes:
+        id: unique among running requests.
+        prompt_token_ids: at least one id of the model's vocabulary.
+        sampling: sampling parameters.
+        eviction: what the request's KV cache may keep.
+        priority: lower runs first; equal priorities run in order of arrival.
+        arrival_time: `time.monotonic()` in seconds.
+    """
+
+    id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    eviction: EvictionOptions
+    priority: int = 0
+    arrival_time: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True)
+class KVReport:
+    """What eviction really did to one choice.
+
+    Attributes:
+        policy: name of the policy.
+        budget_tokens: tokens per head, on average, that the prompt was allowed to keep.
+        kept_tokens: prompt tokens kept at the end of prefill, mean over layers and heads.
+        evicted_tokens: tokens evicted in prefill and decode, mean over layers and heads.
+        kept_ratio: kept / prompt tokens at the end of prefill, mean over layers and heads.
+        bytes: pages held when the choice ended, in bytes.
+        peak_bytes: most bytes of pages held at any time.
+        decode_evictions: rounds of eviction while generating.
+    """
+
+    policy: str
+    budget_tokens: int
+    kept_tokens: float
+    evicted_tokens: float
+    kept_ratio: float
+    bytes: int
+    peak_bytes: int
+    decode_evictions: int
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Log-probability of a generated token, and of its likeliest alternatives.
+
+    Attributes:
+        token_id: the token chosen.
+        logprob: natural logarithm of its probability.
+        top: (token id, log-probability) of the likeliest tokens, best first.
+    """
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Output:
+    """News of one choice of a request.
+
+    Attributes:
+        request_id: the request.
+        index: the choice, 0 to n - 1.
+        text: text added since the choice's previous output.
+        token_ids: tokens added since.
+        logprobs: one entry per token of `token_ids` if asked for.
+        finish_reason: None while the choice runs.
+        stop_reason: the stop string or token id that ended the choice, if one did.
+        kv: eviction report, on the choice's last output.
+    """
+
+    request_id: str
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    kv: KVReport | None = None

@@ -1,0 +1,1 @@
+"""Root-mean-square normalisation, with an optional residual addition before it."""

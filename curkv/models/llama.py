@@ -1,0 +1,173 @@
+"""The forward pass of Llama, Mistral, Qwen2, Qwen3 and SmolLM over the flattened tokens of a batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from curkv.models.config import Llama3Scaling, ModelConfig
+from curkv.models.loading import Checkpoint, LayerWeights
+
+Linear = Callable[[Tensor], Tensor]
+
+
+class Batch(Protocol):
+    """What the forward reads of a batch of T tokens; the attention reads the rest.
+
+    Attributes:
+        token_ids: int64 [T], the sequences' new tokens one after another.
+        logit_rows: int64 [R], the tokens whose logits are wanted.
+    """
+
+    @property
+    def token_ids(self) -> Tensor: ...  # noqa: D102
+
+    @property
+    def logit_rows(self) -> Tensor: ...  # noqa: D102
+
+
+class Attention(Protocol):
+    """The cache as the forward sees it."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Any) -> Tensor:
+        """Applies RoPE, stores keys and values, and attends.
+
+        Args:
+            layer: Index of the layer.
+            q: [T, num_heads, head_dim], contiguous, before RoPE; may be overwritten.
+            k: [T, num_kv_heads, head_dim], contiguous, before RoPE.
+            v: [T, num_kv_heads, head_dim], contiguous.
+            batch: The batch given to `Llama.forward`.
+
+        Returns:
+            [T, num_heads, head_dim].
+        """
+
+
+class ModelKernels(Protocol):
+    """The operations of the forward outside attention; signatures in curkv/kernels/<op>/reference.py."""
+
+    @property
+    def rms_norm(self) -> Callable[..., Any]:
+        """`rms_norm(x[T, d], weight[d], eps, residual=None)`; with a residual, also its sum with x."""
+
+    @property
+    def silu_mul(self) -> Callable[[Tensor], Tensor]:
+        """`silu_mul(gate_up[T, 2 I]) -> [T, I]`."""
+
+    @property
+    def pack_linear(self) -> Callable[[Tensor, Tensor | None], Linear]:
+        """`pack_linear(weight[N, K], bias[N] | None)` returns the function from x[T, K] to [T, N]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A decoder layer ready to run: its norm weights and its packed projections."""
+
+    input_norm: Tensor
+    qkv: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: Linear
+    post_attention_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class Llama:
+    """A decoder of the Llama family."""
+
+    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, kernels: ModelKernels):
+        self.config = config
+        self._kernels = kernels
+        self._embedding = checkpoint.embedding
+        self._layers = [_pack(checkpoint.layer(index), kernels) for index in range(config.num_layers)]
+        self._final_norm = checkpoint.final_norm
+        self._head = kernels.pack_linear(checkpoint.head, None)
+
+    @torch.no_grad()
+    def forward(self, batch: Batch, kv: Attention) -> Tensor:
+        """Runs the batch's new tokens through the model.
+
+        Args:
+            batch: The T new tokens and the R rows whose logits are wanted.
+            kv: Stores the new keys and values, and attends over everything stored.
+
+        Returns:
+            float32 [R, vocab_size], logits of `batch.logit_rows`.
+        """
+        eps, rms_norm, silu_mul = self.config.rms_norm_eps, self._kernels.rms_norm, self._kernels.silu_mul
+        residual = self._embedding[batch.token_ids]
+        x = rms_norm(residual, self._layers[0].input_norm, eps)
+        for index, layer in enumerate(self._layers):
+            if index:
+                x, residual = rms_norm(x, layer.input_norm, eps, residual)
+            q, k, v = self._heads(layer, layer.qkv(x))
+            attended = kv.attend(index, q, k, v, batch)
+            x = layer.o(attended.reshape(-1, self.config.q_size))
+            x, residual = rms_norm(x, layer.post_attention_norm, eps, residual)
+            x = layer.down(silu_mul(layer.gate_up(x)))
+        rows = batch.logit_rows
+        x, _ = rms_norm(x[rows], self._final_norm, eps, residual[rows])
+        return self._head(x).float()
+
+    def _heads(self, layer: Layer, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Splits [T, q_size + 2 kv_size] into queries, keys and values, [T, heads, head_dim] each."""
+        config = self.config
+        q, k, v = (
+            part.reshape(len(qkv), -1, config.head_dim).contiguous()
+            for part in torch.split(qkv, [config.q_size, config.kv_size, config.kv_size], dim=-1)
+        )
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = self._norm_heads(q, layer.q_norm), self._norm_heads(k, layer.k_norm)
+        return q, k, v
+
+    def _norm_heads(self, heads: Tensor, weight: Tensor) -> Tensor:
+        rows = heads.view(-1, self.config.head_dim)
+        normed: Tensor = self._kernels.rms_norm(rows, weight, self.config.rms_norm_eps)
+        return normed.view(heads.shape)
+
+
+def rope_tables(config: ModelConfig, max_positions: int | None = None) -> tuple[Tensor, Tensor]:
+    """Returns the cosines and sines of every position, computed in float32 as transformers does.
+
+    Args:
+        config: The model.
+        max_positions: Rows wanted, `config.max_positions` unless told.
+
+    Returns:
+        cos, sin: float32 [max_positions, head_dim / 2].
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    if config.rope_scaling is not None:
+        frequencies = _scale_frequencies(frequencies, config.rope_scaling)
+    positions = torch.arange(max_positions or config.max_positions, dtype=torch.float32)
+    angles = torch.outer(positions, frequencies)
+    return angles.cos(), angles.sin()
+
+
+def _scale_frequencies(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
+    """Divides low frequencies by the factor, keeps high ones, and blends linearly between the two."""
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    waves = scaling.original_max_positions * frequencies / (2 * math.pi)
+    blend = ((waves - low) / (high - low)).clamp(0, 1)
+    return (1 - blend) * frequencies / scaling.factor + blend * frequencies
+
+
+def _pack(weights: LayerWeights, kernels: ModelKernels) -> Layer:
+    return Layer(
+        input_norm=weights.input_norm,
+        qkv=kernels.pack_linear(weights.qkv, weights.qkv_bias),
+        q_norm=weights.q_norm,
+        k_norm=weights.k_norm,
+        o=kernels.pack_linear(weights.o, weights.o_bias),
+        post_attention_norm=weights.post_attention_norm,
+        gate_up=kernels.pack_linear(weights.gate_up, weights.gate_up_bias),
+        down=kernels.pack_linear(weights.down, weights.down_bias),
+    )

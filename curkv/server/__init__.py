@@ -1,0 +1,1 @@
+"""The HTTP server: OpenAI's API over the engine client, with eviction controlled per request."""

@@ -1,0 +1,59 @@
+"""The application: routes, errors, middleware."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+
+import curkv
+from curkv.config import Settings
+from curkv.server.completions.router import router as completions
+from curkv.server.errors import install_error_handlers
+from curkv.server.headers import default_options
+from curkv.server.health.router import router as health
+from curkv.server.metrics import Metrics
+from curkv.server.middleware import BodyLimitMiddleware, RequestIdMiddleware
+from curkv.server.models.router import router as models
+from curkv.server.state import ServerState
+
+if TYPE_CHECKING:
+    from curkv.engine.client import EngineClient
+
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+
+DESCRIPTION = """OpenAI-compatible inference that keeps only the part of the KV cache that matters.
+What a request may keep is said in `X-KV-*` headers or in the body's `kv` object;
+what it really kept is in the response headers and in `usage.kv`."""
+
+
+def create_app(client: EngineClient | None, settings: Settings, lifespan: Lifespan | None = None) -> FastAPI:
+    """Builds the application.
+
+    Args:
+        client: a started engine; None if it comes later through `app.state.server.attach`, until when
+            requests are answered 503.
+        settings: the server's settings.
+        lifespan: what to do around the application's life.
+
+    Raises:
+        OptionError: the settings' default eviction options are wrong.
+    """
+    app = FastAPI(
+        title="curkv",
+        version=curkv.__version__,
+        description=DESCRIPTION,
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    app.state.server = ServerState(settings, Metrics(settings.model_name), default_options(settings))
+    if client is not None:
+        app.state.server.attach(client)
+    for router in (completions, models, health):
+        app.include_router(router)
+    install_error_handlers(app)
+    app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_size)
+    app.add_middleware(RequestIdMiddleware)
+    return app

@@ -1,0 +1,158 @@
+"""Request fields and response parts that every generating endpoint shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator
+
+from curkv.engine.types import KVReport, SamplingParams
+
+MAX_CHOICES = 128
+MAX_STOP_STRINGS = 16
+MAX_LOGPROBS = 20
+
+Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+StopString = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+TokenIdKey = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
+
+
+class StreamOptions(BaseModel):
+    """Options of a stream."""
+
+    model_config = ConfigDict(strict=True)
+
+    include_usage: bool | None = Field(None, description="Send a last chunk with `usage` and no choices.")
+
+
+class GenerationFields(BaseModel):
+    """Sampling, streaming and eviction fields; unknown ones are kept aside, to be logged."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    model: str | None = Field(None, description="A name from GET /v1/models; absent: the one served.")
+    n: int | None = Field(1, ge=1, le=MAX_CHOICES, description="Choices per prompt.")
+    temperature: float | None = Field(1.0, ge=0, description="0 is greedy.")
+    top_p: float | None = Field(1.0, gt=0, le=1)
+    top_k: int | None = Field(0, ge=-1, lt=2**31, description="0 or -1: all tokens.")
+    min_p: float | None = Field(0.0, ge=0, le=1)
+    seed: Int64 | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    stop_token_ids: list[Int64] | None = None
+    ignore_eos: bool = False
+    min_tokens: int = Field(0, ge=0)
+    presence_penalty: float | None = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float | None = Field(1.0, gt=0, le=100)
+    logit_bias: dict[TokenIdKey, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        None, description="Token id (as text) to what is added to its logit."
+    )
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = Field(
+        False, description="Add `token_ids` and `prompt_token_ids` to choices."
+    )
+    priority: int = Field(0, ge=-(2**31), lt=2**31, description="Lower runs first.")
+    user: str | None = Field(None, description="Accepted and not used.")
+
+    @field_validator("stream_options")
+    @classmethod
+    def _only_in_streams(cls, value: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+        if value is not None and not info.data.get("stream"):
+            raise ValueError("is only allowed with stream: true")
+        return value
+
+    @property
+    def unknown_fields(self) -> list[str]:
+        """Names of fields that this server does not know."""
+        return sorted(self.model_extra or {})
+
+    @property
+    def choices_per_prompt(self) -> int:
+        """`n`, with its default."""
+        return self.n or 1
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a usage chunk."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def sampling(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """The engine's form; null means the default, as in OpenAI's API."""
+        given: dict[str, Any] = {
+            name: value
+            for name in (
+                "temperature",
+                "top_p",
+                "min_p",
+                "presence_penalty",
+                "frequency_penalty",
+                "repetition_penalty",
+            )
+            if (value := getattr(self, name)) is not None
+        }
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return SamplingParams(
+            max_tokens=max_tokens,
+            top_k=max(self.top_k or 0, 0),
+            seed=self.seed,
+            n=self.choices_per_prompt,
+            stop=tuple(stop),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=self.ignore_eos,
+            min_tokens=self.min_tokens,
+            logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
+            logprobs=logprobs,
+            **given,
+        )
+
+
+class KVUsage(BaseModel):
+    """What eviction really did to the request.
+
+    Attributes:
+        policy: name of the policy.
+        budget_tokens: tokens per head, on average, that a prompt was allowed to keep.
+        kept_tokens: prompt tokens kept at the end of prefill, mean over layers and heads.
+        evicted_tokens: tokens evicted in prefill and decode, mean over layers and heads.
+        kept_ratio: kept / prompt tokens at the end of prefill, mean over layers and heads.
+        bytes: bytes of KV cache held when the choices ended.
+        peak_bytes: most bytes held at any time.
+        decode_evictions: rounds of eviction while generating.
+    """
+
+    policy: str
+    budget_tokens: int
+    kept_tokens: float
+    evicted_tokens: float
+    kept_ratio: float
+    bytes: int
+    peak_bytes: int
+    decode_evictions: int
+
+    @classmethod
+    def combine(cls, reports: Sequence[KVReport]) -> KVUsage | None:
+        """One report for all choices: bytes and evictions are sums, tokens and ratios are means."""
+        if not reports:
+            return None
+        return cls(
+            policy=reports[0].policy,
+            budget_tokens=round(fmean(r.budget_tokens for r in reports)),
+            kept_tokens=round(fmean(r.kept_tokens for r in reports), 3),
+            evicted_tokens=round(fmean(r.evicted_tokens for r in reports), 3),
+            kept_ratio=round(fmean(r.kept_ratio for r in reports), 6),
+            bytes=sum(r.bytes for r in reports),
+            peak_bytes=sum(r.peak_bytes for r in reports),
+            decode_evictions=sum(r.decode_evictions for r in reports),
+        )
+
+
+class Usage(BaseModel):
+    """Tokens of the request, and what became of their KV cache."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    kv: KVUsage | None = None

@@ -1,0 +1,227 @@
+"""A server process from its first second to its last: listen, load, serve, drain, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from types import FrameType
+from typing import TYPE_CHECKING, TypeVar
+
+import uvicorn
+from fastapi import FastAPI
+
+import curkv
+from curkv.cache.options import OptionError
+from curkv.config import Settings
+from curkv.models.errors import ModelError
+from curkv.server.app import create_app
+from curkv.server.state import ServerState
+
+if TYPE_CHECKING:
+    from curkv.engine.client import EngineClient
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+KEEP_ALIVE_SECONDS = 30
+CLOSE_SECONDS = 5
+"""Time that answers have to be written after the engine has finished or been stopped."""
+
+
+class StartupError(Exception):
+    """The server cannot start; the message says why and what to do."""
+
+
+def serve(settings: Settings) -> int:
+    """Serves until a signal asks to stop, and returns the exit status.
+
+    Raises:
+        StartupError: the port is taken or a setting is wrong; nothing has been loaded.
+    """
+    _configure_logging()
+    try:
+        server = Server(settings)
+    except OptionError as error:
+        raise StartupError(f"--kv-{error.field.replace('_', '-')}: {error.message}") from error
+    server.run(sockets=[listen(settings.host, settings.port)])
+    return server.exit_status
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Opens the port.
+
+    Raises:
+        StartupError: it is taken, or the address is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise StartupError(
+                f"port {port} on {host} is taken: stop what uses it or choose another --port"
+            ) from error
+        raise StartupError(f"cannot listen on {host} port {port}: {error.strerror}") from error
+
+
+def build_client(settings: Settings) -> EngineClient:
+    """Loads the model and starts the engine; takes seconds, or minutes if the model has to be fetched."""
+    from curkv.engine.build import EngineOptions, build_engine
+    from curkv.engine.client import EngineClient
+
+    options = EngineOptions(
+        model=settings.model,
+        kv_cache_bytes=settings.kv_cache_memory,
+        kv_dtype=settings.kv_dtype,
+        page_size=settings.page_size,
+        max_step_tokens=settings.max_step_tokens,
+        max_sequences=settings.max_sequences,
+        max_model_len=settings.max_model_len,
+        kernels=settings.kernels,
+        threads=settings.threads,
+    )
+    return EngineClient.start(build_engine(options))
+
+
+class Server(uvicorn.Server):
+    """Answers /health from the first moment, loads the engine beside it, and drains before it stops.
+
+    The first SIGTERM or SIGINT drains: the port stays open, new requests get 503, running ones may finish
+    within `drain_timeout`, after which, or at a second signal, they end with a 503.
+
+    Attributes:
+        exit_status: 0, or 1 if the engine could not be loaded.
+    """
+
+    def __init__(self, settings: Settings, build: Callable[[Settings], EngineClient] = build_client):
+        app = create_app(None, settings, self._lifespan)
+        super().__init__(
+            uvicorn.Config(
+                app,
+                lifespan="on",
+                log_config=None,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=CLOSE_SECONDS,
+            )
+        )
+        self.exit_status = 0
+        self._settings = settings
+        self._build = build
+        self._state: ServerState = app.state.server
+        self._draining: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drains on the first signal, ends running requests on the second, drops everything on the third."""
+        if self.should_exit:
+            self.force_exit = True
+        elif self._loop is None or self._state.client is None:
+            self.should_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self._drain_or_hurry, self._state.client)
+
+    def _drain_or_hurry(self, client: EngineClient) -> None:
+        if self._draining is None:
+            logger.info("draining: running requests have %g s to finish", self._settings.drain_timeout)
+            self._draining = asyncio.create_task(self._drain(client))
+        else:
+            self._draining.cancel()
+
+    async def _drain(self, client: EngineClient) -> None:
+        try:
+            finished = await client.drain(self._settings.drain_timeout)
+        except asyncio.CancelledError:
+            finished = False
+        if not finished:
+            logger.warning("requests that still run are ended")
+            await asyncio.to_thread(client.stop)
+        self.should_exit = True
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        self._loop = asyncio.get_running_loop()
+        loading = asyncio.create_task(self._load())
+        yield
+        loading.cancel()
+        if self._state.client is not None:
+            await asyncio.to_thread(self._state.client.stop)
+
+    async def _load(self) -> None:
+        started = time.perf_counter()
+        try:
+            client = await _in_daemon_thread(lambda: self._build(self._settings))
+        except Exception as error:
+            expected = isinstance(error, ModelError | ValueError)
+            logger.critical("the engine did not start: %s", error, exc_info=None if expected else error)
+            self.exit_status, self.should_exit = 1, True
+            return
+        self._state.attach(client)
+        print(self._welcome(time.perf_counter() - started), flush=True)
+
+    def _welcome(self, seconds: float) -> str:
+        assert self._state.client is not None
+        layout, stats = self._state.client.cache_layout, self._state.client.stats
+        dtype = str(layout.dtype).removeprefix("torch.")
+        return WELCOME.format(
+            version=curkv.__version__,
+            model=self._settings.model_name,
+            seconds=seconds,
+            memory=stats.capacity_bytes / 2**30,
+            pages=stats.num_pages,
+            page_size=layout.page_size,
+            dtype=dtype,
+            policy=self._settings.kv_policy,
+            url=self._url(),
+        )
+
+    def _url(self) -> str:
+        """Where a browser on this machine finds the server."""
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+WELCOME = """
+curkv {version} serves {model} at {url} (loaded in {seconds:.1f} s)
+KV cache: {memory:.2f} GiB, {pages:,} pages of {page_size} tokens, {dtype}; default policy {policy}
+
+Try a long prompt with the whole cache and with a quarter of it, and compare usage.kv:
+
+  python3 -c 'import json; print(json.dumps(dict(max_tokens=24, temperature=0,
+    prompt="The code of the vault is 4711. " + "Rivers carry rain from the hills to the sea. " * 90
+           + "The code of the vault is")))' > prompt.json
+  curl {url}/v1/completions -H 'Content-Type: application/json' -d @prompt.json
+  curl {url}/v1/completions -H 'Content-Type: application/json' -d @prompt.json \\
+    -H 'X-KV-Policy: curdkv' -H 'X-KV-Budget: 25%'
+
+Metrics: {url}/metrics    API: {url}/docs    Policies: curkv model policies    Stop: Ctrl-C
+"""
+
+
+async def _in_daemon_thread(work: Callable[[], T]) -> T:
+    """Awaits `work` in a thread that does not keep the process alive, unlike those of an executor."""
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="load", daemon=True).start()
+    return await asyncio.wrap_future(future)
+
+
+def _configure_logging() -> None:
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    for name in ("curkv", "uvicorn.access"):
+        logging.getLogger(name).setLevel(logging.INFO)

@@ -1,0 +1,77 @@
+"""What the endpoints share: the engine once it is there, the settings, the metrics."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from starlette.requests import Request
+
+from curkv.cache.options import EvictionOptions
+from curkv.config import Settings
+from curkv.server.errors import APIError, unavailable
+from curkv.server.metrics import Metrics
+
+if TYPE_CHECKING:
+    from curkv.engine.client import EngineClient
+
+
+@dataclass
+class ServerState:
+    """State of one application.
+
+    Attributes:
+        settings: the server's settings.
+        metrics: fed by the engine's statistics.
+        eviction: options of requests that say nothing about their cache.
+        client: the engine; None while the model loads.
+        created: start of the server, Unix time in seconds.
+    """
+
+    settings: Settings
+    metrics: Metrics
+    eviction: EvictionOptions
+    client: EngineClient | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def attach(self, client: EngineClient) -> None:
+        """Opens the server for requests to an engine that has been started."""
+        self.metrics.describe(client)
+        client.add_sink(self.metrics.observe)
+        self.client = client
+
+    @property
+    def phase(self) -> str:
+        """`loading`, or the engine's state: `ready`, `draining`, `stopped`, `dead`."""
+        if self.client is None:
+            return "loading"
+        return "dead" if self.client.state == "ready" and not self.client.healthy else self.client.state
+
+    def ready_client(self) -> EngineClient:
+        """The engine, if it takes requests.
+
+        Raises:
+            APIError: 503, it does not.
+        """
+        if self.client is None or self.phase != "ready":
+            raise unavailable(f"the server takes no requests: it is {self.phase}", self.phase)
+        return self.client
+
+    def check_model(self, name: str | None) -> None:
+        """Checks the `model` field of a request.
+
+        Raises:
+            APIError: 404, another model was asked for.
+        """
+        served = self.settings.model_name
+        if name is not None and name != served:
+            raise APIError(
+                404, f"there is no model {name!r}; served is {served!r}", "model", "model_not_found"
+            )
+
+
+def server_state(request: Request) -> ServerState:
+    """The state of the application that serves `request`."""
+    state: ServerState = request.app.state.server
+    return state

@@ -1,0 +1,144 @@
+"""Outputs on their way to a client that may go away at any time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
+from starlette.requests import Request as HTTPRequest
+from starlette.types import Receive, Scope, Send
+
+from curkv.engine.types import Output, Request
+from curkv.server.errors import APIError, unavailable
+
+if TYPE_CHECKING:
+    from curkv.engine.client import EngineClient
+
+T = TypeVar("T")
+
+DONE = "data: [DONE]\n\n"
+
+
+class ClientDisconnected(Exception):
+    """The client closed its connection before the answer was ready."""
+
+
+class OutputStream:
+    """Outputs of several requests, run at once, in the order they come.
+
+    `close` aborts what still runs; it is safe to call at any time, from a cancelled task too.
+
+    Args:
+        client: the engine.
+        requests: requests with ids of their own.
+    """
+
+    def __init__(self, client: EngineClient, requests: Sequence[Request]):
+        self._client = client
+        self._news: asyncio.Queue[tuple[int, Output] | Exception | None] = asyncio.Queue()
+        self._unfinished = len(requests)
+        self._first: tuple[int, Output] | None = None
+        self._tasks = [asyncio.create_task(self._run(i, request)) for i, request in enumerate(requests)]
+
+    async def _run(self, index: int, request: Request) -> None:
+        try:
+            async with aclosing(self._client.generate(request)) as outputs:
+                async for output in outputs:
+                    self._news.put_nowait((index, output))
+        except Exception as error:
+            self._news.put_nowait(error)
+        else:
+            self._news.put_nowait(None)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def wait_for_first(self) -> None:
+        """Waits for the first output and keeps it for the iteration; raises what the iteration would."""
+        self._first = await anext(self)
+
+    async def __anext__(self) -> tuple[int, Output]:
+        """Returns (index of the request, output).
+
+        Raises:
+            APIError: the engine gave a choice up.
+            EngineUnavailable: the engine takes no requests.
+        """
+        if self._first is not None:
+            first, self._first = self._first, None
+            return first
+        while self._unfinished:
+            match await self._news.get():
+                case None:
+                    self._unfinished -= 1
+                case Exception() as error:
+                    raise error
+                case index, output:
+                    _raise_failure(output)
+                    return index, output
+        raise StopAsyncIteration
+
+    def close(self) -> None:
+        """Aborts the requests that have not ended."""
+        self._unfinished = 0
+        for task in self._tasks:
+            task.cancel()
+
+
+def _raise_failure(output: Output) -> None:
+    if output.finish_reason == "error":
+        raise APIError(
+            500, "the engine failed on this request; the server's log says more", code="engine_error"
+        )
+    if output.finish_reason == "abort":
+        raise unavailable("the server ended the request before it was finished", "aborted")
+
+
+async def unless_disconnected(request: HTTPRequest, work: Coroutine[Any, Any, T]) -> T:
+    """Awaits `work`, but cancels it when the client goes away.
+
+    Reads the ASGI receive channel, so the request's body must have been read before.
+
+    Raises:
+        ClientDisconnected: the client went away first.
+    """
+    working, watching = asyncio.ensure_future(work), asyncio.create_task(_disconnection(request))
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnected
+        return working.result()
+    finally:
+        working.cancel()
+        watching.cancel()
+
+
+async def _disconnection(request: HTTPRequest) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def event(data: BaseModel, **dump: Any) -> str:
+    """One server-sent event; keyword arguments go to `model_dump_json`."""
+    return f"data: {data.model_dump_json(**dump)}\n\n"
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events made from `outputs`, which are closed however the response ends."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[str, None], outputs: OutputStream, headers: dict[str, str]):
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
+        self._outputs = outputs
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Streams until the end or until the client goes away."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._outputs.close()

@@ -1,0 +1,11 @@
+from pathlib import Path
+
+import pytest
+
+from curkv.models.default_model import DEFAULT_MODEL, ensure_built_in
+
+
+@pytest.fixture(scope="session")
+def default_model_dir() -> Path:
+    """Directory of the default model, fetched on first use and kept in the user's cache."""
+    return ensure_built_in(DEFAULT_MODEL)

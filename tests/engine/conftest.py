@@ -1,0 +1,98 @@
+"""The default model, loaded once, and engines over it with caches of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from curkv.bench.text import documentation_text
+from curkv.cache.kv_cache import CacheLayout, KVCache
+from curkv.cache.options import EvictionOptions
+from curkv.engine.engine import Engine
+from curkv.engine.types import Output, Request, SamplingParams
+from curkv.kernels.dispatch import Kernels, get_kernels
+from curkv.models.llama import Llama, rope_tables
+from curkv.models.loading import Checkpoint, load_config, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The default model and what goes with it."""
+
+    directory: Path
+    kernels: Kernels
+    model: Llama
+    tokenizer: Tokenizer
+    text_ids: list[int]
+
+    def engine(
+        self,
+        num_pages: int = 20_000,
+        page_size: int = 32,
+        dtype: torch.dtype = torch.float32,
+        max_step_tokens: int = 512,
+        max_sequences: int = 16,
+        max_model_len: int = 8192,
+    ) -> Engine:
+        config = self.model.config
+        layout = CacheLayout(
+            config.num_layers,
+            config.num_kv_heads,
+            config.head_dim,
+            page_size,
+            dtype,
+            max_sequences,
+            max_model_len,
+        )
+        kv = KVCache(layout, num_pages, self.kernels, rope_tables(config, max_model_len))
+        return Engine(self.model, kv, self.kernels, self.tokenizer, max_step_tokens, max_model_len)
+
+    def prompt(self, length: int, start: int = 0) -> list[int]:
+        return self.text_ids[start : start + length]
+
+
+@pytest.fixture(scope="session")
+def loaded(default_model_dir: Path) -> Loaded:
+    config, kernels = load_config(default_model_dir), get_kernels("cpu")
+    model = Llama(config, Checkpoint(default_model_dir, config), kernels)
+    tokenizer = load_tokenizer(default_model_dir)
+    text_ids = tokenizer.encode(documentation_text()[:60_000]).ids
+    return Loaded(default_model_dir, kernels, model, tokenizer, text_ids)
+
+
+@pytest.fixture
+def make_engine(loaded: Loaded) -> Callable[..., Engine]:
+    return loaded.engine
+
+
+def request(
+    prompt: list[int],
+    max_tokens: int = 8,
+    id: str = "r",
+    kv: EvictionOptions | None = None,
+    **sampling: object,
+) -> Request:
+    params = SamplingParams(**{"max_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True, **sampling})
+    return Request(id, prompt, params, kv or EvictionOptions())
+
+
+def run(engine: Engine, *requests: Request) -> dict[tuple[str, int], list[Output]]:
+    """Runs requests to their end, checking the cache after every step; outputs by (request, choice)."""
+    for item in requests:
+        engine.add(item, engine.plan(item))
+    outputs: dict[tuple[str, int], list[Output]] = {}
+    while engine.has_work:
+        for output in engine.step():
+            outputs.setdefault((output.request_id, output.index), []).append(output)
+        engine.check_integrity()
+    assert engine.kv.used_pages == 0
+    return outputs
+
+
+def tokens(outputs: list[Output]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]

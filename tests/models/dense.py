@@ -1,0 +1,68 @@
+"""A batch and a cache of plain tensors, enough to run a model without pages."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from curkv.kernels.rms_norm import reference as rms_norm
+from curkv.kernels.silu_mul import reference as silu_mul
+from curkv.models.config import ModelConfig
+from curkv.models.llama import rope_tables
+
+REFERENCE = SimpleNamespace(
+    rms_norm=rms_norm.rms_norm,
+    silu_mul=silu_mul.silu_mul,
+    pack_linear=lambda weight, bias: lambda x: torch.nn.functional.linear(x, weight, bias),
+)
+
+
+@dataclass
+class DenseBatch:
+    """New tokens of several sequences, one after another."""
+
+    token_ids: Tensor
+    positions: Tensor
+    query_start: list[int]
+    logit_rows: Tensor
+
+    @classmethod
+    def of(cls, texts: list[list[int]], starts: list[int]) -> "DenseBatch":
+        """Flattens the texts, whose first new tokens are at `starts`; every row's logits are wanted."""
+        tokens = [token for text in texts for token in text]
+        positions = [start + i for text, start in zip(texts, starts, strict=True) for i in range(len(text))]
+        ends = torch.tensor([len(text) for text in texts]).cumsum(0).tolist()
+        return cls(torch.tensor(tokens), torch.tensor(positions), [0, *ends], torch.arange(len(tokens)))
+
+
+class DenseAttention:
+    """Causal attention over keys and values kept in lists, one per layer and sequence of the batch."""
+
+    def __init__(self, config: ModelConfig):
+        self._cos, self._sin = rope_tables(config)
+        self._stored: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: DenseBatch) -> Tensor:
+        assert q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
+        q, k = self._rotate(q, batch.positions), self._rotate(k, batch.positions)
+        spans = pairwise(batch.query_start)
+        return torch.cat([self._sequence(layer, i, q[a:b], k[a:b], v[a:b]) for i, (a, b) in enumerate(spans)])
+
+    def _sequence(self, layer: int, sequence: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if (layer, sequence) in self._stored:
+            before = self._stored[layer, sequence]
+            k, v = torch.cat([before[0], k]), torch.cat([before[1], v])
+        self._stored[layer, sequence] = (k, v)
+        group = q.shape[1] // k.shape[1]
+        q, k, v = (
+            x.transpose(0, 1) for x in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
+        )
+        mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(0, 1)
+
+    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        cos, sin = self._cos[positions][:, None], self._sin[positions][:, None]
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

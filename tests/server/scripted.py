@@ -1,0 +1,149 @@
+"""An engine client that follows a script, and a server around it, to test the protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import uvicorn
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from curkv.cache.kv_cache import CacheLayout
+from curkv.cache.options import EvictionPlan, OptionError, resolve
+from curkv.config import Settings
+from curkv.engine.client import EngineUnavailable
+from curkv.engine.stats import StatsSink, StepStats
+from curkv.engine.types import InvalidRequest, KVReport, Output, Request, TokenLogprob
+from curkv.server.app import create_app
+
+VOCABULARY = 1000
+MAX_MODEL_LEN = 256
+
+
+def word_tokenizer() -> Tokenizer:
+    """Words `w0` to `w999`, one token each."""
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+@dataclass
+class ScriptedClient:
+    """Answers every choice with `w1 w2 w3 ...`, one token per output.
+
+    Attributes:
+        delay: seconds between tokens.
+        fail_after: tokens after which `failure` happens.
+        failure: raised, or reported as a finish reason if it is text.
+        taken, closed: ids of requests that began, and that ended one way or another.
+    """
+
+    delay: float = 0.0
+    fail_after: int | None = None
+    failure: Exception | str = "error"
+    state: str = "ready"
+    taken: list[Request] = field(default_factory=list)
+    closed: list[str] = field(default_factory=list)
+    sinks: list[StatsSink] = field(default_factory=list)
+    tokenizer: Tokenizer = field(default_factory=word_tokenizer)
+    max_model_len: int = MAX_MODEL_LEN
+
+    @property
+    def healthy(self) -> bool:
+        return self.state == "ready"
+
+    @property
+    def cache_layout(self) -> CacheLayout:
+        return CacheLayout(2, 3, 8, 16, torch.float16, 4, self.max_model_len)
+
+    @property
+    def stats(self) -> StepStats:
+        return StepStats(0, 0, 0, 100, 0, 1 << 20)
+
+    def add_sink(self, sink: StatsSink) -> None:
+        self.sinks.append(sink)
+
+    def plan(self, request: Request) -> EvictionPlan:
+        ids = request.prompt_token_ids
+        if any(not 0 <= i < VOCABULARY for i in ids):
+            raise InvalidRequest("token id is outside the vocabulary", "prompt")
+        if len(ids) + (request.sampling.max_tokens or 1) > self.max_model_len:
+            raise InvalidRequest("prompt + max_tokens exceeds the context", "max_tokens")
+        try:
+            return resolve(request.eviction, ids, self.cache_layout)
+        except OptionError as error:
+            raise InvalidRequest(error.message, f"kv.{error.field}") from error
+
+    async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
+        if not self.healthy:
+            raise EngineUnavailable(f"the engine is {self.state}")
+        plan = self.plan(request)
+        self.taken.append(request)
+        try:
+            for token in range(1, (request.sampling.max_tokens or 8) + 1):
+                if self.delay:
+                    await asyncio.sleep(self.delay)
+                for index in range(request.sampling.n):
+                    yield self._output(request, plan, index, token)
+        finally:
+            self.closed.append(request.id)
+
+    def _output(self, request: Request, plan: EvictionPlan, index: int, token: int) -> Output:
+        if self.fail_after is not None and token > self.fail_after:
+            if isinstance(self.failure, Exception):
+                raise self.failure
+            return Output(request.id, index, "", [], finish_reason=self.failure)
+        last = token == (request.sampling.max_tokens or 8)
+        kept = plan.budget_tokens
+        report = KVReport(
+            plan.policy.name, kept, kept, plan.prompt_tokens - kept, kept / plan.prompt_tokens, 1000, 2000, 1
+        )
+        logprob = TokenLogprob(token, -0.5, [(token, -0.5), (token + 1, -1.5)][: request.sampling.logprobs])
+        return Output(
+            request_id=request.id,
+            index=index,
+            text=f" w{token}",
+            token_ids=[token],
+            logprobs=None if request.sampling.logprobs is None else [logprob],
+            finish_reason="length" if last else None,
+            kv=report if last else None,
+        )
+
+    async def drain(self, timeout: float) -> bool:
+        self.state = "draining"
+        for _ in range(int(timeout / 0.02)):
+            if len(self.closed) == len(self.taken):
+                return True
+            await asyncio.sleep(0.02)
+        return False
+
+    def stop(self) -> None:
+        self.state = "stopped"
+        self.fail_after, self.failure = 0, EngineUnavailable("the engine is stopped")
+
+
+@contextmanager
+def running(client: ScriptedClient | None, settings: Settings) -> Iterator[str]:
+    """A server on a free port; gives its URL."""
+    config = uvicorn.Config(create_app(client, settings), port=0, log_config=None, lifespan="on")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        thread.join(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
+async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    """Waits for something that another thread brings about."""
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.01)

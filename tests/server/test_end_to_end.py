@@ -1,0 +1,215 @@
+"""The server over the default model, through the `openai` client and plain HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from openai import AsyncOpenAI, BadRequestError
+
+from curkv.config import Settings
+from curkv.engine.client import EngineClient
+from curkv.server.run import build_client
+from tests.server.scripted import running, until
+
+NAME = "smollm2"
+FACT = "The code of the vault is 4711. "
+QUESTION = FACT + "Rivers carry rain from the hills to the sea. " * 30 + "The code of the vault is"
+CONTEXT = 1024
+
+
+@pytest.fixture(scope="module")
+def settings(default_model_dir: Path) -> Settings:
+    return Settings(
+        model=str(default_model_dir),
+        served_model_name=NAME,
+        kv_cache_memory=48 << 20,
+        max_model_len=CONTEXT,
+        max_step_tokens=128,
+    )
+
+
+@pytest.fixture(scope="module")
+def engine(settings: Settings) -> Iterator[EngineClient]:
+    client = build_client(settings)
+    yield client
+    client.stop()
+
+
+@pytest.fixture(scope="module")
+def url(engine: EngineClient, settings: Settings) -> Iterator[str]:
+    with running(engine, settings) as url:
+        yield url
+
+
+@pytest.fixture
+async def openai(url: str) -> AsyncIterator[AsyncOpenAI]:
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+async def http(url: str) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+        yield client
+
+
+async def until_idle(engine: EngineClient) -> None:
+    await until(
+        lambda: engine.stats.running == engine.stats.waiting == engine.stats.used_pages == 0, seconds=60
+    )
+
+
+async def test_answers_and_what_they_keep(openai: AsyncOpenAI, engine: EngineClient) -> None:
+    kept = {}
+    for policy, budget in (("full", None), ("curdkv", "50%"), ("curdkv", "25%"), ("adacurdkv", "25%")):
+        headers = {"X-KV-Policy": policy, **({"X-KV-Budget": budget} if budget else {})}
+        raw = await openai.completions.with_raw_response.create(
+            model=NAME, prompt=QUESTION, max_tokens=6, temperature=0, extra_headers=headers
+        )
+        answer = raw.parse()
+        assert raw.headers["x-kv-policy"] == answer.usage.kv["policy"] == policy
+        assert int(raw.headers["x-kv-budget-tokens"]) == answer.usage.kv["budget_tokens"]
+        kept[policy, budget] = answer.usage.kv
+        if policy == "full":
+            assert "4711" in answer.choices[0].text
+    prompt_tokens = answer.usage.prompt_tokens
+    for (_, budget), kv in kept.items():
+        ratio = float(budget.rstrip("%")) / 100 if budget else 1.0
+        assert kv["kept_tokens"] == int(prompt_tokens * ratio)
+        assert kv["kept_tokens"] + kv["evicted_tokens"] == prompt_tokens
+        assert kv["kept_ratio"] == pytest.approx(kv["kept_tokens"] / prompt_tokens, abs=1e-5)
+    assert kept["curdkv", "25%"]["bytes"] < kept["curdkv", "50%"]["bytes"] < kept["full", None]["bytes"]
+    await until_idle(engine)
+
+
+async def test_stream_equals_json(openai: AsyncOpenAI) -> None:
+    body: dict[str, Any] = {
+        "model": NAME,
+        "prompt": ["The sea is", "Once upon"],
+        "max_tokens": 6,
+        "seed": 1,
+        "n": 2,
+    }
+    whole = await openai.completions.create(**body)
+    texts = dict.fromkeys(range(4), "")
+    stream = await openai.completions.create(**body, stream=True, stream_options={"include_usage": True})
+    async for chunk in stream:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert texts == {choice.index: choice.text for choice in whole.choices}
+    assert chunk.usage.completion_tokens == whole.usage.completion_tokens
+
+
+async def test_token_ids_and_logprobs(openai: AsyncOpenAI, engine: EngineClient) -> None:
+    ids = engine.tokenizer.encode("The capital of France is").ids
+    answer = await openai.completions.create(
+        model=NAME, prompt=ids, max_tokens=3, temperature=0, logprobs=2, extra_body={"return_token_ids": True}
+    )
+    choice = answer.choices[0]
+    assert choice.prompt_token_ids == ids
+    assert engine.tokenizer.decode(choice.token_ids) == choice.text == "".join(choice.logprobs.tokens)
+    for token, logprob, top in zip(
+        choice.logprobs.tokens, choice.logprobs.token_logprobs, choice.logprobs.top_logprobs, strict=True
+    ):
+        assert len(top) == 2 and top[token] == logprob == max(top.values()) <= 0
+
+
+BAD_INPUT: list[tuple[dict[str, Any], dict[str, str], int, str | None]] = [
+    ({"kv": {"policy": "no-such"}}, {}, 400, "kv.policy"),
+    ({}, {"X-KV-Policy": "no-such"}, 400, "X-KV-Policy"),
+    *(
+        ({}, {"X-KV-Policy": "curdkv", "X-KV-Budget": budget}, 400, "X-KV-Budget")
+        for budget in ("0", "-1", "101%", "abc", "1e999")
+    ),
+    ({}, {"X-KV-Policy": "curdkv", "X-KV-Budget": "50%", "X-KV-Protect": "0-900"}, 400, "X-KV-Protect"),
+    ({"max_tokens": CONTEXT}, {}, 400, "max_tokens"),
+    ({"prompt": "word " * CONTEXT}, {}, 400, "prompt"),
+    ({"prompt": ""}, {}, 400, "prompt"),
+    ({"prompt": []}, {}, 400, "prompt"),
+    ({"prompt": {}}, {}, 400, "prompt"),
+    ({"prompt": [49152]}, {}, 400, "prompt"),
+    ({"prompt": [-1]}, {}, 400, "prompt"),
+    ({"prompt": ["good", ""]}, {}, 400, "prompt"),
+    ({"prompt": [[1], [10**20]]}, {}, 400, "prompt"),
+    ({"max_tokens": "many"}, {}, 400, "max_tokens"),
+    ({"logit_bias": {"49152": 1}}, {}, 400, "logit_bias"),
+    ({"model": "gpt-5"}, {}, 404, "model"),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("change", "headers", "status", "param"), BAD_INPUT)
+async def test_bad_input_takes_no_page(
+    http: httpx.AsyncClient,
+    engine: EngineClient,
+    change: dict[str, Any],
+    headers: dict[str, str],
+    status: int,
+    param: str | None,
+    stream: bool,
+) -> None:
+    await until_idle(engine)
+    before = engine.stats
+    body = {"prompt": "Hello there", "max_tokens": 4, "stream": stream, **change}
+    response = await http.post("/v1/completions", json=body, headers=headers)
+    assert response.status_code == status, response.text
+    assert response.json()["error"]["param"] == param, response.text
+    assert engine.stats is before
+
+
+async def test_request_that_can_never_fit_the_pool(settings: Settings) -> None:
+    small = settings.model_copy(update={"kv_cache_memory": 8 << 20})
+    engine = build_client(small)
+    try:
+        with running(engine, small) as url:
+            async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as openai:
+                with pytest.raises(BadRequestError, match="pages of KV cache"):
+                    await openai.completions.create(model=NAME, prompt=QUESTION, max_tokens=400)
+        assert engine.stats.used_pages == 0
+    finally:
+        engine.stop()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_disconnect_frees_every_page(
+    http: httpx.AsyncClient, engine: EngineClient, stream: bool
+) -> None:
+    body = {"prompt": [QUESTION, "The sea"], "max_tokens": 500, "n": 2, "ignore_eos": True, "stream": stream}
+    request = asyncio.create_task(http.post("/v1/completions", json=body))
+    await until(lambda: engine.stats.used_pages > 0, seconds=60)
+    request.cancel()
+    await until_idle(engine)
+
+
+async def test_disconnect_while_streaming(http: httpx.AsyncClient, engine: EngineClient) -> None:
+    body = {"prompt": "The sea", "max_tokens": 900, "ignore_eos": True, "stream": True}
+    async with http.stream("POST", "/v1/completions", json=body) as response:
+        async for line in response.aiter_lines():
+            assert json.loads(line.removeprefix("data: "))["choices"]
+            break
+    await until_idle(engine)
+
+
+async def test_metrics_count_what_was_evicted_and_return_to_zero(
+    http: httpx.AsyncClient, engine: EngineClient
+) -> None:
+    body = {"prompt": QUESTION, "max_tokens": 1, "kv": {"policy": "knorm", "budget": "50%"}}
+    kv = (await http.post("/v1/completions", json=body)).json()["usage"]["kv"]
+    await until_idle(engine)
+    text = (await http.get("/metrics")).text
+    for name in (
+        "num_requests_running",
+        "num_requests_waiting",
+        "kv_cache_used_bytes",
+        "kv_cache_usage_ratio",
+    ):
+        assert f'curkv:{name}{{model_name="{NAME}"}} 0.0' in text
+    labels = f'{{model_name="{NAME}",phase="prefill",policy="knorm"}}'
+    heads = engine.cache_layout.num_heads
+    assert f"curkv:kv_tokens_evicted_total{labels} {kv['evicted_tokens'] * heads}" in text
