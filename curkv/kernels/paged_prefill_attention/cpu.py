@@ -274,8 +274,8 @@ def _attend_block(
     last = seen + tokens - 1
     for start in range(0, last, TILE_TOKENS):
         width = min(TILE_TOKENS, last - start)
-        _transpose(kind, k, table, page_size, dim, start, width, keys)
-        _multiply(
+        transpose_keys(kind, k, table, page_size, dim, start, width, keys)
+        multiply(
             FLOAT32,
             1,
             rows,
@@ -298,12 +298,12 @@ def _attend_block(
             page = load_int32(table + 4 * (position // page_size))
             values = v + (page * page_size + offset) * dim * kind.itemsize
             weights = scores.ctypes.data + 4 * (position - start)
-            _multiply(kind, 0, rows, weights, TILE_TOKENS, values, dim, run, dim, outputs.ctypes.data, dim)
+            multiply(kind, 0, rows, weights, TILE_TOKENS, values, dim, run, dim, outputs.ctypes.data, dim)
             position += run
 
 
 @kernel
-def _transpose(
+def transpose_keys(
     kind: Any, k: int, table: int, page_size: int, dim: int, start: int, width: int, keys: Any
 ) -> None:
     """Widen the keys of a tile into [dim, TILE_TOKENS]."""
@@ -348,7 +348,7 @@ def _softmax(
 
 
 @inlined
-def _multiply(
+def multiply(
     kind: Any,
     fresh: int,
     rows: int,
