@@ -85,6 +85,7 @@ class Llama:
     def __init__(self, config: ModelConfig, checkpoint: Checkpoint, kernels: ModelKernels):
         self.config = config
         self._kernels = kernels
+        self._checkpoint = checkpoint
         self._embedding = checkpoint.embedding
         self._layers = [_pack(checkpoint.layer(index), kernels) for index in range(config.num_layers)]
         self._final_norm = checkpoint.final_norm
@@ -115,6 +116,11 @@ class Llama:
         rows = batch.logit_rows
         x, _ = rms_norm(x[rows], self._final_norm, eps, residual[rows])
         return self._head(x).float()
+
+    def output_projection(self, index: int) -> Tensor:
+        """W_o of a layer, by query head: [num_heads, head_dim, hidden]; read from the checkpoint."""
+        weight = self._checkpoint.attention_output(index)
+        return weight.T.reshape(self.config.num_heads, self.config.head_dim, -1)
 
     def _heads(self, layer: Layer, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Splits [T, q_size + 2 kv_size] into queries, keys and values, [T, heads, head_dim] each."""

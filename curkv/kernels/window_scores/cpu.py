@@ -182,7 +182,7 @@ def _score_row(
                 total = row_exp2(line, read, padded, scale * math.log2(math.e), highest)
                 share = 1.0 if known.size else 1.0 / total
                 share /= 1 if largest else window * group
-                _gather(line, read, np.float32(share), largest, scores.ctypes.data)
+                _gather(line, read, share, largest, scores.ctypes.data)
     scores[length:] = -np.inf
 
 
