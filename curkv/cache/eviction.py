@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from curkv.cache.auto_budget import layer_budgets
+from curkv.cache.merging import merged
 from curkv.cache.options import EvictionOptions, EvictionPlan
 from curkv.cache.policies import get_policy
 from curkv.cache.policies.base import CacheView
 
 if TYPE_CHECKING:
+    from curkv.cache.kv_cache import KVCache
     from curkv.kernels.dispatch import Kernels
 
 
@@ -50,6 +52,35 @@ def plan_kept(view: CacheView, plan: EvictionPlan, kernels: Kernels) -> tuple[Te
         alpha = plan.options.alpha
         floor = torch.maximum((alpha * keep).int(), torch.full_like(keep, alpha > 0))
     return kernels.select(scores, view.lengths, keep, floor)
+
+
+def evict(
+    kv: KVCache, slot: int, view: CacheView, plan: EvictionPlan, indices: Tensor, counts: Tensor
+) -> int:
+    """Keep the chosen tokens, after merging the others into them if the plan says so.
+
+    Args:
+        kv: The cache.
+        slot: The sequence.
+        view: Of that sequence or of the one it was forked from.
+        plan: What the request asked for.
+        indices: int32 [L, H, n], as `plan_kept` gives them.
+        counts: int32 [L, H].
+
+    Returns:
+        Pages freed, less the fresh ones taken.
+
+    Raises:
+        OutOfPages: shared pages cannot be copied; nothing is changed.
+    """
+    if plan.options.merge == "none":
+        return kv.evict(slot, indices, counts)
+    threshold = plan.options.merge_threshold
+    layers = [merged(view, i, indices[i], counts[i], threshold) for i in range(view.num_layers)]
+    freed = kv.evict(slot, indices, counts)
+    for layer, (k, v) in enumerate(layers):
+        kv.overwrite(slot, layer, k, v)
+    return freed
 
 
 def combined_scores(view: CacheView, plan: EvictionPlan, kernels: Kernels) -> Tensor:

@@ -463,6 +463,27 @@ class KVCache:
         self._publish([slot])
         return self.free_pages - free_before
 
+    def overwrite(self, slot: int, layer: int, k: Tensor, v: Tensor) -> None:
+        """Replaces the first keys and values of a layer's heads by merged ones; their norms follow.
+
+        Heads that share a page are left as they are: they have just lost nothing.
+
+        Args:
+            slot: the sequence.
+            layer: index of the layer.
+            k: float32 [KV heads, n, head_dim], after RoPE; of a head with fewer tokens the first ones count.
+            v: the same for values.
+        """
+        size, pages = self.layout.page_size, self.pages
+        index = torch.arange(k.shape[1], device=k.device)
+        ids = self.page_table[slot, layer].long()[:, index // size]
+        alone = torch.from_numpy(self.pool.owners == 1).to(k.device)[ids.clamp(0, self.num_pages - 1)]
+        head, token = (alone & (index < self.lengths[slot, layer, :, None])).nonzero(as_tuple=True)
+        place = ids[head, token], token % size
+        for storage, squares, x in ((pages.k, pages.k_sq, k), (pages.v, pages.v_sq, v)):
+            storage[place] = x[head, token].to(storage.dtype)
+            squares[place] = x[head, token].square().sum(-1)
+
     def check_integrity(self) -> None:
         """Checks every invariant of the cache; call it between steps.
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from curkv.cache.batch import Batch
-from curkv.cache.eviction import plan_kept
+from curkv.cache.eviction import evict, plan_kept
 from curkv.cache.kv_cache import KVCache
 from curkv.cache.options import EvictionPlan, OptionError, resolve
 from curkv.cache.page_pool import OutOfPages
@@ -205,7 +205,7 @@ class Engine:
         view = self.kv.view(sequence.slot, sequence.plan.seed, phase, sequence.evictions)
         indices, counts = plan_kept(view, sequence.plan, self.kernels)
         sequence.evictions += 1
-        pages_freed = self.kv.evict(sequence.slot, indices, counts)
+        pages_freed = evict(self.kv, sequence.slot, view, sequence.plan, indices, counts)
         kept = counts.double().mean().item()
         sequence.evicted_tokens += before - kept
         self._evictions.append(
