@@ -14,10 +14,10 @@ def merged(
 ) -> tuple[Tensor, Tensor]:
     """Average every kept token with the evicted ones whose keys are most like its own.
 
-    As in KVMerger (https://arxiv.org/abs/2407.08454, section 3.3) keys and values are weighted with a Gaussian
-    of the distance of the keys, 1 for the kept token itself, whose width is the mean distance; as in EMS
-    (https://arxiv.org/abs/2412.08521, section 4) the choice of what is kept comes first and each evicted token
-    goes to one kept token of its head, or to none if no key is similar enough.
+    As in KVMerger (https://arxiv.org/abs/2407.08454, section 3.3) keys and values are weighted with a
+    Gaussian of the distance of the keys, 1 for the kept token itself, whose width is the mean distance; as in
+    EMS (https://arxiv.org/abs/2412.08521, section 4) the choice of what is kept comes first and each evicted
+    token goes to one kept token of its head, or to none if no key is similar enough.
 
     Args:
         view: The sequence before the eviction.

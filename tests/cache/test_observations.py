@@ -37,7 +37,9 @@ def feed(cache: KVCache, slots: dict[int, tuple[int, int]], tokens: list[tuple[t
     """Computes tokens start .. end of the same text for each slot; single tokens go first."""
     counts = [end - start for start, end in slots.values()]
     cache.extend(list(slots), counts)
-    batch = Batch.build(list(slots), [[0] * count for count in counts], [start for start, _ in slots.values()])
+    batch = Batch.build(
+        list(slots), [[0] * count for count in counts], [start for start, _ in slots.values()]
+    )
     for layer, parts in enumerate(tokens):
         cache.attend(
             layer, *(torch.cat([part[start:end] for start, end in slots.values()]) for part in parts), batch
@@ -80,7 +82,9 @@ def test_everything_is_gathered_whatever_the_chunks(chunks):
         sums = view.observations.blocks[layer].all_sums()
         assert sums.shape == (HEADS, N - BLOCK_SKIP)
         block = slice(BLOCK_SKIP + 16, BLOCK_SKIP + 32)
-        inside = torch.einsum("qhgd,khd->hgqk", rotated(q)[block].view(16, HEADS, GROUP, DIM), rotated(k)[block])
+        inside = torch.einsum(
+            "qhgd,khd->hgqk", rotated(q)[block].view(16, HEADS, GROUP, DIM), rotated(k)[block]
+        )
         torch.testing.assert_close(sums[:, 16:32], inside.softmax(-1).sum(2).mean(1), rtol=1e-4, atol=1e-5)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -212,11 +212,6 @@ class Policy(ABC):
             judged = view.stored if kept is None else view.stored & ~kept
             scores = pooled(scores, judged, options.pool or 1, options.pool_kind or "max")
         return scores if kept is None else scores.masked_fill_(kept, torch.inf)
-
-
-def scores_of(other: Policy, view: CacheView, options: EvictionOptions, kernels: Kernels) -> Tensor:
-    """Scores of another policy under its own defaults, where the options are those of this one."""
-    return other.scores(view, replace(options, **other.defaults), kernels)
 
 
 def pooled(scores: Tensor, judged: Tensor, kernel: int, kind: Literal["max", "mean"]) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from curkv.cache.policies import get_policy
-from curkv.cache.policies.base import SAME_FOR_ALL_HEADS, CacheView, Needs, Policy, scores_of
+from curkv.cache.policies.base import SAME_FOR_ALL_HEADS, CacheView, Needs, Policy
 
 if TYPE_CHECKING:
     from curkv.cache.options import EvictionOptions
@@ -38,7 +39,9 @@ class ChunkKV(Policy):
 
     def score(self, view: CacheView, options: EvictionOptions, kernels: Kernels) -> Tensor:
         """Score tokens by their chunk."""
-        scores = scores_of(get_policy(options.scorer), view, options, kernels)
+        scorer = get_policy(options.scorer)
+        pooling: dict[str, Any] = {name: scorer.defaults.get(name) for name in ("pool", "pool_kind")}
+        scores = scorer.scores(view, replace(options, **pooling), kernels)
         stored = view.stored
         # Heads of a layer hold as many tokens as each other, since they always keep the same ones.
         by_layer = scores.masked_fill(~stored, 0.0).sum(1)

@@ -24,7 +24,7 @@ _LAST = 4
 
 
 class Compactor(Policy):
-    """Compactor (https://arxiv.org/abs/2507.08143, section 3): outlying keys, and attention without causality.
+    """Compactor (https://arxiv.org/abs/2507.08143, section 3): outlying keys, and attention not causal.
 
     `blend` = 0.5 times the leverage of the keys before RoPE, centred and projected to 48 random columns, plus
     the attention that a token receives inside its block of `block` = 256 tokens from all of its queries,

@@ -9,8 +9,9 @@ from curkv.cache.policies.curdkv import CurDKV
 
 
 class CurExact(CurDKV):
-    """Leverage as the theory of CUR has it, diag(X (X^T X)^-1 X^T) of the centred keys and of the values, their
-    mean, largest of 7 neighbours; the newest tokens are kept.
+    """Leverage as the theory of CUR has it, mean of keys and values, largest of 7 neighbours.
+
+    diag(X (X^T X)^-1 X^T) of the centred keys, and of the centred values; the newest tokens are kept.
 
     The best policy measured here that sees no query, for contexts compressed before the question is known
     (docs/policies.md).

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class DefensiveKV(SnapKV):
-    """DefensiveKV (https://arxiv.org/abs/2510.13334, section 3) over SnapKV: the worst case instead of the mean.
+    """DefensiveKV (https://arxiv.org/abs/2510.13334, section 3) over SnapKV: the worst case, not the mean.
 
     The largest attention that a query of the window pays, over the group too, pooled as SnapKV's, at least
     the mean of its head (a prior risk for tokens that nobody looked at yet), times ||v W_o||_1.

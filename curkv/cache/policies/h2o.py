@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 
 
 class H2O(Policy):
-    """H2O, heavy hitters (https://arxiv.org/abs/2306.14048, section 4 and algorithm 1): what all queries so far
-    looked at.
+    """H2O, heavy hitters (https://arxiv.org/abs/2306.14048, algorithm 1): what all queries so far looked at.
 
     The score is the attention that a token received from all queries, summed over the group; it goes on
     adding up in decode. Half of the budget is for the newest tokens. Under preset "kvpress" the sum is

@@ -44,8 +44,9 @@ class SnapKV(Policy):
 
 
 class AdaSnapKV(SnapKV):
-    """SnapKV's scores with Ada-KV's allocation (https://arxiv.org/abs/2407.11550, algorithm 1): the heads of a
-    layer share its tokens by score, each sure of its best alpha * k.
+    """SnapKV's scores with Ada-KV's allocation (https://arxiv.org/abs/2407.11550, algorithm 1).
+
+    The heads of a layer share its tokens by score, each sure of its best alpha * k.
     """
 
     name = "adasnapkv"
@@ -54,8 +55,10 @@ class AdaSnapKV(SnapKV):
 
 
 class PyramidKV(SnapKV):
-    """SnapKV's scores with a budget that falls linearly over the layers (https://arxiv.org/abs/2406.02069,
-    section 3.2): the last layer gets 1 / beta of the mean, beta = 20, beside what is always kept.
+    """SnapKV's scores with PyramidKV's budgets (https://arxiv.org/abs/2406.02069, section 3.2).
+
+    They fall linearly over the layers: the last one gets 1 / beta of the mean, beta = 20, beside what is
+    always kept.
     """
 
     name = "pyramidkv"
