@@ -179,7 +179,7 @@ def test_h2o_is_observed_attention(text, ratio):
 def test_compactor(text, ratio, monkeypatch):
     """With the same random projection, and without the keys that kvpress pads the last block with.
 
-    kvpress hides those with a logit of -1e-9, so they take part in the softmax: as it is, 0.980 and more in common.
+    kvpress hides those with a logit of -1e-9, so they join the softmax: as it is, 0.980 and more in common.
     """
     k = compute_n_kept(text.view.width, ratio)
     generator = text.view.generator()
