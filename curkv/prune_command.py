@@ -81,6 +81,35 @@ def main(
     _say_result(result, output)
 
 
+@app.command("report")
+def report(
+    base: Annotated[str, typer.Argument(help="The model before, named as for `prune`.")],
+    pruned: Annotated[str, typer.Argument(help="The model after.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for report.md and its plot.")] = (
+        Path("report")
+    ),
+    corpus: Annotated[
+        list[str] | None, typer.Option(help="Held-out text, repeatable: documentation, austen or a novel.")
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens of each text.")] = 8,
+    samples: Annotated[int, typer.Option(min=1, help="Samples of each task.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of windows, samples and the random rows.")] = 0,
+) -> None:
+    """Measure a pruned model beside its base and beside as many rows chosen at random."""
+    from curkv.evaluation.corpora import CorpusNotInstalled
+    from curkv.evaluation.pruning import ReportOptions, measure
+    from curkv.evaluation.pruning_report import write_report
+    from curkv.models.errors import ModelError
+    from curkv.models.loading import resolve_model
+
+    options = ReportOptions(corpus or ("documentation",), windows, samples=samples, seed=seed)
+    try:
+        found = measure(resolve_model(base), resolve_model(pruned), options)
+    except (ModelError, CorpusNotInstalled) as error:
+        _fail(str(error))
+    typer.echo(write_report(found, output))
+
+
 def _settings(method: MethodName, policy: Path | None, compensate: bool | None) -> dict[str, Any]:
     """Returns the options that are the method's own; those of another method are refused."""
     given = {"policy": policy, "compensate": compensate}
