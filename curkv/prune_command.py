@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -68,13 +70,12 @@ def main(
     from curkv.models.pruning.prune import PruneOptions, prune
     from curkv.models.pruning.source import Source
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwinds, which cleans up
     options = PruneOptions(method, ratio, seed, align, _settings(method, policy, compensate))
     try:
         source = Source(resolve_model(model))
         if source.provenance:
             _say_already_pruned(model, source.provenance)
-        with _Bars() as bars:
+        with _unwinding_on_sigterm(), _Bars() as bars:
             result = prune(source, model, output, options, bars.show, force)
     except ModelError as error:
         _fail(str(error))
@@ -108,6 +109,16 @@ def report(
     except (ModelError, CorpusNotInstalled) as error:
         _fail(str(error))
     typer.echo(write_report(found, output))
+
+
+@contextmanager
+def _unwinding_on_sigterm() -> Iterator[None]:
+    """Lets SIGTERM end the block as an exception does, so that what it has begun is cleaned up."""
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _settings(method: MethodName, policy: Path | None, compensate: bool | None) -> dict[str, Any]:

@@ -75,8 +75,8 @@ def _text(report: PruningReport) -> str:
             cells = [f"{found.perplexity:.2f}", f"{found.reference_perplexity:.2f}", f"{found.ratio:.2f}"]
             rows.append([corpus, name, *cells, f"{found.kl:.3f}", f"{found.top1:.1%}"])
     note = (
-        f"{options.windows} windows of {options.window_tokens} tokens of each text, which no method has seen; "
-        "as many random rows, drawn with one seed."
+        f"{options.windows} windows of {options.window_tokens} tokens of each text, seen by no method; "
+        "random rows are as many, drawn with one seed."
     )
     return f"## Held-out text\n\n{note}\n\n{table(header, rows)}"
 
@@ -97,9 +97,9 @@ def _speed(report: PruningReport) -> str:
     ]
     note = (
         f"Tokens per second, one sequence, prompt of {PREFILL_TOKENS} tokens, medians of alternating rounds. "
-        f"r = {report.mlp_share_removed:.3f} of the MLP weights are removed and f = {report.mlp_share_read:.3f} "
-        f"of the weights read per token were the MLPs', so that 1 / (1 - r f) = {report.speed_bound:.2f} is the "
-        "most that a decode bound by reading weights can gain."
+        f"r = {report.mlp_share_removed:.3f} of the MLP weights are removed and "
+        f"f = {report.mlp_share_read:.3f} of the weights read per token were in MLPs, so that "
+        f"1 / (1 - r f) = {report.speed_bound:.2f} is the most that a decode bound by reading them can gain."
     )
     return f"## Speed\n\n{note}\n\n{table(['', 'base', 'pruned', 'gain'], rows)}"
 
