@@ -12,6 +12,7 @@ from pydantic import ValidationError
 import curkv
 from curkv.config import Settings
 from curkv.evaluation.cli import app as eval_app
+from curkv.kernels.check import app as kernels_app
 
 app = typer.Typer(
     help="An OpenAI-compatible server that keeps only the part of the KV cache that matters.",
@@ -25,6 +26,7 @@ bench_app = typer.Typer(help="Measurements on this machine.", no_args_is_help=Tr
 app.add_typer(model_app, name="model")
 app.add_typer(bench_app, name="bench")
 app.add_typer(eval_app, name="eval")
+app.add_typer(kernels_app, name="kernels")
 
 
 def _fail(message: str, status: int = 1) -> typer.Exit:
@@ -64,6 +66,7 @@ def serve(
     max_step_tokens: Annotated[int | None, _setting("max_step_tokens")] = None,
     max_sequences: Annotated[int | None, _setting("max_sequences")] = None,
     max_model_len: Annotated[int | None, _setting("max_model_len")] = None,
+    device: Annotated[str | None, _setting("device")] = None,
     kernels: Annotated[str | None, _setting("kernels")] = None,
     threads: Annotated[int | None, _setting("threads")] = None,
     kv_policy: Annotated[str | None, _setting("kv_policy")] = None,

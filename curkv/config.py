@@ -59,7 +59,10 @@ class Settings(BaseSettings):
     max_step_tokens: int = Field(512, ge=16, description="Most tokens per step; longer prompts go in chunks.")
     max_sequences: int = Field(64, ge=1, le=4096, description="Most sequences in flight at once.")
     max_model_len: int | None = Field(None, ge=16, description="Most tokens of prompt + output; the model's.")
-    kernels: Literal["auto", "cpu", "reference"] = Field("auto", description="Implementation of the kernels.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs.")
+    kernels: Literal["auto", "cpu", "triton", "reference"] = Field(
+        "auto", description="Implementation of the kernels."
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads; all cores if not given.")
 
     kv_policy: str = Field("full", description="Eviction policy of requests that name none.")

@@ -1,6 +1,9 @@
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # settled when triton is first imported, by whichever test
 
 from curkv.models.default_model import DEFAULT_MODEL, ensure_built_in
 

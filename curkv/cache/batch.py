@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain, takewhile
@@ -59,13 +59,19 @@ class Batch:
         positions = [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
         wanted = [True] * len(ends) if sampled is None else sampled
         rows = [end - 1 for end, want in zip(ends, wanted, strict=True) if want]
+        pinned = torch.device(device).type != "cpu"
+
+        def upload(values: Iterable[int], dtype: torch.dtype) -> Tensor:
+            host = torch.tensor(list(values), dtype=dtype, pin_memory=pinned)
+            return host.to(device, non_blocking=True)
+
         return cls(
-            token_ids=torch.tensor(list(chain.from_iterable(token_ids)), dtype=torch.int64, device=device),
-            positions=torch.tensor(list(chain.from_iterable(positions)), dtype=torch.int32, device=device),
-            slots=torch.tensor(list(slots), dtype=torch.int32, device=device),
-            query_start=torch.tensor([0, *ends], dtype=torch.int32, device=device),
+            token_ids=upload(chain.from_iterable(token_ids), torch.int64),
+            positions=upload(chain.from_iterable(positions), torch.int32),
+            slots=upload(slots, torch.int32),
+            query_start=upload([0, *ends], torch.int32),
             num_decodes=sum(1 for _ in takewhile(lambda count: count == 1, counts)),
-            logit_rows=torch.tensor(rows, dtype=torch.int64, device=device),
+            logit_rows=upload(rows, torch.int64),
         )
 
     @cached_property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -123,7 +123,7 @@ class KVCache:
         self.page_table = torch.from_numpy(self._table).to(device)
         self.lengths = torch.from_numpy(self._lengths).to(device)
         self.kernels = kernels
-        self._cos, self._sin = rope
+        self._cos, self._sin = (table.to(device) for table in rope)
         self._scale = layout.head_dim**-0.5
         self._active = [False] * layout.max_sequences
         self._free_slots = list(range(layout.max_sequences - 1, -1, -1))
@@ -134,6 +134,11 @@ class KVCache:
     def pages(self) -> Pages:
         """The pool's memory."""
         return self.pool.pages
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pages, the table and the lengths that kernels read lie."""
+        return self.lengths.device
 
     @property
     def num_pages(self) -> int:
@@ -304,7 +309,7 @@ class KVCache:
             self._append_pages(slots, counts, missing, self.pool.take(total))
             self.page_counts[slots] = new_counts
         self._lengths[slots] = lengths
-        self._publish(slots)
+        self._publish_lengths(slots)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
         """Stores one layer's new keys and values and attends over everything its heads hold.
@@ -401,12 +406,26 @@ class KVCache:
         if not self._active[slot]:
             raise ValueError(f"slot {slot} is not in use")
 
+    @property
+    def _mirrored(self) -> bool:
+        """Whether the kernels read copies of the books; on a CPU they read the host's own memory."""
+        mirrored: bool = self.lengths.data_ptr() != self._lengths.ctypes.data
+        return mirrored
+
     def _publish(self, slots: Sequence[int]) -> None:
-        """Brings the device's table and lengths up to date; on a CPU they are the host's memory."""
-        if self.lengths.device.type != "cpu":
-            rows = torch.tensor(slots, device=self.lengths.device)
-            self.page_table[rows] = torch.from_numpy(self._table[slots]).to(rows.device)
-            self.lengths[rows] = torch.from_numpy(self._lengths[slots]).to(rows.device)
+        """Brings the device's table and lengths of some sequences up to date."""
+        if self._mirrored:
+            self.page_table.index_copy_(0, self._upload(np.array(slots)), self._upload(self._table[slots]))
+        self._publish_lengths(slots)
+
+    def _publish_lengths(self, slots: Sequence[int]) -> None:
+        if self._mirrored:
+            self.lengths.index_copy_(0, self._upload(np.array(slots)), self._upload(self._lengths[slots]))
+
+    def _upload(self, array: NDArray[Any]) -> Tensor:
+        """Copies an array to the device without waiting: from pinned memory, in the order of the stream."""
+        tensor = torch.from_numpy(array)
+        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
 
     def _pages_of(self, lengths: NDArray[np.int32]) -> NDArray[np.int32]:
         return (lengths + (self.layout.page_size - 1)) // self.layout.page_size
@@ -435,6 +454,8 @@ class KVCache:
         if len(place) < len(ids):
             place = (place + missing - missing.cumsum()).repeat(missing) + np.arange(len(ids))
         self._table.reshape(-1)[place] = ids
+        if self._mirrored:
+            self.page_table.view(-1).index_copy_(0, self._upload(place), self._upload(ids))
 
     def _with_fresh_pages(self, source: Ids, fresh: NDArray[np.bool_]) -> Ids:
         """Copies the table rows `source` [N, pages], with newly taken pages where `fresh`."""
@@ -444,11 +465,10 @@ class KVCache:
 
     def _copy_pages(self, source: Ids, target: Ids, counts: NDArray[np.int32]) -> None:
         """Copies the first `counts` [N] tokens of the pages `source` [N]."""
-        tokens = torch.arange(self.layout.page_size, dtype=torch.int32, device=self.pages.k.device)
+        tokens = torch.arange(self.layout.page_size, dtype=torch.int32, device=self.device)
         self._move(source[:, None], target[:, None], tokens.expand(len(counts), -1), counts)
 
     def _move(self, source: Ids, target: Ids, indices: Tensor, counts: NDArray[np.int32]) -> None:
         """Moves tokens `indices` [N, n] of the table rows `source` [N, pages] to the front of `target`."""
-        device = self.pages.k.device
-        tables = [torch.from_numpy(array).to(device) for array in (source, target)]
-        self.kernels.compact(self.pages, *tables, indices, torch.from_numpy(counts).to(device))
+        tables = self._upload(source), self._upload(target)
+        self.kernels.compact(self.pages, *tables, indices, self._upload(counts))

@@ -15,6 +15,7 @@ from curkv.cache.budgets import Budget
 from curkv.cache.kv_cache import CacheLayout, KVCache
 from curkv.cache.options import EvictionOptions
 from curkv.cache.sizing import default_cache_bytes, num_pages_for
+from curkv.engine.decode_graphs import DecodeGraphs
 from curkv.engine.engine import Engine
 from curkv.engine.types import Request, SamplingParams
 from curkv.kernels.dispatch import KernelsName, get_kernels
@@ -25,8 +26,12 @@ from curkv.models.loading import Checkpoint, load_config, load_tokenizer, resolv
 logger = logging.getLogger(__name__)
 
 KVDtype = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
 CPU_KV_DTYPE: KVDtype = "float16"
 """Default on CPU: half the bytes of float32, eight times the precision of bfloat16 (docs/benchmarks.md)."""
+
+GPU_KV_DTYPE: KVDtype = "bfloat16"
+"""Default on a GPU: the type of the weights, of which every key and value is a product."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class EngineOptions:
         max_step_tokens: most tokens of one step.
         max_sequences: most sequences in flight.
         max_model_len: most tokens of prompt and output together; None takes the model's.
+        device: where the model runs; "cuda" is any GPU that torch knows, AMD's included.
         kernels: implementation of the kernels.
         threads: CPU threads; None takes all cores.
     """
@@ -52,6 +58,7 @@ class EngineOptions:
     max_step_tokens: int = 512
     max_sequences: int = 64
     max_model_len: int | None = None
+    device: Device = "auto"
     kernels: KernelsName = "auto"
     threads: int | None = None
 
@@ -68,23 +75,48 @@ def build_engine(options: EngineOptions) -> Engine:
         set_num_threads(options.threads)
     directory = resolve_model(options.model)
     config = load_config(directory)
-    kernels = get_kernels(options.kernels)
-    model = Llama(config, Checkpoint(directory, config), kernels)
+    device = torch.device(_device(options.device))
+    on_gpu = device.type == "cuda"
+    kernels = get_kernels(options.kernels, device)
+    weights = torch.bfloat16 if on_gpu else torch.float32
+    model = Llama(config, Checkpoint(directory, config, weights, device), kernels)
     max_model_len = _max_model_len(options.max_model_len, config)
     layout = CacheLayout(
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         page_size=options.page_size,
-        dtype=getattr(torch, CPU_KV_DTYPE if options.kv_dtype == "auto" else options.kv_dtype),
+        dtype=_kv_dtype(options.kv_dtype, on_gpu),
         max_sequences=options.max_sequences,
         max_tokens=max_model_len,
     )
-    num_bytes = options.kv_cache_bytes if options.kv_cache_bytes is not None else default_cache_bytes()
-    kv = KVCache(layout, num_pages_for(num_bytes, layout), kernels, rope_tables(config, max_model_len))
-    engine = Engine(model, kv, kernels, load_tokenizer(directory), options.max_step_tokens, max_model_len)
+    num_bytes = options.kv_cache_bytes
+    if num_bytes is None:
+        num_bytes = default_cache_bytes(device=device)
+    rope = rope_tables(config, max_model_len)
+    kv = KVCache(layout, num_pages_for(num_bytes, layout), kernels, rope, device)
+    graphs = DecodeGraphs(model, kv) if on_gpu else None
+    tokenizer = load_tokenizer(directory)
+    engine = Engine(model, kv, kernels, tokenizer, options.max_step_tokens, max_model_len, graphs)
     _warm_up(engine)
+    if graphs is not None:
+        graphs.capture()
     return engine
+
+
+def _device(wanted: Device) -> str:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("torch sees no GPU; use --device cpu, or install a build of torch for your GPU")
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return wanted
+
+
+def _kv_dtype(wanted: KVDtype, on_gpu: bool) -> torch.dtype:
+    if wanted == "auto":
+        wanted = GPU_KV_DTYPE if on_gpu else CPU_KV_DTYPE
+    dtype: torch.dtype = getattr(torch, wanted)
+    return dtype
 
 
 def _warm_up(engine: Engine) -> None:

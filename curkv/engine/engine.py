@@ -16,6 +16,7 @@ from curkv.cache.eviction import plan_kept
 from curkv.cache.kv_cache import KVCache
 from curkv.cache.options import EvictionPlan, OptionError, resolve
 from curkv.cache.page_pool import OutOfPages
+from curkv.engine.decode_graphs import DecodeGraphs
 from curkv.engine.detokenizer import Detokenizer
 from curkv.engine.sampling import choice_seed, sample
 from curkv.engine.scheduler import Schedule, Scheduler
@@ -38,6 +39,7 @@ class Engine:
         tokenizer: turns token ids into text.
         max_step_tokens: most tokens of one step; long prompts are prefilled in chunks of at most this size.
         max_model_len: most tokens of prompt and output together.
+        decode_graphs: runs the steps that only decode, if given.
     """
 
     def __init__(
@@ -48,12 +50,14 @@ class Engine:
         tokenizer: Tokenizer,
         max_step_tokens: int,
         max_model_len: int,
+        decode_graphs: DecodeGraphs | None = None,
     ):
         self.model = model
         self.kv = kv
         self.kernels = kernels
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
+        self.decode_graphs = decode_graphs
         self.scheduler = Scheduler(kv, max_step_tokens)
         self.eos_ids = frozenset(model.config.eos_token_ids)
         self._order = itertools.count()
@@ -147,7 +151,7 @@ class Engine:
         schedule = self.scheduler.schedule()
         if schedule.sequences:
             batch, reached = self._batch(schedule)
-            logits = self.model.forward(batch, self.kv)
+            logits = self._forward(batch)
             self._advance(schedule)
             self._sample(*self._fork(reached), logits)
         outputs, self._outputs = self._outputs, []
@@ -177,8 +181,15 @@ class Engine:
             token_ids=[s.tokens(s.computed, c) for s, c in zip(sequences, chunks, strict=True)],
             starts=[s.computed for s in sequences],
             sampled=reached,
+            device=self.kv.device,
         )
         return batch, list(itertools.compress(sequences, reached))
+
+    def _forward(self, batch: Batch) -> Tensor:
+        """Logits of the batch's wanted rows."""
+        if self.decode_graphs is not None and batch.num_decodes == len(batch.slots):
+            return self.decode_graphs.forward(batch)
+        return self.model.forward(batch, self.kv)
 
     def _advance(self, schedule: Schedule) -> None:
         """Counts the computed tokens and evicts where a sequence's plan says so."""

@@ -36,6 +36,10 @@ def sample(logits: Tensor, sequences: list[Sequence], stop_ids: frozenset[int]) 
         stop_ids: end-of-sequence ids of the model, which `min_tokens` holds back.
     """
     params = [sequence.request.sampling for sequence in sequences]
+    if logits.device.type != "cpu":
+        if all(_takes_the_best(p) for p in params):
+            return Sampled(logits.argmax(dim=-1).tolist(), [None] * len(params))
+        logits = logits.cpu()
     wanted = [i for i, p in enumerate(params) if p.logprobs is not None]
     raw = torch.log_softmax(logits[wanted], dim=-1) if wanted else None
     for row, sequence in zip(logits, sequences, strict=True):
@@ -50,6 +54,12 @@ def sample(logits: Tensor, sequences: list[Sequence], stop_ids: frozenset[int]) 
         for row, i in zip(raw, wanted, strict=True):
             logprobs[i] = _logprob(row, ids[i], params[i].logprobs or 0)
     return Sampled(ids, logprobs)
+
+
+def _takes_the_best(p: SamplingParams) -> bool:
+    """Whether the token is simply the one with the highest logit, so that a device can choose it."""
+    adjusted = p.repetition_penalty != 1.0 or p.presence_penalty or p.frequency_penalty or p.logit_bias
+    return p.temperature == 0 and not adjusted and not p.min_tokens and p.logprobs is None
 
 
 def uniform(seeds: list[int], counters: list[int]) -> NDArray[np.float64]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-KernelsName = Literal["auto", "cpu", "reference"]
+KernelsName = Literal["auto", "cpu", "triton", "reference"]
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,16 @@ class Kernels:
 
 
 _MODULES = {"pack_linear": "linear"}
-_BACKENDS = {"cpu": "cpu", "reference": "reference"}
-_AUTO = {"cpu": "cpu"}
+_BACKENDS = ("cpu", "triton", "reference")
+_AUTO = {"cpu": "cpu", "cuda": "triton"}
 
 
 def get_kernels(name: KernelsName = "auto", device: str | torch.device = "cpu") -> Kernels:
     """Imports one implementation of every kernel; what is not asked for is never imported.
 
     Args:
-        name: "cpu" (Numba), "reference" (torch), or "auto": the fastest one for `device`.
+        name: "cpu" (Numba), "triton" (GPUs; with TRITON_INTERPRET=1 also on CPU, slowly), "reference"
+            (torch), or "auto": the fastest one for `device`.
         device: where the tensors lie; only read by "auto".
 
     Returns:
@@ -48,8 +49,8 @@ def get_kernels(name: KernelsName = "auto", device: str | torch.device = "cpu") 
         ValueError: the name is unknown, or "auto" knows nothing for the device.
     """
     kind = torch.device(device).type
-    backend = _AUTO.get(kind) if name == "auto" else _BACKENDS.get(name)
-    if backend is None:
+    backend = _AUTO.get(kind) if name == "auto" else name
+    if backend not in _BACKENDS:
         wanted = f"device {kind!r}" if name == "auto" else f"the name {name!r}"
         raise ValueError(f"there are no kernels for {wanted}; choose one of auto, {', '.join(_BACKENDS)}")
     return Kernels(**{field.name: _load(field.name, backend) for field in fields(Kernels)})

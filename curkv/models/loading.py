@@ -123,9 +123,16 @@ class Checkpoint:
     whole model. Those that are neither fused nor converted are views of the file.
     """
 
-    def __init__(self, directory: Path, config: ModelConfig, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        directory: Path,
+        config: ModelConfig,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ):
         self.config = config
         self.dtype = dtype
+        self.device = device
         self._file_of_tensor = _tensor_files(directory)
 
     @property
@@ -174,7 +181,7 @@ class Checkpoint:
         if file is None:
             raise ModelError(f"the checkpoint has no tensor {name}")
         tensor: Tensor = file.get_tensor(name)
-        return tensor.to(self.dtype)
+        return tensor.to(self.device, self.dtype)
 
 
 def _tensor_files(directory: Path) -> dict[str, Any]:

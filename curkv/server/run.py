@@ -84,6 +84,7 @@ def build_client(settings: Settings) -> EngineClient:
         max_step_tokens=settings.max_step_tokens,
         max_sequences=settings.max_sequences,
         max_model_len=settings.max_model_len,
+        device=settings.device,
         kernels=settings.kernels,
         threads=settings.threads,
     )

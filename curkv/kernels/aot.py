@@ -1,0 +1,359 @@
+"""Every Triton kernel, compiled ahead of time for real chips and real models; no GPU is needed.
+
+The launchers themselves are called, on small stand-in tensors of the right dtype and strides, and what they
+launch is recorded and compiled instead of run. So what is checked is what will run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from curkv.kernels.column_sums.triton import column_sums
+from curkv.kernels.compact.triton import compact
+from curkv.kernels.leverage_scores.triton import leverage_scores
+from curkv.kernels.paged_decode_attention.triton import paged_decode_attention
+from curkv.kernels.paged_prefill_attention.triton import paged_prefill_attention
+from curkv.kernels.pages import Pages
+from curkv.kernels.rms_norm.triton import rms_norm
+from curkv.kernels.rope.triton import rope
+from curkv.kernels.select.triton import select
+from curkv.kernels.silu_mul.triton import silu_mul
+from curkv.kernels.store_kv.triton import store_kv
+from curkv.kernels.window_scores.triton import window_scores
+
+
+@dataclass(frozen=True)
+class Target:
+    """A chip, with the limits of one of its processors (streaming multiprocessor or compute unit).
+
+    Attributes:
+        name: As compilers call it.
+        gpu: What Triton compiles for.
+        processors: Processors of the chip.
+        shared_per_program: Most bytes of shared memory that one program may use.
+        shared: Bytes of shared memory of a processor.
+        warps: Most warps on a processor.
+    """
+
+    name: str
+    gpu: GPUTarget
+    processors: int
+    shared_per_program: int
+    shared: int
+    warps: int
+
+
+TARGETS = (
+    Target("sm_80", GPUTarget("cuda", 80, 32), 108, 163 << 10, 164 << 10, 64),
+    Target("sm_90", GPUTarget("cuda", 90, 32), 132, 227 << 10, 228 << 10, 64),
+    Target("sm_100", GPUTarget("cuda", 100, 32), 148, 227 << 10, 228 << 10, 64),
+    Target("gfx942", GPUTarget("hip", "gfx942", 64), 304, 64 << 10, 64 << 10, 32),
+)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The numbers of a model that reach the kernels, from its `config.json`."""
+
+    name: str
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    intermediate: int
+
+
+MODELS = (
+    ModelShape("SmolLM2-135M", 30, 9, 3, 64, 576, 1536),
+    ModelShape("Llama-3.1-8B", 32, 32, 8, 128, 4096, 14336),
+    ModelShape("Qwen3-8B", 36, 32, 8, 128, 4096, 12288),
+    ModelShape("Mistral-7B", 32, 32, 8, 128, 4096, 14336),
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A recorded launch: the kernel, its grid and what it was called with."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Operation and kernel."""
+        return f"{self.kernel.__module__.split('.')[-2]}.{self.kernel.__name__.lstrip('_')}"
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of an operation: its name and shapes for `curkv.kernels.costs`, and what it launched."""
+
+    name: str
+    shapes: dict[str, int]
+    launches: list[Launch]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a compiled kernel uses.
+
+    Attributes:
+        registers: Per thread.
+        spills: Instructions that move registers to memory or back.
+        shared: Bytes of shared memory per program.
+        occupancy: Share of a processor's warps that can be resident, 0 to 1, by registers and shared memory.
+        wide_loads: 16-byte loads from global memory in the code.
+        narrow_loads: 2-byte loads from global memory in the code.
+        tensor_ops: Tensor-core instructions in the code.
+    """
+
+    registers: int
+    spills: int
+    shared: int
+    occupancy: float
+    wide_loads: int
+    narrow_loads: int
+    tensor_ops: int
+
+
+def calls(model: ModelShape, target: Target, dtype: torch.dtype = torch.bfloat16) -> list[Call]:
+    """Call every operation with a model's shapes; page size 64.
+
+    Decode: 32 sequences with 4,096 tokens each, and one with 32,768; prefill: a chunk of 2,048 tokens of
+    8,192; eviction: one sequence, 8,192 tokens down to 2,048.
+    """
+    return [_record(*call, target) for call in _calls(model, dtype)]
+
+
+def compile_launch(launch: Launch, target: Target) -> Report:
+    """Compile a recorded launch and read the machine code."""
+    options = {key: launch.options[key] for key in ("num_warps", "num_stages") if key in launch.options}
+    _pretend(target)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+        compiled = triton.compile(_source(launch), target=target.gpu, options=options)
+    read = _read_cuda if target.gpu.backend == "cuda" else _read_hip
+    return read(compiled, target)
+
+
+def smallest_wide_loads(launch: Launch) -> int:
+    """16-byte loads that a kernel needs at least for one block of K, or of K and V; 0 if it reads neither."""
+    values = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.options
+    tensors = [values[name] for name in ("pages_k", "pages_v") if name in values and "BLOCK_N" in values]
+    warp = 64
+    return sum(
+        max(1, values["BLOCK_N"] * x.shape[2] * x.element_size() // (16 * warp * launch.options["num_warps"]))
+        for x in tensors
+    )
+
+
+def _pretend(target: Target) -> None:
+    """Let Triton believe, from now on, that a device of this kind is there."""
+    driver.set_active(mock.Mock(get_current_target=lambda: target.gpu))
+
+
+def _record(name: str, shapes: dict[str, int], call: Callable[[], object], target: Target) -> Call:
+    launches: list[Launch] = []
+
+    def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        launches.append(Launch(kernel, grid, arguments, options))
+
+    split = ("paged_decode_attention", "window_scores")
+    processors = [f"curkv.kernels.{operation}.triton.num_processors" for operation in split]
+    _pretend(target)
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch(processors[0], return_value=target.processors),
+        mock.patch(processors[1], return_value=target.processors),
+    ):
+        call()
+    splits = launches[0].grid[2] if len(launches[0].grid) == 3 else 1
+    return Call(name, shapes | {"S": splits}, launches)
+
+
+def _calls(m: ModelShape, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, int], Callable[[], object]]]:
+    """Name, shapes and a function without arguments for every operation."""
+    heads, group, scale = m.kv_heads, m.query_heads // m.kv_heads, m.head_dim**-0.5
+    fixed = {"L": m.layers, "H": heads, "Q": m.query_heads, "G": group, "D": m.head_dim, "P": 64}
+    fixed |= {"d": m.hidden, "I": m.intermediate, "s": dtype.itemsize, "a": dtype.itemsize}
+    pages = _pages(m.head_dim, fixed["P"], dtype)
+    cos = torch.empty(8192, m.head_dim // 2)
+
+    def qkv(tokens: int) -> tuple[Tensor, ...]:
+        x = torch.empty(tokens, m.query_heads + 2 * heads, m.head_dim, dtype=dtype)
+        return torch.split(x, [m.query_heads, heads, heads], dim=1)
+
+    def layer(sequences: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        table = torch.zeros(sequences, 2, heads, -(-tokens // fixed["P"]), dtype=torch.int32)[:, 1]
+        lengths = torch.full((sequences, 2, heads), tokens, dtype=torch.int32)[:, 1]
+        return table, lengths, torch.arange(sequences, dtype=torch.int32)
+
+    def positions(tokens: int) -> Tensor:
+        return torch.zeros(tokens, dtype=torch.int32)
+
+    decode = fixed | {"B": 32, "T": 32, "c": 1, "n": 4096}
+    long = fixed | {"B": 1, "T": 1, "c": 1, "n": 32768}
+    prefill = fixed | {"B": 1, "T": 2048, "c": 2048, "n": 8192}
+    evict = fixed | {"B": 1, "n": 8192, "k": 2048, "w": 32, "r": 20}
+    q, k, v = qkv(2048)
+    chunk = torch.tensor([0, 2048], dtype=torch.int32)
+    prompt, batch = layer(1, 8192), layer(32, 4096)
+    yield "rope", prefill, lambda: rope(q, cos, cos, positions(2048))
+    yield "store_kv", prefill, lambda: store_kv(pages, k, v, cos, cos, positions(2048), *prompt, chunk)
+    yield "paged_decode_attention", decode, lambda: paged_decode_attention(qkv(32)[0], pages, *batch, scale)
+    yield (
+        "paged_decode_attention",
+        long,
+        lambda: paged_decode_attention(qkv(1)[0], pages, *layer(1, 32768), scale),
+    )
+    yield (
+        "paged_decode_attention, accumulate",
+        decode,
+        lambda: paged_decode_attention(qkv(32)[0], pages, *batch, scale, True),
+    )
+    yield (
+        "paged_prefill_attention",
+        prefill,
+        lambda: paged_prefill_attention(q, pages, *prompt, chunk, scale),
+    )
+    lse = torch.empty(2048, m.query_heads)
+    yield "column_sums", prefill, lambda: column_sums(q, lse, pages, *prompt, chunk, scale)
+
+    rows = m.layers * heads
+    table = torch.zeros(rows, 128, dtype=torch.int32)
+    lengths = torch.full((rows,), 8192, dtype=torch.int32)
+    window = torch.empty(rows, 32, group, m.head_dim, dtype=dtype)
+    known = torch.empty(rows, 32, group)
+    yield "window_scores", evict, lambda: window_scores(window, pages, table, lengths, scale)
+    yield (
+        "window_scores, lse given",
+        evict,
+        lambda: window_scores(window, pages, table, lengths, scale, lse=known),
+    )
+    yield "leverage_scores", evict, lambda: leverage_scores(pages, table, lengths)
+    sketch = torch.empty(m.head_dim, 20)
+    yield (
+        "leverage_scores, sketch",
+        evict,
+        lambda: leverage_scores(pages, table, lengths, normalization="head", sketch=sketch),
+    )
+    scores = torch.zeros(m.layers, heads, 8192)
+    full, keep = lengths.view(m.layers, heads), torch.full((m.layers, heads), 2048, dtype=torch.int32)
+    yield "select", evict, lambda: select(scores, full, keep)
+    yield "select, shared by a layer", evict, lambda: select(scores, full, keep, keep // 5)
+    kept = torch.zeros(rows, 8192, dtype=torch.int32)[:, :2048]
+    yield "compact", evict, lambda: compact(pages, table, table, kept, lengths)
+    x, weight = torch.empty(2048, m.hidden, dtype=dtype), torch.empty(m.hidden, dtype=dtype)
+    yield "rms_norm", prefill, lambda: rms_norm(x, weight, 1e-5, x)
+    yield "silu_mul", prefill, lambda: silu_mul(torch.empty(2048, 2 * m.intermediate, dtype=dtype))
+
+
+def _pages(head_dim: int, page_size: int, dtype: torch.dtype) -> Pages:
+    """A pool of one page; nothing is ever read."""
+    vectors, side = torch.zeros(1, page_size, head_dim, dtype=dtype), torch.zeros(1, page_size)
+    return Pages(vectors, vectors, side.int(), side, side, side)
+
+
+_TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+def _source(launch: Launch) -> ASTSource:
+    """The launch's kernel, specialised to its arguments as `JITFunction` does it."""
+    kernel = launch.kernel
+    values = dict(zip(kernel.arg_names, launch.arguments, strict=False)) | launch.options
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        fixed = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or (fixed and value == 1):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        if isinstance(value, Tensor):
+            signature[parameter.name] = "*" + _TYPES[value.dtype]
+            aligned = value.data_ptr() % 16 == 0
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            aligned = fixed and value % 16 == 0
+        if aligned:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def _read_cuda(compiled: Any, target: Target) -> Report:
+    binaries = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = os.path.join(folder, "kernel.cubin")
+        Path(cubin).write_bytes(compiled.asm["cubin"])
+        usage, code = (
+            subprocess.run([*command, cubin], capture_output=True, text=True, check=True).stdout
+            for command in ((binaries / "cuobjdump", "-res-usage"), (binaries / "nvdisasm",))
+        )
+    registers = int(_first(r"REG:(\d+)", usage))
+    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    per_warp = -(-registers * 32 // 256) * 256
+    programs = min(65536 // (per_warp * warps), target.shared // (shared + 1024), target.warps // warps, 32)
+    ptx = compiled.asm["ptx"]
+    return Report(
+        registers=registers,
+        spills=_count(r"\b(?:STL|LDL)\b", code),
+        shared=shared,
+        occupancy=programs * warps / target.warps,
+        wide_loads=_count(r"ld\.global[\w.:]*\.v4\.[buf]32|cp\.async\.c[ag]\.shared\.global[^;]*0x10,", ptx)
+        + _count(r"ld\.global[\w.:]*\.v2\.[buf]64", ptx),
+        narrow_loads=_count(r"ld\.global[\w.:]*\.[buf]16\b", ptx),
+        tensor_ops=_count(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", code),
+    )
+
+
+def _read_hip(compiled: Any, target: Target) -> Report:
+    code = compiled.asm["amdgcn"]
+    registers = int(_first(r"\.vgpr_count:\s+(\d+)", code))
+    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    resident = min(8, 512 // (-(-registers // 8) * 8)) * 4 // warps
+    programs = min(resident, target.shared // shared if shared else resident)
+    return Report(
+        registers=registers,
+        spills=int(_first(r"\.vgpr_spill_count:\s+(\d+)", code)),
+        shared=shared,
+        occupancy=programs * warps / target.warps,
+        wide_loads=_count(r"(?:global|buffer)_load_dwordx4", code),
+        narrow_loads=_count(r"(?:global|buffer)_load_(?:ushort|short)", code),
+        tensor_ops=_count(r"\bv_mfma", code),
+    )
+
+
+def _count(pattern: str, text: str) -> int:
+    return len(re.findall(pattern, text))
+
+
+def _first(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"no {pattern!r} in the compiler's output")
+    return found[1]

@@ -1,0 +1,235 @@
+"""CurDKV's approximate leverage scores over ragged pages, with Triton."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from curkv.kernels.pages import Pages
+from curkv.kernels.triton_util import attention_block, dot, find_slots, load_tokens, narrow, power_of_two
+
+_BLOCK = 2048
+_MAX_BLOCK_N = 64
+_TILE_BYTES = 8192
+
+
+def leverage_scores(
+    pages: Pages,
+    table: Tensor,
+    lengths: Tensor,
+    *,
+    normalization: Literal["window", "head"] = "window",
+    window: int = 16,
+    partial: Literal["corrected", "left", "right"] = "corrected",
+    combine: Literal["product", "mean", "key", "value"] = "product",
+    sketch: Tensor | None = None,
+) -> Tensor:
+    """Score the stored tokens of every head; see `reference.leverage_scores`."""
+    rows = len(lengths)
+    width = int(lengths.max()) if rows else 0
+    scores = torch.empty(rows, width, dtype=torch.float32, device=lengths.device)
+    if not width:
+        return scores
+    energies = (pages.k_sq, pages.v_sq) if sketch is None else _sketch(pages, table, lengths, sketch, width)
+    span = window if normalization == "window" else power_of_two(window)
+    _score_rows[(rows,)](
+        *energies,
+        table,
+        lengths,
+        scores,
+        table.stride(0),
+        width,
+        PAGE_SIZE=pages.k.shape[1],
+        PAGED=sketch is None,
+        BY_WINDOW=normalization == "window",
+        LEFT=partial == "left",
+        CORRECTED=partial == "corrected",
+        COMBINE=combine,
+        WINDOW=span,
+        BLOCK_W=max(1, _BLOCK // power_of_two(span)),
+        BLOCK_SPAN=power_of_two(span),
+        num_warps=8,
+    )
+    return scores
+
+
+def _sketch(
+    pages: Pages, table: Tensor, lengths: Tensor, sketch: Tensor, width: int
+) -> tuple[Tensor, Tensor]:
+    """Energies float32 [N, width] of keys and of values projected by `sketch` [head_dim, rank]."""
+    rows, rank = len(lengths), sketch.shape[1]
+    block_n = attention_block(pages.k, _MAX_BLOCK_N, _TILE_BYTES)
+    key = torch.empty(rows, width, dtype=torch.float32, device=lengths.device)
+    value = torch.empty_like(key)
+    _sketch_rows[(triton.cdiv(width, block_n), rows)](
+        pages.k,
+        pages.v,
+        table,
+        lengths,
+        sketch.contiguous(),
+        key,
+        value,
+        table.stride(0),
+        width,
+        RANK=rank,
+        HEAD_DIM=pages.k.shape[2],
+        PAGE_SIZE=pages.k.shape[1],
+        BLOCK_N=block_n,
+        BLOCK_D=power_of_two(pages.k.shape[2]),
+        BLOCK_R=max(16, power_of_two(rank)),
+        num_warps=4,
+    )
+    return key, value
+
+
+@triton.jit
+def _project(x, sketch):
+    """Squared norms of x G; a 16-bit x meets G in two 16-bit parts, which keep G's precision."""
+    high = narrow(sketch, x.dtype)
+    product = dot(x, high, tl.zeros([x.shape[0], sketch.shape[1]], tl.float32))
+    if x.dtype != tl.float32:
+        product = dot(x, narrow(sketch - high.to(tl.float32), x.dtype), product)
+    return tl.sum(product * product, 1)
+
+
+@triton.jit(do_not_specialize=["width"])
+def _sketch_rows(
+    pages_k,
+    pages_v,
+    table,
+    lengths,
+    sketch,
+    key,
+    value,
+    stride_table,
+    width,
+    RANK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Program (block of tokens, row)."""
+    row = tl.program_id(1).to(tl.int64)
+    length = tl.load(lengths + row)
+    block = tl.program_id(0) * BLOCK_N
+    if block >= length:
+        return
+    index = block + tl.arange(0, BLOCK_N)
+    valid = index < length
+    place = find_slots(table + row * stride_table, index, valid, PAGE_SIZE)
+    d = tl.arange(0, BLOCK_D)
+    r = tl.arange(0, BLOCK_R)
+    mask = (d < HEAD_DIM)[:, None] & (r < RANK)[None, :]
+    projection = tl.load(sketch + d[:, None] * RANK + r[None, :], mask=mask, other=0.0)
+    out = row * width + index
+    keys = load_tokens(pages_k, place, valid, HEAD_DIM, BLOCK_D)
+    tl.store(key + out, _project(keys, projection), mask=valid)
+    values = load_tokens(pages_v, place, valid, HEAD_DIM, BLOCK_D)
+    tl.store(value + out, _project(values, projection), mask=valid)
+
+
+@triton.jit
+def _share(part, whole):
+    """Divide, with 0 / 0 = 0."""
+    return tl.where(whole > 0, part / tl.where(whole > 0, whole, 1.0), 0.0)
+
+
+@triton.jit
+def _combined(
+    number,
+    shift,
+    length,
+    key,
+    value,
+    row,
+    PAGE_SIZE: tl.constexpr,
+    PAGED: tl.constexpr,
+    BY_WINDOW: tl.constexpr,
+    CORRECTED: tl.constexpr,
+    COMBINE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_SPAN: tl.constexpr,
+):
+    """Combined energies of windows `number` [BLOCK_W, BLOCK_SPAN]; the tokens' indices; which are valid."""
+    i = tl.arange(0, BLOCK_SPAN)
+    index = number[:, None] * WINDOW + i[None, :] - shift
+    valid = (i < WINDOW)[None, :] & (index >= 0) & (index < length)
+    place = find_slots(row, index, valid, PAGE_SIZE) if PAGED else index
+    k = tl.load(key + place, mask=valid, other=0.0)
+    v = tl.load(value + place, mask=valid, other=0.0)
+    if BY_WINDOW:
+        k_sum = tl.sum(k, 1)
+        v_sum = tl.sum(v, 1)
+        if CORRECTED:
+            count = tl.maximum(tl.sum(valid.to(tl.float32), 1), 1.0)
+            k_sum = k_sum * (WINDOW / count)
+            v_sum = v_sum * (WINDOW / count)
+        k = _share(k, k_sum[:, None])
+        v = _share(v, v_sum[:, None])
+    if COMBINE == "product":
+        score = k * v
+    elif COMBINE == "mean":
+        score = (k + v) / 2
+    elif COMBINE == "key":
+        score = k
+    else:
+        score = v
+    return tl.where(valid, score, 0.0), index, valid
+
+
+@triton.jit(do_not_specialize=["width"])
+def _score_rows(
+    key,
+    value,
+    table,
+    lengths,
+    scores,
+    stride_table,
+    width,
+    PAGE_SIZE: tl.constexpr,
+    PAGED: tl.constexpr,
+    BY_WINDOW: tl.constexpr,
+    LEFT: tl.constexpr,
+    CORRECTED: tl.constexpr,
+    COMBINE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_SPAN: tl.constexpr,
+):
+    """Program (row): sums the row's scores, then writes each one's share; the second read comes from L2."""
+    number = tl.program_id(0).to(tl.int64)
+    length = tl.load(lengths + number)
+    row = table + number * stride_table
+    if not PAGED:
+        key += number * width
+        value += number * width
+    shift = 0
+    if LEFT:
+        shift = (WINDOW - length % WINDOW) % WINDOW
+    w = tl.arange(0, BLOCK_W)
+    sums = tl.zeros([BLOCK_W], tl.float32)
+    windows = tl.cdiv(length + shift, WINDOW)
+    for block in range(0, windows, BLOCK_W):
+        score, _, _ = _combined(
+            block + w, shift, length, key, value, row,
+            PAGE_SIZE, PAGED, BY_WINDOW, CORRECTED, COMBINE, WINDOW, BLOCK_SPAN,
+        )  # fmt: skip
+        sums += tl.sum(score, 1)
+    total = tl.sum(sums, 0)
+    scores += number * width
+    for block in range(0, windows, BLOCK_W):
+        score, index, valid = _combined(
+            block + w, shift, length, key, value, row,
+            PAGE_SIZE, PAGED, BY_WINDOW, CORRECTED, COMBINE, WINDOW, BLOCK_SPAN,
+        )  # fmt: skip
+        tl.store(scores + index, _share(score, total), mask=valid)
+    i = tl.arange(0, BLOCK_W * BLOCK_SPAN)
+    for block in range(length, width, BLOCK_W * BLOCK_SPAN):
+        empty = tl.full([BLOCK_W * BLOCK_SPAN], float("-inf"), tl.float32)
+        tl.store(scores + block + i, empty, mask=block + i < width)

@@ -1,0 +1,202 @@
+"""Attention of chunks of new tokens over ragged pages, with Triton: a tile holds some tokens' whole group."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from curkv.kernels.pages import Pages
+from curkv.kernels.triton_util import (
+    LN_2,
+    LOG2_E,
+    attention_block,
+    dot,
+    find_sequence,
+    find_slots,
+    is_older_cuda,
+    load_tokens,
+    narrow,
+    power_of_two,
+    sequence_block,
+    softmax_step,
+)
+
+_MAX_BLOCK_N = 64
+_TILE_BYTES = 16384
+_OLDER_TILE_BYTES = 8192
+"""Before Hopper the products' operands lie in registers: larger tiles of keys would spill."""
+
+
+def paged_prefill_attention(
+    q: Tensor,
+    pages: Pages,
+    table: Tensor,
+    lengths: Tensor,
+    slots: Tensor,
+    query_start: Tensor,
+    scale: float,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend with a chunk of queries per sequence; see `reference.paged_prefill_attention`."""
+    tokens, query_heads, head_dim = q.shape
+    heads = table.shape[1]
+    group = query_heads // heads
+    out = torch.empty(tokens, query_heads, head_dim, dtype=q.dtype, device=q.device)
+    lse = torch.empty(tokens, query_heads, dtype=torch.float32, device=q.device)
+    block_m = query_rows(pages.k)
+    tile = block_m // group
+    if tokens:
+        _attend[(tokens // tile + len(slots), heads)](
+            q,
+            pages.k,
+            pages.v,
+            table,
+            lengths,
+            slots,
+            query_start,
+            out,
+            lse,
+            q.stride(0),
+            q.stride(1),
+            *table.stride()[:2],
+            *lengths.stride(),
+            len(slots),
+            scale * LOG2_E.value,
+            GROUP=group,
+            HEAD_DIM=head_dim,
+            PAGE_SIZE=pages.k.shape[1],
+            TILE=tile,
+            BLOCK_M=block_m,
+            BLOCK_N=attention_block(
+                pages.k, _MAX_BLOCK_N, _OLDER_TILE_BYTES if is_older_cuda() else _TILE_BYTES
+            ),
+            BLOCK_D=power_of_two(head_dim),
+            BLOCK_B=sequence_block(len(slots)),
+            num_warps=8 if block_m == 128 else 4,
+            num_stages=2,
+        )
+    return (out, lse) if return_lse else out
+
+
+def query_rows(pages_k: Tensor) -> int:
+    """Rows of a tile of queries, (token, head of the group) each."""
+    return 128 if power_of_two(pages_k.shape[2]) * pages_k.element_size() <= 256 else 64
+
+
+@triton.jit
+def load_queries(
+    q, token, head, stride_token, stride_head, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Read queries [rows, BLOCK_D] of tokens and heads [rows]; 0 where `valid` is unset and past HEAD_DIM."""
+    d = tl.arange(0, BLOCK_D)
+    pointers = q + token.to(tl.int64)[:, None] * stride_token + head[:, None] * stride_head + d[None, :]
+    return tl.load(pointers, mask=valid[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def _attend_block(
+    block,
+    queries,
+    last,
+    end,
+    pages_k,
+    pages_v,
+    row,
+    scale_log2,
+    peak,
+    total,
+    acc,
+    CAUSAL: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Fold tokens `block` to `block + BLOCK_N` of a head into a running softmax.
+
+    With CAUSAL each query reads up to index `last` [BLOCK_M]; without, the whole block.
+    """
+    index = block + tl.arange(0, BLOCK_N)
+    valid = index < end
+    place = find_slots(row, index, valid, PAGE_SIZE)
+    keys = load_tokens(pages_k, place, valid, HEAD_DIM, BLOCK_D)
+    scores = dot(queries, tl.trans(keys), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * scale_log2
+    if CAUSAL:
+        scores = tl.where(index[None, :] <= last[:, None], scores, float("-inf"))
+    values = load_tokens(pages_v, place, valid, HEAD_DIM, BLOCK_D)
+    return softmax_step(scores, values, peak, total, acc)
+
+
+@triton.jit(do_not_specialize=["num_sequences"])
+def _attend(
+    q,
+    pages_k,
+    pages_v,
+    table,
+    lengths,
+    slots,
+    query_start,
+    out,
+    lse,
+    stride_q_token,
+    stride_q_head,
+    stride_table_slot,
+    stride_table_head,
+    stride_lengths_slot,
+    stride_lengths_head,
+    num_sequences,
+    scale_log2,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """Program (tile of TILE tokens, KV head); row r of a tile is token r // GROUP, head r % GROUP."""
+    head = tl.program_id(1)
+    sequence = find_sequence(query_start, tl.program_id(0), num_sequences, TILE, BLOCK_B)
+    start = tl.load(query_start + sequence)
+    chunk = tl.load(query_start + sequence + 1) - start
+    first = (tl.program_id(0) - start // TILE - sequence) * TILE
+    slot = tl.load(slots + sequence).to(tl.int64)
+    if (first >= chunk) | (slot < 0):
+        return
+    length = tl.load(lengths + slot * stride_lengths_slot + head * stride_lengths_head)
+    row = table + slot * stride_table_slot + head * stride_table_head
+    r = tl.arange(0, BLOCK_M)
+    step = tl.minimum(first + r // GROUP, chunk - 1)
+    token = start + step
+    query_head = head * GROUP + r % GROUP
+    valid = (r < TILE * GROUP) & (first + r // GROUP < chunk)
+    queries = load_queries(q, token, query_head, stride_q_token, stride_q_head, valid, HEAD_DIM, BLOCK_D)
+    queries = narrow(queries, pages_k.dtype.element_ty)
+    last = length - chunk + step
+
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    end = length - chunk + tl.minimum(first + TILE, chunk)
+    seen_by_all = (length - chunk + first + 1) // BLOCK_N * BLOCK_N
+    for block in range(0, seen_by_all, BLOCK_N):
+        peak, total, acc = _attend_block(
+            block, queries, last, end, pages_k, pages_v, row, scale_log2, peak, total, acc,
+            False, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    for block in range(seen_by_all, end, BLOCK_N):
+        peak, total, acc = _attend_block(
+            block, queries, last, end, pages_k, pages_v, row, scale_log2, peak, total, acc,
+            True, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+
+    d = tl.arange(0, BLOCK_D)
+    result = token.to(tl.int64) * (tl.num_programs(1) * GROUP) + query_head
+    mask = valid[:, None] & (d < HEAD_DIM)[None, :]
+    acc = narrow(acc / total[:, None], out.dtype.element_ty)
+    tl.store(out + result[:, None] * HEAD_DIM + d[None, :], acc, mask=mask)
+    tl.store(lse + result, (peak + tl.log2(total)) * LN_2, mask=valid)

@@ -1,0 +1,140 @@
+"""Writing new keys and values into pages, with Triton: RoPE and the side arrays in the same pass."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from curkv.kernels.pages import Pages
+from curkv.kernels.rope.triton import rotate
+from curkv.kernels.triton_util import find_slots, narrow, power_of_two, sequence_block
+
+_MAX_BLOCK_H = 4
+
+
+def store_kv(
+    pages: Pages,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    slots: Tensor,
+    query_start: Tensor,
+) -> None:
+    """Rotate the new keys and write them, their values and the side arrays; see `reference.store_kv`.
+
+    A slot below 0 stands for no sequence: its tokens are not written.
+    """
+    tokens, heads, head_dim = k.shape
+    if not tokens:
+        return
+    block_h = min(_MAX_BLOCK_H, power_of_two(heads))
+    _store_tokens[(tokens, triton.cdiv(heads, block_h))](
+        k,
+        v,
+        cos,
+        sin,
+        positions,
+        pages.k,
+        pages.v,
+        pages.position,
+        pages.k_sq,
+        pages.v_sq,
+        pages.attention,
+        table,
+        lengths,
+        slots,
+        query_start,
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        *table.stride()[:2],
+        *lengths.stride(),
+        len(slots),
+        heads,
+        HEAD_DIM=head_dim,
+        PAGE_SIZE=pages.k.shape[1],
+        BLOCK_H=block_h,
+        BLOCK_HALF=power_of_two(head_dim // 2),
+        BLOCK_B=sequence_block(len(slots)),
+        num_warps=2,
+    )
+
+
+@triton.jit(do_not_specialize=["num_sequences"])
+def _store_tokens(
+    k,
+    v,
+    cos,
+    sin,
+    positions,
+    pages_k,
+    pages_v,
+    pages_position,
+    pages_k_sq,
+    pages_v_sq,
+    pages_attention,
+    table,
+    lengths,
+    slots,
+    query_start,
+    stride_k_token,
+    stride_k_head,
+    stride_v_token,
+    stride_v_head,
+    stride_table_slot,
+    stride_table_head,
+    stride_lengths_slot,
+    stride_lengths_head,
+    num_sequences,
+    num_heads,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """Program (token, block of heads)."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    token = tl.program_id(0)
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    ends = tl.arange(0, BLOCK_B)
+    ended = tl.load(query_start + 1 + ends, mask=ends < num_sequences, other=2147483647) <= token
+    sequence = tl.sum(ended.to(tl.int32), 0)
+    slot = tl.load(slots + sequence, mask=sequence < num_sequences, other=-1).to(tl.int64)
+    end = tl.load(query_start + 1 + sequence, mask=slot >= 0, other=0)
+
+    valid = head < tl.where(slot >= 0, num_heads, 0)
+    length = tl.load(lengths + slot * stride_lengths_slot + head * stride_lengths_head, mask=valid, other=0)
+    row = table + slot * stride_table_slot + head * stride_table_head
+    place = find_slots(row, length - end + token, valid, PAGE_SIZE)
+
+    i = tl.arange(0, BLOCK_HALF)
+    position = tl.load(positions + token)
+    turn = position.to(tl.int64) * HALF + i
+    c = tl.load(cos + turn, mask=i < HALF, other=0.0)[None, :]
+    s = tl.load(sin + turn, mask=i < HALF, other=0.0)[None, :]
+
+    mask = valid[:, None] & (i < HALF)[None, :]
+    k += token.to(tl.int64) * stride_k_token + head[:, None] * stride_k_head + i[None, :]
+    v += token.to(tl.int64) * stride_v_token + head[:, None] * stride_v_head + i[None, :]
+    k1 = tl.load(k, mask=mask, other=0.0).to(tl.float32)
+    k2 = tl.load(k + HALF, mask=mask, other=0.0).to(tl.float32)
+    v1 = tl.load(v, mask=mask, other=0.0).to(tl.float32)
+    v2 = tl.load(v + HALF, mask=mask, other=0.0).to(tl.float32)
+    k1, k2 = rotate(k1, k2, c, s)
+
+    vectors = place[:, None] * HEAD_DIM + i[None, :]
+    tl.store(pages_k + vectors, narrow(k1, pages_k.dtype.element_ty), mask=mask)
+    tl.store(pages_k + vectors + HALF, narrow(k2, pages_k.dtype.element_ty), mask=mask)
+    tl.store(pages_v + vectors, narrow(v1, pages_v.dtype.element_ty), mask=mask)
+    tl.store(pages_v + vectors + HALF, narrow(v2, pages_v.dtype.element_ty), mask=mask)
+    tl.store(pages_position + place, tl.zeros([BLOCK_H], tl.int32) + position, mask=valid)
+    tl.store(pages_k_sq + place, tl.sum(k1 * k1 + k2 * k2, 1), mask=valid)
+    tl.store(pages_v_sq + place, tl.sum(v1 * v1 + v2 * v2, 1), mask=valid)
+    tl.store(pages_attention + place, tl.zeros([BLOCK_H], tl.float32), mask=valid)

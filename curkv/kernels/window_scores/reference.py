@@ -1,0 +1,58 @@
+"""How much attention the newest queries pay to each stored token, in plain torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from curkv.kernels.paged_decode_attention.reference import gather_tokens
+from curkv.kernels.pages import Pages
+
+
+def window_scores(
+    queries: Tensor,
+    pages: Pages,
+    table: Tensor,
+    lengths: Tensor,
+    scale: float,
+    reduction: Literal["mean", "max"] = "mean",
+    lse: Tensor | None = None,
+) -> Tensor:
+    """Score the stored tokens of every head by the attention of the last w queries.
+
+    SnapKV (https://arxiv.org/abs/2404.14469, section 4; w = 1 is TOVA's, https://arxiv.org/abs/2401.06104):
+    each query's softmax runs over all tokens stored in the row that are not newer than the query, and the
+    probabilities are averaged over the window and the group ("max": their largest, as in DefensiveKV,
+    https://arxiv.org/abs/2510.13334). The last token stored in a row is the last query's own, and the queries
+    are consecutive: query i of the window reads tokens up to position `position[last] - (w - 1) + i`. A query
+    that may read none pays nothing.
+
+    Args:
+        queries: float32 [N, w, group, head_dim], after RoPE, of the group of each row's KV head.
+        pages: The page pool.
+        table: int32 [N, max_pages], pages of each row; a row is one (layer, KV head) of a sequence.
+        lengths: int32 [N], tokens of each row, those of the window included.
+        scale: Factor of the attention scores, usually head_dim ** -0.5.
+        reduction: Over window and group, "mean" or "max".
+        lse: float32 [N, w, group], log-sum-exp of each query's scaled scores if it is known, as from
+            `paged_prefill_attention`: K is then read once, not twice.
+
+    Returns:
+        float32 [N, max(lengths)], -inf past a row's length.
+    """
+    window = queries.shape[1]
+    width = int(lengths.max()) if lengths.numel() else 0
+    scores = torch.full((len(lengths), width), -torch.inf, device=queries.device)
+    for row, length in enumerate(lengths.tolist()):
+        if length:
+            keys = gather_tokens(pages.k, table[row], length).float()
+            position = gather_tokens(pages.position, table[row], length)
+            newest = position[-1] - torch.arange(window - 1, -1, -1, device=position.device)
+            logits = scale * torch.einsum("wgd,nd->wgn", queries[row].float(), keys)
+            logits.masked_fill_(position > newest[:, None, None], -torch.inf)
+            whole = logits.logsumexp(-1) if lse is None else lse[row]
+            paid = (logits - whole[..., None]).exp().nan_to_num(0.0).flatten(0, 1)
+            scores[row, :length] = paid.mean(0) if reduction == "mean" else paid.amax(0)
+    return scores

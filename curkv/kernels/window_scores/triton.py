@@ -1,0 +1,211 @@
+"""How much attention the newest queries pay to each stored token, with Triton."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from curkv.kernels.pages import Pages
+from curkv.kernels.triton_util import (
+    LOG2_E,
+    attention_block,
+    dot,
+    find_slots,
+    load_tokens,
+    narrow,
+    num_processors,
+    power_of_two,
+)
+
+MIN_SPLIT = 512
+"""Tokens that a program of the first pass reads at least."""
+
+_PROGRAMS_PER_PROCESSOR = 4
+_MAX_BLOCK_M = 64
+_MAX_BLOCK_N = 64
+_TILE_BYTES = 16384
+
+
+def window_scores(
+    queries: Tensor,
+    pages: Pages,
+    table: Tensor,
+    lengths: Tensor,
+    scale: float,
+    reduction: Literal["mean", "max"] = "mean",
+    lse: Tensor | None = None,
+) -> Tensor:
+    """Score the stored tokens by the attention of the last w queries; see `reference.window_scores`."""
+    rows, window, group, head_dim = queries.shape
+    width = int(lengths.max()) if rows else 0
+    scores = torch.empty(rows, width, dtype=torch.float32, device=queries.device)
+    if not width:
+        return scores
+    block_m = min(_MAX_BLOCK_M, max(16, power_of_two(window * group)))
+    block_n = attention_block(pages.k, _MAX_BLOCK_N, _TILE_BYTES)
+    layout = (
+        queries.contiguous(),
+        pages.k,
+        pages.position,
+        table,
+        lengths,
+        table.stride(0),
+        scale * LOG2_E.value,
+    )
+    constants = {
+        "WINDOW": window,
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "PAGE_SIZE": pages.k.shape[1],
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_D": power_of_two(head_dim),
+        "num_warps": 4,
+        "num_stages": 2,
+    }
+    if lse is None:
+        tiles = triton.cdiv(window * group, block_m)
+        wanted = triton.cdiv(_PROGRAMS_PER_PROCESSOR * num_processors(queries.device), rows * tiles)
+        splits = max(1, min(wanted, triton.cdiv(width, MIN_SPLIT)))
+        size = triton.cdiv(triton.cdiv(width, splits), block_n) * block_n
+        parts = torch.empty(rows, splits, window * group, dtype=torch.float32, device=queries.device)
+        _normalisers[(rows, tiles, splits)](*layout, parts, splits, size, **constants)
+    else:
+        parts = (lse * LOG2_E.value).reshape(rows, 1, window * group)
+    _sum_probabilities[(rows, triton.cdiv(width, block_n))](
+        *layout, parts, parts.shape[1], scores, width, MEAN=reduction == "mean", **constants
+    )
+    return scores
+
+
+@triton.jit
+def _logits(
+    row,
+    first,
+    block,
+    length,
+    queries,
+    pages_k,
+    pages_position,
+    table,
+    scale_log2,
+    WINDOW: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Base-2 logits [BLOCK_M, BLOCK_N] of queries from `first` and tokens from `block` on; -inf if unread."""
+    index = block + tl.arange(0, BLOCK_N)
+    valid = index < length
+    place = find_slots(table, index, valid, PAGE_SIZE)
+    keys = load_tokens(pages_k, place, valid, HEAD_DIM, BLOCK_D)
+    position = tl.load(pages_position + place, mask=valid, other=2147483647)
+    newest = tl.load(pages_position + find_slots(table, length - 1, length > 0, PAGE_SIZE))
+    r = first + tl.arange(0, BLOCK_M)
+    own = newest - (WINDOW - 1) + r // GROUP
+    tile = load_tokens(queries, row * (WINDOW * GROUP) + r, r < WINDOW * GROUP, HEAD_DIM, BLOCK_D)
+    scores = dot(narrow(tile, keys.dtype), tl.trans(keys), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+    read = (r < WINDOW * GROUP)[:, None] & valid[None, :] & (position[None, :] <= own[:, None])
+    return tl.where(read, scores * scale_log2, float("-inf"))
+
+
+@triton.jit(do_not_specialize=["splits", "size"])
+def _normalisers(
+    queries,
+    pages_k,
+    pages_position,
+    table,
+    lengths,
+    stride_table,
+    scale_log2,
+    lse,
+    splits,
+    size,
+    WINDOW: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Program (row, tile of queries, split): base-2 log-sum-exp of each query over `size` tokens."""
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * BLOCK_M
+    split = tl.program_id(2)
+    length = tl.load(lengths + row)
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for block in range(split * size, tl.minimum((split + 1) * size, length), BLOCK_N):
+        scores = _logits(
+            row, first, block, length, queries, pages_k, pages_position, table + row * stride_table,
+            scale_log2, WINDOW, GROUP, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        shift = tl.where(new_peak > float("-inf"), new_peak, 0.0)
+        total = total * tl.exp2(peak - shift) + tl.sum(tl.exp2(scores - shift[:, None]), 1)
+        peak = new_peak
+    r = first + tl.arange(0, BLOCK_M)
+    out = lse + (row * splits + split) * (WINDOW * GROUP) + r
+    tl.store(out, peak + tl.log2(total), mask=r < WINDOW * GROUP)
+
+
+@triton.jit(do_not_specialize=["splits", "width"])
+def _sum_probabilities(
+    queries,
+    pages_k,
+    pages_position,
+    table,
+    lengths,
+    stride_table,
+    scale_log2,
+    lse,
+    splits,
+    scores,
+    width,
+    MEAN: tl.constexpr,
+    WINDOW: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Program (row, block of tokens): mean or largest probability of all queries of the row."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1) * BLOCK_N
+    length = tl.load(lengths + row)
+    index = block + tl.arange(0, BLOCK_N)
+    result = tl.zeros([BLOCK_N], tl.float32)
+    if block < length:
+        for first in range(0, WINDOW * GROUP, BLOCK_M):
+            r = first + tl.arange(0, BLOCK_M)
+            peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            total = tl.zeros([BLOCK_M], tl.float32)
+            for split in range(splits):
+                pointers = lse + (row * splits + split) * (WINDOW * GROUP) + r
+                part = tl.load(pointers, mask=r < WINDOW * GROUP, other=float("-inf"))
+                new_peak = tl.maximum(peak, part)
+                shift = tl.where(new_peak > float("-inf"), new_peak, 0.0)
+                total = total * tl.exp2(peak - shift) + tl.exp2(part - shift)
+                peak = new_peak
+            whole = tl.where(total > 0, peak + tl.log2(total), 0.0)
+            logits = _logits(
+                row, first, block, length, queries, pages_k, pages_position, table + row * stride_table,
+                scale_log2, WINDOW, GROUP, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+            paid = tl.exp2(logits - whole[:, None])
+            if MEAN:
+                result += tl.sum(paid, 0) / (WINDOW * GROUP)
+            else:
+                result = tl.maximum(result, tl.max(paid, 0))
+    result = tl.where(index < length, result, float("-inf"))
+    tl.store(scores + row * width + index, result, mask=index < width)

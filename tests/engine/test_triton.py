@@ -1,0 +1,160 @@
+"""The engine over interpreted Triton kernels against the same over the CPU kernels; a small random Llama."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor
+
+from curkv.cache.kv_cache import CacheLayout, KVCache
+from curkv.cache.options import parse_options
+from curkv.engine.decode_graphs import DecodeGraphs
+from curkv.engine.engine import Engine
+from curkv.kernels.dispatch import get_kernels
+from curkv.models.config import ModelConfig
+from curkv.models.llama import Llama, rope_tables
+from curkv.models.loading import LayerWeights
+
+from .conftest import request, tokens
+
+pytestmark = pytest.mark.triton
+
+CONFIG = ModelConfig(
+    architecture="LlamaForCausalLM",
+    vocab_size=97,
+    hidden_size=96,
+    intermediate_size=160,
+    num_layers=2,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=64,
+    max_positions=256,
+    rms_norm_eps=1e-5,
+    rope_theta=10_000.0,
+    rope_scaling=None,
+    qkv_bias=False,
+    o_bias=False,
+    mlp_bias=False,
+    qk_norm=True,
+    tie_embeddings=False,
+    bos_token_id=None,
+    eos_token_ids=(),
+)
+
+
+def random_checkpoint() -> SimpleNamespace:
+    """Weights of a model whose attention is far from uniform."""
+    generator = torch.Generator().manual_seed(1)
+    c = CONFIG
+
+    def weight(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+
+    layers = [
+        LayerWeights(
+            input_norm=torch.ones(c.hidden_size),
+            qkv=weight(c.q_size + 2 * c.num_kv_heads * c.head_dim, c.hidden_size),
+            qkv_bias=None,
+            q_norm=1.5 * torch.ones(c.head_dim),
+            k_norm=1.5 * torch.ones(c.head_dim),
+            o=weight(c.hidden_size, c.q_size),
+            o_bias=None,
+            post_attention_norm=torch.ones(c.hidden_size),
+            gate_up=weight(2 * c.intermediate_size, c.hidden_size),
+            gate_up_bias=None,
+            down=weight(c.hidden_size, c.intermediate_size),
+            down_bias=None,
+        )
+        for _ in range(c.num_layers)
+    ]
+    return SimpleNamespace(
+        embedding=weight(c.vocab_size, c.hidden_size) * c.hidden_size**0.5,
+        final_norm=torch.ones(c.hidden_size),
+        head=weight(c.vocab_size, c.hidden_size),
+        layer=layers.__getitem__,
+    )
+
+
+@dataclass
+class Trace:
+    """All that a run shows: tokens by request, pages in use and what each head kept after every step."""
+
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    used_pages: list[int] = field(default_factory=list)
+    kept: list[Tensor] = field(default_factory=list)
+    evictions: list[tuple[str, int, list[int]]] = field(default_factory=list)
+    preemptions: int = 0
+
+
+def engine_over(kernels_name: str, num_pages: int, graphs: bool = False, apart: bool = False) -> Engine:
+    kernels = get_kernels(kernels_name)
+    model = Llama(CONFIG, random_checkpoint(), kernels)
+    layout = CacheLayout(CONFIG.num_layers, CONFIG.num_kv_heads, CONFIG.head_dim, 16, torch.float32, 4, 256)
+    kv = KVCache(layout, num_pages, kernels, rope_tables(CONFIG, 256))
+    if apart:
+        kv.page_table, kv.lengths = kv.page_table.clone(), kv.lengths.clone()
+    tokenizer = Tokenizer(WordLevel({str(i): i for i in range(CONFIG.vocab_size)}, unk_token="0"))
+    return Engine(model, kv, kernels, tokenizer, 32, 256, DecodeGraphs(model, kv) if graphs else None)
+
+
+def trace(engine: Engine) -> Trace:
+    """Run three requests that prefill in chunks, decode, and evict in both phases."""
+    generator = torch.Generator().manual_seed(2)
+    result = Trace()
+    curdkv = {"policy": "curdkv", "budget": 14, "decode_budget": 16, "decode_interval": 3, "recent_tokens": 4}
+    wanted = [(40, curdkv), (26, {"policy": "adacurdkv", "budget": "50%"}), (15, {"policy": "full"})]
+    for i, (length, options) in enumerate(wanted):
+        prompt = torch.randint(CONFIG.vocab_size, (length,), generator=generator).tolist()
+        item = request(prompt, 9, id=str(i), kv=parse_options(options))
+        engine.add(item, engine.plan(item))
+    while engine.has_work:
+        for output in engine.step():
+            result.tokens.setdefault(output.request_id, []).extend(tokens([output]))
+        stats = engine.last_stats
+        result.used_pages.append(stats.used_pages)
+        result.preemptions += stats.preemptions
+        result.evictions += [
+            (e.phase, e.pages_freed, e.head_budgets.flatten().tolist()) for e in stats.evictions
+        ]
+        result.kept += list(kept_positions(engine))
+        engine.check_integrity()
+    return result
+
+
+def kept_positions(engine: Engine) -> Iterator[Tensor]:
+    """Positions [L, H, n] that each sequence's heads hold."""
+    for slot in engine.kv.active_slots:
+        view = engine.kv.view(slot)
+        yield view.gather(view.pages.position, -1)
+
+
+@pytest.fixture(scope="module", params=[100, 15], ids=["room for all", "preempting"])
+def expected(request: pytest.FixtureRequest) -> tuple[int, Trace]:
+    return request.param, trace(engine_over("cpu", request.param))
+
+
+def assert_same(actual: Trace, wanted: Trace) -> None:
+    assert actual.tokens == wanted.tokens
+    assert actual.used_pages == wanted.used_pages
+    assert actual.evictions == wanted.evictions
+    assert actual.preemptions == wanted.preemptions
+    assert len(actual.kept) == len(wanted.kept)
+    assert all(torch.equal(a, b) for a, b in zip(actual.kept, wanted.kept, strict=True))
+
+
+def test_triton_and_cpu_kernels_give_the_same_tokens_kept_sets_and_pages(expected: tuple[int, Trace]) -> None:
+    num_pages, wanted = expected
+    assert {phase for phase, *_ in wanted.evictions} == {"prefill", "decode"}
+    assert (wanted.preemptions > 0) == (num_pages < 100)
+    assert_same(trace(engine_over("triton", num_pages)), wanted)
+
+
+def test_padded_decode_steps_over_a_table_of_their_own_give_the_same() -> None:
+    wanted = trace(engine_over("cpu", 15))
+    assert_same(trace(engine_over("triton", 15, graphs=True, apart=True)), wanted)

@@ -1,0 +1,48 @@
+"""Marks this folder's tests and prints the relative RMS error of every kernel and dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.util import relative_rms
+
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+_worst: dict[tuple[str, str], float] = {}
+
+Close = Callable[..., None]
+
+
+@pytest.fixture
+def close(request: pytest.FixtureRequest) -> Close:
+    """A function that asserts equal shapes, dtypes and NaNs or infinities and a small relative RMS error."""
+    kernel = request.node.path.stem.removeprefix("test_")
+
+    def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype = torch.float32) -> None:
+        assert actual.shape == expected.shape
+        assert actual.dtype == expected.dtype
+        finite = expected.isfinite()
+        assert torch.equal(actual[~finite].nan_to_num(7.0), expected[~finite].nan_to_num(7.0))
+        error = relative_rms(actual[finite], expected[finite]) if bool(finite.any()) else 0.0
+        key = kernel, str(dtype).removeprefix("torch.")
+        _worst[key] = max(_worst.get(key, 0.0), error)
+        assert error <= TOLERANCE[dtype], f"relative RMS error {error:.2e}"
+
+    return assert_close
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.triton)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _worst:
+        terminalreporter.section("largest relative RMS error, Triton interpreter against reference")
+        for (kernel, dtype), error in sorted(_worst.items()):
+            terminalreporter.write_line(f"{kernel:<24} {dtype:<9} {error:.1e}")

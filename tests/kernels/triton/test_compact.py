@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from curkv.kernels.compact import reference, triton
+from tests.kernels.triton.test_window_scores import rows_of
+from tests.kernels.util import make_pool
+
+FIELDS = ("k", "v", "position", "k_sq", "v_sq", "attention")
+
+
+def choose(lengths, share):
+    """Ascending random indices [N, max_kept], -1 padded, and their counts."""
+    generator = torch.Generator().manual_seed(2)
+    kept = [(torch.rand(n, generator=generator) < share).nonzero()[:, 0] for n in lengths.tolist()]
+    counts = torch.tensor([len(x) for x in kept], dtype=torch.int32)
+    indices = torch.full((len(kept), int(counts.max()) + 3), -1, dtype=torch.int32)
+    for row, x in zip(indices, kept, strict=True):
+        row[: len(x)] = x
+    return indices, counts
+
+
+def assert_same(pages, expected):
+    for field in FIELDS:
+        a, e = getattr(pages, field), getattr(expected, field)
+        bits = torch.int16 if a.itemsize == 2 else torch.int32
+        assert torch.equal(a.view(bits), e.view(bits)), field
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize(
+    ("head_dim", "page_size", "dtype"),
+    [
+        (64, 16, torch.float32),
+        (96, 32, torch.float16),
+        (256, 128, torch.bfloat16),
+    ],
+)
+def test_moves_in_place_bit_for_bit(head_dim, page_size, dtype, share):
+    lengths = [[300, 0, 1], [64, 65, 17]]
+    pool = make_pool(lengths, head_dim=head_dim, page_size=page_size, dtype=dtype)
+    expected = pool.copy()
+    table, lengths = rows_of(pool)
+    chosen = choose(lengths, share)
+    triton.compact(pool.pages, table, table, *chosen)
+    reference.compact(expected.pages, table, table, *chosen)
+    assert_same(pool.pages, expected.pages)
+
+
+def test_moves_into_other_pages():
+    pool = make_pool([[90, 40], [90, 40]], shared_pages=2)
+    expected = pool.copy()
+    table, lengths = rows_of(pool)
+    indices, counts = choose(lengths, 0.5)
+    rows = slice(0, 2)
+    arguments = table[rows], table[2:], indices[rows], counts[rows]
+    triton.compact(pool.pages, *arguments)
+    reference.compact(expected.pages, *arguments)
+    assert_same(pool.pages, expected.pages)

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from curkv.kernels.leverage_scores import reference, triton
+from tests.kernels.triton.test_window_scores import rows_of
+from tests.kernels.util import make_pool
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"partial": "left", "combine": "key"},
+        {"partial": "right", "combine": "value"},
+        {"normalization": "head", "combine": "mean"},
+        {"window": 5},
+        {"window": 20, "partial": "left"},
+    ],
+)
+def test_norms_score_like_the_reference(close, options):
+    pool = make_pool([[50, 0, 1], [64, 65, 17]], page_size=32)
+    arguments = pool.pages, *rows_of(pool)
+    close(triton.leverage_scores(*arguments, **options), reference.leverage_scores(*arguments, **options))
+
+
+def test_rows_longer_than_a_block(close):
+    pool = make_pool([[2100, 10]], page_size=128)
+    arguments = pool.pages, *rows_of(pool)
+    close(triton.leverage_scores(*arguments), reference.leverage_scores(*arguments))
+
+
+def test_zero_energies_score_zero():
+    pool = make_pool([[40]])
+    pool.pages.k_sq.zero_()
+    scores = triton.leverage_scores(pool.pages, *rows_of(pool))
+    assert torch.equal(scores, torch.zeros(1, 40))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "page_size", "dtype", "rank"),
+    [
+        (64, 16, torch.float32, 20),
+        (96, 64, torch.float16, 16),
+        (128, 128, torch.bfloat16, 20),
+        (256, 32, torch.bfloat16, 1),
+    ],
+)
+def test_sketches_score_like_the_reference(close, head_dim, page_size, dtype, rank):
+    pool = make_pool([[50, 0, 1], [64, 65, 17]], head_dim=head_dim, page_size=page_size, dtype=dtype)
+    options = {"normalization": "head", "sketch": torch.randn(head_dim, rank) / rank**0.5}
+    arguments = pool.pages, *rows_of(pool)
+    actual, expected = (x.leverage_scores(*arguments, **options) for x in (triton, reference))
+    close(actual, expected, torch.float32 if dtype == torch.float32 else torch.float16)

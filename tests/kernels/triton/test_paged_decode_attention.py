@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from curkv.kernels.paged_decode_attention import reference, triton
+from tests.kernels.util import make_pool
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize(
+    ("lengths", "group", "head_dim", "page_size", "dtype", "shared_pages"),
+    [
+        ([[1]], 1, 64, 16, torch.float32, 0),
+        ([[5, 0], [16, 17], [64, 65]], 3, 64, 16, torch.float32, 0),
+        ([[700, 256, 257]], 4, 64, 128, torch.float32, 0),
+        ([[40, 80], [50, 33]], 2, 96, 32, torch.float16, 2),
+        ([[90, 1], [129, 127]], 8, 128, 64, torch.bfloat16, 1),
+        ([[35]], 16, 256, 16, torch.bfloat16, 0),
+    ],
+)
+def test_attends_like_the_reference(
+    close, lengths, group, head_dim, page_size, dtype, shared_pages, accumulate
+):
+    pool = make_pool(lengths, head_dim=head_dim, page_size=page_size, dtype=dtype, shared_pages=shared_pages)
+    expected = pool.copy()
+    q = torch.randn(len(lengths), 3 * len(lengths[0]) * group, head_dim)[:, : len(lengths[0]) * group]
+    arguments = pool.table, pool.lengths, pool.slots, head_dim**-0.5, accumulate
+    close(
+        triton.paged_decode_attention(q, pool.pages, *arguments),
+        reference.paged_decode_attention(q, expected.pages, *arguments),
+        dtype,
+    )
+    close(pool.pages.attention, expected.pages.attention, dtype)
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+def test_many_sequences(close, batch):
+    pool = make_pool([[n * 7 % 50] for n in range(1, batch + 1)])
+    q = torch.randn(batch, 2, 64)
+    arguments = q, pool.pages, pool.table, pool.lengths, pool.slots, 0.125
+    close(triton.paged_decode_attention(*arguments), reference.paged_decode_attention(*arguments))
+
+
+def test_a_slot_below_zero_gives_zero():
+    pool = make_pool([[300], [7]])
+    slots = pool.slots.clone()
+    slots[0] = -1
+    q = torch.randn(2, 2, 64)
+    out = triton.paged_decode_attention(q, pool.pages, pool.table, pool.lengths, slots, 0.125, True)
+    assert torch.equal(out[0], torch.zeros(2, 64))
+    assert float(pool.pages.attention.nansum()) == pytest.approx(2, rel=1e-5)
+
+
+def test_large_scores_do_not_overflow(close):
+    pool = make_pool([[600, 40]])
+    q = 60 * torch.randn(1, 2, 64)
+    arguments = q, pool.pages, pool.table, pool.lengths, pool.slots, 1.0
+    close(triton.paged_decode_attention(*arguments), reference.paged_decode_attention(*arguments))
+
+
+def test_no_sequences():
+    pool = make_pool([[3]])
+    none = torch.empty(0, dtype=torch.int32)
+    q = torch.empty(0, 2, 64)
+    assert triton.paged_decode_attention(q, pool.pages, pool.table, pool.lengths, none, 1.0).shape == q.shape

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from curkv.kernels.paged_prefill_attention import reference, triton
+from tests.kernels.util import make_pool, query_start
+
+
+@pytest.mark.parametrize(
+    ("lengths", "new_tokens", "group", "head_dim", "page_size", "dtype", "shared_pages"),
+    [
+        ([[1]], [1], 1, 64, 16, torch.float32, 0),
+        ([[40, 9], [90, 150]], [9, 70], 3, 64, 16, torch.float32, 0),
+        ([[130], [3], [64], [65]], [130, 3, 64, 1], 2, 64, 32, torch.float32, 0),
+        ([[40, 80], [90, 50]], [5, 17], 2, 96, 32, torch.float16, 1),
+        ([[70, 140]], [70], 4, 128, 128, torch.bfloat16, 0),
+        ([[33]], [20], 16, 256, 64, torch.bfloat16, 0),
+    ],
+)
+def test_attends_like_the_reference(
+    close, lengths, new_tokens, group, head_dim, page_size, dtype, shared_pages
+):
+    pool = make_pool(lengths, head_dim=head_dim, page_size=page_size, dtype=dtype, shared_pages=shared_pages)
+    heads = len(lengths[0])
+    q = torch.randn(sum(new_tokens), 2 * heads * group, head_dim)[:, heads * group :]
+    layout = pool.table, pool.lengths, pool.slots, query_start(new_tokens)
+    arguments = q, pool.pages, *layout, head_dim**-0.5
+    out, lse = triton.paged_prefill_attention(*arguments, return_lse=True)
+    expected, expected_lse = reference.paged_prefill_attention(*arguments, return_lse=True)
+    close(out, expected, dtype)
+    close(lse, expected_lse, dtype)
+
+
+def test_many_sequences(close):
+    new_tokens = [n % 5 + 1 for n in range(64)]
+    pool = make_pool([[n + n % 9] for n in new_tokens])
+    q = torch.randn(sum(new_tokens), 1, 64)
+    layout = pool.table, pool.lengths, pool.slots, query_start(new_tokens)
+    arguments = q, pool.pages, *layout, 0.125
+    close(triton.paged_prefill_attention(*arguments), reference.paged_prefill_attention(*arguments))
+
+
+def test_large_scores_do_not_overflow(close):
+    pool = make_pool([[100]])
+    layout = pool.table, pool.lengths, pool.slots, query_start([50])
+    arguments = 60 * torch.randn(50, 2, 64), pool.pages, *layout, 1.0
+    close(triton.paged_prefill_attention(*arguments), reference.paged_prefill_attention(*arguments))

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from curkv.kernels.store_kv import reference, triton
+from tests.kernels.util import make_pool, query_start, rope_tables
+
+FIELDS = ("k", "v", "position", "k_sq", "v_sq", "attention")
+
+
+def store(kernel, pool, new_tokens, head_dim, slots=None):
+    tokens, heads = sum(new_tokens), pool.table.shape[1]
+    qkv = torch.randn(tokens, 4 * heads, head_dim, generator=torch.Generator().manual_seed(1))
+    k, v = qkv[:, 2 * heads : 3 * heads], qkv[:, 3 * heads :]
+    positions = torch.arange(100, 100 + tokens, dtype=torch.int32)
+    layout = pool.table, pool.lengths, pool.slots if slots is None else slots
+    kernel.store_kv(pool.pages, k, v, *rope_tables(head_dim), positions, *layout, query_start(new_tokens))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "new_tokens", "head_dim", "page_size", "dtype"),
+    [
+        ([[1]], [1], 64, 16, torch.float32),
+        ([[5, 20, 3], [16, 17, 33]], [3, 16], 64, 16, torch.float32),
+        ([[19, 40, 18, 18, 33], [1, 1, 1, 1, 65]], [18, 1], 96, 32, torch.float16),
+        ([[9, 64], [65, 128]], [9, 2], 128, 64, torch.bfloat16),
+        ([[130, 7]], [6], 256, 128, torch.bfloat16),
+        ([[n % 40 + 1] for n in range(64)], [1] * 64, 64, 16, torch.float32),
+    ],
+)
+def test_writes_what_the_reference_writes_and_nothing_else(
+    close, lengths, new_tokens, head_dim, page_size, dtype
+):
+    pool = make_pool(lengths, head_dim=head_dim, page_size=page_size, dtype=dtype, new_tokens=new_tokens)
+    expected = pool.copy()
+    store(reference, expected, new_tokens, head_dim)
+    store(triton, pool, new_tokens, head_dim)
+    for field in FIELDS:
+        close(getattr(pool.pages, field), getattr(expected.pages, field), dtype)
+
+
+def test_a_slot_below_zero_is_not_written():
+    pool = make_pool([[4], [7]], new_tokens=[1, 1])
+    before = pool.copy()
+    store(triton, pool, [1, 1], 64, slots=torch.tensor([-1, -1], dtype=torch.int32))
+    for field in FIELDS:
+        assert torch.equal(getattr(pool.pages, field).nan_to_num(), getattr(before.pages, field).nan_to_num())
