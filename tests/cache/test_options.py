@@ -76,7 +76,7 @@ def test_overlapping_spans_are_merged():
         ({"policy": "curdkv"}, {"budget", "policy"}),
         ({"policy": "knorm", "budget": 100, "leverage": "sketch"}, {"leverage", "policy"}),
         ({"policy": "streaming-llm", "budget": 100, "pool": 7}, {"pool", "policy"}),
-        ({"policy": "curdkv", "budget": 100, "alpha": 0.5}, {"alpha", "policy"}),
+        ({"policy": "curdkv", "budget": 100, "alpha": 0.5}, {"alpha", "allocation"}),
         ({"policy": "curdkv", "budget": 100, "rank": 8}, {"rank", "leverage"}),
         ({"policy": "curdkv", "budget": 100, "leverage": "sketch", "window": 8}, {"window", "leverage"}),
         ({"policy": "curdkv", "budget": 100, "pool_kind": "mean"}, {"pool_kind", "pool"}),
@@ -182,4 +182,3 @@ def test_every_policy_can_be_loaded_and_described():
     assert set(policy_descriptions()) == set(policy_names())
     for name in policy_names():
         assert get_policy(name).name == name
-        assert get_policy(name).needs.query_agnostic

@@ -59,7 +59,7 @@ class Completion:
     @property
     def headers(self) -> dict[str, str]:
         """Response headers that say what eviction will do; a mean if prompts differ."""
-        budget = round(fmean(plan.budget_tokens for plan in self.plans))
+        budget = round(fmean(plan.kept_prompt_tokens for plan in self.plans))
         return {"X-KV-Policy": self.requests[0].eviction.policy, "X-KV-Budget-Tokens": str(budget)}
 
     def start(self) -> OutputStream:

@@ -1,0 +1,36 @@
+"""DapQ."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from curkv.cache.policies.base import CacheView
+from curkv.cache.policies.snapkv import SnapKV
+
+if TYPE_CHECKING:
+    from curkv.cache.options import EvictionOptions
+    from curkv.kernels.dispatch import Kernels
+
+
+class DapQ(SnapKV):
+    """DapQ, decoding-aligned pseudo queries: SnapKV with queries at the positions that the answer will have.
+
+    What such a query asks matters less than where it stands: the last `observation` = 32 queries are turned
+    ahead by as many positions (RoPE turns add up), which puts them right behind the prompt.
+    """
+
+    name = "dapq"
+    description = "DapQ: SnapKV with its queries moved to the positions of the answer"
+
+    def score(self, view: CacheView, options: EvictionOptions, kernels: Kernels) -> Tensor:
+        """Score tokens by the mean attention of the moved window."""
+        assert view.rope is not None
+        queries = view.queries(options.observation or 0)
+        cos, sin = (table[min(queries.shape[1], len(table) - 1)] for table in view.rope)
+        first, second = queries.chunk(2, -1)
+        ahead = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+        scores = kernels.window_scores(ahead, view.pages, *view.rows, view.scale)
+        return scores.view(*view.lengths.shape, view.width)
