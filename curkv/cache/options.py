@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from curkv.cache.budgets import Budget, parse_budget
-from curkv.cache.policies import UnknownPolicy, get_policy
+from curkv.cache.policies import KVPRESS_PREFIX, UnknownPolicy, get_policy
 from curkv.cache.policies.base import Allocation, Needs, Policy
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ class EvictionOptions:
         alpha: Share of the kept tokens that each head is sure of under adaptive allocation, 0.2 in Ada-KV.
         beta: Steepness of the pyramid: its last layer gets 1 / beta of the mean, 20 in PyramidKV.
         observation: Newest tokens whose queries judge the others, 32 in SnapKV.
+        reduction: What counts of the observed queries' attention, the "mean" or the "max"imum over them.
         times: A second policy whose scores are multiplied with those of the first.
         times_pool: Pooling of the second policy's scores.
         scorer: Whose scores ChunkKV takes.
@@ -129,6 +130,7 @@ class EvictionOptions:
     alpha: float = 0.2
     beta: float = 20.0
     observation: int | None = None
+    reduction: Literal["mean", "max"] | None = None
     times: str | None = None
     times_pool: int | None = None
     scorer: Literal["snapkv", "curdkv"] = "snapkv"
@@ -319,7 +321,9 @@ def _check_combination(options: EvictionOptions) -> None:
         raise OptionError("allocation", message, ("policy",))
     for first, second in ((policy, options.times), (get_policy(options.times or "curdkv"), options.policy)):
         if options.times is not None and not first.factor:
-            message = f"scores of {first.name!r} are no shares and cannot be multiplied with {second!r}'s"
+            message = (
+                f"scores of policy {first.name!r} are no shares and cannot be multiplied with {second!r}'s"
+            )
             raise OptionError("times", message, ("policy",))
     if options.budget is None or options.budget.kind != "auto":
         return
@@ -343,6 +347,7 @@ def settle(options: EvictionOptions) -> EvictionOptions:
         "pool": 1,
         "pool_kind": "max",
         "observation": 32,
+        "reduction": "mean",
         "times_pool": 1,
         "decode_interval": 64,
         "max_loss": 0.01,
@@ -492,7 +497,7 @@ def _decode_budget(value: object) -> Budget:
 def _policy(value: object) -> str:
     name = value.strip() if isinstance(value, str) else ""
     try:
-        return get_policy(name if name.startswith("kvpress:") else name.lower()).name
+        return get_policy(name if name.startswith(KVPRESS_PREFIX) else name.lower()).name
     except UnknownPolicy as error:
         raise ValueError(str(error)) from None
 
@@ -526,6 +531,7 @@ _PARSERS: dict[str, Callable[[object], Any]] = {
     "alpha": _fraction,
     "beta": _positive,
     "observation": _integer(1, 4096),
+    "reduction": _choice("mean", "max"),
     "times": _policy,
     "times_pool": _integer(1, 1023, odd=True),
     "scorer": _choice("snapkv", "curdkv"),
@@ -544,8 +550,8 @@ _PARSERS: dict[str, Callable[[object], Any]] = {
     "max_loss": _fraction,
 }
 _SCORING = {
-    "leverage", "rank", "window", "combine", "pool", "pool_kind", "observation", "scorer", "chunk",
-    "first_stage", "future", "blend", "block", "ladder",
+    "leverage", "rank", "window", "combine", "pool", "pool_kind", "observation", "reduction", "scorer",
+    "chunk", "first_stage", "future", "blend", "block", "ladder",
 }  # fmt: skip
 _OF_LEVERAGE = {"rank": "sketch", "window": "window"}
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(EvictionOptions)}

@@ -30,7 +30,8 @@ _POLICIES = {
     "lacache": ("lacache", "LaCache"),
     "random": ("random", "Random"),
 }
-_KVPRESS = "kvpress:"
+KVPRESS_PREFIX = "kvpress:"
+"""Of the name of a press of the kvpress package."""
 
 
 class UnknownPolicy(KeyError):
@@ -58,10 +59,10 @@ def get_policy(name: str) -> Policy:
     Raises:
         UnknownPolicy: the name is unknown, or the press cannot be used.
     """
-    if name.startswith(_KVPRESS):
+    if name.startswith(KVPRESS_PREFIX):
         from curkv.cache.policies.kvpress import load_press
 
-        return load_press(name.removeprefix(_KVPRESS))
+        return load_press(name.removeprefix(KVPRESS_PREFIX))
     if name not in _POLICIES:
         raise UnknownPolicy(
             f"expected one of {', '.join(_POLICIES)} or kvpress:<PressName>, not {name[:40]!r}"

@@ -27,7 +27,9 @@ class ChunkKV(Policy):
     name = "chunkkv"
     description = "ChunkKV: whole chunks of 20 tokens, by SnapKV's or CurDKV's scores"
     allocations = SAME_FOR_ALL_HEADS
-    reads = frozenset({"scorer", "chunk", "observation", "leverage", "rank", "window", "combine"})
+    reads = frozenset(
+        {"scorer", "chunk", "observation", "reduction", "leverage", "rank", "window", "combine"}
+    )
 
     def needs(self, options: EvictionOptions) -> Needs:
         """What the scorer needs."""

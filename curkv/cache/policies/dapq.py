@@ -12,7 +12,6 @@ from curkv.cache.policies.snapkv import SnapKV
 
 if TYPE_CHECKING:
     from curkv.cache.options import EvictionOptions
-    from curkv.kernels.dispatch import Kernels
 
 
 class DapQ(SnapKV):
@@ -25,12 +24,10 @@ class DapQ(SnapKV):
     name = "dapq"
     description = "DapQ: SnapKV with its queries moved to the positions of the answer"
 
-    def score(self, view: CacheView, options: EvictionOptions, kernels: Kernels) -> Tensor:
-        """Score tokens by the mean attention of the moved window."""
+    def queries(self, view: CacheView, options: EvictionOptions) -> Tensor:
+        """The window's queries, moved behind the prompt."""
         assert view.rope is not None
-        queries = view.queries(options.observation or 0)
+        queries = super().queries(view, options)
         cos, sin = (table[min(queries.shape[1], len(table) - 1)] for table in view.rope)
         first, second = queries.chunk(2, -1)
-        ahead = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-        scores = kernels.window_scores(ahead, view.pages, *view.rows, view.scale)
-        return scores.view(*view.lengths.shape, view.width)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

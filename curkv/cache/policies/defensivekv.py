@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -25,12 +26,7 @@ class DefensiveKV(SnapKV):
     name = "defensivekv"
     description = "DefensiveKV: the most attention of any of the last 32 tokens, times the projected value"
     factor = False
-
-    def score(self, view: CacheView, options: EvictionOptions, kernels: Kernels) -> Tensor:
-        """Score tokens by the largest attention of the window."""
-        queries = view.queries(options.observation or 0)
-        scores = kernels.window_scores(queries, view.pages, *view.rows, view.scale, "max")
-        return scores.view(*view.lengths.shape, view.width)
+    defaults: Mapping[str, Any] = {**SnapKV.defaults, "reduction": "max"}
 
     def scores(self, view: CacheView, options: EvictionOptions, kernels: Kernels) -> Tensor:
         """The pooled scores, bounded from below and weighted; tokens of the window stay +inf."""

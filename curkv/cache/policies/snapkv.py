@@ -25,7 +25,7 @@ class SnapKV(Policy):
     name = "snapkv"
     description = "SnapKV: tokens that the last 32 tokens attend to"
     defaults: Mapping[str, Any] = {"observation": 32, "pool": 5, "pool_kind": "mean"}
-    reads = frozenset({"observation", "pool", "pool_kind"})
+    reads = frozenset({"observation", "reduction", "pool", "pool_kind"})
     factor = True
 
     def needs(self, options: EvictionOptions) -> Needs:
@@ -36,10 +36,14 @@ class SnapKV(Policy):
         """The tokens that observe."""
         return options.observation or 0
 
+    def queries(self, view: CacheView, options: EvictionOptions) -> Tensor:
+        """The queries that observe: float32 [L * H, w, group, head_dim], after RoPE."""
+        return view.queries(options.observation or 0)
+
     def score(self, view: CacheView, options: EvictionOptions, kernels: Kernels) -> Tensor:
-        """Score tokens by the mean attention of the window."""
-        queries = view.queries(options.observation or 0)
-        scores = kernels.window_scores(queries, view.pages, *view.rows, view.scale)
+        """Score tokens by the attention of the window."""
+        queries, reduction = self.queries(view, options), options.reduction or "mean"
+        scores = kernels.window_scores(queries, view.pages, *view.rows, view.scale, reduction)
         return scores.view(*view.lengths.shape, view.width)
 
 
