@@ -21,7 +21,7 @@ from curkv.engine.detokenizer import Detokenizer
 from curkv.engine.sampling import choice_seed, sample
 from curkv.engine.scheduler import Schedule, Scheduler
 from curkv.engine.sequence import Sequence
-from curkv.engine.stats import EvictionStats, RequestStats, StepStats
+from curkv.engine.stats import EvictionStats, RequestStats, SequenceStats, StepStats
 from curkv.engine.types import FinishReason, InvalidRequest, KVReport, Output, Request, TokenLogprob
 from curkv.kernels.dispatch import Kernels
 from curkv.models.llama import Llama
@@ -342,7 +342,23 @@ class Engine:
             preemptions=schedule.preempted,
             evictions=evictions,
             finished=finished,
+            sequences=[self._sequence_stats(sequence) for sequence in self.scheduler.running],
             step_seconds=seconds,
+        )
+
+    def _sequence_stats(self, sequence: Sequence) -> SequenceStats:
+        held = self.kv.sequence_bytes(sequence.slot)
+        return SequenceStats(
+            request_id=sequence.request.id,
+            index=sequence.index,
+            policy=sequence.plan.policy.name,
+            prompt_tokens=len(sequence.prompt),
+            computed_tokens=sequence.computed,
+            generation_tokens=len(sequence.output),
+            budget_tokens=sequence.plan.budget_tokens,
+            held_tokens=self._mean_length(sequence),
+            held_bytes=held,
+            peak_bytes=max(sequence.peak_bytes, held),
         )
 
 

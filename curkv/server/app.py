@@ -48,7 +48,9 @@ def create_app(client: EngineClient | None, settings: Settings, lifespan: Lifesp
         redoc_url=None,
         lifespan=lifespan,
     )
-    app.state.server = ServerState(settings, Metrics(settings.model_name), default_options(settings))
+    app.state.server = ServerState(
+        settings, Metrics(settings.model_name, settings.vllm_metrics), default_options(settings)
+    )
     if client is not None:
         app.state.server.attach(client)
     for router in (completions, models, health):
