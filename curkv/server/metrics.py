@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
@@ -71,6 +71,7 @@ class Metrics:
         self._policies: set[str] = set()
         ProcessCollector(registry=self.registry)
 
+        self._up = self._gauge("engine_up", "1 while requests are taken, else 0.")
         self._running = self._gauge("num_requests_running", "Sequences being prefilled or decoded.")
         self._waiting = self._gauge("num_requests_waiting", "Sequences in the queue.")
         self._usage = self._gauge("kv_cache_usage_ratio", "Share of the KV cache's pages in use, 0 to 1.")
@@ -131,6 +132,10 @@ class Metrics:
     def render(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
+
+    def watch(self, is_up: Callable[[], bool]) -> None:
+        """Asks `is_up`, at every scrape, whether requests are taken."""
+        self._up.labels(self._model).set_function(is_up)
 
     def describe(self, client: EngineClient) -> None:
         """Sets what is fixed once the engine runs: the cache's shape, and the gauges of an idle engine."""

@@ -18,7 +18,7 @@ num_preemptions time_to_first_token_seconds inter_token_latency_seconds e2e_requ
 request_queue_time_seconds request_prefill_time_seconds request_decode_time_seconds cache_config_info
 kv_tokens_written kv_tokens_evicted kv_pages_freed kv_cache_used_bytes kv_cache_capacity_bytes
 kv_eviction_duration_seconds request_kv_kept_ratio kv_page_slots_stranded_ratio kv_head_budget_tokens
-kv_cache_held_bytes weights_bytes
+kv_cache_held_bytes weights_bytes engine_up
 """
 
 
@@ -96,6 +96,12 @@ async def test_a_step_shows_in_the_metrics(http: httpx.AsyncClient, engine: Scri
 async def test_every_metric_is_announced_before_the_first_request(http: httpx.AsyncClient) -> None:
     families = text_string_to_metric_families((await http.get("/metrics")).text)
     assert {f"curkv:{name}" for name in CONVENTION.split()} <= {family.name for family in families}
+
+
+async def test_a_dead_engine_shows_in_the_metrics(http: httpx.AsyncClient, engine: ScriptedClient) -> None:
+    assert (await metrics(http))["curkv:engine_up"] == 1
+    engine.state = "dead"
+    assert (await metrics(http))["curkv:engine_up"] == 0
 
 
 async def test_each_way_to_end_counts_from_zero(http: httpx.AsyncClient) -> None:
