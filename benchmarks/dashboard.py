@@ -134,7 +134,7 @@ def wait_for(url: str, seconds: float) -> None:
 
 @contextlib.contextmanager
 def load(url: str, users: int, words: int) -> Iterator[list[str]]:
-    """Requests of all policies from `users` threads until the block ends; gives the policies of those ended."""
+    """Requests of all policies from `users` threads until the block ends; gives the policies of the ended ones."""
     over, ended = threading.Event(), list[str]()
     threads = [threading.Thread(target=use, args=(url, user, words, over, ended)) for user in range(users)]
     for thread in threads:

@@ -14,9 +14,12 @@ from curkv.server.completions.router import router as completions
 from curkv.server.errors import install_error_handlers
 from curkv.server.headers import default_options
 from curkv.server.health.router import router as health
+from curkv.server.live.router import router as live
 from curkv.server.metrics import Metrics
 from curkv.server.middleware import BodyLimitMiddleware, RequestIdMiddleware
 from curkv.server.models.router import router as models
+from curkv.server.page.router import files as page_files
+from curkv.server.page.router import router as page
 from curkv.server.state import ServerState
 
 if TYPE_CHECKING:
@@ -53,8 +56,9 @@ def create_app(client: EngineClient | None, settings: Settings, lifespan: Lifesp
     )
     if client is not None:
         app.state.server.attach(client)
-    for router in (completions, models, health):
+    for router in (completions, models, live, health, page):
         app.include_router(router)
+    app.mount("/page", page_files)
     install_error_handlers(app)
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_size)
     app.add_middleware(RequestIdMiddleware)
