@@ -10,6 +10,7 @@ from fastapi import FastAPI
 
 import curkv
 from curkv.config import Settings
+from curkv.server.chat.router import router as chat
 from curkv.server.completions.router import router as completions
 from curkv.server.errors import install_error_handlers
 from curkv.server.headers import default_options
@@ -51,7 +52,7 @@ def create_app(client: EngineClient | None, settings: Settings, lifespan: Lifesp
     app.state.server = ServerState(settings, Metrics(settings.model_name), default_options(settings))
     if client is not None:
         app.state.server.attach(client)
-    for router in (completions, models, health):
+    for router in (completions, chat, models, health):
         app.include_router(router)
     install_error_handlers(app)
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_size)
