@@ -11,6 +11,25 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Where one sequence's tokens are in a batch.
+
+    Attributes:
+        index: place of the sequence in the batch.
+        slot: its cache slot.
+        start: its first token.
+        end: one past its last token.
+        position: logical position of its first token.
+    """
+
+    index: int
+    slot: int
+    start: int
+    end: int
+    position: int
+
+
 @dataclass(frozen=True)
 class Batch:
     """The new tokens of every sequence in a step, sequence after sequence.
@@ -88,3 +107,11 @@ class Batch:
     def prefill_query_start(self) -> Tensor:
         """int32 [B - num_decodes + 1], `query_start` of the others, from their first token."""
         return self.query_start[self.num_decodes :] - self.num_decodes
+
+    @cached_property
+    def segments(self) -> list[Segment]:
+        """The sequences, on the host."""
+        starts = self.query_start.tolist()
+        positions = self.positions[self.query_start[:-1].long()].tolist()
+        places = zip(self.slots.tolist(), starts, starts[1:], positions, strict=False)
+        return [Segment(index, *place) for index, place in enumerate(places)]

@@ -20,30 +20,31 @@ class Budget:
     """What a request allows its cache to hold.
 
     Attributes:
-        kind: "ratio" of the prompt's tokens, "tokens" per head on average, or "bytes" in the pool.
-        value: Above 0; a ratio is at most 1, tokens and bytes are whole numbers.
+        kind: "ratio" of the prompt's tokens, "tokens" per head on average, "bytes" in the pool, or "auto": as
+            little as loses no more than the request allows.
+        value: Above 0; a ratio is at most 1, tokens and bytes are whole numbers; 1 with "auto".
     """
 
-    kind: Literal["ratio", "tokens", "bytes"]
+    kind: Literal["ratio", "tokens", "bytes", "auto"]
     value: float
 
     def __str__(self) -> str:
+        if self.kind == "auto":
+            return "auto"
         if self.kind == "ratio":
             return f"{self.value * 100:.15g}%"
         return f"{int(self.value)}{'tok' if self.kind == 'tokens' else 'B'}"
 
-    def tokens(
-        self, prompt_tokens: int, layout: CacheLayout, *, adaptive: bool = False, slack: int = 0
-    ) -> int:
+    def tokens(self, prompt_tokens: int, layout: CacheLayout, *, ragged: bool = False, slack: int = 0) -> int:
         """Resolve to tokens per head, on average over the heads of a layer.
 
-        A byte budget bounds the pages held, side arrays and unused slots of last pages included; with
-        adaptive allocation it counts with the worst split of tokens over heads, almost a page more for each.
+        A byte budget bounds the pages held, side arrays and unused slots of last pages included; with ragged
+        heads it counts with the worst split of tokens over heads, almost a page more for each.
 
         Args:
             prompt_tokens: Length of the prompt.
             layout: Shape of the cache.
-            adaptive: Heads of a layer may hold different numbers of tokens.
+            ragged: Heads of a layer may hold different numbers of tokens.
             slack: Tokens per head that come on top before the next eviction; only a byte budget has to hold
                 them.
 
@@ -56,7 +57,7 @@ class Budget:
             return int(self.value)
         size, heads = layout.page_size, layout.num_kv_heads
         layer_pages = int(self.value) // (layout.num_layers * layout.page_bytes)
-        room = layer_pages * size // heads - (size - 1) if adaptive else layer_pages // heads * size
+        room = layer_pages * size // heads - (size - 1) if ragged else layer_pages // heads * size
         return room - slack
 
 
@@ -67,7 +68,8 @@ def parse_budget(value: object) -> Budget:
     everything.
 
     Args:
-        value: "25%", "0.25", "512", "512tok", "8MiB" (also B, KB, MB, GB, KiB, GiB), or a JSON number.
+        value: "25%", "0.25", "512", "512tok", "8MiB" (also B, KB, MB, GB, KiB, GiB), "auto", or a JSON
+            number.
 
     Returns:
         The budget.
@@ -77,6 +79,8 @@ def parse_budget(value: object) -> Budget:
     """
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(f"expected a number or a string; {_FORMS}")
+    if str(value).strip().lower() == "auto":
+        return Budget("auto", 1)
     match = _NUMBER.fullmatch(str(value).strip())
     if match is None:
         raise ValueError(f"{str(value)[:40]!r} is no budget; {_FORMS}")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from curkv.cache.options import EvictionPlan
+from curkv.cache.auto_budget import layer_budgets
+from curkv.cache.merging import merged
+from curkv.cache.options import EvictionOptions, EvictionPlan
+from curkv.cache.policies import get_policy
 from curkv.cache.policies.base import CacheView
 
 if TYPE_CHECKING:
+    from curkv.cache.kv_cache import KVCache
     from curkv.kernels.dispatch import Kernels
 
 
@@ -34,45 +37,86 @@ def plan_kept(view: CacheView, plan: EvictionPlan, kernels: Kernels) -> tuple[Te
     k = plan.budget_tokens if view.phase == "prefill" else plan.decode_budget_tokens
     if k is None:
         raise ValueError("the plan has no decode budget")
-    view = replace(view, seed=plan.seed)
-    scores = plan.policy.score(view, plan.options, kernels)
-    scores = pooled(scores, view.stored, plan.options.pool or 1, plan.options.pool_kind)
-    scores.masked_fill_(protected(view, plan), torch.inf)
-    keep = torch.full_like(view.lengths, k)
+    view = replace(view, seed=plan.seed, budget=k)
+    scores = combined_scores(view, plan, kernels)
+    always = protected(view, plan)
+    scores.masked_fill_(always, torch.inf)
+    if plan.auto and view.phase == "prefill":
+        keep = layer_budgets(view, scores, plan.options)
+    elif plan.options.allocation == "pyramid":
+        keep = pyramid(view, k, int(always.sum(-1).max()), plan.options)
+    else:
+        keep = torch.full_like(view.lengths, k)
     floor = None
-    if plan.policy.allocation == "adaptive":
-        floor = torch.full_like(keep, max(int(plan.options.alpha * k), plan.options.alpha > 0))
+    if plan.options.allocation == "adaptive":
+        alpha = plan.options.alpha
+        floor = torch.maximum((alpha * keep).int(), torch.full_like(keep, alpha > 0))
     return kernels.select(scores, view.lengths, keep, floor)
 
 
-def pooled(scores: Tensor, stored: Tensor, kernel: int, kind: Literal["max", "mean"]) -> Tensor:
-    """Pool scores over neighbouring stored tokens, so that spans are kept whole (SnapKV, section 4).
+def evict(
+    kv: KVCache, slot: int, view: CacheView, plan: EvictionPlan, indices: Tensor, counts: Tensor
+) -> int:
+    """Keep the chosen tokens, after merging the others into them if the plan says so.
 
     Args:
-        scores: float32 [L, H, n], -inf past a head's length.
-        stored: bool [L, H, n], False past a head's length.
-        kernel: Odd number of tokens; 1 changes nothing.
-        kind: "max", or "mean" over those of the neighbours that exist.
+        kv: The cache.
+        slot: The sequence.
+        view: Of that sequence or of the one it was forked from.
+        plan: What the request asked for.
+        indices: int32 [L, H, n], as `plan_kept` gives them.
+        counts: int32 [L, H].
 
     Returns:
-        float32 [L, H, n], -inf past a head's length.
+        Pages freed, less the fresh ones taken.
+
+    Raises:
+        OutOfPages: shared pages cannot be copied; nothing is changed.
     """
-    if kernel == 1:
-        return scores
-    if kind == "max":
-        scores = F.max_pool1d(scores, kernel, stride=1, padding=kernel // 2)
-    else:
-        sums, counts = (
-            F.avg_pool1d(x, kernel, stride=1, padding=kernel // 2)
-            for x in (scores.masked_fill(~stored, 0), stored.to(scores.dtype))
-        )
-        scores = sums / counts
-    return scores.masked_fill(~stored, -torch.inf)
+    if plan.options.merge == "none":
+        return kv.evict(slot, indices, counts)
+    threshold = plan.options.merge_threshold
+    layers = [merged(view, i, indices[i], counts[i], threshold) for i in range(view.num_layers)]
+    freed = kv.evict(slot, indices, counts)
+    for layer, (k, v) in enumerate(layers):
+        kv.overwrite(slot, layer, k, v)
+    return freed
+
+
+def combined_scores(view: CacheView, plan: EvictionPlan, kernels: Kernels) -> Tensor:
+    """Scores of the plan's policy, times those of a second one if it names one: float32 [L, H, n]."""
+    options = plan.options
+    scores = plan.policy.scores(view, options, kernels)
+    if options.times is not None:
+        second = replace(options, pool=options.times_pool, pool_kind="max")
+        factor = get_policy(options.times).scores(view, second, kernels)
+        scores = torch.where(scores.isfinite() & factor.isfinite(), scores * factor, scores)
+    return scores
+
+
+def pyramid(view: CacheView, k: int, always: int, options: EvictionOptions) -> Tensor:
+    """Budgets that fall linearly over the layers, their mean exactly k (PyramidKV, section 3.2).
+
+    Beside `always` tokens that every layer keeps, the last layer gets 1 / beta of the mean and the first one
+    as much more; if that exceeds what there is, the slope is less. Under preset "kvpress" nothing is set
+    aside.
+
+    Returns:
+        int32 [L, H].
+    """
+    layers, length = view.num_layers, view.width
+    base = k - always if options.preset != "kvpress" else k
+    top = min(2 * base - base / options.beta, length - always)
+    bottom = 2 * base - top
+    steps = torch.linspace(top, bottom, layers, dtype=torch.float64)
+    ends = (steps.cumsum(0) + 1e-9).round().long()
+    budgets = ends.diff(prepend=ends.new_zeros(1)) + (k - base)
+    return budgets.int().to(view.lengths.device)[:, None].expand(view.lengths.shape).contiguous()
 
 
 def protected(view: CacheView, plan: EvictionPlan) -> Tensor:
     """Tell which stored tokens the plan always keeps: bool [L, H, n]."""
-    position = view.gather(view.pages.position, -1)
+    position = view.position
     tokens = int(position.max()) + 1
     recent = plan.recent_tokens if view.phase == "prefill" else plan.decode_recent_tokens
     always = torch.zeros(tokens + 1, dtype=torch.bool, device=position.device)

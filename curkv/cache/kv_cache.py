@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from curkv.cache.batch import Batch
+from curkv.cache.batch import Batch, Segment
+from curkv.cache.observations import Needs, Observations
 from curkv.cache.page_pool import Ids, OutOfPages, PagePool
 from curkv.kernels.dispatch import Kernels
 from curkv.kernels.pages import Pages
@@ -95,7 +96,11 @@ class KVCache:
             nothing.
         lengths: int32 [max_sequences, layers, heads], tokens of each head; 0 for a slot not in use.
         page_counts: int32 [max_sequences, layers, heads] on the host, pages of each head.
+        output_projection: gives a layer's W_o, float32 [query heads, head_dim, hidden], to policies that
+            weigh values by what they add to the output; None: there are none.
     """
+
+    output_projection: Callable[[int], Tensor] | None = None
 
     def __init__(
         self,
@@ -125,6 +130,7 @@ class KVCache:
         self.kernels = kernels
         self._cos, self._sin = (table.to(device) for table in rope)
         self._scale = layout.head_dim**-0.5
+        self._observed: dict[int, Observations] = {}
         self._active = [False] * layout.max_sequences
         self._free_slots = list(range(layout.max_sequences - 1, -1, -1))
         self._row_start = np.arange(0, self._table.size, layout.max_pages).reshape(heads)
@@ -211,10 +217,23 @@ class KVCache:
         """What a policy sees of a sequence; the arguments are those of `CacheView`."""
         from curkv.cache.policies.base import CacheView
 
-        return CacheView(self.pages, self.page_table[slot], self.lengths[slot], seed, phase, round)
+        return CacheView(
+            self.pages,
+            self.page_table[slot],
+            self.lengths[slot],
+            seed,
+            phase,
+            round,
+            observations=self._observed.get(slot),
+            rope=(self._cos, self._sin),
+            output_projection=self.output_projection,
+        )
 
-    def add_sequence(self) -> int:
+    def add_sequence(self, needs: Needs | None = None) -> int:
         """Starts an empty sequence.
+
+        Args:
+            needs: what to observe of its queries for its policy.
 
         Returns:
             Its slot.
@@ -226,7 +245,13 @@ class KVCache:
             raise OutOfSlots(f"all {self.layout.max_sequences} sequence slots are taken")
         slot = self._free_slots.pop()
         self._active[slot] = True
+        if needs is not None and not needs.query_agnostic:
+            self._observed[slot] = Observations(needs)
         return slot
+
+    def stop_observing(self, slot: int) -> None:
+        """Forgets a sequence's queries: nothing will be evicted from it any more."""
+        self._observed.pop(slot, None)
 
     def free(self, slot: int) -> int:
         """Ends a sequence.
@@ -244,16 +269,19 @@ class KVCache:
         self._publish([slot])
         self._active[slot] = False
         self._free_slots.append(slot)
+        self.stop_observing(slot)
         return freed
 
-    def fork(self, slot: int) -> int:
+    def fork(self, slot: int, observe: bool = True) -> int:
         """Starts a sequence that holds what another one holds.
 
         Full pages are shared; partial last pages are copied, so that neither sequence ever writes into a page
-        of the other.
+        of the other. While the attention that tokens receive is summed up, every step writes to all pages:
+        then all are copied.
 
         Args:
             slot: the sequence to copy.
+            observe: go on observing the new sequence's queries as those of the other.
 
         Returns:
             The slot of the new sequence.
@@ -264,21 +292,28 @@ class KVCache:
         """
         self._check_active(slot)
         lengths, counts, table = self._lengths[slot], self.page_counts[slot], self._table[slot]
-        partial = lengths % self.layout.page_size > 0
+        observed = self._observed.get(slot) if observe else None
+        shared = lengths // self.layout.page_size
+        if observed is not None and observed.needs.column_sums:
+            shared = np.zeros_like(counts)
         new = self.add_sequence()
         try:
-            copies = self.pool.take(int(partial.sum()))
+            copies = self.pool.take(int((counts - shared).sum()))
         except OutOfPages:
             self.free(new)
             raise
-        self.pool.share(self._owned_pages(slot, counts - partial))
+        self.pool.share(self._owned_pages(slot, shared))
         self._table[new] = table
         self._lengths[new] = lengths
         self.page_counts[new] = counts
-        last = (*partial.nonzero(), counts[partial] - 1)
-        self._table[new][last] = copies
-        self._copy_pages(table[last], copies, lengths[partial] % self.layout.page_size)
+        own = ((self._page_index >= shared[..., None]) & (self._page_index < counts[..., None])).nonzero()
+        *heads, page = own
+        tokens = np.minimum(lengths[tuple(heads)] - page * self.layout.page_size, self.layout.page_size)
+        self._copy_pages(table[own], copies, tokens.astype(np.int32))
+        self._table[new][own] = copies
         self._publish([new])
+        if observed is not None:
+            self._observed[new] = observed.fork()
         return new
 
     def pages_needed(self, slots: Sequence[int], new_tokens: Sequence[int]) -> int:
@@ -326,30 +361,76 @@ class KVCache:
         """
         table, lengths = self.page_table[:, layer], self.lengths[:, layer]
         cos, sin, decodes = self._cos, self._sin, batch.num_decodes
-        heads = table, lengths
+        watched = self._watched(batch)
+        for observations, segment in watched:
+            observations.see_unrotated(layer, q[segment.start : segment.end], segment.position)
         self.kernels.rope(q, cos, sin, batch.positions)
         self.kernels.store_kv(
-            self.pages, k, v, cos, sin, batch.positions, *heads, batch.slots, batch.query_start
+            self.pages, k, v, cos, sin, batch.positions, table, lengths, batch.slots, batch.query_start
         )
+        for observations, segment in watched:
+            self._observe(layer, observations, segment, q, k, batch)
         parts = []
         if decodes:
-            parts.append(
-                self.kernels.paged_decode_attention(
-                    q[:decodes], self.pages, *heads, batch.decode_slots, self._scale
-                )
-            )
+            parts.append(self._decode(layer, q[:decodes], batch, watched))
         if decodes < batch.slots.shape[0]:
-            parts.append(
-                self.kernels.paged_prefill_attention(
-                    q[decodes:],
-                    self.pages,
-                    *heads,
-                    batch.prefill_slots,
-                    batch.prefill_query_start,
-                    self._scale,
-                )
-            )
+            parts.append(self._prefill(layer, q[decodes:], batch, watched))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def observes(self, batch: Batch) -> bool:
+        """Whether a policy watches the queries of any sequence in a batch."""
+        return bool(self._watched(batch))
+
+    def _watched(self, batch: Batch) -> list[tuple[Observations, Segment]]:
+        """The sequences of a batch whose queries are observed."""
+        if not self._observed:
+            return []
+        return [(self._observed[s.slot], s) for s in batch.segments if s.slot in self._observed]
+
+    def _observe(
+        self, layer: int, observations: Observations, segment: Segment, q: Tensor, k: Tensor, batch: Batch
+    ) -> None:
+        rows, keys = slice(segment.start, segment.end), None
+        if observations.needs.block:
+            keys = k[rows].clone()
+            self.kernels.rope(keys, self._cos, self._sin, batch.positions[rows])
+        observations.see_rotated(layer, q[rows], keys, segment.position)
+
+    def _decode(
+        self, layer: int, q: Tensor, batch: Batch, watched: list[tuple[Observations, Segment]]
+    ) -> Tensor:
+        """Attention of single tokens; the probabilities are added up for those sequences that need it."""
+        heads = self.page_table[:, layer], self.lengths[:, layer]
+        attend, slots = self.kernels.paged_decode_attention, batch.decode_slots
+        summed = [s.index for o, s in watched if o.needs.column_sums and s.index < batch.num_decodes]
+        if not summed or len(summed) == len(slots):
+            return attend(q, self.pages, *heads, slots, self._scale, accumulate=bool(summed))
+        out = torch.empty_like(q)
+        others = sorted(set(range(len(slots))) - set(summed))
+        for chosen, accumulate in ((summed, True), (others, False)):
+            rows = torch.tensor(chosen, device=q.device)
+            out[rows] = attend(q[rows], self.pages, *heads, slots[rows], self._scale, accumulate=accumulate)
+        return out
+
+    def _prefill(
+        self, layer: int, q: Tensor, batch: Batch, watched: list[tuple[Observations, Segment]]
+    ) -> Tensor:
+        """Attention of chunks; what each token receives is added up for those sequences that need it."""
+        heads = self.page_table[:, layer], self.lengths[:, layer]
+        place = self.pages, *heads, batch.prefill_slots, batch.prefill_query_start, self._scale
+        summed = [s for o, s in watched if o.needs.column_sums and s.index >= batch.num_decodes]
+        if not summed:
+            out: Tensor = self.kernels.paged_prefill_attention(q, *place)
+            return out
+        out, lse = self.kernels.paged_prefill_attention(q, *place, return_lse=True)
+        for segment in summed:
+            rows = slice(segment.start - batch.num_decodes, segment.end - batch.num_decodes)
+            index = slice(segment.index, segment.index + 1)
+            count = torch.tensor([0, segment.end - segment.start], dtype=torch.int32, device=q.device)
+            self.kernels.column_sums(
+                q[rows], lse[rows], self.pages, *heads, batch.slots[index], count, self._scale
+            )
+        return out
 
     def evict(self, slot: int, indices: Tensor, counts: Tensor) -> int:
         """Keeps the chosen tokens of a sequence and gives the emptied pages back.
@@ -391,6 +472,27 @@ class KVCache:
         page_counts[:] = new[:, 0]
         self._publish([slot])
         return self.free_pages - free_before
+
+    def overwrite(self, slot: int, layer: int, k: Tensor, v: Tensor) -> None:
+        """Replaces the first keys and values of a layer's heads by merged ones; their norms follow.
+
+        Heads that share a page are left as they are: they have just lost nothing.
+
+        Args:
+            slot: the sequence.
+            layer: index of the layer.
+            k: float32 [KV heads, n, head_dim], after RoPE; of a head with fewer tokens the first ones count.
+            v: the same for values.
+        """
+        size, pages = self.layout.page_size, self.pages
+        index = torch.arange(k.shape[1], device=k.device)
+        ids = self.page_table[slot, layer].long()[:, index // size]
+        alone = torch.from_numpy(self.pool.owners == 1).to(k.device)[ids.clamp(0, self.num_pages - 1)]
+        head, token = (alone & (index < self.lengths[slot, layer, :, None])).nonzero(as_tuple=True)
+        place = ids[head, token], token % size
+        for storage, squares, x in ((pages.k, pages.k_sq, k), (pages.v, pages.v_sq, v)):
+            storage[place] = x[head, token].to(storage.dtype)
+            squares[place] = x[head, token].square().sum(-1)
 
     def check_integrity(self) -> None:
         """Checks every invariant of the cache; call it between steps.

@@ -6,18 +6,20 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from curkv.cache.budgets import Budget, parse_budget
-from curkv.cache.policies import get_policy, policy_names
-from curkv.cache.policies.base import Policy
+from curkv.cache.policies import KVPRESS_PREFIX, UnknownPolicy, get_policy
+from curkv.cache.policies.base import Allocation, Needs, Policy
 
 if TYPE_CHECKING:
     from curkv.cache.kv_cache import CacheLayout
 
 Span = tuple[int, int]
+Leverage = Literal["window", "norm", "sketch", "exact"]
 
 DECODE_RECENT_TOKENS = 64
 """Newest tokens that an eviction during decode keeps (VaSE, https://arxiv.org/abs/2606.03928)."""
@@ -50,7 +52,7 @@ class Preset:
         recent_tokens: Newest tokens kept, or a quarter of the budget if that is less.
     """
 
-    leverage: Literal["window", "sketch"]
+    leverage: Leverage
     partial_window: Literal["corrected", "left", "right"]
     sink_tokens: int | None
     recent_tokens: int
@@ -78,14 +80,36 @@ class EvictionOptions:
         recent_tokens: Newest tokens that are always kept.
         protect: Spans (start, end) of the prompt that are always kept, end exclusive; disjoint and ascending.
         seed: Of random numbers; None derives it from the prompt, so that a repeat is a repeat.
-        leverage: CurDKV's energies: "window" (shares of ||k||^2 in windows) or "sketch" (random projection).
+        leverage: CurDKV's energies: "window" (shares of ||k||^2 in windows), "norm" (shares of the whole
+            head), "sketch" (random projection) or "exact" (statistical leverage).
         rank: Columns of the sketch, 20 in the paper (section 3).
         window: Tokens of a window, 16 in the authors' code.
         combine: How CurDKV combines the terms of key and value.
-        pool: Odd kernel size of a 1-D pooling of the scores over a head's stored tokens; 1 or None is off.
+        pool: Odd kernel size of a 1-D pooling of the scores over a head's stored tokens; 1 is off.
         pool_kind: What the pooling takes of its neighbourhood.
+        allocation: How heads and layers share the budget: "uniform", "adaptive" (heads of a layer compete;
+            Ada-KV) or "pyramid" (lower layers get more; PyramidKV).
         alpha: Share of the kept tokens that each head is sure of under adaptive allocation, 0.2 in Ada-KV.
+        beta: Steepness of the pyramid: its last layer gets 1 / beta of the mean, 20 in PyramidKV.
+        observation: Newest tokens whose queries judge the others, 32 in SnapKV.
+        reduction: What counts of the observed queries' attention, the "mean" or the "max"imum over them.
+        times: A second policy whose scores are multiplied with those of the first.
+        times_pool: Pooling of the second policy's scores.
+        scorer: Whose scores ChunkKV takes.
+        chunk: Tokens that ChunkKV keeps or drops together.
+        first_stage: Share of the budget that CriticalKV gives to attention alone.
+        future: Positions after the prompt that Expected Attention averages over.
+        blend: Weight of leverage beside attention in Compactor.
+        block: Tokens of a block of Compactor's attention.
+        ladder: Tokens over which LaCache's pattern repeats.
         decode_interval: Generated tokens between two evictions, 64 in VaSE.
+        merge: What becomes of evicted tokens: "none", or "nearest": merged into the most similar kept key.
+        merge_threshold: Least cosine of two keys that are merged.
+        context_tokens: First tokens of the prompt that are compressed before the rest is computed; the rest
+            is kept. None: the whole prompt.
+        prefill: "exact" evicts once, when all is computed; "streaming" to the budget after every chunk.
+        prefill_chunk: Tokens of such a chunk.
+        max_loss: Of budget "auto": relative error of the attention output that a layer may have.
     """
 
     policy: str = "full"
@@ -96,14 +120,33 @@ class EvictionOptions:
     recent_tokens: int | None = None
     protect: tuple[Span, ...] = ()
     seed: int | None = None
-    leverage: Literal["window", "sketch"] | None = None
+    leverage: Leverage | None = None
     rank: int = 20
     window: int = 16
-    combine: Literal["product", "mean", "key", "value"] = "product"
+    combine: Literal["product", "mean", "key", "value"] | None = None
     pool: int | None = None
-    pool_kind: Literal["max", "mean"] = "max"
+    pool_kind: Literal["max", "mean"] | None = None
+    allocation: Allocation | None = None
     alpha: float = 0.2
-    decode_interval: int = 64
+    beta: float = 20.0
+    observation: int | None = None
+    reduction: Literal["mean", "max"] | None = None
+    times: str | None = None
+    times_pool: int | None = None
+    scorer: Literal["snapkv", "curdkv"] = "snapkv"
+    chunk: int = 20
+    first_stage: float = 0.5
+    future: int = 512
+    blend: float = 0.5
+    block: int = 256
+    ladder: int = 256
+    decode_interval: int | None = None
+    merge: Literal["none", "nearest"] = "none"
+    merge_threshold: float = 0.6
+    context_tokens: int | None = None
+    prefill: Literal["exact", "streaming"] = "exact"
+    prefill_chunk: int = 512
+    max_loss: float | None = None
 
     @property
     def partial_window(self) -> Literal["corrected", "left", "right"]:
@@ -117,9 +160,12 @@ class EvictionPlan:
 
     Attributes:
         policy: The policy.
-        options: The options with the preset filled in.
+        options: The options with the preset and the policy's defaults filled in.
+        needs: What has to be observed of the queries.
         prompt_tokens: Length of the prompt.
-        budget_tokens: Tokens kept per head, on average, at the end of prefill; at most the prompt's.
+        context_tokens: First tokens of the prompt that are evicted from; the others are kept.
+        budget_tokens: Tokens kept of these per head, on average, at the end of prefill; with budget "auto" at
+            most.
         decode_budget_tokens: Tokens held per head above which an eviction is due during decode; None: never.
         sink_tokens: First tokens that are always kept.
         recent_tokens: Newest tokens kept at the end of prefill.
@@ -130,7 +176,9 @@ class EvictionPlan:
 
     policy: Policy
     options: EvictionOptions
+    needs: Needs
     prompt_tokens: int
+    context_tokens: int
     budget_tokens: int
     decode_budget_tokens: int | None
     sink_tokens: int
@@ -140,9 +188,59 @@ class EvictionPlan:
     seed: int
 
     @property
+    def auto(self) -> bool:
+        """Whether the budget of each layer is found by its loss."""
+        return self.options.budget is not None and self.options.budget.kind == "auto"
+
+    @property
     def evicts_prompt(self) -> bool:
-        """Whether anything is evicted at the end of prefill."""
-        return self.budget_tokens < self.prompt_tokens
+        """Whether anything is evicted in prefill."""
+        return self.auto or self.budget_tokens < self.context_tokens
+
+    @property
+    def observed(self) -> Needs:
+        """What has to be observed if anything is evicted at all."""
+        return self.needs if self.evicts_prompt or self.decode_budget_tokens is not None else Needs()
+
+    @property
+    def kept_prompt_tokens(self) -> int:
+        """Prompt tokens held per head, on average, at the end of prefill."""
+        return self.budget_tokens + self.prompt_tokens - self.context_tokens
+
+    @property
+    def peak_prompt_tokens(self) -> int:
+        """Most prompt tokens held per head, on average, at any time."""
+        context = self.context_tokens
+        if self.streaming:
+            context = min(context, self.budget_tokens + self.options.prefill_chunk)
+        return max(context, self.kept_prompt_tokens)
+
+    @property
+    def streaming(self) -> bool:
+        """Whether evictions come after every chunk of the prompt."""
+        return self.options.prefill == "streaming" and self.evicts_prompt
+
+    def next_stop(self, computed: int) -> int:
+        """Prompt position that a chunk must not cross, because the cache may be evicted there."""
+        if computed >= self.context_tokens:
+            return self.prompt_tokens
+        chunk = self.options.prefill_chunk
+        stop = (computed // chunk + 1) * chunk if self.streaming else self.context_tokens
+        return min(stop, self.context_tokens)
+
+    def prefill_due(self, computed: int, held_tokens: float) -> bool:
+        """Whether to evict after a chunk of the prompt.
+
+        Args:
+            computed: Prompt tokens computed.
+            held_tokens: Of these, per head, on average.
+        """
+        if not self.evicts_prompt or computed > self.context_tokens:
+            return False
+        if computed == self.context_tokens:
+            return self.auto or held_tokens > self.budget_tokens
+        whole = computed % self.options.prefill_chunk == 0
+        return self.streaming and whole and held_tokens > self.budget_tokens
 
     def decode_due(self, generated_tokens: int, held_tokens: float) -> bool:
         """Whether to evict after a decode step.
@@ -152,7 +250,7 @@ class EvictionPlan:
             held_tokens: Per head, on average.
         """
         budget = self.decode_budget_tokens
-        interval = self.options.decode_interval
+        interval = self.options.decode_interval or 1
         return budget is not None and generated_tokens % interval == 0 and held_tokens > budget
 
 
@@ -174,7 +272,8 @@ def parse_options(raw: Mapping[str, object], defaults: EvictionOptions | None = 
     given: dict[str, Any] = {}
     for field, value in raw.items():
         if field not in _PARSERS:
-            raise OptionError(field, f"unknown option; there are {', '.join(_PARSERS)}")
+            near = " or ".join(get_close_matches(field, _PARSERS, n=2))
+            raise OptionError(field, f"unknown option{f', perhaps {near}' if near else ''}; see docs/api.md")
         if value is not None:
             try:
                 given[field] = _PARSERS[field](value)
@@ -205,10 +304,59 @@ def check_options(options: EvictionOptions) -> None:
     if options.policy != "full" and not budgets:
         message = f"policy {options.policy!r} needs a budget or decode_budget to evict to; 'full' needs none"
         raise OptionError("budget", message, ("policy",))
+    settled = settle(options)
     for field, other in _without_effect(options).items():
         if getattr(options, field) != _DEFAULTS[field]:
-            value = _leverage(options) if other == "leverage" else getattr(options, other)
-            raise OptionError(field, f"has no effect with {other} {value!r}", (other,))
+            value = getattr(settled, other)
+            shown = str(value) if isinstance(value, Budget) else repr(value)
+            raise OptionError(field, f"has no effect with {other} {shown}", (other,))
+    _check_combination(settled)
+
+
+def _check_combination(options: EvictionOptions) -> None:
+    """Refuse settled options of which each is fine alone."""
+    policy, allocation = get_policy(options.policy), options.allocation
+    if allocation not in policy.allocations:
+        message = f"policy {policy.name!r} scores all heads alike; {allocation!r} cannot tell them apart"
+        raise OptionError("allocation", message, ("policy",))
+    for first, second in ((policy, options.times), (get_policy(options.times or "curdkv"), options.policy)):
+        if options.times is not None and not first.factor:
+            message = (
+                f"scores of policy {first.name!r} are no shares and cannot be multiplied with {second!r}'s"
+            )
+            raise OptionError("times", message, ("policy",))
+    if options.budget is None or options.budget.kind != "auto":
+        return
+    if not policy.window(options):
+        message = f"'auto' estimates losses on observed queries, and policy {policy.name!r} observes none"
+        raise OptionError("budget", message, ("policy",))
+    for field, value in (("prefill", "streaming"), ("allocation", "pyramid")):
+        if getattr(options, field) == value:
+            message = f"'auto' sets the budgets of whole prompts by layer itself; {field} {value!r} does too"
+            raise OptionError("budget", message, (field,))
+
+
+def settle(options: EvictionOptions) -> EvictionOptions:
+    """Fill in what the preset, the policy and the server's recommendations say where the request does not."""
+    policy, preset = get_policy(options.policy), PRESETS[options.preset]
+    options = options if options.times else replace(options, times=policy.defaults.get("times"))
+    values: dict[str, Any] = {
+        "allocation": policy.allocation,
+        "leverage": preset.leverage,
+        "combine": "product",
+        "pool": 1,
+        "pool_kind": "max",
+        "observation": 32,
+        "reduction": "mean",
+        "times_pool": 1,
+        "decode_interval": 64,
+        "max_loss": 0.01,
+    }
+    if options.times is not None:
+        second = get_policy(options.times).defaults
+        values |= {field: value for field, value in second.items() if not field.startswith("pool")}
+    values |= policy.defaults
+    return replace(options, **{k: v for k, v in values.items() if getattr(options, k) is None})
 
 
 def resolve(options: EvictionOptions, prompt_tokens: Sequence[int], layout: CacheLayout) -> EvictionPlan:
@@ -226,27 +374,42 @@ def resolve(options: EvictionOptions, prompt_tokens: Sequence[int], layout: Cach
         OptionError: options contradict each other, or do not fit this prompt.
     """
     check_options(options)
+    asked, options = options, settle(options)
     policy, length = get_policy(options.policy), len(prompt_tokens)
-    if options.protect and options.protect[-1][1] > length:
-        start, end = options.protect[-1]
-        raise OptionError("protect", f"span {start}-{end} ends past the prompt, which has {length} tokens")
-    budget = _budget_tokens("budget", options, policy, length, layout)
-    k = length if budget is None else min(budget, length)
-    sinks, recent = _fit_prompt(options, policy, k, length)
+    context = length if options.context_tokens is None else options.context_tokens
+    for field, end in (
+        ("protect", options.protect[-1][1] if options.protect else 0),
+        ("context_tokens", context),
+    ):
+        if end > length:
+            raise OptionError(field, f"ends at token {end}, past the prompt, which has {length} tokens")
+    budget = _budget_tokens("budget", options, context, layout)
+    k = context if budget is None else min(budget, context)
+    options = _fit_observation(asked, options, policy, k)
+    sinks, recent = _fit_prompt(options, policy, k, context)
     plan = EvictionPlan(
         policy=policy,
-        options=replace(options, leverage=_leverage(options), pool=options.pool or 1),
+        options=options,
+        needs=policy_needs(options),
         prompt_tokens=length,
+        context_tokens=context,
         budget_tokens=k,
-        decode_budget_tokens=_budget_tokens("decode_budget", options, policy, length, layout),
+        decode_budget_tokens=_budget_tokens("decode_budget", options, length, layout),
         sink_tokens=sinks,
         recent_tokens=recent,
-        decode_recent_tokens=DECODE_RECENT_TOKENS if options.recent_tokens is None else options.recent_tokens,
+        decode_recent_tokens=_decode_recent(options, policy),
         protect=options.protect,
-        seed=content_seed(prompt_tokens) if options.seed is None else options.seed % (1 << 64),
+        seed=content_seed(prompt_tokens[:context]) if options.seed is None else options.seed % (1 << 64),
     )
     _check_decode(plan)
     return plan
+
+
+def policy_needs(options: EvictionOptions) -> Needs:
+    """What has to be observed of the queries for a request's policy and the one multiplied with it."""
+    options = settle(options)
+    second = get_policy(options.times).needs(options) if options.times else Needs()
+    return get_policy(options.policy).needs(options) | second
 
 
 def content_seed(prompt_tokens: Sequence[int]) -> int:
@@ -316,6 +479,29 @@ def _fraction(value: object) -> float:
     return number
 
 
+def _positive(value: object) -> float:
+    text = str(value).strip()
+    number = float(text) if re.fullmatch(r"[0-9]{1,18}(\.[0-9]{1,18})?", text) else 0.0
+    if number < 1:
+        raise ValueError(f"expected a number from 1, not {str(value)[:40]!r}")
+    return number
+
+
+def _decode_budget(value: object) -> Budget:
+    budget = parse_budget(value)
+    if budget.kind == "auto":
+        raise ValueError("'auto' is for prompts; give what may be held while generating")
+    return budget
+
+
+def _policy(value: object) -> str:
+    name = value.strip() if isinstance(value, str) else ""
+    try:
+        return get_policy(name if name.startswith(KVPRESS_PREFIX) else name.lower()).name
+    except UnknownPolicy as error:
+        raise ValueError(str(error)) from None
+
+
 def _choice(*choices: str) -> Callable[[object], str]:
     def parse(value: object) -> str:
         name = value.strip().lower() if isinstance(value, str) else None
@@ -327,75 +513,136 @@ def _choice(*choices: str) -> Callable[[object], str]:
 
 
 _PARSERS: dict[str, Callable[[object], Any]] = {
-    "policy": _choice(*policy_names()),
+    "policy": _policy,
     "budget": parse_budget,
-    "decode_budget": parse_budget,
+    "decode_budget": _decode_budget,
     "preset": _choice(*PRESETS),
     "sink_tokens": _integer(0),
     "recent_tokens": _integer(0),
     "protect": parse_protect,
     "seed": _integer(-(2**63), 2**63 - 1),
-    "leverage": _choice("window", "sketch"),
+    "leverage": _choice("window", "norm", "sketch", "exact"),
     "rank": _integer(1, 1024),
     "window": _integer(1, 65536),
     "combine": _choice("product", "mean", "key", "value"),
     "pool": _integer(1, 1023, odd=True),
     "pool_kind": _choice("max", "mean"),
+    "allocation": _choice("uniform", "adaptive", "pyramid"),
     "alpha": _fraction,
+    "beta": _positive,
+    "observation": _integer(1, 4096),
+    "reduction": _choice("mean", "max"),
+    "times": _policy,
+    "times_pool": _integer(1, 1023, odd=True),
+    "scorer": _choice("snapkv", "curdkv"),
+    "chunk": _integer(1, 4096),
+    "first_stage": _fraction,
+    "future": _integer(1, 65536),
+    "blend": _fraction,
+    "block": _integer(8, 4096),
+    "ladder": _integer(2),
     "decode_interval": _integer(1),
+    "merge": _choice("none", "nearest"),
+    "merge_threshold": _fraction,
+    "context_tokens": _integer(1),
+    "prefill": _choice("exact", "streaming"),
+    "prefill_chunk": _integer(1),
+    "max_loss": _fraction,
 }
-_SCORING = {"leverage", "rank", "window", "combine", "pool", "pool_kind", "alpha"}
+_SCORING = {
+    "leverage", "rank", "window", "combine", "pool", "pool_kind", "observation", "reduction", "scorer",
+    "chunk", "first_stage", "future", "blend", "block", "ladder",
+}  # fmt: skip
+_OF_LEVERAGE = {"rank": "sketch", "window": "window"}
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(EvictionOptions)}
 
 
 def _without_effect(options: EvictionOptions) -> dict[str, str]:
-    """Scoring options that do nothing, each with the option that makes it so."""
-    fields = dict.fromkeys(_SCORING - get_policy(options.policy).reads, "policy")
-    if "leverage" not in fields:
-        fields["window" if _leverage(options) == "sketch" else "rank"] = "leverage"
-    if (options.pool or 1) == 1:
-        fields.setdefault("pool_kind", "pool")
+    """Options that do nothing, each with the option that makes it so."""
+    policy, options = get_policy(options.policy), settle(options)
+    reads = policy.reads | (get_policy(options.times).reads if options.times else frozenset())
+    fields = dict.fromkeys(_SCORING - reads, "policy")
+    if options.policy == "full":
+        fields |= dict.fromkeys(("allocation", "times", "merge"), "policy")
+    conditions = (
+        *((field, "leverage", options.leverage == value) for field, value in _OF_LEVERAGE.items()),
+        ("pool_kind", "pool", options.pool != 1),
+        ("alpha", "allocation", options.allocation == "adaptive"),
+        ("beta", "allocation", options.allocation == "pyramid"),
+        ("times_pool", "times", options.times is not None),
+        ("merge_threshold", "merge", options.merge != "none"),
+        ("prefill_chunk", "prefill", options.prefill == "streaming"),
+        ("context_tokens", "budget", options.budget is not None),
+        ("prefill", "budget", options.budget is not None),
+        ("max_loss", "budget", options.budget is not None and options.budget.kind == "auto"),
+    )
+    for field, other, works in conditions:
+        if not works:
+            fields.setdefault(field, other)
     return fields
 
 
-def _leverage(options: EvictionOptions) -> Literal["window", "sketch"]:
-    return options.leverage or PRESETS[options.preset].leverage
-
-
 def _budget_tokens(
-    field: Literal["budget", "decode_budget"],
-    options: EvictionOptions,
-    policy: Policy,
-    length: int,
-    layout: CacheLayout,
+    field: Literal["budget", "decode_budget"], options: EvictionOptions, length: int, layout: CacheLayout
 ) -> int | None:
     budget: Budget | None = getattr(options, field)
-    if budget is None:
+    if budget is None or budget.kind == "auto":
         return None
-    slack = options.decode_interval if field == "decode_budget" else 0
-    tokens = budget.tokens(length, layout, adaptive=policy.allocation == "adaptive", slack=slack)
+    slack = (options.decode_interval or 1) if field == "decode_budget" else 0
+    tokens = budget.tokens(length, layout, ragged=options.allocation != "uniform", slack=slack)
     if tokens < 1:
         message = f"{budget} is too little for the pages of {layout.num_heads} heads in all layers"
         raise OptionError(field, message)
     return tokens
 
 
+def _fit_observation(
+    asked: EvictionOptions, options: EvictionOptions, policy: Policy, k: int
+) -> EvictionOptions:
+    """A window that was not asked for takes at most half of the budget; one that was has to fit."""
+    window = policy.window(options)
+    if asked.observation is None:
+        return replace(options, observation=max(1, min(window, k // 2))) if window else options
+    if window > k:
+        message = (
+            f"the newest {window} tokens judge the others and are kept, but the budget keeps {k} per head"
+        )
+        raise OptionError("observation", message, ("budget",))
+    return options
+
+
 def _fit_prompt(options: EvictionOptions, policy: Policy, k: int, length: int) -> tuple[int, int]:
     """First and newest tokens that an eviction of the prompt to k tokens per head keeps.
 
-    What the request asks for must fit; what the preset asks for takes the room that is left.
+    What the request asks for must fit; what the policy and the preset ask for takes the room that is left.
     """
     preset, sinks, recent = PRESETS[options.preset], options.sink_tokens, options.recent_tokens
-    asked = [*options.protect, (0, min(sinks or 0, length)), (max(0, length - (recent or 0)), length)]
+    window = min(policy.window(options), length)
+    spans = [(start, min(end, length)) for start, end in options.protect if start < length]
+    newest = max(recent or 0, window)
+    asked = [*spans, (0, min(sinks or 0, length)), (max(0, length - newest), length)]
     room = k - _covered(asked)
     if room < 0:
-        names = tuple(name for name in ("sink_tokens", "recent_tokens", "protect") if getattr(options, name))
+        names = [name for name in ("sink_tokens", "recent_tokens", "protect") if getattr(options, name)]
+        names += ["observation"] if window and newest == window else []
         message = f"{' + '.join(names)} protect {k - room} tokens, but the budget keeps {k} per head"
-        raise OptionError("budget", message, names)
+        raise OptionError("budget", message, tuple(names))
+    published = preset.sink_tokens is None
     if sinks is None:
-        sinks = min(policy.published_sinks if preset.sink_tokens is None else preset.sink_tokens, room)
+        sinks = policy.published_sinks if published else max(policy.published_sinks, preset.sink_tokens or 0)
+        sinks = min(sinks, room)
         room -= sinks
-    return sinks, min(preset.recent_tokens, k // 4, room) if recent is None else recent
+    if recent is None:
+        recent = policy.published_recent if published or window else preset.recent_tokens
+        recent = max(min(recent, k // 4), int(policy.recent_share * k))
+        recent = min(recent, newest + room)
+    return sinks, max(recent, window)
+
+
+def _decode_recent(options: EvictionOptions, policy: Policy) -> int:
+    if options.recent_tokens is not None:
+        return max(options.recent_tokens, policy.window(options))
+    return policy.window(options) or DECODE_RECENT_TOKENS
 
 
 def _check_decode(plan: EvictionPlan) -> None:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from curkv.cache.batch import Batch
-from curkv.cache.eviction import plan_kept
+from curkv.cache.eviction import evict, plan_kept
 from curkv.cache.kv_cache import KVCache
 from curkv.cache.options import EvictionPlan, OptionError, resolve
 from curkv.cache.page_pool import OutOfPages
@@ -24,6 +24,7 @@ from curkv.engine.sequence import Sequence
 from curkv.engine.stats import EvictionStats, RequestStats, SequenceStats, StepStats
 from curkv.engine.types import FinishReason, InvalidRequest, KVReport, Output, Request, TokenLogprob
 from curkv.kernels.dispatch import Kernels
+from curkv.models.chat_template import ChatTemplate
 from curkv.models.llama import Llama
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class Engine:
         max_step_tokens: most tokens of one step; long prompts are prefilled in chunks of at most this size.
         max_model_len: most tokens of prompt and output together.
         decode_graphs: runs the steps that only decode, if given.
+        chat_template: writes out conversations for the model, if it is one for chat.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Engine:
         max_step_tokens: int,
         max_model_len: int,
         decode_graphs: DecodeGraphs | None = None,
+        chat_template: ChatTemplate | None = None,
     ):
         self.model = model
         self.kv = kv
@@ -58,8 +61,10 @@ class Engine:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self.decode_graphs = decode_graphs
+        self.chat_template = chat_template
         self.scheduler = Scheduler(kv, max_step_tokens)
         self.eos_ids = frozenset(model.config.eos_token_ids)
+        kv.output_projection = model.output_projection
         self._order = itertools.count()
         self._outputs: list[Output] = []
         self._evictions: list[EvictionStats] = []
@@ -97,7 +102,7 @@ class Engine:
             plan = resolve(request.eviction, prompt, self.kv.layout)
         except OptionError as error:
             raise InvalidRequest(error.message, f"kv.{error.field}") from error
-        self._check_pool(plan, len(prompt), max_tokens)
+        self._check_pool(plan, max_tokens)
         return plan
 
     def max_tokens(self, request: Request) -> int:
@@ -105,22 +110,19 @@ class Engine:
         asked = request.sampling.max_tokens
         return asked if asked is not None else self.max_model_len - len(request.prompt_token_ids)
 
-    def _check_pool(self, plan: EvictionPlan, prompt_tokens: int, max_tokens: int) -> None:
-        held = plan.budget_tokens + max_tokens
-        if plan.decode_budget_tokens is not None:
-            held = min(
-                held, max(plan.decode_budget_tokens, plan.budget_tokens) + plan.options.decode_interval
-            )
-        ragged = plan.policy.allocation == "adaptive"
-        slack = self.kv.layout.num_heads if ragged and held > prompt_tokens else 0
-        needed = self.kv.layout.sequence_pages(max(prompt_tokens, held)) + slack
-        if needed > self.kv.num_pages:
+    def _check_pool(self, plan: EvictionPlan, max_tokens: int) -> None:
+        kept, decode_budget = plan.kept_prompt_tokens, plan.decode_budget_tokens
+        held, peak = kept + max_tokens, plan.peak_prompt_tokens
+        if decode_budget is not None:
+            held = min(held, max(decode_budget, kept) + (plan.options.decode_interval or 1))
+        ragged = plan.options.allocation != "uniform" and (held > peak or plan.streaming)
+        layout, pages = self.kv.layout, self.kv.num_pages
+        needed = layout.sequence_pages(max(peak, held)) + (layout.num_heads if ragged else 0)
+        if needed > pages:
             raise InvalidRequest(
-                f"the request needs {needed} pages of KV cache at its peak, of {self.kv.num_pages}: "
-                "shorten it, lower its budget, or start the server with a larger --kv-cache-memory",
-                "prompt"
-                if self.kv.layout.sequence_pages(prompt_tokens) > self.kv.num_pages
-                else "max_tokens",
+                f"the request needs {needed} pages of KV cache at its peak, of {pages}: shorten it, lower "
+                "its budget, choose prefill 'streaming', or start the server with a larger --kv-cache-memory",
+                "prompt" if layout.sequence_pages(peak) > pages else "max_tokens",
             )
 
     def add(self, request: Request, plan: EvictionPlan) -> None:
@@ -187,7 +189,8 @@ class Engine:
 
     def _forward(self, batch: Batch) -> Tensor:
         """Logits of the batch's wanted rows."""
-        if self.decode_graphs is not None and batch.num_decodes == len(batch.slots):
+        only_decodes = batch.num_decodes == len(batch.slots)
+        if self.decode_graphs is not None and only_decodes and not self.kv.observes(batch):
             return self.decode_graphs.forward(batch)
         return self.model.forward(batch, self.kv)
 
@@ -196,16 +199,19 @@ class Engine:
         for sequence, chunk in zip(schedule.sequences, schedule.chunks, strict=True):
             sequence.computed += chunk
             sequence.peak_bytes = max(sequence.peak_bytes, self.kv.sequence_bytes(sequence.slot))
-            decoded = sequence.computed - len(sequence.prompt)
-            if decoded == 0:
-                self._evict_prompt(sequence)
-            elif decoded > 0 and sequence.plan.decode_due(decoded, self._mean_length(sequence)):
+            decoded, plan = sequence.computed - len(sequence.prompt), sequence.plan
+            held = self._mean_length(sequence)
+            if decoded <= 0 and plan.prefill_due(sequence.computed, held):
+                self._evict(sequence, "prefill")
+            elif decoded > 0 and plan.decode_due(decoded, held):
                 self._evict_decode(sequence)
+            if decoded == 0:
+                self._end_prompt(sequence)
 
-    def _evict_prompt(self, sequence: Sequence) -> None:
-        if sequence.plan.evicts_prompt:
-            self._evict(sequence, "prefill")
+    def _end_prompt(self, sequence: Sequence) -> None:
         sequence.kept_tokens = self._mean_length(sequence)
+        if sequence.plan.decode_budget_tokens is None:
+            self.kv.stop_observing(sequence.slot)
 
     def _evict_decode(self, sequence: Sequence) -> None:
         try:
@@ -217,9 +223,10 @@ class Engine:
     def _evict(self, sequence: Sequence, phase: Literal["prefill", "decode"]) -> None:
         started = time.perf_counter()
         before = self._mean_length(sequence)
-        view = self.kv.view(sequence.slot, sequence.plan.seed, phase, sequence.decode_evictions)
+        view = self.kv.view(sequence.slot, sequence.plan.seed, phase, sequence.evictions)
         indices, counts = plan_kept(view, sequence.plan, self.kernels)
-        pages_freed = self.kv.evict(sequence.slot, indices, counts)
+        sequence.evictions += 1
+        pages_freed = evict(self.kv, sequence.slot, view, sequence.plan, indices, counts)
         kept = counts.double().mean().item()
         sequence.evicted_tokens += before - kept
         self._evictions.append(
@@ -268,6 +275,7 @@ class Engine:
             return False
         fork.computed, fork.first_scheduled = parent.computed, parent.first_scheduled
         fork.kept_tokens, fork.evicted_tokens = parent.kept_tokens, parent.evicted_tokens
+        fork.evictions = parent.evictions
         fork.peak_bytes = self.kv.sequence_bytes(fork.slot)
         self.scheduler.adopt(fork)
         return True

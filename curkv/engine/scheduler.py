@@ -118,7 +118,7 @@ class Scheduler:
         if self.running and not self._fits(sequence):
             return False
         heapq.heappop(self._waiting)
-        sequence.slot = self.kv.add_sequence()
+        sequence.slot = self.kv.add_sequence(sequence.plan.observed)
         sequence.mark_scheduled()
         self.running.append(sequence)
         return True
@@ -129,11 +129,17 @@ class Scheduler:
         decodes = [s for s in self.running if not s.prefilling]
         prompt_left = len(sequence.prompt) + sum(s.remaining for s in prefills)
         steps = -(-prompt_left // self.max_step_tokens)
-        peak = max(len(sequence.prompt), sequence.plan.budget_tokens + len(sequence.output))
+        plan = sequence.plan
+        peak = max(plan.peak_prompt_tokens, plan.kept_prompt_tokens + len(sequence.output))
         needed = self.kv.layout.sequence_pages(peak)
-        needed += self._pages_needed(prefills, [s.remaining for s in prefills])
+        needed += self._pages_needed(prefills, [self._growth(s) for s in prefills])
         needed += self._pages_needed(decodes, [max(s.remaining, steps) for s in decodes])
         return needed <= self.kv.free_pages
+
+    def _growth(self, sequence: Sequence) -> int:
+        """Tokens per head that a prefill will add at most to what it holds."""
+        held = self.kv.sequence_tokens(sequence.slot) // self.kv.layout.num_heads
+        return min(sequence.remaining, max(0, sequence.plan.peak_prompt_tokens - held))
 
     def _pages_needed(self, sequences: list[Sequence], chunks: list[int]) -> int:
         return self.kv.pages_needed([s.slot for s in sequences], chunks) if sequences else 0

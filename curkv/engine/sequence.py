@@ -42,6 +42,7 @@ class Sequence:
     token_times: list[float] = field(default_factory=list)
     kept_tokens: float | None = None
     evicted_tokens: float = 0.0
+    evictions: int = 0
     decode_evictions: int = 0
     peak_bytes: int = 0
 
@@ -72,9 +73,9 @@ class Sequence:
 
     def next_stop(self) -> int:
         """Logical position that the next chunk must not cross, because the cache may be evicted there."""
-        prompt, interval = len(self.prompt), self.plan.options.decode_interval
+        prompt, interval = len(self.prompt), self.plan.options.decode_interval or 1
         if self.prefilling:
-            return prompt
+            return self.plan.next_stop(self.computed)
         if self.plan.decode_budget_tokens is None:
             return self.num_tokens
         return prompt + ((self.computed - prompt) // interval + 1) * interval
@@ -90,7 +91,8 @@ class Sequence:
     def reset(self) -> None:
         """Forgets everything that recomputing will find again."""
         self.slot, self.computed = -1, 0
-        self.kept_tokens, self.evicted_tokens, self.decode_evictions = None, 0.0, 0
+        self.kept_tokens, self.evicted_tokens = None, 0.0
+        self.evictions = self.decode_evictions = 0
 
     def report(self, held_bytes: int) -> KVReport | None:
         """What eviction did; None before the end of prefill."""
@@ -98,7 +100,7 @@ class Sequence:
             return None
         return KVReport(
             policy=self.plan.policy.name,
-            budget_tokens=self.plan.budget_tokens,
+            budget_tokens=round(self.kept_tokens) if self.plan.auto else self.plan.kept_prompt_tokens,
             kept_tokens=round(self.kept_tokens, 3),
             evicted_tokens=round(self.evicted_tokens, 3),
             kept_ratio=round(self.kept_tokens / len(self.prompt), 6),

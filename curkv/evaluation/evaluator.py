@@ -8,15 +8,16 @@ has attended, so that under "visible" the answer's first token is read off the f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from curkv.cache.batch import Batch
-from curkv.cache.eviction import plan_kept
-from curkv.cache.options import EvictionPlan, resolve
+from curkv.cache.eviction import evict, plan_kept
+from curkv.cache.observations import Needs
+from curkv.cache.options import EvictionPlan, policy_needs, resolve
 from curkv.engine.engine import Engine
 from curkv.evaluation.perplexity import agreement, token_nll
 from curkv.evaluation.records import ProtocolName, Record
@@ -92,13 +93,15 @@ class Evaluator:
 
         Raises:
             OptionError: A variant does not fit the prompt.
+            ValueError: A variant evicts while the prompt is computed, which variants share here.
             OutOfPages: The pool does not hold the prompt and one variant.
         """
         sample = make_sample(recipe, self.count_tokens)
+        observed = _observed(variant for variants in wanted.values() for variant in variants)
         question, target = self._encode(sample.question), self._encode(sample.target)[: sample.max_new_tokens]
         answer = _Answer(sample, target)
         records: list[Record] = []
-        prompt = self._prefill(self._encode(sample.context))
+        prompt = self._prefill(self._encode(sample.context), observed)
         try:
             if hidden := wanted.get("hidden"):
                 records += self._answer(prompt, question, answer, "hidden", hidden)
@@ -168,8 +171,8 @@ class Evaluator:
             depth=sample.depth,
         )
 
-    def _prefill(self, tokens: list[int]) -> _Prompt:
-        slot = self._kv.add_sequence()
+    def _prefill(self, tokens: list[int], observed: Needs) -> _Prompt:
+        slot = self._kv.add_sequence(observed)
         return _Prompt(slot, tokens, self._feed(slot, tokens, 0))
 
     def _extended(self, prompt: _Prompt, tokens: list[int]) -> _Prompt:
@@ -205,16 +208,16 @@ class Evaluator:
         layout, free = self._kv.layout, self._kv.free_pages
         for count, plan in enumerate(plans):
             partial_pages = 3 * layout.num_heads
-            free -= layout.sequence_pages(plan.budget_tokens + 2 * new_tokens) + partial_pages
+            free -= layout.sequence_pages(plan.kept_prompt_tokens + 2 * new_tokens) + partial_pages
             if free < 0 or count == self._kv.free_slots // 2:
                 return max(1, count)
         return len(plans)
 
     def _branch(self, prompt: _Prompt, variant: Variant, plan: EvictionPlan) -> _Branch:
-        slot = self._kv.fork(prompt.slot)
+        slot = self._kv.fork(prompt.slot, observe=False)
         if plan.evicts_prompt:
-            indices, counts = plan_kept(self._kv.view(slot), plan, self._kernels)
-            self._kv.evict(slot, indices, counts)
+            view = self._kv.view(prompt.slot)
+            evict(self._kv, slot, view, plan, *plan_kept(view, plan, self._kernels))
         kept = self._kv.sequence_tokens(slot) / self._kv.layout.num_heads
         return _Branch(variant, slot, kept / len(prompt.tokens))
 
@@ -292,3 +295,13 @@ class Evaluator:
     def _text(self, tokens: list[int]) -> str:
         text: str = self._tokenizer.decode([token for token in tokens if token not in self._eos_ids])
         return text
+
+
+def _observed(variants: Iterable[Variant]) -> Needs:
+    """What the variants' policies need to know of the queries, together."""
+    needs = Needs()
+    for variant in variants:
+        if variant.options.prefill != "exact":
+            raise ValueError(f"{variant.policy!r}: measure prefill={variant.options.prefill} with --url")
+        needs |= policy_needs(variant.options)
+    return needs

@@ -21,6 +21,8 @@ class Kernels:
     store_kv: Callable[..., None]
     paged_decode_attention: Callable[..., Tensor]
     paged_prefill_attention: Callable[..., Any]
+    window_scores: Callable[..., Tensor]
+    column_sums: Callable[..., None]
     leverage_scores: Callable[..., Tensor]
     select: Callable[..., tuple[Tensor, Tensor]]
     compact: Callable[..., None]

@@ -91,6 +91,7 @@ class Llama:
     def __init__(self, config: ModelConfig, checkpoint: Checkpoint, kernels: ModelKernels):
         self.config = config
         self._kernels = kernels
+        self._checkpoint = checkpoint
         self.weights_bytes: Counter[str] = Counter()
         self._embedding = self._counted("embedding", checkpoint.embedding)
         self._layers = [self._pack(checkpoint.layer(index)) for index in range(config.num_layers)]
@@ -122,6 +123,11 @@ class Llama:
         rows = batch.logit_rows
         x, _ = rms_norm(x[rows], self._final_norm, eps, residual[rows])
         return self._head(x).float()
+
+    def output_projection(self, index: int) -> Tensor:
+        """W_o of a layer, by query head: [num_heads, head_dim, hidden]; read from the checkpoint."""
+        weight = self._checkpoint.attention_output(index)
+        return weight.T.reshape(self.config.num_heads, self.config.head_dim, -1)
 
     def _heads(self, layer: Layer, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views [T, q_size + 2 kv_size] as queries, keys and values, [T, heads, head_dim] each."""

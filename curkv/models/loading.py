@@ -173,6 +173,10 @@ class Checkpoint:
             down_bias=self._tensor(f"{down}.bias") if config.mlp_bias else None,
         )
 
+    def attention_output(self, index: int) -> Tensor:
+        """[hidden, query heads * head_dim], the weight of a layer's output projection."""
+        return self._tensor(f"model.layers.{index}.self_attn.o_proj.weight")
+
     def _fused(self, names: list[str], kind: str) -> Tensor:
         return torch.cat([self._tensor(f"{name}.{kind}") for name in names])
 

@@ -10,6 +10,7 @@ from fastapi import FastAPI
 
 import curkv
 from curkv.config import Settings
+from curkv.server.chat.router import router as chat
 from curkv.server.completions.router import router as completions
 from curkv.server.errors import install_error_handlers
 from curkv.server.headers import default_options
@@ -56,7 +57,7 @@ def create_app(client: EngineClient | None, settings: Settings, lifespan: Lifesp
     )
     if client is not None:
         app.state.server.attach(client)
-    for router in (completions, models, live, health, page):
+    for router in (completions, chat, models, live, health, page):
         app.include_router(router)
     app.mount("/page", page_files)
     install_error_handlers(app)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, WithJsonSchema
 from starlette.datastructures import Headers
 
-from curkv.cache.options import EvictionOptions, OptionError, parse_options
-from curkv.cache.policies import policy_names
+from curkv.cache.options import PRESETS, EvictionOptions, OptionError, parse_options
+from curkv.cache.policies import KVPRESS_PREFIX, policy_names
 from curkv.config import Settings
 from curkv.engine.types import InvalidRequest
 
@@ -34,12 +34,19 @@ _BUDGET = {"anyOf": [{"type": "string"}, {"type": "number", "exclusiveMinimum": 
 _COUNT = {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string"}]}
 
 _SCHEMAS: dict[str, dict[str, Any]] = {
-    "policy": {"enum": list(policy_names()), "description": "What decides which tokens are kept."},
+    "policy": {
+        "anyOf": [
+            {"enum": list(policy_names())},
+            {"type": "string", "pattern": f"^{KVPRESS_PREFIX}[A-Za-z]+$"},
+        ],
+        "description": "What decides which tokens are kept.",
+        "examples": ["curdkv", "snapcur"],
+    },
     "budget": {
         **_BUDGET,
         "description": "What the prompt's cache may keep: a share (25%, 0.25), tokens per head on average "
-        "(512, 512tok) or bytes of the whole request (8MiB).",
-        "examples": ["25%", "512tok", "8MiB"],
+        "(512, 512tok), bytes of the whole request (8MiB), or auto: what stays below max_loss.",
+        "examples": ["25%", "512tok", "8MiB", "auto"],
     },
     "decode_budget": {
         **_BUDGET,
@@ -65,10 +72,13 @@ _SCHEMAS: dict[str, dict[str, Any]] = {
         "examples": [7],
     },
     "preset": {
-        "type": "string",
-        "description": "Named settings: serving (default), paper, authors, kvpress.",
+        "enum": list(PRESETS),
+        "description": "Named settings: as recommended here, or as published.",
     },
-    "leverage": {"enum": ["window", "sketch"], "description": "How CurDKV measures keys and values."},
+    "leverage": {
+        "enum": ["window", "norm", "sketch", "exact"],
+        "description": "How CurDKV measures keys and values.",
+    },
     "rank": {"type": "integer", "description": "Columns of the sketch."},
     "window": {"type": "integer", "description": "Tokens of a window of windowed leverage."},
     "combine": {
@@ -77,11 +87,50 @@ _SCHEMAS: dict[str, dict[str, Any]] = {
     },
     "pool": {"type": "integer", "description": "Odd size of the pooling over scores; 1 is off."},
     "pool_kind": {"enum": ["max", "mean"], "description": "What pooling takes of its neighbourhood."},
+    "allocation": {
+        "enum": ["uniform", "adaptive", "pyramid"],
+        "description": "How heads and layers share the budget; absent: as the policy was published.",
+    },
     "alpha": {
         "type": "number",
-        "description": "Share of the kept tokens each head is sure of (adaptive policies).",
+        "description": "Share of the kept tokens each head is sure of under adaptive allocation.",
     },
+    "beta": {"type": "number", "description": "Steepness of the pyramid."},
+    "observation": {"type": "integer", "description": "Newest tokens whose queries judge the others."},
+    "reduction": {"enum": ["mean", "max"], "description": "What counts of the observed attention."},
+    "times": {"type": "string", "description": "A policy whose scores are multiplied with the first one's."},
+    "times_pool": {"type": "integer", "description": "Odd size of the pooling over its scores."},
+    "scorer": {"enum": ["snapkv", "curdkv"], "description": "Whose scores ChunkKV takes."},
+    "chunk": {"type": "integer", "description": "Tokens that ChunkKV keeps or drops together."},
+    "first_stage": {
+        "type": "number",
+        "description": "Share of the budget that CriticalKV gives to attention.",
+    },
+    "future": {"type": "integer", "description": "Positions that Expected Attention averages over."},
+    "blend": {"type": "number", "description": "Weight of leverage beside attention in Compactor."},
+    "block": {"type": "integer", "description": "Tokens of a block of Compactor's attention."},
+    "ladder": {"type": "integer", "description": "Tokens over which LaCache's pattern repeats."},
     "decode_interval": {"type": "integer", "description": "Generated tokens between two evictions."},
+    "merge": {
+        "enum": ["none", "nearest"],
+        "description": "What becomes of evicted tokens: dropped, or merged into the most similar kept key.",
+    },
+    "merge_threshold": {"type": "number", "description": "Least cosine of two keys that are merged."},
+    "context_tokens": {
+        "type": "integer",
+        "minimum": 1,
+        "description": "First tokens of the prompt that are compressed before the rest is computed.",
+    },
+    "prefill": {
+        "enum": ["exact", "streaming"],
+        "description": "Evict once, when the prompt is computed, or to the budget after every chunk of it.",
+    },
+    "prefill_chunk": {"type": "integer", "minimum": 1, "description": "Tokens of such a chunk."},
+    "max_loss": {
+        "type": "number",
+        "description": "Of budget auto: relative error of the attention output that a layer may have.",
+        "examples": [0.01],
+    },
 }
 
 
@@ -133,6 +182,15 @@ class EvictionControls:
     options: EvictionOptions
     in_headers: frozenset[str]
     in_body: frozenset[str]
+
+    def for_context(self, tokens: int | None) -> EvictionOptions:
+        """The options of a prompt whose first `tokens` tokens the client marked as its context.
+
+        What the request says itself wins, and where no prompt is evicted there is no boundary to respect.
+        """
+        if tokens is None or self.options.budget is None or self.options.context_tokens is not None:
+            return self.options
+        return replace(self.options, context_tokens=tokens)
 
     def named(self, error: InvalidRequest) -> InvalidRequest:
         """The same error with `kv.<field>` replaced by the header that gave the field."""

@@ -75,7 +75,7 @@ def test_bytes_bound_the_pages_held_and_waste_less_than_a_page_per_head(value, p
 @given(st.integers(10**6, 10**8), st.sampled_from([16, 64]), st.integers(1, 8), st.data())
 def test_bytes_hold_any_split_of_a_layers_tokens_over_its_heads(value, page_size, heads, data):
     shape = layout(page_size, heads)
-    left = heads * max(0, Budget("bytes", value).tokens(4000, shape, adaptive=True))
+    left = heads * max(0, Budget("bytes", value).tokens(4000, shape, ragged=True))
     pages = 0
     for head in range(heads):
         share = left if head == heads - 1 else data.draw(st.integers(0, left))

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from kvpress.utils import compute_n_kept
 from torch import Tensor
 
-from curkv.cache.eviction import plan_kept, pooled
+from curkv.cache.eviction import plan_kept
 from curkv.cache.kv_cache import CacheLayout
 from curkv.cache.options import EvictionPlan, parse_options, resolve
 from curkv.cache.policies import get_policy
-from curkv.cache.policies.base import CacheView
+from curkv.cache.policies.base import CacheView, pooled
 from curkv.kernels.leverage_scores import cpu as leverage_cpu
 from curkv.kernels.leverage_scores import reference as leverage_reference
 from curkv.kernels.pages import Pages

@@ -124,10 +124,12 @@ def relative_rms(actual: Tensor, expected: Tensor) -> float:
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Assert equal shapes and NaNs, and a relative RMS error of the rest up to `tolerance`."""
+    """Assert equal shapes, NaNs and infinities, and a relative RMS error of the rest up to `tolerance`."""
     assert actual.shape == expected.shape
     assert actual.dtype == expected.dtype
     assert torch.equal(actual.isnan(), expected.isnan()), "NaN where there should be none, or the reverse"
+    assert torch.equal(actual.isinf(), expected.isinf())
+    actual, expected = (x.masked_fill(expected.isinf(), 0) for x in (actual, expected))
     if actual.numel():
         error = relative_rms(actual.nan_to_num(), expected.nan_to_num())
         assert error <= tolerance, f"relative RMS error {error:.2e} > {tolerance:.0e}"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import httpx
 import pytest
 
-from tests.server.scripted import MAX_MODEL_LEN
+from curkv.cache.options import EvictionOptions
+from tests.server.scripted import MAX_MODEL_LEN, ScriptedClient
 
 
 async def test_models(http: httpx.AsyncClient) -> None:
@@ -34,3 +37,11 @@ async def test_openapi_declares_streams_headers_and_errors(http: httpx.AsyncClie
     assert "422" not in route["responses"]
     prompt = document["components"]["schemas"]["CompletionRequest"]["properties"]["prompt"]
     assert len(prompt["anyOf"]) == 4
+
+
+async def test_openapi_describes_every_field_of_kv(http: httpx.AsyncClient) -> None:
+    document = (await http.get("/openapi.json")).json()
+    schemas = [s for s in document["components"]["schemas"].values() if "kv" in s.get("properties", {})]
+    [kv] = [part for part in schemas[0]["properties"]["kv"]["anyOf"] if part.get("title") == "KVFields"]
+    assert set(kv["properties"]) == {field.name for field in dataclasses.fields(EvictionOptions)}
+    assert all(field["description"] for field in kv["properties"].values())

@@ -11,14 +11,38 @@ _POLICIES = {
     "full": ("full", "Full"),
     "curdkv": ("curdkv", "CurDKV"),
     "adacurdkv": ("adacurdkv", "AdaCurDKV"),
-    "streaming-llm": ("streaming_llm", "StreamingLLM"),
+    "cur-exact": ("cur_exact", "CurExact"),
+    "snapcur": ("snapcur", "SnapCur"),
+    "snapkv": ("snapkv", "SnapKV"),
+    "adasnapkv": ("snapkv", "AdaSnapKV"),
+    "pyramidkv": ("snapkv", "PyramidKV"),
+    "chunkkv": ("chunkkv", "ChunkKV"),
+    "criticalkv": ("criticalkv", "CriticalKV"),
+    "defensivekv": ("defensivekv", "DefensiveKV"),
+    "h2o": ("h2o", "H2O"),
+    "tova": ("tova", "TOVA"),
+    "dapq": ("dapq", "DapQ"),
+    "expected-attention": ("expected_attention", "ExpectedAttention"),
+    "compactor": ("compactor", "Compactor"),
+    "keydiff": ("keydiff", "KeyDiff"),
     "knorm": ("knorm", "Knorm"),
+    "streaming-llm": ("streaming_llm", "StreamingLLM"),
+    "lacache": ("lacache", "LaCache"),
     "random": ("random", "Random"),
 }
+KVPRESS_PREFIX = "kvpress:"
+"""Of the name of a press of the kvpress package."""
+
+
+class UnknownPolicy(KeyError):
+    """There is no such policy, or it cannot be had here; the message says why."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def policy_names() -> tuple[str, ...]:
-    """The names that `get_policy` knows."""
+    """The names that `get_policy` knows, beside `kvpress:<PressName>`."""
     return tuple(_POLICIES)
 
 
@@ -27,14 +51,22 @@ def get_policy(name: str) -> Policy:
     """Import a policy.
 
     Args:
-        name: One of `policy_names()`.
+        name: One of `policy_names()`, or `kvpress:` and the name of one of that package's presses.
 
     Returns:
         The policy; it holds no state.
 
     Raises:
-        KeyError: the name is unknown.
+        UnknownPolicy: the name is unknown, or the press cannot be used.
     """
+    if name.startswith(KVPRESS_PREFIX):
+        from curkv.cache.policies.kvpress import load_press
+
+        return load_press(name.removeprefix(KVPRESS_PREFIX))
+    if name not in _POLICIES:
+        raise UnknownPolicy(
+            f"expected one of {', '.join(_POLICIES)} or kvpress:<PressName>, not {name[:40]!r}"
+        )
     module, attribute = _POLICIES[name]
     policy: Policy = getattr(import_module(f"curkv.cache.policies.{module}"), attribute)()
     return policy

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
+from curkv.cache.policies.base import Allocation
 from curkv.cache.policies.curdkv import CurDKV
 
 
@@ -17,5 +16,4 @@ class AdaCurDKV(CurDKV):
 
     name = "adacurdkv"
     description = "AdaCurDKV: CurDKV's scores, heads of a layer compete for its tokens above a floor"
-    allocation: Literal["uniform", "adaptive"] = "adaptive"
-    reads = CurDKV.reads | {"alpha"}
+    allocation: Allocation = "adaptive"

@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from curkv.cache.observations import Needs, Observations
 from curkv.kernels.pages import Pages
 
 if TYPE_CHECKING:
     from curkv.cache.options import EvictionOptions
     from curkv.kernels.dispatch import Kernels
 
+__all__ = ["Allocation", "CacheView", "Needs", "Policy", "mix", "pooled"]
 
-@dataclass(frozen=True)
-class Needs:
-    """What a policy reads besides the pages.
+Allocation = Literal["uniform", "adaptive", "pyramid"]
 
-    Attributes:
-        queries: Queries of that many last tokens.
-        column_sums: The attention each token received from all queries.
-    """
-
-    queries: int = 0
-    column_sums: bool = False
-
-    @property
-    def query_agnostic(self) -> bool:
-        """Whether keys and values alone decide what is kept, so that a compressed prefix can be reused."""
-        return not self.queries and not self.column_sums
+ANY_ALLOCATION: frozenset[Allocation] = frozenset({"uniform", "adaptive", "pyramid"})
+SAME_FOR_ALL_HEADS: frozenset[Allocation] = frozenset({"uniform", "pyramid"})
 
 
 @dataclass(frozen=True)
@@ -42,8 +36,12 @@ class CacheView:
         table: int32 [L, H, max_pages], pages of each head.
         lengths: int32 [L, H], tokens of each head.
         seed: Seed of the request, for policies that draw random numbers.
-        phase: "prefill" after the last chunk of the prompt, "decode" after an interval of generated tokens.
+        phase: "prefill" while the prompt is computed, "decode" after an interval of generated tokens.
         round: Evictions of the sequence so far; a new one draws new random numbers.
+        budget: Tokens per head, on average, that this eviction leaves.
+        observations: Of the sequence's queries, if its policy needs them.
+        rope: cos and sin, float32 [positions, head_dim / 2] each.
+        output_projection: Gives a layer's W_o, float32 [Hq, head_dim, hidden].
     """
 
     pages: Pages
@@ -52,6 +50,10 @@ class CacheView:
     seed: int = 0
     phase: Literal["prefill", "decode"] = "prefill"
     round: int = 0
+    budget: int = 0
+    observations: Observations | None = None
+    rope: tuple[Tensor, Tensor] | None = None
+    output_projection: Callable[[int], Tensor] | None = None
 
     @property
     def width(self) -> int:
@@ -59,9 +61,29 @@ class CacheView:
         return int(self.lengths.max())
 
     @property
+    def num_layers(self) -> int:
+        """Layers of the model, L."""
+        return self.lengths.shape[0]
+
+    @property
     def stored(self) -> Tensor:
         """bool [L, H, n_max], False past a head's length."""
         return torch.arange(self.width, device=self.lengths.device) < self.lengths[..., None]
+
+    @property
+    def position(self) -> Tensor:
+        """int32 [L, H, n_max], logical positions, -1 past a head's length."""
+        return self.gather(self.pages.position, -1)
+
+    @property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Table [L * H, max_pages] and lengths [L * H], one head a row."""
+        return self.table.flatten(0, 1), self.lengths.flatten()
+
+    @property
+    def scale(self) -> float:
+        """Factor of attention scores."""
+        return float(self.pages.k.shape[-1] ** -0.5)
 
     def gather(self, side: Tensor, fill: float) -> Tensor:
         """Read one of the pages' per-token side arrays.
@@ -78,6 +100,48 @@ class CacheView:
         tokens = side.index_select(0, pages.flatten()).view(*pages.shape[:2], -1)
         return tokens[..., : self.width].masked_fill_(~self.stored, fill)
 
+    def vectors(self, storage: Tensor, layer: int) -> Tensor:
+        """Read a layer's keys or values.
+
+        Args:
+            storage: `pages.k` or `pages.v`.
+            layer: Index of the layer.
+
+        Returns:
+            float32 [H, n_max, head_dim], 0 past a head's length.
+        """
+        used = -(-self.width // storage.shape[1])
+        pages = self.table[layer, :, :used].clamp(0, len(storage) - 1)
+        tokens = storage.index_select(0, pages.flatten()).view(len(pages), -1, storage.shape[2])
+        past = torch.arange(self.width, device=pages.device) >= self.lengths[layer, :, None]
+        return tokens[:, : self.width].float().masked_fill_(past[..., None], 0.0)
+
+    def newest(self, count: int) -> Tensor:
+        """Tell the tokens of the newest `count` positions: bool [L, H, n_max]."""
+        position = self.position
+        return (position > position.max() - count) & (position >= 0)
+
+    def queries(self, count: int) -> Tensor:
+        """The last queries after RoPE, by KV head.
+
+        Args:
+            count: How many tokens' queries; fewer, if fewer were computed.
+
+        Returns:
+            float32 [L * H, w, group, head_dim].
+        """
+        observed = self._observed.queries
+        heads, dim = self.lengths.shape[1], self.pages.k.shape[-1]
+        layers = torch.stack([observed[layer][-count:] for layer in range(self.num_layers)])
+        by_head = layers.view(*layers.shape[:2], heads, -1, dim).transpose(1, 2)
+        return by_head.flatten(0, 1).contiguous()
+
+    @property
+    def _observed(self) -> Observations:
+        if self.observations is None:
+            raise ValueError("the sequence's queries were not observed; see `KVCache.add_sequence`")
+        return self.observations
+
     def generator(self) -> torch.Generator:
         """A random generator for this request and round."""
         return torch.Generator(self.lengths.device).manual_seed(mix(self.seed, self.round))
@@ -91,23 +155,42 @@ def mix(seed: int, round: int) -> int:
     return (x ^ x >> 31) >> 1
 
 
-class Policy(Protocol):
+class Policy(ABC):
     """Scores stored tokens; who keeps how many is decided by the allocation, and the cache moves them.
 
     Attributes:
-        name: As a request names it. description: One line for `curkv model policies`. needs: What it reads
-        besides the pages. allocation: "uniform" gives every head the same number of tokens, "adaptive" shares
-        a layer's among its heads. published_sinks: First tokens it always keeps under the presets that follow
-        a publication. reads: Options, of those that not every policy has, that change its outcome.
+        name: As a request names it.
+        description: One line for `curkv model policies`.
+        allocation: How heads and layers share the budget unless the request says otherwise.
+        allocations: Those that make sense with its scores.
+        published_sinks: First tokens it always keeps under the presets that follow a publication.
+        published_recent: Newest tokens it always keeps under these.
+        recent_share: Share of the budget that the newest tokens take unless told.
+        defaults: Values of options that neither the request nor the preset gives.
+        reads: Options, of those that not every policy has, that change its outcome.
+        factor: Whether scores are shares of something, at least 0, so that they can be multiplied.
     """
 
     name: str
     description: str
-    needs: Needs
-    allocation: Literal["uniform", "adaptive"]
-    published_sinks: int
-    reads: frozenset[str]
+    allocation: Allocation = "uniform"
+    allocations: frozenset[Allocation] = ANY_ALLOCATION
+    published_sinks: int = 0
+    published_recent: int = 0
+    recent_share: float = 0.0
+    defaults: Mapping[str, Any] = MappingProxyType({})
+    reads: frozenset[str] = frozenset()
+    factor: bool = False
 
+    def needs(self, options: EvictionOptions) -> Needs:
+        """What it reads besides the pages."""
+        return Needs()
+
+    def window(self, options: EvictionOptions) -> int:
+        """Newest tokens whose queries do the scoring: they are kept, and pooling does not reach them."""
+        return 0
+
+    @abstractmethod
     def score(self, view: CacheView, options: EvictionOptions, kernels: Kernels) -> Tensor:
         """Score every stored token.
 
@@ -119,4 +202,39 @@ class Policy(Protocol):
         Returns:
             float32 [L, H, n_max], higher is kept, -inf past a head's length.
         """
-        ...
+
+    def scores(self, view: CacheView, options: EvictionOptions, kernels: Kernels) -> Tensor:
+        """`score` with the options applied that all policies have: pooling, and the window kept (+inf)."""
+        scores = self.score(view, options, kernels)
+        window = self.window(options)
+        kept = view.newest(window) if window else None
+        if "pool" in self.reads:
+            judged = view.stored if kept is None else view.stored & ~kept
+            scores = pooled(scores, judged, options.pool or 1, options.pool_kind or "max")
+        return scores if kept is None else scores.masked_fill_(kept, torch.inf)
+
+
+def pooled(scores: Tensor, judged: Tensor, kernel: int, kind: Literal["max", "mean"]) -> Tensor:
+    """Pool scores over neighbouring stored tokens, so that spans are kept whole (SnapKV, section 4).
+
+    Args:
+        scores: float32 [L, H, n].
+        judged: bool [L, H, n], False past a head's length and for tokens that are kept anyway.
+        kernel: Odd number of tokens; 1 changes nothing.
+        kind: "max", or "mean" over those of the neighbours that exist.
+
+    Returns:
+        float32 [L, H, n], -inf where not judged.
+    """
+    if kernel == 1:
+        return scores
+    if kind == "max":
+        lowest = scores.masked_fill(~judged, -torch.inf)
+        scores = F.max_pool1d(lowest, kernel, stride=1, padding=kernel // 2)
+    else:
+        sums, counts = (
+            F.avg_pool1d(x, kernel, stride=1, padding=kernel // 2)
+            for x in (scores.masked_fill(~judged, 0), judged.to(scores.dtype))
+        )
+        scores = sums / counts
+    return scores.masked_fill(~judged, -torch.inf)

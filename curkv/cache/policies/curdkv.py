@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from curkv.cache.policies.base import CacheView, Needs
+from curkv.cache.policies.base import CacheView, Policy
 
 if TYPE_CHECKING:
     from curkv.cache.options import EvictionOptions
     from curkv.kernels.dispatch import Kernels
 
 
-class CurDKV:
+class CurDKV(Policy):
     """CurDKV, value-guided KV compression by approximated CUR decomposition
     (https://arxiv.org/abs/2509.15038).
 
@@ -23,27 +23,31 @@ class CurDKV:
     1). With leverage "sketch", the paper's formula: ||k G||^2 ||v G||^2, G Gaussian [head_dim, rank] with
     variance 1 / rank, normalised per head. With leverage "window", the authors' released code: ||k||^2 and
     ||v||^2, each as a share of its window of 16 tokens; the presets differ in how the last, partial window is
-    treated. No query is read.
+    treated. "norm": the same energies, normalised per head. "exact": what leverage means in the theory of
+    CUR, diag(X (X^T X)^-1 X^T) of the centred keys and values. No query is read.
 
     In decode G is drawn afresh at each round, as VaSE found it to matter (https://arxiv.org/abs/2606.03928).
     """
 
     name = "curdkv"
     description = "CurDKV: tokens whose keys and values carry the most energy, the same number for every head"
-    needs = Needs()
-    allocation: Literal["uniform", "adaptive"] = "uniform"
     published_sinks = 4
     reads = frozenset({"leverage", "rank", "window", "combine", "pool", "pool_kind"})
 
+    factor = True
+
     def score(self, view: CacheView, options: EvictionOptions, kernels: Kernels) -> Tensor:
         """Score tokens by approximate leverage; a head's scores sum to 1."""
-        rows = view.table.flatten(0, 1), view.lengths.flatten()
         settings: dict[str, Any] = {"combine": options.combine}
+        if options.leverage == "exact":
+            return exact_leverage(view, options.combine or "product")
         if options.leverage == "sketch":
             settings |= {"normalization": "head", "sketch": gaussian_sketch(view, options.rank)}
+        elif options.leverage == "norm":
+            settings |= {"normalization": "head"}
         else:
             settings |= {"window": options.window, "partial": options.partial_window}
-        scores = kernels.leverage_scores(view.pages, *rows, **settings)
+        scores = kernels.leverage_scores(view.pages, *view.rows, **settings)
         return scores.view(*view.lengths.shape, view.width)
 
 
@@ -51,3 +55,47 @@ def gaussian_sketch(view: CacheView, rank: int) -> Tensor:
     """Draw G, float32 [head_dim, rank] with entries of N(0, 1 / rank), for this request and round."""
     shape = view.pages.k.shape[-1], rank
     return torch.randn(shape, generator=view.generator(), device=view.lengths.device) / math.sqrt(rank)
+
+
+def exact_leverage(view: CacheView, combine: str) -> Tensor:
+    """Statistical leverage of the centred keys and values, combined; a head's scores sum to 1.
+
+    Returns:
+        float32 [L, H, n_max], -inf past a head's length.
+    """
+    layers = []
+    for layer in range(view.num_layers):
+        length = view.lengths[layer]
+        key, value = (
+            leverage(view.vectors(storage, layer), length) if combine not in skipped else None
+            for storage, skipped in ((view.pages.k, ("value",)), (view.pages.v, ("key",)))
+        )
+        if key is None or value is None:
+            layers.append(key if value is None else value)
+        else:
+            layers.append(key * value if combine == "product" else (key + value) / 2)
+    scores = torch.stack([layer for layer in layers if layer is not None])
+    scores /= scores.sum(-1, keepdim=True).clamp_min(1e-30)
+    return scores.masked_fill_(~view.stored, -torch.inf)
+
+
+def leverage(x: Tensor, lengths: Tensor) -> Tensor:
+    """Diagonal of X (X^T X)^-1 X^T of the centred rows X, by a Cholesky factor of X^T X [head_dim, head_dim].
+
+    Args:
+        x: float32 [H, n, head_dim], 0 past a head's length.
+        lengths: int32 [H].
+
+    Returns:
+        float32 [H, n], 0 past a head's length; a head's sum to the rank of X.
+    """
+    stored = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+    mean = x.sum(1) / lengths.clamp_min(1)[:, None]
+    x = (x - mean[:, None]).masked_fill_(~stored[..., None], 0.0)
+    gram = x.transpose(1, 2) @ x
+    # Fewer tokens than channels leave the Gram matrix singular.
+    ridge = 1e-6 * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
+    gram.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
+    factor, _ = torch.linalg.cholesky_ex(gram)
+    white: Tensor = torch.linalg.solve_triangular(factor, x.transpose(1, 2), upper=False)
+    return white.square().sum(1)

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from curkv.cache.policies.base import CacheView, Needs
+from curkv.cache.policies.base import Allocation, CacheView, Policy
 
 if TYPE_CHECKING:
     from curkv.cache.options import EvictionOptions
     from curkv.kernels.dispatch import Kernels
 
 
-class Full:
+class Full(Policy):
     """Keeps every token: the ordinary cache, and what the other policies are measured against."""
 
     name = "full"
     description = "keeps every token"
-    needs = Needs()
-    allocation: Literal["uniform", "adaptive"] = "uniform"
-    published_sinks = 0
-    reads: frozenset[str] = frozenset()
+    allocations: frozenset[Allocation] = frozenset({"uniform"})
 
     def score(self, view: CacheView, options: EvictionOptions, kernels: Kernels) -> Tensor:
         """Score all tokens alike."""

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from curkv.cache.policies.base import CacheView, Needs
+from curkv.cache.policies.base import CacheView, Policy
 
 if TYPE_CHECKING:
     from curkv.cache.options import EvictionOptions
     from curkv.kernels.dispatch import Kernels
 
 
-class Knorm:
+class Knorm(Policy):
     """Knorm, or L2 (https://arxiv.org/abs/2406.11430, section 3): keys of low norm receive the most
     attention.
 
@@ -24,9 +24,6 @@ class Knorm:
 
     name = "knorm"
     description = "Knorm: tokens whose keys have the lowest norm"
-    needs = Needs()
-    allocation: Literal["uniform", "adaptive"] = "uniform"
-    published_sinks = 0
     reads = frozenset({"pool", "pool_kind"})
 
     def score(self, view: CacheView, options: EvictionOptions, kernels: Kernels) -> Tensor:

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from curkv.cache.policies.base import CacheView, Needs
+from curkv.cache.policies.base import SAME_FOR_ALL_HEADS, CacheView, Policy
 
 if TYPE_CHECKING:
     from curkv.cache.options import EvictionOptions
     from curkv.kernels.dispatch import Kernels
 
 
-class Random:
+class Random(Policy):
     """Keeps a random choice of tokens in every head: what a policy has to beat."""
 
     name = "random"
     description = "random tokens, reproducible by seed"
-    needs = Needs()
-    allocation: Literal["uniform", "adaptive"] = "uniform"
-    published_sinks = 0
-    reads: frozenset[str] = frozenset()
+    allocations = SAME_FOR_ALL_HEADS
 
     def score(self, view: CacheView, options: EvictionOptions, kernels: Kernels) -> Tensor:
         """Draw a uniform score for every token."""

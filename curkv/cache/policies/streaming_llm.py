@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from curkv.cache.policies.base import CacheView, Needs
+from curkv.cache.policies.base import SAME_FOR_ALL_HEADS, CacheView, Policy
 
 if TYPE_CHECKING:
     from curkv.cache.options import EvictionOptions
     from curkv.kernels.dispatch import Kernels
 
 
-class StreamingLLM:
+class StreamingLLM(Policy):
     """StreamingLLM (https://arxiv.org/abs/2309.17453, section 3.2): attention sinks and the most recent
     tokens.
 
@@ -23,10 +23,8 @@ class StreamingLLM:
 
     name = "streaming-llm"
     description = "StreamingLLM: the first 4 and the most recent tokens"
-    needs = Needs()
-    allocation: Literal["uniform", "adaptive"] = "uniform"
+    allocations = SAME_FOR_ALL_HEADS
     published_sinks = 4
-    reads: frozenset[str] = frozenset()
 
     def score(self, view: CacheView, options: EvictionOptions, kernels: Kernels) -> Tensor:
         """Score tokens by their position."""

@@ -183,7 +183,7 @@ def _attend_block(
     keys = states + 8 * padded_rows
     values = keys + 4 * KEY_BLOCK * dim
     scores = values + 4 * KEY_BLOCK * padded
-    _load_queries(scratch, q, q_stride, count, group * dim, padded_rows * dim)
+    load_queries(scratch, q, q_stride, count, group * dim, padded_rows * dim)
     zeros = broadcast(np.float32(0.0))
     for d in range(0, padded_rows * padded, 8):
         store(FLOAT32, outputs + 4 * d, zeros)
@@ -193,7 +193,7 @@ def _attend_block(
     length = seen + count - 1
     for first in range(0, length, KEY_BLOCK):
         tokens = min(KEY_BLOCK, length - first)
-        _load_keys(kind, dim, k, table, page_size, first, tokens, keys)
+        load_keys(kind, dim, k, table, page_size, first, tokens, keys)
         _load_values(kind, dim, v, table, page_size, first, tokens, values)
         for row in range(0, rows, STRIP):
             last = min(row + STRIP, rows) - 1
@@ -229,7 +229,7 @@ def _attend_block(
 
 
 @inlined
-def _load_queries(target: int, q: int, q_stride: int, count: int, size: int, padded_size: int) -> None:
+def load_queries(target: int, q: int, q_stride: int, count: int, size: int, padded_size: int) -> None:
     """Copy `count` tokens' queries, `size` floats each, and fill up with zeros to `padded_size` floats."""
     for i in range(count):
         for d in range(0, size, 8):
@@ -239,7 +239,7 @@ def _load_queries(target: int, q: int, q_stride: int, count: int, size: int, pad
 
 
 @inlined
-def _load_keys(
+def load_keys(
     kind: Any, dim: int, k: int, table: int, page_size: int, first: int, tokens: int, target: int
 ) -> None:
     """Write keys `first ...` as panels float32 [tokens / 16, dim, 16], by eights: up to seven too many."""

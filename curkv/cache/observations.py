@@ -1,0 +1,171 @@
+"""What policies need to know of a sequence's queries, gathered layer by layer while it is computed."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+STATISTICS_SKIP = 4
+"""First tokens left out of query statistics: their hidden states are outliers (Expected Attention)."""
+
+BLOCK_SKIP = 8
+"""First tokens before the first block of non-causal attention: Compactor keeps them anyway."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a policy reads besides the pages.
+
+    Attributes:
+        queries: Queries of that many last tokens.
+        column_sums: The attention each token received from all queries, in `pages.attention`.
+        query_statistics: Mean and covariance of all queries before RoPE.
+        block: Attention inside blocks of that many tokens, not causal; 0: none.
+    """
+
+    queries: int = 0
+    column_sums: bool = False
+    query_statistics: bool = False
+    block: int = 0
+
+    def __or__(self, other: Needs) -> Needs:
+        """What two policies need together; of two sizes of blocks the larger is taken."""
+        return Needs(
+            max(self.queries, other.queries),
+            self.column_sums or other.column_sums,
+            self.query_statistics or other.query_statistics,
+            max(self.block, other.block),
+        )
+
+    @property
+    def query_agnostic(self) -> bool:
+        """Whether keys and values alone decide what is kept, so that a compressed prefix can be reused."""
+        return self == Needs()
+
+
+@dataclass(frozen=True)
+class QueryStatistics:
+    """Sums over a layer's queries before RoPE, in float64.
+
+    Attributes:
+        count: Tokens.
+        total: [Hq, head_dim], sum of the queries.
+        outer: [Hq, head_dim, head_dim], sum of their outer products.
+    """
+
+    count: int
+    total: Tensor
+    outer: Tensor
+
+    @classmethod
+    def of(cls, q: Tensor) -> QueryStatistics:
+        """Statistics of float32 [T, Hq, head_dim]."""
+        heads = q.double().transpose(0, 1)
+        return cls(len(q), heads.sum(1), heads.transpose(1, 2) @ heads)
+
+    def __add__(self, other: QueryStatistics) -> QueryStatistics:
+        return QueryStatistics(self.count + other.count, self.total + other.total, self.outer + other.outer)
+
+    @property
+    def mean(self) -> Tensor:
+        """float32 [Hq, head_dim]."""
+        return (self.total / max(1, self.count)).float()
+
+    @property
+    def covariance(self) -> Tensor:
+        """float32 [Hq, head_dim, head_dim]."""
+        mean = self.total / max(1, self.count)
+        return (self.outer / max(1, self.count) - mean[:, :, None] * mean[:, None]).float()
+
+
+@dataclass(frozen=True)
+class BlockAttention:
+    """The attention that a layer's tokens received inside their blocks.
+
+    Attributes:
+        block: Tokens of a block; the first one starts at position `BLOCK_SKIP`.
+        sums: float32 [H, m], of the tokens of all complete blocks, mean over the group.
+        queries: float32 [t, Hq, head_dim] of the block that is not complete, after RoPE.
+        keys: float32 [t, H, head_dim] of the same tokens, after RoPE.
+    """
+
+    block: int
+    sums: Tensor
+    queries: Tensor
+    keys: Tensor
+
+    @classmethod
+    def empty(cls, block: int, q: Tensor, k: Tensor) -> BlockAttention:
+        """No tokens yet, for queries and keys shaped like these."""
+        return cls(block, q.new_zeros(k.shape[1], 0), q[:0], k[:0])
+
+    def extended(self, q: Tensor, k: Tensor) -> BlockAttention:
+        """The same with further tokens."""
+        queries, keys, sums = torch.cat([self.queries, q]), torch.cat([self.keys, k]), [self.sums]
+        whole = len(queries) // self.block * self.block
+        for start in range(0, whole, self.block):
+            stop = start + self.block
+            sums.append(_block_sums(queries[start:stop], keys[start:stop]))
+        return BlockAttention(self.block, torch.cat(sums, 1), queries[whole:].clone(), keys[whole:].clone())
+
+    def all_sums(self) -> Tensor:
+        """float32 [H, m + t], with the last block as far as it is known."""
+        if not len(self.queries):
+            return self.sums
+        return torch.cat([self.sums, _block_sums(self.queries, self.keys)], 1)
+
+
+def _block_sums(q: Tensor, k: Tensor) -> Tensor:
+    """What each key receives from all queries of its block, without a scale: float32 [H, t]."""
+    tokens, heads, dim = k.shape
+    group = q.shape[1] // heads
+    queries = q.view(tokens, heads, group, dim).permute(1, 2, 0, 3)
+    logits = queries @ k.permute(1, 2, 0)[:, None]
+    return logits.softmax(-1).sum(2).mean(1)
+
+
+class Observations:
+    """One sequence's queries, as far as its policy needs them.
+
+    What is stored is replaced and never written to, so that forks share it.
+
+    Attributes:
+        needs: What is gathered.
+        queries: By layer: float32 [up to w, Hq, head_dim], the last queries after RoPE, oldest first.
+        statistics: By layer: of all queries before RoPE.
+        blocks: By layer: attention inside blocks.
+    """
+
+    def __init__(self, needs: Needs) -> None:
+        self.needs = needs
+        self.queries: dict[int, Tensor] = {}
+        self.statistics: dict[int, QueryStatistics] = {}
+        self.blocks: dict[int, BlockAttention] = {}
+
+    def fork(self) -> Observations:
+        """The same observations, to be continued apart."""
+        fork = copy.copy(self)
+        fork.queries, fork.statistics, fork.blocks = (
+            dict(self.queries), dict(self.statistics), dict(self.blocks)
+        )  # fmt: skip
+        return fork
+
+    def see_unrotated(self, layer: int, q: Tensor, start: int) -> None:
+        """Takes new queries before RoPE, float32 [T, Hq, head_dim], the first at position `start`."""
+        if self.needs.query_statistics and start + len(q) > STATISTICS_SKIP:
+            new = QueryStatistics.of(q[max(0, STATISTICS_SKIP - start) :])
+            old = self.statistics.get(layer)
+            self.statistics[layer] = new if old is None else old + new
+
+    def see_rotated(self, layer: int, q: Tensor, k: Tensor | None, start: int) -> None:
+        """Takes new queries after RoPE, and keys [T, H, head_dim] if `needs.block`."""
+        if window := self.needs.queries:
+            old = self.queries.get(layer, q[:0])
+            self.queries[layer] = torch.cat([old, q[-window:]])[-window:].clone()
+        if k is not None and start + len(q) > BLOCK_SKIP:
+            q, k = q[max(0, BLOCK_SKIP - start) :], k[max(0, BLOCK_SKIP - start) :]
+            blocks = self.blocks.get(layer) or BlockAttention.empty(self.needs.block, q, k)
+            self.blocks[layer] = blocks.extended(q, k)

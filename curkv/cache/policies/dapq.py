@@ -1,0 +1,33 @@
+"""DapQ."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from curkv.cache.policies.base import CacheView
+from curkv.cache.policies.snapkv import SnapKV
+
+if TYPE_CHECKING:
+    from curkv.cache.options import EvictionOptions
+
+
+class DapQ(SnapKV):
+    """DapQ, decoding-aligned pseudo queries: SnapKV with queries at the positions that the answer will have.
+
+    What such a query asks matters less than where it stands: the last `observation` = 32 queries are turned
+    ahead by as many positions (RoPE turns add up), which puts them right behind the prompt.
+    """
+
+    name = "dapq"
+    description = "DapQ: SnapKV with its queries moved to the positions of the answer"
+
+    def queries(self, view: CacheView, options: EvictionOptions) -> Tensor:
+        """The window's queries, moved behind the prompt."""
+        assert view.rope is not None
+        queries = super().queries(view, options)
+        cos, sin = (table[min(queries.shape[1], len(table) - 1)] for table in view.rope)
+        first, second = queries.chunk(2, -1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

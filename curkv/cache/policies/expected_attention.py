@@ -1,0 +1,77 @@
+"""Expected Attention."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from curkv.cache.policies.base import CacheView, Needs, Policy
+
+if TYPE_CHECKING:
+    from curkv.cache.options import EvictionOptions
+    from curkv.kernels.dispatch import Kernels
+
+
+class ExpectedAttention(Policy):
+    """Expected Attention (https://arxiv.org/abs/2510.00636, section 3): what future queries will look at.
+
+    Queries before RoPE are taken as Gaussian; their mean and covariance, rotated by the mean rotation of the
+    next `future` = 512 positions, give the expected exp(q k) of every key; normalised over a head, mean over
+    the group, times ||v||.
+    """
+
+    name = "expected-attention"
+    description = "Expected Attention: tokens that Gaussian future queries would attend to, times ||v||"
+    published_sinks = 4
+    reads = frozenset({"future", "pool", "pool_kind"})
+    factor = True
+
+    def needs(self, options: EvictionOptions) -> Needs:
+        """The mean and covariance of all queries."""
+        return Needs(query_statistics=True)
+
+    def score(self, view: CacheView, options: EvictionOptions, kernels: Kernels) -> Tensor:
+        """Score tokens by the expected attention times the norm of their value."""
+        assert view.observations is not None
+        rotation = self._mean_rotation(view, options.future)
+        position = view.position
+        judged = position >= self.published_sinks
+        layers = []
+        for layer in range(view.num_layers):
+            statistics = view.observations.statistics[layer]
+            mean = statistics.mean @ rotation.T
+            covariance = rotation @ statistics.covariance @ rotation.T
+            layers.append(self._expected(view, layer, mean, covariance, judged[layer]))
+        scores = torch.stack(layers) * view.gather(view.pages.v_sq, 0.0).sqrt_()
+        scores.masked_fill_(~judged, scores.max() + 1)
+        return scores.masked_fill_(~view.stored, -torch.inf)
+
+    def _expected(
+        self, view: CacheView, layer: int, mean: Tensor, covariance: Tensor, judged: Tensor
+    ) -> Tensor:
+        """Softmax of the expected logits, mean over the group: float32 [H, n]."""
+        keys = view.vectors(view.pages.k, layer)
+        heads, _, dim = keys.shape
+        mean, covariance = mean.view(heads, -1, dim), covariance.view(heads, -1, dim, dim)
+        logits = mean @ keys.transpose(1, 2) * view.scale
+        spread = ((keys[:, None] @ covariance) * keys[:, None]).sum(-1) * (view.scale**2 / 2)
+        logits = (logits + spread).masked_fill_(~judged[:, None], -torch.inf)
+        return logits.softmax(-1).nan_to_num_(0.0).mean(1)
+
+    def _mean_rotation(self, view: CacheView, future: int) -> Tensor:
+        """The mean of the rotary matrices of the positions to come, float32 [head_dim, head_dim]."""
+        assert view.rope is not None
+        start = int(view.position.max()) + 1
+        cos, sin = (table[start : start + future].mean(0) for table in self._ahead(view.rope, start))
+        return torch.cat([torch.cat([cos.diag(), -sin.diag()], 1), torch.cat([sin.diag(), cos.diag()], 1)])
+
+    def _ahead(self, rope: tuple[Tensor, Tensor], start: int) -> tuple[Tensor, Tensor]:
+        """The rotary tables; at the end of the context their last rows stand for the future."""
+        cos, sin = rope
+        return (
+            (cos, sin)
+            if start < len(cos)
+            else (cos[-1:].expand(start + 1, -1), sin[-1:].expand(start + 1, -1))
+        )

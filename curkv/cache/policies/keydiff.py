@@ -1,0 +1,35 @@
+"""KeyDiff."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from curkv.cache.policies.base import CacheView, Policy
+
+if TYPE_CHECKING:
+    from curkv.cache.options import EvictionOptions
+    from curkv.kernels.dispatch import Kernels
+
+
+class KeyDiff(Policy):
+    """KeyDiff (https://arxiv.org/abs/2504.15364, section 3): keys unlike the others receive attention.
+
+    The score is the negative cosine of a key and the mean of the normalised keys of its head.
+    """
+
+    name = "keydiff"
+    description = "KeyDiff: tokens whose keys differ most from the mean key"
+    reads = frozenset({"pool", "pool_kind"})
+
+    def score(self, view: CacheView, options: EvictionOptions, kernels: Kernels) -> Tensor:
+        """Score tokens by how unlike the mean key theirs is."""
+        layers = []
+        for layer in range(view.num_layers):
+            keys = F.normalize(view.vectors(view.pages.k, layer), dim=-1)
+            anchor = F.normalize(keys.sum(1), dim=-1)
+            layers.append(-(keys @ anchor[..., None])[..., 0])
+        return torch.stack(layers).masked_fill_(~view.stored, -torch.inf)

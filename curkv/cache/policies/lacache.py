@@ -1,0 +1,38 @@
+"""LaCache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from curkv.cache.policies.base import SAME_FOR_ALL_HEADS, CacheView, Policy
+
+if TYPE_CHECKING:
+    from curkv.cache.options import EvictionOptions
+    from curkv.kernels.dispatch import Kernels
+
+
+class LaCache(Policy):
+    """LaCache (https://arxiv.org/abs/2507.14204, section 3): a ladder over layers and tokens.
+
+    Every layer keeps another band of each stretch of `ladder` = 256 stored tokens, shifted evenly from the
+    first layer to the last, so that together the layers cover the text. Tokens count by where they are
+    stored, so that a further eviction thins out what is old again (iterative compaction).
+    """
+
+    name = "lacache"
+    description = "LaCache: a ladder-shaped pattern, every layer keeps other tokens"
+    allocations = SAME_FOR_ALL_HEADS
+    published_sinks = 4
+    reads = frozenset({"ladder"})
+
+    def score(self, view: CacheView, options: EvictionOptions, kernels: Kernels) -> Tensor:
+        """Score tokens by their distance from the layer's rung."""
+        device = view.lengths.device
+        place = torch.arange(view.width, device=device) % options.ladder / options.ladder
+        rung = torch.arange(view.num_layers, device=device)[:, None] / view.num_layers
+        around = (place - rung).abs()
+        distance = torch.minimum(around, 1 - around)
+        return -distance[:, None].expand(view.stored.shape).masked_fill(~view.stored, torch.inf)

@@ -1,0 +1,208 @@
+"""How much attention the newest queries pay to each stored token, with Numba.
+
+A worker takes a row and goes through its queries in blocks: products with all stored keys, one block of keys
+at a time, the softmax of every query over what it may read, then its probabilities are added to (or maximised
+into) the row.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, Literal
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from curkv.kernels.paged_prefill_attention.cpu import KEY_BLOCK, STRIP, load_keys, load_queries
+from curkv.kernels.pages import Pages
+from curkv.kernels.simd import (
+    FLOAT32,
+    KINDS,
+    address,
+    broadcast,
+    fetch_add,
+    fma,
+    inlined,
+    load,
+    load_int32,
+    load_scalar,
+    matrix_tile,
+    maximum,
+    mul,
+    row_address,
+    row_exp2,
+    row_max,
+    store,
+    store_scalar,
+)
+from curkv.kernels.workers import bits_of_float, compile_worker, float_of_bits, launch, read_arguments
+
+BLOCK_ROWS = 96  # (query, query head) pairs that go through the keys together
+
+
+def window_scores(
+    queries: Tensor,
+    pages: Pages,
+    table: Tensor,
+    lengths: Tensor,
+    scale: float,
+    reduction: Literal["mean", "max"] = "mean",
+    lse: Tensor | None = None,
+) -> Tensor:
+    """Score the stored tokens of every head by the last w queries; see `reference.window_scores`.
+
+    head_dim and the page size are multiples of 8.
+    """
+    rows, window, group, dim = queries.shape
+    page_size, dtype = pages.k.shape[1], pages.k.dtype
+    if dim % 8 or page_size % 8:
+        raise ValueError(f"head_dim {dim} and page size {page_size} must be multiples of 8")
+    longest = int(lengths.max()) if rows else 0
+    # Rows end on whole blocks of keys, which the products reach beyond the last token.
+    width = -(-longest // KEY_BLOCK) * KEY_BLOCK
+    queries, lengths = queries.contiguous(), lengths.contiguous()
+    known = None if lse is None else lse.contiguous()
+    scores = torch.empty(rows, width)
+    block = -(-min(window * group, BLOCK_ROWS) // STRIP) * STRIP
+    workers = min(numba.get_num_threads(), rows)
+    counter = torch.zeros(1, dtype=torch.int64)
+    scratch = torch.empty((workers, block * dim + KEY_BLOCK * dim + block * width))
+    launch(
+        _worker(dtype), workers,
+        address(queries, torch.float32), address(pages.k, dtype), address(pages.position, torch.int32),
+        row_address(table, torch.int32), table.stride(0), address(lengths, torch.int32),
+        address(known, torch.float32) if known is not None else 0, scores.data_ptr(),
+        rows, window, group, dim, page_size, width, block, bits_of_float(scale * math.log2(math.e)),
+        reduction == "max", counter.data_ptr(), scratch.data_ptr(), 4 * scratch.stride(0),
+    )  # fmt: skip
+    return scores[:, :longest]
+
+
+@functools.cache
+def _worker(dtype: torch.dtype) -> int:
+    kind = KINDS[dtype]
+
+    def work(arguments: int, worker: int) -> None:
+        _work(kind, arguments, worker)
+
+    return compile_worker(work)
+
+
+@inlined
+def _work(kind: Any, arguments: int, worker: int) -> None:
+    """Take rows until none is left.
+
+    The arguments, addresses unless stated otherwise:
+        queries: float32 [N, window, group, dim].
+        k, position: The pages of K and of positions.
+        table: The rows' pages, `table_stride` entries per row.
+        lengths: int32 [N].
+        known: float32 [N, window, group], log-sum-exp of each query, or 0.
+        scores: float32 [N, width], written.
+        rows, window, group, dim, page_size, width: Numbers: N, ...
+        block: Number of (query, query head) pairs that go through the keys together, whole strips.
+        factor: scale * log2(e), as bits.
+        largest: 1 to take the largest probability, 0 for the mean.
+        counter: int64, rows taken.
+        scratch: `scratch_bytes` for each worker: queries [block, dim], a block of keys, products
+            [block, width].
+    """
+    (
+        queries, k, position, table, table_stride, lengths, known, scores, rows, window, group, dim,
+        page_size, width, block, factor_bits, largest, counter, scratch, scratch_bytes,
+    ) = read_arguments(arguments, 20)  # fmt: skip
+    factor = float_of_bits(factor_bits)
+    pairs = window * group
+    own = scratch + worker * scratch_bytes
+    while True:
+        row = fetch_add(counter, 1)
+        if row >= rows:
+            break
+        length = load_int32(lengths + 4 * row)
+        pages, target = table + 4 * row * table_stride, scores + 4 * row * width
+        zeros = broadcast(np.float32(0.0))
+        for j in range(0, width, 8):
+            store(FLOAT32, target + 4 * j, zeros)
+        newest = _position(position, pages, page_size, length - 1) if length else 0
+        for first in range(0, pairs if length else 0, block):
+            count = min(block, pairs - first)
+            products = own + 4 * (block + KEY_BLOCK) * dim
+            _multiply(
+                kind, queries + 4 * (row * pairs + first) * dim, count, k, pages, page_size, dim, length, own,
+                own + 4 * block * dim, products, width,
+            )  # fmt: skip
+            for i in range(count):
+                late = window - 1 - (first + i) // group
+                read = _readable(position, pages, page_size, length, newest, late)
+                line = products + 4 * i * width
+                if read > 0:
+                    share = 1.0 if largest else 1.0 / pairs
+                    if known:
+                        natural = load_scalar(FLOAT32, known + 4 * (row * pairs + first + i))
+                        row_exp2(
+                            line, read, (read + 7) // 8 * 8, factor, natural * math.log2(math.e) / factor
+                        )
+                    else:
+                        share /= row_exp2(line, read, (read + 7) // 8 * 8, factor, row_max(line, read))
+                    _gather(line, read, share, largest, target)
+        for j in range(length, width):
+            store_scalar(FLOAT32, target + 4 * j, np.float32(-np.inf))
+
+
+@inlined
+def _multiply(
+    kind: Any,
+    queries: int,
+    count: int,
+    k: int,
+    table: int,
+    page_size: int,
+    dim: int,
+    length: int,
+    rows: int,
+    keys: int,
+    products: int,
+    width: int,
+) -> None:
+    """Write the products of `count` queries and all keys; `rows` and `keys` are scratch."""
+    padded = (count + STRIP - 1) // STRIP * STRIP
+    load_queries(rows, queries, dim, count, dim, padded * dim)
+    for first in range(0, length, KEY_BLOCK):
+        tokens = min(KEY_BLOCK, length - first)
+        load_keys(kind, dim, k, table, page_size, first, tokens, keys)
+        for row in range(0, padded, STRIP):
+            for t in range(0, tokens, 16):
+                matrix_tile(
+                    FLOAT32, 6, 2, 1, rows + 4 * row * dim, dim, keys + 4 * t * dim, 16, dim,
+                    products + 4 * (row * width + first + t), width, 64 * dim,
+                )  # fmt: skip
+
+
+@inlined
+def _position(position: int, table: int, page_size: int, token: int) -> int:
+    page = load_int32(table + 4 * (token // page_size))
+    found: int = load_int32(position + 4 * (page * page_size + token % page_size))
+    return found
+
+
+@inlined
+def _readable(position: int, table: int, page_size: int, length: int, newest: int, late: int) -> int:
+    """How many tokens are at most as new as the query that stands `late` tokens before the newest one."""
+    read = length
+    while read > max(0, length - late) and _position(position, table, page_size, read - 1) > newest - late:
+        read -= 1
+    return read
+
+
+@inlined
+def _gather(line: int, count: int, share: float, largest: int, scores: int) -> None:
+    """Add `share` times the exponentials to the scores, or take the larger of both; up to seven more."""
+    spread = broadcast(np.float32(share))
+    for j in range(0, count, 8):
+        old = load(FLOAT32, scores + 4 * j)
+        paid = load(FLOAT32, line + 4 * j)
+        new = maximum(mul(spread, paid), old) if largest else fma(spread, paid, old)
+        store(FLOAT32, scores + 4 * j, new)

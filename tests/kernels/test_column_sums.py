@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from curkv.kernels.column_sums import cpu, reference
+from curkv.kernels.paged_prefill_attention.reference import paged_prefill_attention
+from tests.kernels.util import assert_close, make_pool, query_start
+
+
+@pytest.mark.parametrize(
+    ("lengths", "new_tokens", "group", "head_dim", "page_size", "dtype", "shared_pages"),
+    [
+        ([[1]], [1], 1, 64, 16, torch.float32, 0),
+        ([[40, 9], [90, 150]], [9, 70], 3, 64, 16, torch.float32, 0),
+        ([[40, 80], [90, 50]], [5, 17], 2, 96, 32, torch.float16, 1),
+        ([[70, 140]], [70], 4, 128, 128, torch.bfloat16, 0),
+        ([[33]], [20], 16, 256, 64, torch.bfloat16, 0),
+    ],
+)
+def test_adds_what_the_reference_adds(lengths, new_tokens, group, head_dim, page_size, dtype, shared_pages):
+    pool = make_pool(lengths, head_dim=head_dim, page_size=page_size, dtype=dtype, shared_pages=shared_pages)
+    expected = pool.copy()
+    heads = len(lengths[0])
+    q = torch.randn(sum(new_tokens), 2 * heads * group, head_dim)[:, heads * group :]
+    layout = pool.table, pool.lengths, pool.slots, query_start(new_tokens), head_dim**-0.5
+    _, lse = paged_prefill_attention(q, pool.pages, *layout, return_lse=True)
+    for _ in range(2):
+        cpu.column_sums(q, lse, pool.pages, *layout)
+        reference.column_sums(q, lse, expected.pages, *layout)
+    assert_close(pool.pages.attention, expected.pages.attention, 3e-6)

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from curkv.kernels.window_scores import cpu, reference
+from tests.kernels.util import assert_close, make_pool
+
+
+def rows_of(pool):
+    """Table and lengths of all heads of all sequences, one a row."""
+    slots = pool.slots.long()
+    return pool.table[slots].flatten(0, 1), pool.lengths[slots].flatten()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "max"])
+@pytest.mark.parametrize(
+    ("lengths", "window", "group", "head_dim", "page_size", "dtype"),
+    [
+        ([[1]], 1, 1, 64, 16, torch.float32),
+        ([[50, 0, 3], [64, 65, 17]], 8, 3, 64, 16, torch.float32),
+        ([[1200, 513]], 5, 2, 64, 64, torch.float32),
+        ([[40, 80]], 32, 4, 96, 32, torch.float16),
+        ([[70, 131]], 7, 8, 128, 128, torch.bfloat16),
+        ([[33]], 2, 16, 256, 64, torch.bfloat16),
+    ],
+)
+def test_scores_like_the_reference(lengths, window, group, head_dim, page_size, dtype, reduction):
+    pool = make_pool(lengths, head_dim=head_dim, page_size=page_size, dtype=dtype)
+    table, counts = rows_of(pool)
+    queries = torch.randn(len(counts), window, group, head_dim)
+    arguments = queries, pool.pages, table, counts, head_dim**-0.5, reduction
+    assert_close(cpu.window_scores(*arguments), reference.window_scores(*arguments), 3e-6)
+
+
+def test_queries_read_no_newer_position_even_where_tokens_were_evicted():
+    pool = make_pool([[20]])
+    table, counts = rows_of(pool)
+    place = table[0, 18 // 16].long(), 18 % 16
+    pool.pages.position[place] = 18
+    pool.pages.position[table[0, 1].long(), 3] = 40
+    queries = torch.randn(1, 8, 2, 64)
+    scores = cpu.window_scores(queries, pool.pages, table, counts, 0.125)
+    assert_close(scores, reference.window_scores(queries, pool.pages, table, counts, 0.125), 3e-6)
+    assert float(scores[0, :19].sum()) > 0.8, "only the last query may read the last token"
+
+
+def test_a_known_log_sum_exp_saves_a_pass():
+    pool = make_pool([[70, 20]])
+    table, counts = rows_of(pool)
+    queries = torch.randn(2, 8, 2, 64)
+    arguments = queries, pool.pages, table, counts, 0.125, "mean", 3 + torch.rand(2, 8, 2)
+    assert_close(cpu.window_scores(*arguments), reference.window_scores(*arguments), 3e-6)
+
+
+def test_no_rows():
+    pool = make_pool([[3]])
+    none = torch.empty(0, dtype=torch.int32)
+    scores = cpu.window_scores(torch.empty(0, 2, 1, 64), pool.pages, pool.table[:0, 0], none, 1.0)
+    assert scores.shape == (0, 0)
