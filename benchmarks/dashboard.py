@@ -57,9 +57,11 @@ def main() -> None:
         url = arguments.url or stack.enter_context(serving())
         prometheus = stack.enter_context(scraping(url))
         started = time.monotonic()
-        with load(url, arguments.users, arguments.prompt_words) as ended:
-            while len(ended) < arguments.requests:
+        with load(url, arguments.users, arguments.prompt_words) as users:
+            while sum(user.ended for user in users) < arguments.requests:
                 time.sleep(1)
+                if not all(user.is_alive() for user in users):
+                    sys.exit("a request failed")
             empty = report(prometheus, int(time.monotonic() - started))
     if empty:
         sys.exit(f"without data: {', '.join(empty)}")
@@ -133,38 +135,52 @@ def wait_for(url: str, seconds: float) -> None:
 
 
 @contextlib.contextmanager
-def load(url: str, users: int, words: int) -> Iterator[list[str]]:
-    """Requests of all policies from `users` threads until the block ends; gives the policies of the ended ones."""
-    over, ended = threading.Event(), list[str]()
-    threads = [threading.Thread(target=use, args=(url, user, words, over, ended)) for user in range(users)]
+def load(url: str, users: int, words: int) -> Iterator[list[User]]:
+    """Requests of all policies from several users until the block ends."""
+    threads = [User(url, number, words) for number in range(users)]
     for thread in threads:
         thread.start()
     try:
-        yield ended
+        yield threads
     finally:
-        over.set()
+        for thread in threads:
+            thread.over = True
         for thread in threads:
             thread.join()
 
 
-def use(url: str, user: int, words: int, over: threading.Event, ended: list[str]) -> None:
-    """One user: request after request, each about another part of the text."""
-    draw, text = random.Random(user), documentation_text().split()
-    with httpx.Client(base_url=url, timeout=300) as client:
-        for turn in range(user, 1_000_000):
-            start = draw.randrange(len(text) - words)
-            body = {
-                "prompt": " ".join(text[start : start + words]),
-                "max_tokens": 70,
-                "ignore_eos": True,
-                "kv": CONTROLS[turn % len(CONTROLS)],
-            }
-            answer = client.post("/v1/completions", json=body)
-            if answer.status_code != 200:
-                raise RuntimeError(answer.text)
-            ended.append(answer.json()["usage"]["kv"]["policy"])
-            if over.is_set():
-                return
+class User(threading.Thread):
+    """Sends request after request, each about another part of the text.
+
+    Attributes:
+        ended: requests answered.
+        over: set to make the request in flight the last one.
+    """
+
+    def __init__(self, url: str, number: int, words: int):
+        super().__init__()
+        self.ended = 0
+        self.over = False
+        self._url = url
+        self._number = number
+        self._words = words
+
+    def run(self) -> None:
+        """Sends requests until told to stop."""
+        draw, text = random.Random(self._number), documentation_text().split()
+        with httpx.Client(base_url=self._url, timeout=600) as client:
+            while not self.over:
+                start = draw.randrange(len(text) - self._words)
+                body = {
+                    "prompt": " ".join(text[start : start + self._words]),
+                    "max_tokens": 70,
+                    "ignore_eos": True,
+                    "kv": CONTROLS[(self._number + self.ended) % len(CONTROLS)],
+                }
+                answer = client.post("/v1/completions", json=body)
+                if answer.status_code != 200:
+                    raise RuntimeError(answer.text)
+                self.ended += 1
 
 
 def report(prometheus: str, window: int) -> list[str]:

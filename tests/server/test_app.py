@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from curkv.cache.options import EvictionOptions
-from tests.server.scripted import MAX_MODEL_LEN, ScriptedClient
+from tests.server.scripted import MAX_MODEL_LEN
 
 
 async def test_models(http: httpx.AsyncClient) -> None:

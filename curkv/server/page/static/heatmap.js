@@ -119,7 +119,7 @@ class TokenMap {
         const from = Math.floor((c * tokens) / columns), to = Math.max(Math.floor(((c + 1) * tokens) / columns), from + 1);
         let sum = 0;
         for (const flags of heads) for (let i = from; i < to; i++) sum += flags[i];
-        context.globalAlpha = (sum / (heads.length * (to - from))) * dimmed;
+        context.globalAlpha = (sum / (heads.length * (to - from))) * dimmed * 0.85;
         context.fillRect(c, l * 3, 1, 3);
       }
     }

@@ -11,6 +11,7 @@ const PHASES = { ready: "ok", loading: "wait", draining: "wait", stopped: "bad",
 const $ = (id) => document.getElementById(id);
 const history = []; // [{time, used, held: Map policy -> bytes}]
 const listeners = [];
+const hues = new Map(); // policy -> degrees
 let fast = false, timer = 0;
 
 export const onState = (listener) => listeners.push(listener);
@@ -88,11 +89,10 @@ function showHistory(now) {
   $("history-top").textContent = top > 1 ? `top: ${bytes(top)}` : "";
 }
 
-// One hue per policy, the same on every load.
+// A hue for each policy, far from those before it.
 function colour(element, policy) {
-  let hash = 0;
-  for (const letter of policy) hash = (hash * 31 + letter.charCodeAt(0)) % 360;
-  element.style.setProperty("--hue", policy === "full" ? 215 : (hash * 47) % 360);
+  if (!hues.has(policy)) hues.set(policy, (262 + hues.size * 150) % 360);
+  element.style.setProperty("--hue", hues.get(policy));
 }
 
 function idle({ phase, waiting }) {

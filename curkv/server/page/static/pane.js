@@ -82,7 +82,6 @@ export class Pane {
     this.held = kv.bytes;
     this.part(".kept").textContent = percent(kv.kept_ratio);
     this.part(".kept").title = `${count(kv.kept_tokens)} of ${count(prompt)} tokens per head`;
-    this.part(".peak-text").textContent = bytes(kv.peak_bytes);
   }
 
   // Whether a running sequence is this pane's; before the first token only its policy is known.
@@ -103,6 +102,7 @@ export class Pane {
     this.part(".peak").style.width = width(this.peak);
     if (!this.peak) return;
     const freed = this.peak - this.held;
+    this.part(".peak-text").textContent = bytes(this.peak);
     this.part(".held-text").textContent = bytes(this.held);
     this.part(".freed-text").textContent = freed > 0 ? `held, ${bytes(freed)} given back` : "held";
   }

@@ -16,12 +16,8 @@ const LINES = [
 ];
 
 function log(sentences) {
-  const lines = [];
-  for (let i = 0, pick = 7; i < sentences; i++) {
-    pick = (pick * 5 + 3) % LINES.length;
-    if (i === Math.floor(sentences * 0.4)) lines.push("The code of the vault in the customs house is 4711.");
-    lines.push(`${LINES[(pick + i) % LINES.length]}`);
-  }
+  const lines = Array.from({ length: sentences }, (_, i) => LINES[(i * 5 + Math.floor(i / LINES.length)) % LINES.length]);
+  lines.splice(Math.floor(sentences * 0.4), 0, "The code of the vault in the customs house is 4711.");
   const days = [];
   for (let i = 0; i < lines.length; i += 6) days.push(`Day ${i / 6 + 1}. ${lines.slice(i, i + 6).join(" ")}`);
   return days.join("\n\n");
