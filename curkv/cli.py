@@ -74,6 +74,7 @@ def serve(
     kv_decode_budget: Annotated[str | None, _setting("kv_decode_budget")] = None,
     max_body_size: Annotated[str | None, _setting("max_body_size")] = None,
     drain_timeout: Annotated[float | None, _setting("drain_timeout")] = None,
+    vllm_metrics: Annotated[bool | None, _setting("vllm_metrics")] = None,
 ) -> None:
     """Serve a model over HTTP.
 

@@ -76,6 +76,10 @@ class Settings(BaseSettings):
         30.0, ge=0, description="Seconds that running requests may take to finish after SIGTERM."
     )
 
+    vllm_metrics: bool = Field(
+        False, description="Also emit the gauges that routers read under vLLM's names."
+    )
+
     @property
     def model_name(self) -> str:
         """The name under which the API serves the model."""

@@ -19,6 +19,7 @@ from curkv.engine.decode_graphs import DecodeGraphs
 from curkv.engine.engine import Engine
 from curkv.engine.types import Request, SamplingParams
 from curkv.kernels.dispatch import KernelsName, get_kernels
+from curkv.models.chat_template import load_chat_template
 from curkv.models.config import ModelConfig
 from curkv.models.llama import Llama, rope_tables
 from curkv.models.loading import Checkpoint, load_config, load_tokenizer, resolve_model
@@ -96,8 +97,16 @@ def build_engine(options: EngineOptions) -> Engine:
     rope = rope_tables(config, max_model_len)
     kv = KVCache(layout, num_pages_for(num_bytes, layout), kernels, rope, device)
     graphs = DecodeGraphs(model, kv) if on_gpu else None
-    tokenizer = load_tokenizer(directory)
-    engine = Engine(model, kv, kernels, tokenizer, options.max_step_tokens, max_model_len, graphs)
+    engine = Engine(
+        model,
+        kv,
+        kernels,
+        load_tokenizer(directory),
+        options.max_step_tokens,
+        max_model_len,
+        graphs,
+        load_chat_template(directory),
+    )
     _warm_up(engine)
     if graphs is not None:
         graphs.capture()

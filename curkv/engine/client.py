@@ -18,6 +18,7 @@ from curkv.cache.options import EvictionPlan
 from curkv.engine.engine import Engine
 from curkv.engine.stats import StatsSink, StepStats
 from curkv.engine.types import Output, Request
+from curkv.models.chat_template import ChatTemplate
 from curkv.models.config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,11 @@ class EngineClient:
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
         return self._engine.tokenizer
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """Writes out conversations for the model; None if it is no model for chat."""
+        return self._engine.chat_template
 
     @property
     def max_model_len(self) -> int:

@@ -21,9 +21,10 @@ from curkv.engine.detokenizer import Detokenizer
 from curkv.engine.sampling import choice_seed, sample
 from curkv.engine.scheduler import Schedule, Scheduler
 from curkv.engine.sequence import Sequence
-from curkv.engine.stats import EvictionStats, RequestStats, StepStats
+from curkv.engine.stats import EvictionStats, RequestStats, SequenceStats, StepStats
 from curkv.engine.types import FinishReason, InvalidRequest, KVReport, Output, Request, TokenLogprob
 from curkv.kernels.dispatch import Kernels
+from curkv.models.chat_template import ChatTemplate
 from curkv.models.llama import Llama
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class Engine:
         max_step_tokens: most tokens of one step; long prompts are prefilled in chunks of at most this size.
         max_model_len: most tokens of prompt and output together.
         decode_graphs: runs the steps that only decode, if given.
+        chat_template: writes out conversations for the model, if it is one for chat.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Engine:
         max_step_tokens: int,
         max_model_len: int,
         decode_graphs: DecodeGraphs | None = None,
+        chat_template: ChatTemplate | None = None,
     ):
         self.model = model
         self.kv = kv
@@ -58,6 +61,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self.decode_graphs = decode_graphs
+        self.chat_template = chat_template
         self.scheduler = Scheduler(kv, max_step_tokens)
         self.eos_ids = frozenset(model.config.eos_token_ids)
         kv.output_projection = model.output_projection
@@ -346,7 +350,23 @@ class Engine:
             preemptions=schedule.preempted,
             evictions=evictions,
             finished=finished,
+            sequences=[self._sequence_stats(sequence) for sequence in self.scheduler.running],
             step_seconds=seconds,
+        )
+
+    def _sequence_stats(self, sequence: Sequence) -> SequenceStats:
+        held = self.kv.sequence_bytes(sequence.slot)
+        return SequenceStats(
+            request_id=sequence.request.id,
+            index=sequence.index,
+            policy=sequence.plan.policy.name,
+            prompt_tokens=len(sequence.prompt),
+            computed_tokens=sequence.computed,
+            generation_tokens=len(sequence.output),
+            budget_tokens=sequence.plan.budget_tokens,
+            held_tokens=self._mean_length(sequence),
+            held_bytes=held,
+            peak_bytes=max(sequence.peak_bytes, held),
         )
 
 

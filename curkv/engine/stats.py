@@ -65,6 +65,35 @@ class RequestStats:
 
 
 @dataclass(frozen=True)
+class SequenceStats:
+    """Where one running sequence stands.
+
+    Attributes:
+        request_id: id of its request.
+        index: which of the request's choices it is.
+        policy: name of its eviction policy.
+        prompt_tokens: tokens of its prompt.
+        computed_tokens: tokens whose K and V have been written, kept or not.
+        generation_tokens: tokens generated.
+        budget_tokens: tokens per head, on average, that its prompt may keep.
+        held_tokens: tokens that a head holds now, mean over layers and heads.
+        held_bytes: bytes of its pages; pages shared with another choice count for both.
+        peak_bytes: most bytes it held at the end of any step so far.
+    """
+
+    request_id: str
+    index: int
+    policy: str
+    prompt_tokens: int
+    computed_tokens: int
+    generation_tokens: int
+    budget_tokens: int
+    held_tokens: float
+    held_bytes: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
 class StepStats:
     """State of the engine after a step, and what happened in it.
 
@@ -82,6 +111,7 @@ class StepStats:
         preemptions: sequences preempted in the step.
         evictions: evictions of the step.
         finished: choices that ended in the step or were aborted since the previous one.
+        sequences: the running sequences, in the order they were admitted.
         step_seconds: duration of the step.
     """
 
@@ -98,6 +128,7 @@ class StepStats:
     preemptions: int = 0
     evictions: list[EvictionStats] = field(default_factory=list)
     finished: list[RequestStats] = field(default_factory=list)
+    sequences: list[SequenceStats] = field(default_factory=list)
     step_seconds: float = 0.0
 
 

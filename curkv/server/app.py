@@ -10,13 +10,17 @@ from fastapi import FastAPI
 
 import curkv
 from curkv.config import Settings
+from curkv.server.chat.router import router as chat
 from curkv.server.completions.router import router as completions
 from curkv.server.errors import install_error_handlers
 from curkv.server.headers import default_options
 from curkv.server.health.router import router as health
+from curkv.server.live.router import router as live
 from curkv.server.metrics import Metrics
 from curkv.server.middleware import BodyLimitMiddleware, RequestIdMiddleware
 from curkv.server.models.router import router as models
+from curkv.server.page.router import files as page_files
+from curkv.server.page.router import router as page
 from curkv.server.state import ServerState
 
 if TYPE_CHECKING:
@@ -48,11 +52,14 @@ def create_app(client: EngineClient | None, settings: Settings, lifespan: Lifesp
         redoc_url=None,
         lifespan=lifespan,
     )
-    app.state.server = ServerState(settings, Metrics(settings.model_name), default_options(settings))
+    app.state.server = ServerState(
+        settings, Metrics(settings.model_name, settings.vllm_metrics), default_options(settings)
+    )
     if client is not None:
         app.state.server.attach(client)
-    for router in (completions, models, health):
+    for router in (completions, chat, models, live, health, page):
         app.include_router(router)
+    app.mount("/page", page_files)
     install_error_handlers(app)
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_size)
     app.add_middleware(RequestIdMiddleware)

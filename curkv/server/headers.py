@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, WithJsonSchema
@@ -182,6 +182,15 @@ class EvictionControls:
     options: EvictionOptions
     in_headers: frozenset[str]
     in_body: frozenset[str]
+
+    def for_context(self, tokens: int | None) -> EvictionOptions:
+        """The options of a prompt whose first `tokens` tokens the client marked as its context.
+
+        What the request says itself wins, and where no prompt is evicted there is no boundary to respect.
+        """
+        if tokens is None or self.options.budget is None or self.options.context_tokens is not None:
+            return self.options
+        return replace(self.options, context_tokens=tokens)
 
     def named(self, error: InvalidRequest) -> InvalidRequest:
         """The same error with `kv.<field>` replaced by the header that gave the field."""

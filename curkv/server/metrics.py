@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +16,11 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import HistogramMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from curkv.engine.stats import EvictionStats, RequestStats, StepStats
+from curkv.engine.stats import EvictionStats, RequestStats, SequenceStats, StepStats
+from curkv.engine.types import FinishReason
 
 if TYPE_CHECKING:
     from curkv.engine.client import EngineClient
@@ -61,18 +62,24 @@ class Metrics:
 
     Args:
         model_name: value of the label `model_name` on every metric.
+        vllm_names: also emit the gauges that routers read under vLLM's names.
     """
 
-    def __init__(self, model_name: str):
+    def __init__(self, model_name: str, vllm_names: bool = False):
         self.registry = CollectorRegistry()
         self._model = model_name
+        self._policies: set[str] = set()
         ProcessCollector(registry=self.registry)
 
+        self._up = self._gauge("engine_up", "1 while requests are taken, else 0.")
         self._running = self._gauge("num_requests_running", "Sequences being prefilled or decoded.")
         self._waiting = self._gauge("num_requests_waiting", "Sequences in the queue.")
         self._usage = self._gauge("kv_cache_usage_ratio", "Share of the KV cache's pages in use, 0 to 1.")
         self._used = self._gauge("kv_cache_used_bytes", "Bytes of KV cache pages in use.")
         self._capacity = self._gauge("kv_cache_capacity_bytes", "Bytes of the KV cache's page pool.")
+        self._held = self._gauge(
+            "kv_cache_held_bytes", "Bytes of pages that running sequences hold.", "policy"
+        )
         self._stranded = self._gauge(
             "kv_page_slots_stranded_ratio",
             "Share of the token slots of used pages that hold no token, 0 to 1.",
@@ -84,6 +91,8 @@ class Metrics:
             "kv_tokens_written", "Tokens written to the KV cache, summed over heads."
         )
         self._success = self._counter("request_success", "Choices that ended.", "finished_reason")
+        for reason in get_args(FinishReason):
+            self._success.labels(model_name, reason)
         self._evicted = self._counter(
             "kv_tokens_evicted", "Tokens evicted from the KV cache, summed over heads.", "policy", "phase"
         )
@@ -110,10 +119,23 @@ class Metrics:
         )
         self._head_budgets = HeadBudgets(model_name)
         self.registry.register(self._head_budgets)
+        self._vllm_names = vllm_names
+        if vllm_names:
+            self.registry.register(
+                VLLMNames(
+                    num_requests_running=self._running,
+                    num_requests_waiting=self._waiting,
+                    kv_cache_usage_perc=self._usage,
+                )
+            )
 
     def render(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
+
+    def watch(self, is_up: Callable[[], bool]) -> None:
+        """Asks `is_up`, at every scrape, whether requests are taken."""
+        self._up.labels(self._model).set_function(is_up)
 
     def describe(self, client: EngineClient) -> None:
         """Sets what is fixed once the engine runs: the cache's shape, and the gauges of an idle engine."""
@@ -128,10 +150,29 @@ class Metrics:
         }
         info = self._gauge("cache_config_info", "Shape of the KV cache, in labels; always 1.", *shape)
         info.labels(self._model, *shape.values()).set(1)
+        if self._vllm_names:
+            self._describe_as_vllm(client)
         weights = self._gauge("weights_bytes", "Memory of the model's weights.", "kind")
         for kind, size in client.weights_bytes.items():
             weights.labels(self._model, kind).set(size)
         self._observe_state(stats)
+
+    def _describe_as_vllm(self, client: EngineClient) -> None:
+        """Sets `vllm:cache_config_info`; a block of vLLM's holds tokens of all heads."""
+        layout = client.cache_layout
+        shape = {
+            "engine": VLLMNames.ENGINE,
+            "block_size": layout.page_size,
+            "num_gpu_blocks": client.stats.num_pages // layout.num_heads,
+            "cache_dtype": str(layout.dtype).removeprefix("torch."),
+        }
+        info = Gauge(
+            "vllm:cache_config_info",
+            "Shape of the KV cache, in labels; always 1.",
+            ("model_name", *shape),
+            registry=self.registry,
+        )
+        info.labels(self._model, *shape.values()).set(1)
 
     def observe(self, step: StepStats) -> None:
         """Takes in one step."""
@@ -152,6 +193,14 @@ class Metrics:
         self._used.labels(self._model).set(step.used_bytes)
         self._capacity.labels(self._model).set(step.capacity_bytes)
         self._stranded.labels(self._model).set(step.stranded_slots_ratio)
+        self._observe_held(step.sequences)
+
+    def _observe_held(self, sequences: Sequence[SequenceStats]) -> None:
+        """Sums up what each policy's sequences hold; a policy seen before falls back to 0."""
+        for policy in self._policies.union(sequence.policy for sequence in sequences):
+            held = sum(sequence.held_bytes for sequence in sequences if sequence.policy == policy)
+            self._held.labels(self._model, policy).set(held)
+            self._policies.add(policy)
 
     def _observe_eviction(self, eviction: EvictionStats) -> None:
         labels = (self._model, eviction.policy, eviction.phase)
@@ -184,6 +233,28 @@ class Metrics:
         return Histogram(
             PREFIX + name, text, ("model_name", *labels), buckets=buckets, registry=self.registry
         )
+
+
+class VLLMNames(Collector):
+    """Gauges of this server under vLLM's names and labels, for routers and dashboards made for vLLM.
+
+    Args:
+        **gauges: the gauge behind each name, which is given without its prefix.
+    """
+
+    ENGINE = "0"
+
+    def __init__(self, **gauges: Gauge):
+        self._gauges = gauges
+
+    def collect(self) -> Iterator[Metric]:
+        """Yields each gauge as it is now."""
+        for name, gauge in self._gauges.items():
+            [source] = gauge.collect()
+            family = GaugeMetricFamily(f"vllm:{name}", source.documentation, labels=("model_name", "engine"))
+            for sample in source.samples:
+                family.add_metric((sample.labels["model_name"], self.ENGINE), sample.value)
+            yield family
 
 
 class HeadBudgets(Collector):

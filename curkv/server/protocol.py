@@ -4,15 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+)
 
 from curkv.engine.types import KVReport, SamplingParams
+from curkv.server.headers import KVFields
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
 MAX_LOGPROBS = 20
+
+FinishReason = Literal["stop", "length"]
+
+
+def _check_text(value: str) -> str:
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError("the text contains a lone surrogate, which is no character")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_check_text)]
+"""Text that can be encoded: JSON may smuggle in half a character."""
 
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
@@ -55,6 +76,7 @@ class GenerationFields(BaseModel):
         False, description="Add `token_ids` and `prompt_token_ids` to choices."
     )
     priority: int = Field(0, ge=-(2**31), lt=2**31, description="Lower runs first.")
+    kv: KVFields | None = Field(None, description="Eviction controls; X-KV-* headers win over them.")
     user: str | None = Field(None, description="Accepted and not used.")
 
     @field_validator("stream_options")

@@ -35,6 +35,9 @@ class ServerState:
     client: EngineClient | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
+    def __post_init__(self) -> None:
+        self.metrics.watch(lambda: self.phase == "ready")
+
     def attach(self, client: EngineClient) -> None:
         """Opens the server for requests to an engine that has been started."""
         self.metrics.describe(client)

@@ -67,8 +67,15 @@ def test_eviction_keeps_the_budget_and_frees_the_rest(
     assert engine.kv.used_pages <= 90 * 4 if policy == "adacurdkv" else engine.kv.used_pages == 90 * 3
     (stats,) = engine.last_stats.evictions
     assert stats.tokens_evicted == 225 * 90 and stats.pages_freed == 90 * 10 - engine.kv.used_pages
+    (sequence,) = engine.last_stats.sequences
+    assert (sequence.policy, sequence.held_tokens, sequence.budget_tokens) == (policy, 75, 75)
+    assert (sequence.held_bytes, sequence.peak_bytes) == (
+        engine.kv.used_bytes,
+        90 * 10 * engine.kv.page_bytes,
+    )
     report = run(engine)["r", 0][-1].kv
     assert report is not None
+    assert engine.last_stats.sequences == []
     assert (report.kept_tokens, report.evicted_tokens, report.kept_ratio) == (75, 225, 0.25)
     assert report.peak_bytes == 90 * 10 * engine.kv.page_bytes
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 import uvicorn
 from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from curkv.cache.kv_cache import CacheLayout
 from curkv.cache.options import EvictionPlan, OptionError, resolve
@@ -18,6 +19,7 @@ from curkv.config import Settings
 from curkv.engine.client import EngineUnavailable
 from curkv.engine.stats import StatsSink, StepStats
 from curkv.engine.types import InvalidRequest, KVReport, Output, Request, TokenLogprob
+from curkv.models.chat_template import ChatTemplate
 from curkv.server.app import create_app
 
 VOCABULARY = 1000
@@ -29,6 +31,15 @@ def word_tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return tokenizer
+
+
+def word_template() -> ChatTemplate:
+    """Words with `w1` before what the user says and `w2` before the rest, then `w3` for the answer."""
+    template = (
+        "{% for m in messages %}{{ 'w1' if m['role'] == 'user' else 'w2' }} {{ m['content'] | trim }} "
+        "{% if m.name %}{{ m.name }} {% endif %}{% endfor %}w3{% if extra %} {{ extra }}{% endif %}"
+    )
+    return ChatTemplate(PreTrainedTokenizerFast(tokenizer_object=word_tokenizer(), chat_template=template))
 
 
 @dataclass
@@ -50,6 +61,7 @@ class ScriptedClient:
     closed: list[str] = field(default_factory=list)
     sinks: list[StatsSink] = field(default_factory=list)
     tokenizer: Tokenizer = field(default_factory=word_tokenizer)
+    chat_template: ChatTemplate | None = field(default_factory=word_template)
     max_model_len: int = MAX_MODEL_LEN
 
     @property

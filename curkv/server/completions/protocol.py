@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, PlainValidator, ValidationInfo, field_validator
 
-from curkv.server.headers import KVFields
-from curkv.server.protocol import MAX_LOGPROBS, GenerationFields, Usage
+from curkv.server.protocol import MAX_LOGPROBS, FinishReason, GenerationFields, Usage
 
 MAX_PROMPTS = 1024
 DEFAULT_MAX_TOKENS = 16
@@ -55,7 +54,6 @@ class CompletionRequest(GenerationFields):
     echo: bool | None = Field(False, description="Prompt in the answer: true is refused, not supported yet.")
     suffix: str | None = Field(None, description="Not supported: any text is refused.")
     best_of: int | None = Field(None, description="Not supported: only a value equal to n is accepted.")
-    kv: KVFields | None = Field(None, description="Eviction controls; X-KV-* headers win over them.")
 
     @field_validator("echo", "suffix")
     @classmethod
@@ -118,7 +116,7 @@ class CompletionChoice(BaseModel):
     index: int
     text: str
     logprobs: Logprobs | None = None
-    finish_reason: Literal["stop", "length"] | None = None
+    finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None

@@ -1,0 +1,242 @@
+"""Does every panel of the Grafana dashboard show data? Asks a Prometheus that scrapes a server under load.
+
+    python benchmarks/dashboard.py                        # starts a server of the default model
+    python benchmarks/dashboard.py --url http://host:8000
+
+Needs `prometheus` and `promtool` (Debian: apt install prometheus). Exits with 1 if a panel stays empty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from curkv.bench.text import documentation_text
+
+DOCKER = Path(__file__).parents[1] / "docker"
+DASHBOARD = DOCKER / "grafana" / "dashboards" / "curkv.json"
+CONFIG = DOCKER / "prometheus"
+
+CONTROLS: list[dict[str, str]] = [
+    {"policy": "full"},
+    {"policy": "curdkv", "budget": "25%"},
+    {"policy": "adacurdkv", "budget": "25%"},
+    {"policy": "knorm", "budget": "50%", "decode_budget": "128"},
+]
+
+
+def main() -> None:
+    """Checks the configuration, makes load, evaluates every panel and prints a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--url", help="a running server; without it one is started")
+    parser.add_argument("--requests", type=int, default=16, help="ended before the panels are evaluated")
+    parser.add_argument("--users", type=int, default=4, help="requests at once")
+    parser.add_argument("--prompt-words", type=int, default=150)
+    arguments = parser.parse_args()
+    for command in (("check", "config", "prometheus.yml"), ("test", "rules", "rules_test.yml")):
+        subprocess.run(["promtool", *command], cwd=CONFIG, check=True)
+    with contextlib.ExitStack() as stack:
+        url = arguments.url or stack.enter_context(serving())
+        prometheus = stack.enter_context(scraping(url))
+        started = time.monotonic()
+        with load(url, arguments.users, arguments.prompt_words) as users:
+            while sum(user.ended for user in users) < arguments.requests:
+                time.sleep(1)
+                if not all(user.is_alive() for user in users):
+                    sys.exit("a request failed")
+            empty = report(prometheus, int(time.monotonic() - started))
+    if empty:
+        sys.exit(f"without data: {', '.join(empty)}")
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def serving() -> Iterator[str]:
+    """A server of the default model with a small cache; gives its URL once it takes requests."""
+    port = free_port()
+    command = [sys.executable, "-m", "curkv.cli", "serve", "--port", str(port), "--kv-cache-memory", "300MiB"]
+    with running(command, stderr=subprocess.DEVNULL):
+        wait_for(f"http://127.0.0.1:{port}/health", 900)
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def scraping(url: str) -> Iterator[str]:
+    """Prometheus with the repository's configuration, pointed at one server; gives its URL."""
+    config = yaml.safe_load((CONFIG / "prometheus.yml").read_text())
+    config["global"]["scrape_interval"] = "1s"
+    [job] = config["scrape_configs"]
+    del job["dns_sd_configs"]
+    job["static_configs"] = [{"targets": [url.removeprefix("http://")]}]
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "prometheus.yml").write_text(yaml.safe_dump(config))
+        shutil.copy(CONFIG / "rules.yml", folder)
+        address = f"127.0.0.1:{free_port()}"
+        command = [
+            "prometheus",
+            f"--config.file={folder}/prometheus.yml",
+            f"--storage.tsdb.path={folder}/data",
+            f"--web.listen-address={address}",
+            "--log.level=warn",
+        ]
+        with running(command):
+            wait_for(f"http://{address}/-/ready", 60)
+            yield f"http://{address}"
+
+
+@contextlib.contextmanager
+def running(command: list[str], **options: Any) -> Iterator[None]:
+    """A process that ends with the block."""
+    process = subprocess.Popen(command, **options)
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def wait_for(url: str, seconds: float) -> None:
+    """Waits until the URL answers 200.
+
+    Raises:
+        TimeoutError: it did not.
+    """
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(url, timeout=5).status_code == 200:
+                return
+        time.sleep(0.2)
+    raise TimeoutError(url)
+
+
+@contextlib.contextmanager
+def load(url: str, users: int, words: int) -> Iterator[list[User]]:
+    """Requests of all policies from several users until the block ends."""
+    threads = [User(url, number, words) for number in range(users)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield threads
+    finally:
+        for thread in threads:
+            thread.over = True
+        for thread in threads:
+            thread.join()
+
+
+class User(threading.Thread):
+    """Sends request after request, each about another part of the text.
+
+    Attributes:
+        ended: requests answered.
+        over: set to make the request in flight the last one.
+    """
+
+    def __init__(self, url: str, number: int, words: int):
+        super().__init__()
+        self.ended = 0
+        self.over = False
+        self._url = url
+        self._number = number
+        self._words = words
+
+    def run(self) -> None:
+        """Sends requests until told to stop."""
+        draw, text = random.Random(self._number), documentation_text().split()
+        with httpx.Client(base_url=self._url, timeout=600) as client:
+            while not self.over:
+                start = draw.randrange(len(text) - self._words)
+                body = {
+                    "prompt": " ".join(text[start : start + self._words]),
+                    "max_tokens": 70,
+                    "ignore_eos": True,
+                    "kv": CONTROLS[(self._number + self.ended) % len(CONTROLS)],
+                }
+                answer = client.post("/v1/completions", json=body)
+                if answer.status_code != 200:
+                    raise RuntimeError(answer.text)
+                self.ended += 1
+
+
+def report(prometheus: str, window: int) -> list[str]:
+    """Prints what each panel's queries return over the last `window` seconds; gives the empty panels."""
+    dashboard = json.loads(DASHBOARD.read_text())
+    values = variables(prometheus, dashboard, window)
+    empty = []
+    for panel in dashboard["panels"]:
+        for target in panel.get("targets", ()):
+            series, points, last = evaluate(prometheus, fill(target["expr"], values), window)
+            name = f"{panel['title']} {target['refId']}"
+            print(f"{name:<36} {series:>3} series {points:>5} points   {last}")
+            if not points:
+                empty.append(name)
+    print(f"{sum('targets' in panel for panel in dashboard['panels'])} panels, {len(empty)} queries empty")
+    return empty
+
+
+def variables(prometheus: str, dashboard: dict[str, Any], window: int) -> dict[str, str]:
+    """The dashboard's template variables as Grafana would fill them in, all values selected."""
+    values = {"__rate_interval": f"{window // 2}s"}
+    for variable in dashboard["templating"]["list"]:
+        if variable["type"] != "query":
+            continue
+        query = fill(variable["definition"], values).removeprefix("label_values(").removesuffix(")")
+        selector, label = query.rsplit(", ", 1)
+        found = api(prometheus, f"label/{label}/values", **{"match[]": selector})
+        print(f"${variable['name']}: {', '.join(found)}")
+        values[variable["name"]] = "|".join(found) if variable["multi"] else found[0]
+    return values
+
+
+def fill(query: str, values: dict[str, str]) -> str:
+    """A query with the variables replaced."""
+    for name, value in values.items():
+        query = query.replace(f"${name}", value)
+    return query
+
+
+def evaluate(prometheus: str, query: str, window: int) -> tuple[int, int, str]:
+    """Series, finite points and the last values of a query over the last `window` seconds."""
+    now = time.time()
+    result = api(prometheus, "query_range", query=query, start=now - window / 2, end=now, step=2)
+    finite = [[float(v) for _, v in series["values"] if math.isfinite(float(v))] for series in result]
+    last = ", ".join(f"{points[-1]:.4g}" for points in finite[:6] if points)
+    return len(result), sum(map(len, finite)), last
+
+
+def api(prometheus: str, path: str, **parameters: Any) -> Any:
+    """The data of an answer of Prometheus' HTTP API."""
+    answer = httpx.get(f"{prometheus}/api/v1/{path}", params=parameters, timeout=30)
+    if answer.status_code != 200:
+        raise RuntimeError(f"{parameters}: {answer.text}")
+    data = answer.json()["data"]
+    return data["result"] if isinstance(data, dict) else data
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""GET /v1/kv/state and GET /v1/kv/policies."""

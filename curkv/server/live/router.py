@@ -1,0 +1,37 @@
+"""Routes of GET /v1/kv/state and GET /v1/kv/policies."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+
+from curkv.cache.policies import policy_descriptions
+from curkv.engine.stats import StepStats
+from curkv.server.live.protocol import PolicyCard, PolicyList, State
+from curkv.server.state import server_state
+
+router = APIRouter(tags=["cache"])
+
+
+@router.get("/v1/kv/state", summary="What runs and what it holds")
+async def state(request: Request) -> State:
+    """Shows the page pool, the queue and every running sequence as they were after the engine's last step."""
+    server = server_state(request)
+    stats = server.client.stats if server.client is not None else StepStats(0, 0, 0, 0, 0, 0)
+    return State(
+        phase=server.phase,
+        model=server.settings.model_name,
+        running=stats.running,
+        waiting=stats.waiting,
+        used_bytes=stats.used_bytes,
+        capacity_bytes=stats.capacity_bytes,
+        stranded_slots_ratio=stats.stranded_slots_ratio,
+        sequences=stats.sequences,
+    )
+
+
+@router.get("/v1/kv/policies", summary="List eviction policies")
+async def list_policies() -> PolicyList:
+    """Names the policies that a request can choose."""
+    return PolicyList(
+        data=[PolicyCard(name=name, description=text) for name, text in policy_descriptions().items()]
+    )

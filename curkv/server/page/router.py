@@ -1,0 +1,31 @@
+"""The page at / and the files it is made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastapi import APIRouter
+from fastapi.responses import FileResponse
+from fastapi.staticfiles import StaticFiles
+
+FOLDER = Path(__file__).parent / "static"
+
+# Everything comes from this server, and nothing else can be loaded or embed it.
+SECURITY_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+router = APIRouter(include_in_schema=False)
+
+
+@router.get("/")
+async def page() -> FileResponse:
+    """The page."""
+    return FileResponse(FOLDER / "index.html", headers=SECURITY_HEADERS)
+
+
+files = StaticFiles(directory=FOLDER)
+"""Served below /page."""
