@@ -135,7 +135,7 @@ class EvictionOptions:
     times_pool: int | None = None
     scorer: Literal["snapkv", "curdkv"] = "snapkv"
     chunk: int | None = None
-    first_stage: float = 0.5
+    first_stage: float | None = None
     future: int = 512
     blend: float = 0.5
     block: int = 256
@@ -334,6 +334,9 @@ def _check_combination(options: EvictionOptions) -> None:
         if getattr(options, field) == value:
             message = f"'auto' sets the budgets of whole prompts by layer itself; {field} {value!r} does too"
             raise OptionError("budget", message, (field,))
+    if options.first_stage:
+        message = "'auto' finds the budget after scoring; first_stage needs to know it before"
+        raise OptionError("budget", message, ("first_stage",))
 
 
 def settle(options: EvictionOptions) -> EvictionOptions:
@@ -349,6 +352,8 @@ def settle(options: EvictionOptions) -> EvictionOptions:
         "observation": 32,
         "reduction": "mean",
         "chunk": 20,
+        # A share of a budget that is not known yet cannot be set aside.
+        "first_stage": 0.0 if options.budget is not None and options.budget.kind == "auto" else 0.5,
         "times_pool": 1,
         "decode_interval": 64,
         "max_loss": 0.01,
