@@ -81,8 +81,8 @@ class Batch:
         pinned = torch.device(device).type != "cpu"
 
         def upload(values: Iterable[int], dtype: torch.dtype) -> Tensor:
-            host = torch.tensor(list(values), dtype=dtype, pin_memory=pinned)
-            return host.to(device, non_blocking=True)
+            host = torch.tensor(list(values), dtype=dtype)
+            return (host.pin_memory() if pinned else host).to(device, non_blocking=True)
 
         return cls(
             token_ids=upload(chain.from_iterable(token_ids), torch.int64),

@@ -31,15 +31,14 @@ def sample(logits: Tensor, sequences: list[Sequence], stop_ids: frozenset[int]) 
     sequence and a sequence batched differently draw the same tokens.
 
     Args:
-        logits: float32 [R, vocab]; modified.
+        logits: float32 [R, vocab], on any device, where all that is as wide as the vocabulary happens;
+            modified.
         sequences: the R sequences that the rows belong to.
         stop_ids: end-of-sequence ids of the model, which `min_tokens` holds back.
     """
     params = [sequence.request.sampling for sequence in sequences]
-    if logits.device.type != "cpu":
-        if all(_takes_the_best(p) for p in params):
-            return Sampled(logits.argmax(dim=-1).tolist(), [None] * len(params))
-        logits = logits.cpu()
+    if all(_takes_the_best(p) for p in params):
+        return Sampled(logits.argmax(dim=-1).tolist(), [None] * len(params))
     wanted = [i for i, p in enumerate(params) if p.logprobs is not None]
     raw = torch.log_softmax(logits[wanted], dim=-1) if wanted else None
     for row, sequence in zip(logits, sequences, strict=True):
@@ -57,7 +56,7 @@ def sample(logits: Tensor, sequences: list[Sequence], stop_ids: frozenset[int]) 
 
 
 def _takes_the_best(p: SamplingParams) -> bool:
-    """Whether the token is simply the one with the highest logit, so that a device can choose it."""
+    """Whether the token is simply the one with the highest logit."""
     adjusted = p.repetition_penalty != 1.0 or p.presence_penalty or p.frequency_penalty or p.logit_bias
     return p.temperature == 0 and not adjusted and not p.min_tokens and p.logprobs is None
 
@@ -85,40 +84,43 @@ def _adjust(row: Tensor, sequence: Sequence, stop_ids: frozenset[int]) -> None:
     """Applies penalties, bias and min_tokens to one row of logits, in place."""
     p = sequence.request.sampling
     if p.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({*sequence.prompt, *sequence.output}))
+        seen = torch.tensor(sorted({*sequence.prompt, *sequence.output}), device=row.device)
         values = row[seen]
         row[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
     if (p.presence_penalty or p.frequency_penalty) and sequence.output:
         ids, counts = torch.unique(torch.tensor(sequence.output), return_counts=True)
-        row[ids] -= p.presence_penalty + p.frequency_penalty * counts
+        penalties = p.presence_penalty + p.frequency_penalty * counts
+        row[ids.to(row.device)] -= penalties.to(row.device)
     if p.logit_bias:
-        row[torch.tensor(list(p.logit_bias))] += torch.tensor(list(p.logit_bias.values()), dtype=row.dtype)
+        biased = torch.tensor(list(p.logit_bias), device=row.device)
+        row[biased] += torch.tensor(list(p.logit_bias.values()), dtype=row.dtype, device=row.device)
     if len(sequence.output) < p.min_tokens:
-        row[torch.tensor(sorted({*stop_ids, *p.stop_token_ids}), dtype=torch.long)] = -torch.inf
+        stops = sorted({*stop_ids, *p.stop_token_ids})
+        row[torch.tensor(stops, dtype=torch.long, device=row.device)] = -torch.inf
 
 
 def _draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
     """Draws from the softmax of each row after temperature and truncation, by the inverse of its CDF."""
     params = [sequence.request.sampling for sequence in sequences]
-    logits = logits / torch.tensor([[p.temperature] for p in params])
+    logits = logits / torch.tensor([[p.temperature] for p in params], device=logits.device)
     for row, p in zip(logits, params, strict=True):
         _truncate(row, p)
     cdf = torch.softmax(logits, dim=-1, dtype=torch.float64).cumsum(dim=-1)
     u = uniform([s.seed for s in sequences], [len(s.output) for s in sequences])
-    targets = torch.from_numpy(u)[:, None] * cdf[:, -1:]
+    targets = torch.from_numpy(u).to(cdf.device)[:, None] * cdf[:, -1:]
     return torch.searchsorted(cdf, targets, right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
 
 
 def _truncate(row: Tensor, p: SamplingParams) -> None:
     """Sets logits outside min_p, top_k and top_p to -inf, in place."""
     if p.min_p > 0:
-        row[row < row.max() + float(np.log(p.min_p))] = -torch.inf
+        row.masked_fill_(row < row.max() + float(np.log(p.min_p)), -torch.inf)
     if 0 < p.top_k < row.numel():
-        row[row < row.topk(p.top_k).values[-1]] = -torch.inf
+        row.masked_fill_(row < row.topk(p.top_k).values[-1], -torch.inf)
     if p.top_p < 1:
         probabilities, order = torch.softmax(row, dim=-1).sort(descending=True, stable=True)
         before = probabilities.cumsum(dim=-1) - probabilities
-        row[order[before >= p.top_p]] = -torch.inf
+        row[order] = row[order].masked_fill(before >= p.top_p, -torch.inf)
 
 
 def _logprob(row: Tensor, token_id: int, count: int) -> TokenLogprob:
