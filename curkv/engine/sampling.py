@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from curkv.engine.sequence import Sequence
+from curkv.engine.structure import rule_out
 from curkv.engine.types import SamplingParams, TokenLogprob
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -26,7 +27,7 @@ class Sampled:
 def sample(logits: Tensor, sequences: list[Sequence], stop_ids: frozenset[int]) -> Sampled:
     """Chooses one token per row.
 
-    As in vLLM: penalties, logit bias, suppressed stop tokens, temperature, min_p, top_k, top_p.
+    As in vLLM: penalties, logit bias, suppressed stop tokens, structure, temperature, min_p, top_k, top_p.
     A row's random number depends only on the choice's seed and the token's index, so that a preempted
     sequence and a sequence batched differently draw the same tokens.
 
@@ -40,25 +41,26 @@ def sample(logits: Tensor, sequences: list[Sequence], stop_ids: frozenset[int]) 
     if all(_takes_the_best(p) for p in params):
         return Sampled(logits.argmax(dim=-1).tolist(), [None] * len(params))
     wanted = [i for i, p in enumerate(params) if p.logprobs is not None]
-    raw = torch.log_softmax(logits[wanted], dim=-1) if wanted else None
+    raw = logits[wanted]
     for row, sequence in zip(logits, sequences, strict=True):
         _adjust(row, sequence, stop_ids)
+    rule_out(logits, [sequence.matcher for sequence in sequences])
     tokens = logits.argmax(dim=-1)
     drawn = [i for i, p in enumerate(params) if p.temperature > 0]
     if drawn:
         tokens[drawn] = _draw(logits[drawn], [sequences[i] for i in drawn])
     ids: list[int] = tokens.tolist()
     logprobs: list[TokenLogprob | None] = [None] * len(ids)
-    if raw is not None:
-        for row, i in zip(raw, wanted, strict=True):
-            logprobs[i] = _logprob(row, ids[i], params[i].logprobs or 0)
+    for row, i in enumerate(wanted):
+        [logprobs[i]] = token_logprobs(raw[row : row + 1], [ids[i]], params[i].logprobs or 0)
     return Sampled(ids, logprobs)
 
 
 def _takes_the_best(p: SamplingParams) -> bool:
     """Whether the token is simply the one with the highest logit."""
     adjusted = p.repetition_penalty != 1.0 or p.presence_penalty or p.frequency_penalty or p.logit_bias
-    return p.temperature == 0 and not adjusted and not p.min_tokens and p.logprobs is None
+    free = p.structure is None and not p.min_tokens
+    return p.temperature == 0 and not adjusted and free and p.logprobs is None
 
 
 def uniform(seeds: list[int], counters: list[int]) -> NDArray[np.float64]:
@@ -123,7 +125,18 @@ def _truncate(row: Tensor, p: SamplingParams) -> None:
         row[order] = row[order].masked_fill(before >= p.top_p, -torch.inf)
 
 
-def _logprob(row: Tensor, token_id: int, count: int) -> TokenLogprob:
-    top = row.topk(count) if count else None
-    pairs = list(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if top else []
-    return TokenLogprob(token_id, float(row[token_id]), pairs)
+def token_logprobs(logits: Tensor, token_ids: list[int], count: int) -> list[TokenLogprob]:
+    """Log-probabilities of given tokens, and of the likeliest ones.
+
+    Args:
+        logits: float32 [R, vocab], as the model gave them.
+        token_ids: [R].
+        count: how many of the likeliest to report.
+    """
+    norm = logits.logsumexp(dim=-1, keepdim=True)
+    ids = torch.tensor(token_ids, device=logits.device)[:, None]
+    chosen = (logits.gather(1, ids) - norm).squeeze(1).tolist()
+    top = logits.topk(count, dim=-1)
+    rows = zip(top.indices.tolist(), (top.values - norm).tolist(), strict=True)
+    pairs = [list(zip(*row, strict=True)) for row in rows]
+    return [TokenLogprob(*entry) for entry in zip(token_ids, chosen, pairs, strict=True)]

@@ -16,7 +16,7 @@ NO_STOP: frozenset[int] = frozenset()
 
 def sequence(seed: int = 0, prompt: tuple[int, ...] = (), output: tuple[int, ...] = (), **params: Any) -> Any:
     request = SimpleNamespace(sampling=SamplingParams(**params))
-    return SimpleNamespace(request=request, seed=seed, prompt=list(prompt), output=list(output))
+    return SimpleNamespace(request=request, seed=seed, prompt=list(prompt), output=list(output), matcher=None)
 
 
 def draws(logits: list[float], count: int = 4000, **params: Any) -> torch.Tensor:
