@@ -203,7 +203,7 @@ Try a long prompt with the whole cache and with a quarter of it, and compare usa
   curl {url}/v1/completions -H 'Content-Type: application/json' -d @prompt.json \\
     -H 'X-KV-Policy: curdkv' -H 'X-KV-Budget: 25%'
 
-Metrics: {url}/metrics    API: {url}/docs    Policies: curkv model policies    Stop: Ctrl-C
+Page: {url}    Metrics: {url}/metrics    API: {url}/docs    Policies: curkv model policies    Stop: Ctrl-C
 """
 
 
