@@ -96,6 +96,11 @@ class EngineClient:
         return self.state == "ready" and self._thread.is_alive()
 
     @property
+    def num_waiting(self) -> int:
+        """Sequences in the queue, those included that are on their way to it."""
+        return self._engine.scheduler.num_waiting + len(self._inbox)
+
+    @property
     def stats(self) -> StepStats:
         """State of the engine after its last step."""
         return self._engine.last_stats

@@ -65,6 +65,7 @@ class ScriptedClient:
     tokenizer: Tokenizer = field(default_factory=word_tokenizer)
     chat_template: ChatTemplate | None = field(default_factory=word_template)
     max_model_len: int = MAX_MODEL_LEN
+    num_waiting: int = 0
 
     @property
     def vocab_size(self) -> int:
