@@ -80,15 +80,17 @@ class Inputs:
         rows = max(sizes.sequences, model.layers) * model.kv_heads
         per_row = -(-sizes.tokens // sizes.page_size)
         shape = sizes.copies * rows * per_row, sizes.page_size
-        self.pages = Pages(
-            *(torch.randn(*shape, model.head_dim, device=device).bfloat16() for _ in range(2)),
-            torch.arange(sizes.tokens, device=device, dtype=torch.int32)
-            .resize_(per_row, sizes.page_size)
-            .repeat(sizes.copies * rows, 1),
-            *(torch.rand(shape, device=device) for _ in range(3)),
-        )
         ids = torch.randperm(shape[0], device=device).to(torch.int32)
         self.tables = ids.view(sizes.copies, -1, model.kv_heads, per_row)
+        position = torch.empty(shape, dtype=torch.int32, device=device)
+        position[self.tables.long()] = torch.arange(
+            per_row * sizes.page_size, dtype=torch.int32, device=device
+        ).view(per_row, -1)
+        self.pages = Pages(
+            *(torch.randn(*shape, model.head_dim, device=device).bfloat16() for _ in range(2)),
+            position,
+            *(torch.rand(shape, device=device) for _ in range(3)),
+        )
         self.lengths = torch.full(self.tables.shape[1:3], sizes.tokens, dtype=torch.int32, device=device)
         self.slots = torch.arange(sizes.sequences, dtype=torch.int32, device=device)
         self.cos, self.sin = torch.rand(2, sizes.tokens, model.head_dim // 2, device=device)

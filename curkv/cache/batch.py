@@ -56,7 +56,7 @@ class Batch:
         slots: Sequence[int],
         token_ids: Sequence[Sequence[int]],
         starts: Sequence[int],
-        sampled: Sequence[bool] | None = None,
+        wanted: Sequence[int] | None = None,
         device: str | torch.device = "cpu",
     ) -> Batch:
         """Flattens per-sequence data; put sequences with a single new token first to have them decoded fast.
@@ -65,7 +65,7 @@ class Batch:
             slots: the cache slot of each sequence.
             token_ids: the new tokens of each sequence, one or more.
             starts: logical position of each sequence's first new token.
-            sampled: whether the logits of a sequence's last token are wanted; default all.
+            wanted: of how many of its last tokens each sequence wants logits; default 1.
             device: where the tensors go.
 
         Returns:
@@ -76,13 +76,13 @@ class Batch:
             raise ValueError("every sequence of a batch needs at least one new token")
         ends = list(accumulate(counts))
         positions = [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
-        wanted = [True] * len(ends) if sampled is None else sampled
-        rows = [end - 1 for end, want in zip(ends, wanted, strict=True) if want]
+        wanted = [1] * len(ends) if wanted is None else wanted
+        rows = chain.from_iterable(range(end - n, end) for end, n in zip(ends, wanted, strict=True))
         pinned = torch.device(device).type != "cpu"
 
         def upload(values: Iterable[int], dtype: torch.dtype) -> Tensor:
-            host = torch.tensor(list(values), dtype=dtype, pin_memory=pinned)
-            return host.to(device, non_blocking=True)
+            host = torch.tensor(list(values), dtype=dtype)
+            return (host.pin_memory() if pinned else host).to(device, non_blocking=True)
 
         return cls(
             token_ids=upload(chain.from_iterable(token_ids), torch.int64),

@@ -38,15 +38,33 @@ def plan_kept(view: CacheView, plan: EvictionPlan, kernels: Kernels) -> tuple[Te
     if k is None:
         raise ValueError("the plan has no decode budget")
     view = replace(view, seed=plan.seed, budget=k)
-    scores = combined_scores(view, plan, kernels)
-    always = protected(view, plan)
-    scores.masked_fill_(always, torch.inf)
+    return choose(view, plan, plan_scores(view, plan, kernels), kernels)
+
+
+def plan_scores(view: CacheView, plan: EvictionPlan, kernels: Kernels) -> Tensor:
+    """Score the stored tokens as a plan says: float32 [L, H, n], protected ones +inf, -inf past a length."""
+    return combined_scores(view, plan, kernels).masked_fill_(protected(view, plan), torch.inf)
+
+
+def choose(view: CacheView, plan: EvictionPlan, scores: Tensor, kernels: Kernels) -> tuple[Tensor, Tensor]:
+    """Share the view's budget out among layers and heads, and keep the best of each.
+
+    Args:
+        view: The sequence; its `budget` is what is kept per head, on average.
+        plan: What the request asked for.
+        scores: float32 [L, H, n], of `plan_scores`.
+        kernels: Operations on pages.
+
+    Returns:
+        As `plan_kept`.
+    """
     if plan.auto and view.phase == "prefill":
         keep = layer_budgets(view, scores, plan.options)
     elif plan.options.allocation == "pyramid":
-        keep = pyramid(view, k, int(always.sum(-1).max()), plan.options)
+        always = int(protected(view, plan).sum(-1).max())
+        keep = pyramid(view, view.budget, always, plan.options)
     else:
-        keep = torch.full_like(view.lengths, k)
+        keep = torch.full_like(view.lengths, view.budget)
     floor = None
     if plan.options.allocation == "adaptive":
         alpha = plan.options.alpha

@@ -96,8 +96,8 @@ class EvictionOptions:
         times: A second policy whose scores are multiplied with those of the first.
         times_pool: Pooling of the second policy's scores.
         scorer: Whose scores ChunkKV takes.
-        chunk: Tokens that ChunkKV keeps or drops together.
-        first_stage: Share of the budget that CriticalKV gives to attention alone.
+        chunk: Tokens that ChunkKV keeps or drops together, and over which SnapCUR finds passages.
+        first_stage: Share of the budget that CriticalKV gives to attention alone, and SnapCUR to passages.
         future: Positions after the prompt that Expected Attention averages over.
         blend: Weight of leverage beside attention in Compactor.
         block: Tokens of a block of Compactor's attention.
@@ -134,8 +134,8 @@ class EvictionOptions:
     times: str | None = None
     times_pool: int | None = None
     scorer: Literal["snapkv", "curdkv"] = "snapkv"
-    chunk: int = 20
-    first_stage: float = 0.5
+    chunk: int | None = None
+    first_stage: float | None = None
     future: int = 512
     blend: float = 0.5
     block: int = 256
@@ -334,6 +334,9 @@ def _check_combination(options: EvictionOptions) -> None:
         if getattr(options, field) == value:
             message = f"'auto' sets the budgets of whole prompts by layer itself; {field} {value!r} does too"
             raise OptionError("budget", message, (field,))
+    if options.first_stage:
+        message = "'auto' finds the budget after scoring; first_stage needs to know it before"
+        raise OptionError("budget", message, ("first_stage",))
 
 
 def settle(options: EvictionOptions) -> EvictionOptions:
@@ -348,6 +351,9 @@ def settle(options: EvictionOptions) -> EvictionOptions:
         "pool_kind": "max",
         "observation": 32,
         "reduction": "mean",
+        "chunk": 20,
+        # A share of a budget that is not known yet cannot be set aside.
+        "first_stage": 0.0 if options.budget is not None and options.budget.kind == "auto" else 0.5,
         "times_pool": 1,
         "decode_interval": 64,
         "max_loss": 0.01,
@@ -599,10 +605,10 @@ def _budget_tokens(
 def _fit_observation(
     asked: EvictionOptions, options: EvictionOptions, policy: Policy, k: int
 ) -> EvictionOptions:
-    """A window that was not asked for takes at most half of the budget; one that was has to fit."""
+    """A window that was not asked for takes at most a quarter of the budget; one that was has to fit."""
     window = policy.window(options)
     if asked.observation is None:
-        return replace(options, observation=max(1, min(window, k // 2))) if window else options
+        return replace(options, observation=max(1, min(window, k // 4))) if window else options
     if window > k:
         message = (
             f"the newest {window} tokens judge the others and are kept, but the budget keeps {k} per head"

@@ -66,6 +66,11 @@ class EngineClient:
         return self._engine.tokenizer
 
     @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+        return self.model_config.vocab_size
+
+    @property
     def chat_template(self) -> ChatTemplate | None:
         """Writes out conversations for the model; None if it is no model for chat."""
         return self._engine.chat_template

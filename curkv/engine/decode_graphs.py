@@ -90,8 +90,8 @@ class DecodeGraphs:
         without graphs, and a warning says why.
         """
         self._slots.fill_(-1)
-        pool = torch.cuda.graph_pool_handle()
         try:
+            pool = torch.cuda.graph_pool_handle()
             for size in reversed(self._sizes):
                 self._model.forward(self._batches[size], self._kv)
                 torch.cuda.synchronize()

@@ -13,15 +13,17 @@ from torch import Tensor
 
 from curkv.cache.batch import Batch
 from curkv.cache.eviction import evict, plan_kept
+from curkv.cache.explain import explain
 from curkv.cache.kv_cache import KVCache
-from curkv.cache.options import EvictionPlan, OptionError, resolve
+from curkv.cache.options import EvictionOptions, EvictionPlan, OptionError, resolve
 from curkv.cache.page_pool import OutOfPages
 from curkv.engine.decode_graphs import DecodeGraphs
 from curkv.engine.detokenizer import Detokenizer
-from curkv.engine.sampling import choice_seed, sample
+from curkv.engine.sampling import choice_seed, sample, token_logprobs
 from curkv.engine.scheduler import Schedule, Scheduler
 from curkv.engine.sequence import Sequence
 from curkv.engine.stats import EvictionStats, RequestStats, SequenceStats, StepStats
+from curkv.engine.structure import Structures
 from curkv.engine.types import FinishReason, InvalidRequest, KVReport, Output, Request, TokenLogprob
 from curkv.kernels.dispatch import Kernels
 from curkv.models.chat_template import ChatTemplate
@@ -64,6 +66,7 @@ class Engine:
         self.chat_template = chat_template
         self.scheduler = Scheduler(kv, max_step_tokens)
         self.eos_ids = frozenset(model.config.eos_token_ids)
+        self._structures = Structures(tokenizer, model.config.vocab_size, model.config.eos_token_ids)
         kv.output_projection = model.output_projection
         self._order = itertools.count()
         self._outputs: list[Output] = []
@@ -89,7 +92,8 @@ class Engine:
         bad = next((i for i in prompt if not 0 <= i < vocab), None)
         if bad is not None:
             raise InvalidRequest(f"token id {bad} is outside the vocabulary 0..{vocab - 1}", "prompt")
-        if len(prompt) + max_tokens > self.max_model_len or max_tokens < 1:
+        no_room = max_tokens < (request.sampling.max_tokens is None)
+        if len(prompt) + max_tokens > self.max_model_len or no_room:
             raise InvalidRequest(
                 f"prompt ({len(prompt)} tokens) + max_tokens ({max_tokens}) exceeds the context of "
                 f"{self.max_model_len} tokens",
@@ -98,12 +102,19 @@ class Engine:
         unknown = [i for i in request.sampling.logit_bias if not 0 <= i < vocab]
         if unknown:
             raise InvalidRequest(f"token id {unknown[0]} is outside the vocabulary of {vocab}", "logit_bias")
-        try:
-            plan = resolve(request.eviction, prompt, self.kv.layout)
-        except OptionError as error:
-            raise InvalidRequest(error.message, f"kv.{error.field}") from error
+        if request.sampling.structure is not None:
+            if request.sampling.min_tokens:
+                raise InvalidRequest("a structured output ends where its structure does", "min_tokens")
+            self._structures.matcher(request.sampling.structure)
+        plan = self._resolve(request.eviction, prompt)
         self._check_pool(plan, max_tokens)
         return plan
+
+    def _resolve(self, options: EvictionOptions, prompt: list[int]) -> EvictionPlan:
+        try:
+            return resolve(options, prompt, self.kv.layout)
+        except OptionError as error:
+            raise InvalidRequest(error.message, f"kv.{error.field}") from error
 
     def max_tokens(self, request: Request) -> int:
         """Tokens the request may generate: what it asked for, else what the context has left."""
@@ -127,7 +138,9 @@ class Engine:
 
     def add(self, request: Request, plan: EvictionPlan) -> None:
         """Queues a planned request; its further choices fork from the first one after prefill."""
-        seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(64)
+        sampling, prompt = request.sampling, request.prompt_token_ids
+        seed = sampling.seed if sampling.seed is not None else secrets.randbits(64)
+        matcher = self._structures.matcher(sampling.structure) if sampling.structure is not None else None
         first, *others = [
             Sequence(
                 request=request,
@@ -135,9 +148,11 @@ class Engine:
                 order=next(self._order),
                 plan=plan,
                 seed=choice_seed(seed, index),
-                detokenizer=Detokenizer(self.tokenizer, request.prompt_token_ids, request.sampling.stop),
+                detokenizer=Detokenizer(self.tokenizer, prompt, sampling.stop),
+                matcher=matcher.deep_copy() if matcher is not None else None,
+                candidates=tuple(self._resolve(options, prompt) for options in request.explain),
             )
-            for index in range(request.sampling.n)
+            for index in range(sampling.n)
         ]
         first.forks = others
         self.scheduler.add(first)
@@ -152,12 +167,16 @@ class Engine:
         started = time.perf_counter()
         schedule = self.scheduler.schedule()
         if schedule.sequences:
-            batch, reached = self._batch(schedule)
-            logits = self._forward(batch)
+            reached = [c == s.remaining for s, c in zip(schedule.sequences, schedule.chunks, strict=True)]
+            wanted = self._wanted_logits(schedule, reached)
+            logits = self._forward(self._batch(schedule, wanted))
+            last_rows = self._judge_prompts(schedule, wanted, logits)
             self._advance(schedule)
-            self._sample(*self._fork(reached), logits)
+            ready = list(itertools.compress(zip(schedule.sequences, last_rows, strict=True), reached))
+            self._sample(self._end_without_tokens(self._fork(ready)), logits)
         outputs, self._outputs = self._outputs, []
-        self.last_stats = self._stats(schedule, len(outputs), time.perf_counter() - started)
+        sampled = sum(len(output.token_ids) for output in outputs)
+        self.last_stats = self._stats(schedule, sampled, time.perf_counter() - started)
         return outputs
 
     def fail(self, error: BaseException) -> list[Output]:
@@ -174,18 +193,38 @@ class Engine:
         """Checks the cache's invariants; called when the engine is idle."""
         self.kv.check_integrity()
 
-    def _batch(self, schedule: Schedule) -> tuple[Batch, list[Sequence]]:
-        """The step's flattened tokens, and the sequences whose last token they reach."""
+    def _wanted_logits(self, schedule: Schedule, reached: list[bool]) -> list[int]:
+        """Of how many last tokens of each chunk logits are wanted: to sample from, or to judge the prompt."""
+        return [
+            chunk if sequence.wants_prompt_logprobs else int(last)
+            for sequence, chunk, last in zip(schedule.sequences, schedule.chunks, reached, strict=True)
+        ]
+
+    def _batch(self, schedule: Schedule, wanted: list[int]) -> Batch:
+        """The step's flattened tokens."""
         sequences, chunks = schedule.sequences, schedule.chunks
-        reached = [c == s.remaining for s, c in zip(sequences, chunks, strict=True)]
-        batch = Batch.build(
+        return Batch.build(
             slots=[s.slot for s in sequences],
             token_ids=[s.tokens(s.computed, c) for s, c in zip(sequences, chunks, strict=True)],
             starts=[s.computed for s in sequences],
-            sampled=reached,
+            wanted=wanted,
             device=self.kv.device,
         )
-        return batch, list(itertools.compress(sequences, reached))
+
+    def _judge_prompts(self, schedule: Schedule, wanted: list[int], logits: Tensor) -> list[int]:
+        """Notes the log-probabilities of prompts that want them.
+
+        Returns:
+            The row of the logits that belongs to each sequence's last token of the step.
+        """
+        ends = list(itertools.accumulate(wanted))
+        for sequence, count, end in zip(schedule.sequences, wanted, ends, strict=True):
+            if sequence.wants_prompt_logprobs:
+                following = sequence.prompt[sequence.computed + 1 : sequence.computed + 1 + count]
+                rows = logits[end - count : end - count + len(following)]
+                top = sequence.request.sampling.prompt_logprobs or 0
+                sequence.prompt_logprobs += token_logprobs(rows, following, top)
+        return [end - 1 for end in ends]
 
     def _forward(self, batch: Batch) -> Tensor:
         """Logits of the batch's wanted rows."""
@@ -210,6 +249,10 @@ class Engine:
 
     def _end_prompt(self, sequence: Sequence) -> None:
         sequence.kept_tokens = self._mean_length(sequence)
+        view = self.kv.view(sequence.slot)
+        sequence.explanations = [
+            explain(view, plan, self.kernels, self.kv.page_bytes) for plan in sequence.candidates
+        ]
         if sequence.plan.decode_budget_tokens is None:
             self.kv.stop_observing(sequence.slot)
 
@@ -245,26 +288,28 @@ class Engine:
         """Tokens that a head of the sequence holds, on average."""
         return self.kv.sequence_tokens(sequence.slot) / self.kv.layout.num_heads
 
-    def _fork(self, sampled: list[Sequence]) -> tuple[list[Sequence], list[int]]:
+    def _fork(self, ready: list[tuple[Sequence, int]]) -> list[tuple[Sequence, int]]:
         """Lets the further choices of a prompt share the pages of the first one.
 
         A choice that finds no room for its copy of the last pages is queued and prefills on its own.
         Sequences that were preempted within the step are left out.
 
+        Args:
+            ready: sequences whose known tokens are all computed, and the row of the step's logits of each.
+
         Returns:
-            The sequences to sample, and the row of the step's logits of each.
+            The same with the forks.
         """
-        held = [(row, sequence) for row, sequence in enumerate(sampled) if sequence.slot >= 0]
-        rows, sequences = [row for row, _ in held], [sequence for _, sequence in held]
-        for row, parent in held:
+        held = [(sequence, row) for sequence, row in ready if sequence.slot >= 0]
+        forked = list(held)
+        for parent, row in held:
             forks, parent.forks = parent.forks, []
             for fork in forks:
                 if self._share(parent, fork):
-                    sequences.append(fork)
-                    rows.append(row)
+                    forked.append((fork, row))
                 else:
                     self.scheduler.add(fork)
-        return sequences, rows
+        return forked
 
     def _share(self, parent: Sequence, fork: Sequence) -> bool:
         if len(self.scheduler.running) >= self.kv.layout.max_sequences:
@@ -277,13 +322,33 @@ class Engine:
         fork.kept_tokens, fork.evicted_tokens = parent.kept_tokens, parent.evicted_tokens
         fork.evictions = parent.evictions
         fork.peak_bytes = self.kv.sequence_bytes(fork.slot)
+        fork.prompt_logprobs, fork.explanations = parent.prompt_logprobs, parent.explanations
         self.scheduler.adopt(fork)
         return True
 
-    def _sample(self, sequences: list[Sequence], rows: list[int], logits: Tensor) -> None:
-        if not sequences:
+    def _end_without_tokens(self, ready: list[tuple[Sequence, int]]) -> list[tuple[Sequence, int]]:
+        """Ends the sequences that were to compute their prompt and generate nothing; returns the others."""
+        ended = [sequence for sequence, _ in ready if self.max_tokens(sequence.request) == 0]
+        for sequence in ended:
+            self._outputs.append(
+                Output(
+                    request_id=sequence.request.id,
+                    index=sequence.index,
+                    text="",
+                    token_ids=[],
+                    prompt_logprobs=sequence.reported_prompt_logprobs,
+                    explanations=sequence.explanations,
+                    finish_reason="length",
+                    kv=self._finish(sequence, "length"),
+                )
+            )
+        return [(sequence, row) for sequence, row in ready if sequence not in ended] if ended else ready
+
+    def _sample(self, ready: list[tuple[Sequence, int]], logits: Tensor) -> None:
+        if not ready:
             return
-        sampled = sample(logits[rows], sequences, self.eos_ids)
+        sequences = [sequence for sequence, _ in ready]
+        sampled = sample(logits[[row for _, row in ready]], sequences, self.eos_ids)
         now = time.monotonic()
         for sequence, token, logprob in zip(sequences, sampled.token_ids, sampled.logprobs, strict=True):
             sequence.output.append(token)
@@ -300,6 +365,7 @@ class Engine:
             text=text,
             token_ids=[token],
             logprobs=[logprob] if logprob is not None else None,
+            prompt_logprobs=sequence.reported_prompt_logprobs if len(sequence.output) == 1 else None,
             finish_reason=ended,
             stop_reason=reason,
             kv=self._finish(sequence, ended) if ended is not None else None,
@@ -309,14 +375,18 @@ class Engine:
         self, sequence: Sequence, token: int
     ) -> tuple[FinishReason | None, str | int | None, str]:
         """Whether a token ends its sequence, what ended it, and the text that it adds."""
-        params, detokenizer = sequence.request.sampling, sequence.detokenizer
+        params, detokenizer, matcher = sequence.request.sampling, sequence.detokenizer, sequence.matcher
         if len(sequence.output) > params.min_tokens:
             if token in params.stop_token_ids:
                 return "stop", token, detokenizer.flush()
             if token in self.eos_ids and not params.ignore_eos:
                 return "stop", None, detokenizer.flush()
         text, stop = detokenizer.append(token, watch=len(sequence.output) > params.min_tokens)
-        return ("stop" if stop is not None else None), stop, text
+        if stop is not None:
+            return "stop", stop, text
+        if matcher is not None and not (matcher.consume_token(token) and not matcher.is_stopped()):
+            return ("error" if matcher.is_error() else "stop"), None, text + detokenizer.flush()
+        return None, None, text
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> KVReport | None:
         """Takes a sequence out of the engine and reports what its cache held."""

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from curkv.engine.sequence import Sequence
+from curkv.engine.structure import rule_out
 from curkv.engine.types import SamplingParams, TokenLogprob
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -26,40 +27,40 @@ class Sampled:
 def sample(logits: Tensor, sequences: list[Sequence], stop_ids: frozenset[int]) -> Sampled:
     """Chooses one token per row.
 
-    As in vLLM: penalties, logit bias, suppressed stop tokens, temperature, min_p, top_k, top_p.
+    As in vLLM: penalties, logit bias, suppressed stop tokens, structure, temperature, min_p, top_k, top_p.
     A row's random number depends only on the choice's seed and the token's index, so that a preempted
     sequence and a sequence batched differently draw the same tokens.
 
     Args:
-        logits: float32 [R, vocab]; modified.
+        logits: float32 [R, vocab], on any device, where all that is as wide as the vocabulary happens;
+            modified.
         sequences: the R sequences that the rows belong to.
         stop_ids: end-of-sequence ids of the model, which `min_tokens` holds back.
     """
     params = [sequence.request.sampling for sequence in sequences]
-    if logits.device.type != "cpu":
-        if all(_takes_the_best(p) for p in params):
-            return Sampled(logits.argmax(dim=-1).tolist(), [None] * len(params))
-        logits = logits.cpu()
+    if all(_takes_the_best(p) for p in params):
+        return Sampled(logits.argmax(dim=-1).tolist(), [None] * len(params))
     wanted = [i for i, p in enumerate(params) if p.logprobs is not None]
-    raw = torch.log_softmax(logits[wanted], dim=-1) if wanted else None
+    raw = logits[wanted]
     for row, sequence in zip(logits, sequences, strict=True):
         _adjust(row, sequence, stop_ids)
+    rule_out(logits, [sequence.matcher for sequence in sequences])
     tokens = logits.argmax(dim=-1)
     drawn = [i for i, p in enumerate(params) if p.temperature > 0]
     if drawn:
         tokens[drawn] = _draw(logits[drawn], [sequences[i] for i in drawn])
     ids: list[int] = tokens.tolist()
     logprobs: list[TokenLogprob | None] = [None] * len(ids)
-    if raw is not None:
-        for row, i in zip(raw, wanted, strict=True):
-            logprobs[i] = _logprob(row, ids[i], params[i].logprobs or 0)
+    for row, i in enumerate(wanted):
+        [logprobs[i]] = token_logprobs(raw[row : row + 1], [ids[i]], params[i].logprobs or 0)
     return Sampled(ids, logprobs)
 
 
 def _takes_the_best(p: SamplingParams) -> bool:
-    """Whether the token is simply the one with the highest logit, so that a device can choose it."""
+    """Whether the token is simply the one with the highest logit."""
     adjusted = p.repetition_penalty != 1.0 or p.presence_penalty or p.frequency_penalty or p.logit_bias
-    return p.temperature == 0 and not adjusted and not p.min_tokens and p.logprobs is None
+    free = p.structure is None and not p.min_tokens
+    return p.temperature == 0 and not adjusted and free and p.logprobs is None
 
 
 def uniform(seeds: list[int], counters: list[int]) -> NDArray[np.float64]:
@@ -85,43 +86,57 @@ def _adjust(row: Tensor, sequence: Sequence, stop_ids: frozenset[int]) -> None:
     """Applies penalties, bias and min_tokens to one row of logits, in place."""
     p = sequence.request.sampling
     if p.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({*sequence.prompt, *sequence.output}))
+        seen = torch.tensor(sorted({*sequence.prompt, *sequence.output}), device=row.device)
         values = row[seen]
         row[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
     if (p.presence_penalty or p.frequency_penalty) and sequence.output:
         ids, counts = torch.unique(torch.tensor(sequence.output), return_counts=True)
-        row[ids] -= p.presence_penalty + p.frequency_penalty * counts
+        penalties = p.presence_penalty + p.frequency_penalty * counts
+        row[ids.to(row.device)] -= penalties.to(row.device)
     if p.logit_bias:
-        row[torch.tensor(list(p.logit_bias))] += torch.tensor(list(p.logit_bias.values()), dtype=row.dtype)
+        biased = torch.tensor(list(p.logit_bias), device=row.device)
+        row[biased] += torch.tensor(list(p.logit_bias.values()), dtype=row.dtype, device=row.device)
     if len(sequence.output) < p.min_tokens:
-        row[torch.tensor(sorted({*stop_ids, *p.stop_token_ids}), dtype=torch.long)] = -torch.inf
+        stops = sorted({*stop_ids, *p.stop_token_ids})
+        row[torch.tensor(stops, dtype=torch.long, device=row.device)] = -torch.inf
 
 
 def _draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
     """Draws from the softmax of each row after temperature and truncation, by the inverse of its CDF."""
     params = [sequence.request.sampling for sequence in sequences]
-    logits = logits / torch.tensor([[p.temperature] for p in params])
+    logits = logits / torch.tensor([[p.temperature] for p in params], device=logits.device)
     for row, p in zip(logits, params, strict=True):
         _truncate(row, p)
     cdf = torch.softmax(logits, dim=-1, dtype=torch.float64).cumsum(dim=-1)
     u = uniform([s.seed for s in sequences], [len(s.output) for s in sequences])
-    targets = torch.from_numpy(u)[:, None] * cdf[:, -1:]
+    targets = torch.from_numpy(u).to(cdf.device)[:, None] * cdf[:, -1:]
     return torch.searchsorted(cdf, targets, right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
 
 
 def _truncate(row: Tensor, p: SamplingParams) -> None:
     """Sets logits outside min_p, top_k and top_p to -inf, in place."""
     if p.min_p > 0:
-        row[row < row.max() + float(np.log(p.min_p))] = -torch.inf
+        row.masked_fill_(row < row.max() + float(np.log(p.min_p)), -torch.inf)
     if 0 < p.top_k < row.numel():
-        row[row < row.topk(p.top_k).values[-1]] = -torch.inf
+        row.masked_fill_(row < row.topk(p.top_k).values[-1], -torch.inf)
     if p.top_p < 1:
         probabilities, order = torch.softmax(row, dim=-1).sort(descending=True, stable=True)
         before = probabilities.cumsum(dim=-1) - probabilities
-        row[order[before >= p.top_p]] = -torch.inf
+        row[order] = row[order].masked_fill(before >= p.top_p, -torch.inf)
 
 
-def _logprob(row: Tensor, token_id: int, count: int) -> TokenLogprob:
-    top = row.topk(count) if count else None
-    pairs = list(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if top else []
-    return TokenLogprob(token_id, float(row[token_id]), pairs)
+def token_logprobs(logits: Tensor, token_ids: list[int], count: int) -> list[TokenLogprob]:
+    """Log-probabilities of given tokens, and of the likeliest ones.
+
+    Args:
+        logits: float32 [R, vocab], as the model gave them.
+        token_ids: [R].
+        count: how many of the likeliest to report.
+    """
+    norm = logits.logsumexp(dim=-1, keepdim=True)
+    ids = torch.tensor(token_ids, device=logits.device)[:, None]
+    chosen = (logits.gather(1, ids) - norm).squeeze(1).tolist()
+    top = logits.topk(count, dim=-1)
+    rows = zip(top.indices.tolist(), (top.values - norm).tolist(), strict=True)
+    pairs = [list(zip(*row, strict=True)) for row in rows]
+    return [TokenLogprob(*entry) for entry in zip(token_ids, chosen, pairs, strict=True)]

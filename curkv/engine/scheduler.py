@@ -118,7 +118,7 @@ class Scheduler:
         if self.running and not self._fits(sequence):
             return False
         heapq.heappop(self._waiting)
-        sequence.slot = self.kv.add_sequence(sequence.plan.observed)
+        sequence.slot = self.kv.add_sequence(sequence.observed)
         sequence.mark_scheduled()
         self.running.append(sequence)
         return True

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING
 
+from curkv.cache.explain import NEEDS, Explanation
+from curkv.cache.observations import Needs
 from curkv.cache.options import EvictionPlan
 from curkv.engine.detokenizer import Detokenizer
-from curkv.engine.types import KVReport, Request
+from curkv.engine.types import KVReport, Request, TokenLogprob
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 
 @dataclass(eq=False)
@@ -24,6 +32,8 @@ class Sequence:
         plan: the request's eviction options, resolved for its prompt.
         seed: seed of this choice's random stream.
         detokenizer: turns its tokens into text and watches for stop strings.
+        matcher: follows the structure of its output, if it has one.
+        candidates: plans to be explained after the prompt.
         slot: row of the page table, -1 while the sequence holds no memory.
     """
 
@@ -33,6 +43,8 @@ class Sequence:
     plan: EvictionPlan
     seed: int
     detokenizer: Detokenizer
+    matcher: LLMatcher | None = None
+    candidates: tuple[EvictionPlan, ...] = ()
     output: list[int] = field(default_factory=list)
     slot: int = -1
     computed: int = 0
@@ -45,6 +57,8 @@ class Sequence:
     evictions: int = 0
     decode_evictions: int = 0
     peak_bytes: int = 0
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    explanations: list[Explanation] = field(default_factory=list)
 
     @property
     def prompt(self) -> list[int]:
@@ -71,6 +85,22 @@ class Sequence:
         """Whether the prompt is not fully computed."""
         return self.computed < len(self.prompt)
 
+    @property
+    def observed(self) -> Needs:
+        """What has to be observed of its queries."""
+        needs = [NEEDS, *(plan.needs for plan in self.candidates)] if self.candidates else []
+        return reduce(or_, needs, self.plan.observed)
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether log-probabilities of its prompt are still to be reported."""
+        return self.request.sampling.prompt_logprobs is not None and not self.output
+
+    @property
+    def reported_prompt_logprobs(self) -> list[TokenLogprob] | None:
+        """Log-probabilities of its prompt, if they were asked for."""
+        return self.prompt_logprobs if self.request.sampling.prompt_logprobs is not None else None
+
     def next_stop(self) -> int:
         """Logical position that the next chunk must not cross, because the cache may be evicted there."""
         prompt, interval = len(self.prompt), self.plan.options.decode_interval or 1
@@ -93,6 +123,7 @@ class Sequence:
         self.slot, self.computed = -1, 0
         self.kept_tokens, self.evicted_tokens = None, 0.0
         self.evictions = self.decode_evictions = 0
+        self.prompt_logprobs, self.explanations = [], []
 
     def report(self, held_bytes: int) -> KVReport | None:
         """What eviction did; None before the end of prefill."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from curkv.cache.explain import Explanation
     from curkv.cache.options import EvictionOptions
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -28,11 +29,27 @@ class InvalidRequest(ValueError):
 
 
 @dataclass(frozen=True)
+class Structure:
+    """A form that the output has to have.
+
+    Attributes:
+        kind: "json" for a JSON schema, "regex" for an expression that the whole output matches, "choice" for
+            one of several texts.
+        source: the schema, the expression or the texts.
+        param: the request's field that asked for it.
+    """
+
+    kind: Literal["json", "regex", "choice"]
+    source: Any
+    param: str
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How the next token is chosen and when generation ends.
 
     Attributes:
-        max_tokens: most tokens to generate; None means as many as the context holds.
+        max_tokens: most tokens to generate; 0 ends after the prompt, None means as many as the context holds.
         temperature: 0 is greedy.
         top_p: nucleus mass in (0, 1].
         top_k: 0 keeps all tokens.
@@ -48,6 +65,8 @@ class SamplingParams:
         repetition_penalty: divides (multiplies, if negative) logits of tokens seen in prompt or output; > 0.
         logit_bias: added to the logits of token ids, in [-100, 100].
         logprobs: alternatives reported per generated token; 0 reports the chosen one alone, None nothing.
+        prompt_logprobs: the same of the prompt's tokens, from the second one on.
+        structure: form of the output, if it is not free.
     """
 
     max_tokens: int | None = 16
@@ -66,6 +85,8 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    structure: Structure | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +98,7 @@ class Request:
         prompt_token_ids: at least one id of the model's vocabulary.
         sampling: sampling parameters.
         eviction: what the request's KV cache may keep.
+        explain: options to be asked, after the prompt, what they would keep of it.
         priority: lower runs first; equal priorities run in order of arrival.
         arrival_time: `time.monotonic()` in seconds.
     """
@@ -85,6 +107,7 @@ class Request:
     prompt_token_ids: list[int]
     sampling: SamplingParams
     eviction: EvictionOptions
+    explain: tuple[EvictionOptions, ...] = ()
     priority: int = 0
     arrival_time: float = field(default_factory=time.monotonic)
 
@@ -117,10 +140,10 @@ class KVReport:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Log-probability of a generated token, and of its likeliest alternatives.
+    """Log-probability of a token, and of the likeliest ones at its place.
 
     Attributes:
-        token_id: the token chosen.
+        token_id: the token.
         logprob: natural logarithm of its probability.
         top: (token id, log-probability) of the likeliest tokens, best first.
     """
@@ -140,6 +163,8 @@ class Output:
         text: text added since the choice's previous output.
         token_ids: tokens added since.
         logprobs: one entry per token of `token_ids` if asked for.
+        prompt_logprobs: on the choice's first output, if asked for: one entry per prompt token but the first.
+        explanations: on the last output, one of each option in `explain`.
         finish_reason: None while the choice runs.
         stop_reason: the stop string or token id that ended the choice, if one did.
         kv: eviction report, on the choice's last output.
@@ -150,6 +175,8 @@ class Output:
     text: str
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
+    explanations: list[Explanation] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     kv: KVReport | None = None

@@ -124,7 +124,7 @@ class Report:
         occupancy: Share of a processor's warps that can be resident, 0 to 1, by registers and shared memory.
         wide_loads: 16-byte loads from global memory in the code.
         narrow_loads: 2-byte loads from global memory in the code.
-        tensor_ops: Tensor-core instructions in the code.
+        tensor_ops: Tensor-core instructions with 16-bit operands in the code.
     """
 
     registers: int
@@ -152,8 +152,15 @@ def compile_launch(launch: Launch, target: Target) -> Report:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
         compiled = triton.compile(_source(launch), target=target.gpu, options=options)
-    read = _read_cuda if target.gpu.backend == "cuda" else _read_hip
-    return read(compiled, target)
+    key = compiled.hash, target.name
+    if key not in _reports:
+        read = _read_cuda if target.gpu.backend == "cuda" else _read_hip
+        _reports[key] = read(compiled, target)
+    return _reports[key]
+
+
+_reports: dict[tuple[str, str], Report] = {}
+"""By the hash of the compiled kernel and the target: models of the same shapes compile to the same code."""
 
 
 def smallest_wide_loads(launch: Launch) -> int:
@@ -327,7 +334,7 @@ def _read_cuda(compiled: Any, target: Target) -> Report:
         wide_loads=_count(r"ld\.global[\w.:]*\.v4\.[buf]32|cp\.async\.c[ag]\.shared\.global[^;]*0x10,", ptx)
         + _count(r"ld\.global[\w.:]*\.v2\.[buf]64", ptx),
         narrow_loads=_count(r"ld\.global[\w.:]*\.[buf]16\b", ptx),
-        tensor_ops=_count(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", code),
+        tensor_ops=_count(r"\b(?:mma\.sync|wgmma\.mma_async)\S*\.b?f16\b|tcgen05\.mma\S*kind::f16", ptx),
     )
 
 
@@ -344,7 +351,7 @@ def _read_hip(compiled: Any, target: Target) -> Report:
         occupancy=programs * warps / target.warps,
         wide_loads=_count(r"(?:global|buffer)_load_dwordx4", code),
         narrow_loads=_count(r"(?:global|buffer)_load_(?:ushort|short)", code),
-        tensor_ops=_count(r"\bv_mfma", code),
+        tensor_ops=_count(r"\bv_mfma_f32_\w*_b?f16", code),
     )
 
 

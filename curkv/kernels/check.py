@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
+from tqdm import tqdm
 
 from curkv.kernels.costs import COSTS, evaluate
 
 if TYPE_CHECKING:
-    from curkv.kernels.aot import Call, Launch, Report, Target
+    from curkv.kernels.aot import Call, Launch, ModelShape, Report, Target
+
+    Named = TypeVar("Named", ModelShape, Target)
 
 MAX_OVERHEAD = 1.1
 """Bytes moved, as a multiple of the fewest possible."""
@@ -33,27 +36,42 @@ def _kernels() -> None:
 
 @app.command()
 def check(
-    table: Annotated[bool, typer.Option(help="Print the table of docs/kernels.md.")] = True,
-    model: Annotated[list[str] | None, typer.Option(help="Only these models.")] = None,
-    target: Annotated[list[str] | None, typer.Option(help="Only these chips.")] = None,
+    table: Annotated[
+        bool, typer.Option(help="Print the three tables of docs/kernels.md, which explains them.")
+    ] = True,
+    model: Annotated[
+        list[str] | None, typer.Option(help="Only this model's shapes; may be repeated. [all]")
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this chip: sm_80, sm_90, sm_100 or gfx942; may be repeated. [all]"),
+    ] = None,
 ) -> None:
-    """Compile every kernel for sm_80, sm_90, sm_100 and gfx942; needs no GPU. Fails if a gate does."""
-    os.environ.pop("TRITON_INTERPRET", None)
-    from curkv.kernels import aot
+    """Compile every Triton kernel for NVIDIA's A100, H100 and B200 and AMD's MI300; needs no GPU.
 
-    models = [m for m in aot.MODELS if not model or m.name in model]
-    targets = [t for t in aot.TARGETS if not target or t.name in target]
-    if not models or not targets:
-        names = ", ".join([m.name for m in aot.MODELS] + [t.name for t in aot.TARGETS])
-        raise typer.BadParameter(f"unknown model or target; there are {names}")
+    The shapes are those of SmolLM2-135M, Llama-3.1-8B, Qwen3-8B and Mistral-7B. The tables tell what each
+    kernel uses of a chip, what it moves and computes, and the least time that this takes on H100 and A100.
+
+    Ends with status 1 if a gate breaks: spilled registers, more shared memory than the chip has, keys or
+    values read in less than 16 bytes at once, prefill attention without tensor cores, or more than 1.1 times
+    the bytes that any implementation must move.
+    """
+    os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        from curkv.kernels import aot
+    except ModuleNotFoundError as error:
+        typer.echo(f"curkv: {error}; `pip install triton` (3.4 or newer, on Linux)", err=True)
+        raise typer.Exit(1) from error
+
+    models = _chosen(aot.MODELS, model, "--model")
+    targets = _chosen(aot.TARGETS, target, "--target")
+    calls = [(m.name, t, call) for m in models for t in targets for call in aot.calls(m, t)]
     entries = [
-        Entry(m.name, t, call, [(launch, aot.compile_launch(launch, t)) for launch in call.launches])
-        for m in models
-        for t in targets
-        for call in aot.calls(m, t)
+        Entry(name, t, call, [(launch, aot.compile_launch(launch, t)) for launch in call.launches])
+        for name, t, call in tqdm(calls, "compiling", unit="operation", disable=None)
     ]
     if table:
-        for line in [*kernel_table(entries), "", *cost_table(entries)]:
+        for line in [*kernel_table(entries), "", *cost_table(entries), "", *formula_table()]:
             typer.echo(line)
     broken = [failure for entry in entries for failure in failures(entry)]
     for failure in broken:
@@ -62,6 +80,15 @@ def check(
         f"{sum(len(e.reports) for e in entries)} kernels compiled, {len(broken)} gates broken", err=True
     )
     raise typer.Exit(1 if broken else 0)
+
+
+def _chosen(known: tuple[Named, ...], names: list[str] | None, option: str) -> list[Named]:
+    """Those of the known models or targets that were asked for; all if none were."""
+    unknown = set(names or ()) - {x.name for x in known}
+    if unknown:
+        there_are = ", ".join(x.name for x in known)
+        raise typer.BadParameter(f"{', '.join(sorted(unknown))}; there are {there_are}", param_hint=option)
+    return [x for x in known if not names or x.name in names]
 
 
 @dataclass(frozen=True)
@@ -88,7 +115,7 @@ def failures(entry: Entry) -> Iterator[str]:
         if report.wide_loads < needed or (needed and report.narrow_loads):
             yield f"{where}: {report.wide_loads} 16-byte and {report.narrow_loads} 2-byte loads of K and V"
         if launch.name == "paged_prefill_attention.attend" and not report.tensor_ops:
-            yield f"{where}: no tensor-core instruction"
+            yield f"{where}: no tensor-core instruction with 16-bit operands"
     cost = COSTS[entry.call.name]
     overhead = evaluate(cost.moved, entry.call.shapes) / evaluate(cost.minimum, entry.call.shapes)
     if overhead > MAX_OVERHEAD:
@@ -101,57 +128,52 @@ def kernel_table(entries: list[Entry]) -> list[str]:
     Of several variants of a kernel (as of `select.find_thresholds`) the one with most registers is shown.
     """
     targets = list(dict.fromkeys(e.target.name for e in entries))
-    rows: dict[tuple[str, str], dict[str, str]] = {}
+    reports: dict[tuple[str, str], dict[str, Report]] = {}
     for entry in entries:
         for launch, report in entry.reports:
-            cells = rows.setdefault((launch.name, entry.model), {})
-            cells[entry.target.name] = max(cells.get(entry.target.name, ""), _cell(report), key=_registers)
-    same: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for (name, model), cells in rows.items():
-        same.setdefault((name, tuple(cells[t] for t in targets)), []).append(model)
-    lines = [
-        f"| kernel | models | {' | '.join(targets)} |",
-        "|---|---|" + "---|" * len(targets),
-    ]
-    for (name, cells_of), models in sorted(same.items()):
-        lines.append(f"| {name} | {', '.join(models)} | {' | '.join(cells_of)} |")
-    return lines
-
-
-def _registers(cell: str) -> int:
-    return int(cell.split("r")[0] or 0)
+            of_targets = reports.setdefault((entry.model, launch.name), {})
+            other = of_targets.setdefault(entry.target.name, report)
+            of_targets[entry.target.name] = max(other, report, key=lambda r: r.registers)
+    cells = {key: [_cell(of_targets[t]) for t in targets] for key, of_targets in reports.items()}
+    return _table(["kernel", "models", *targets], sorted(cells.items(), key=lambda item: item[0][1]))
 
 
 def _cell(report: Report) -> str:
     return (
-        f"{report.registers}r {report.spills}s {report.shared / 1024:.0f}K {report.occupancy:.0%}"
-        f" {report.wide_loads}w {report.tensor_ops}t"
+        f"{report.registers}r {report.shared / 1024:.0f}K {report.occupancy:.0%}"
+        f" {report.spills}s {report.wide_loads}w {report.tensor_ops}t"
     )
 
 
 def cost_table(entries: list[Entry]) -> list[str]:
-    """Markdown: bytes and FLOPs of each operation by formula, and the least time that they take."""
-    lines = [
-        "| model | operation | bytes moved | MB | x minimum | FLOPs | GFLOP | H100 | A100 | again from L2 |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    seen = set()
+    """Markdown: what each operation moves and computes as a model needs it, and the least time of both."""
+    cells: dict[tuple[str, str], list[str]] = {}
     for entry in entries:
-        shapes = entry.call.shapes
-        key = entry.model, entry.call.name, shapes["n"]
-        if key in seen:
-            continue
-        seen.add(key)
-        cost = COSTS[entry.call.name]
+        shapes, cost = entry.call.shapes, COSTS[entry.call.name]
         moved, flops = evaluate(cost.moved, shapes), evaluate(cost.flops, shapes)
         overhead = moved / evaluate(cost.minimum, shapes)
         floors = [max(moved / BANDWIDTH[x], flops / TENSOR_FLOPS[x]) * 1e6 for x in BANDWIDTH]
-        lines.append(
-            f"| {entry.model} | {entry.call.name}, n = {shapes['n']} | `{cost.moved}` | {moved / 1e6:.2f}"
-            f" | {overhead:.2f} | `{cost.flops}` | {flops / 1e9:.2f}"
-            f" | {floors[0]:.1f} us | {floors[1]:.1f} us | {cost.again} |"
+        cells.setdefault(
+            (entry.model, f"{entry.call.name}; n = {shapes['n']:,}"),
+            [f"{moved / 1e6:.2f}", f"{overhead:.2f}", f"{flops / 1e9:.2f}", *(f"{x:.1f}" for x in floors)],
         )
-    return lines
+    columns = ["MB", "x minimum", "GFLOP", *(f"{name} us" for name in BANDWIDTH)]
+    return _table(["operation", "models", *columns], cells.items())
+
+
+def _table(header: list[str], cells: Iterable[tuple[tuple[str, str], list[str]]]) -> list[str]:
+    """Markdown with one row for all models of which a name's cells are equal."""
+    models: dict[tuple[str, ...], list[str]] = {}
+    for (model, name), values in cells:
+        models.setdefault((name, *values), []).append(model)
+    rows = ([name, ", ".join(same), *values] for (name, *values), same in models.items())
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+
+
+def formula_table() -> list[str]:
+    """Markdown: bytes and FLOPs of each operation by formula."""
+    lines = ["| operation | bytes moved | FLOPs | read again from L2 |", "|---|---|---|---|"]
+    return lines + [f"| {name} | `{c.moved}` | `{c.flops}` | {c.again} |" for name, c in COSTS.items()]
 
 
 if __name__ == "__main__":

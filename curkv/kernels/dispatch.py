@@ -48,14 +48,26 @@ def get_kernels(name: KernelsName = "auto", device: str | torch.device = "cpu") 
         The kernels.
 
     Raises:
-        ValueError: the name is unknown, or "auto" knows nothing for the device.
+        ValueError: the name is unknown, "auto" knows nothing for the device, or Triton is not installed or
+            cannot run there.
     """
     kind = torch.device(device).type
     backend = _AUTO.get(kind) if name == "auto" else name
     if backend not in _BACKENDS:
         wanted = f"device {kind!r}" if name == "auto" else f"the name {name!r}"
         raise ValueError(f"there are no kernels for {wanted}; choose one of auto, {', '.join(_BACKENDS)}")
+    if backend == "triton":
+        _check_triton(kind)
     return Kernels(**{field.name: _load(field.name, backend) for field in fields(Kernels)})
+
+
+def _check_triton(kind: str) -> None:
+    try:
+        triton = import_module("triton")
+    except ModuleNotFoundError as error:
+        raise ValueError("Triton's kernels need the package triton, 3.4 or newer") from error
+    if kind == "cpu" and not triton.knobs.runtime.interpret:
+        raise ValueError("Triton's kernels need a GPU; TRITON_INTERPRET=1 runs them on a CPU, very slowly")
 
 
 def _load(operation: str, backend: str) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from curkv.config import Settings
 from curkv.server.chat.router import router as chat
 from curkv.server.completions.router import router as completions
 from curkv.server.errors import install_error_handlers
+from curkv.server.explain.router import router as explain
 from curkv.server.headers import default_options
 from curkv.server.health.router import router as health
 from curkv.server.live.router import router as live
@@ -22,6 +23,7 @@ from curkv.server.models.router import router as models
 from curkv.server.page.router import files as page_files
 from curkv.server.page.router import router as page
 from curkv.server.state import ServerState
+from curkv.server.tokens.router import router as tokens
 
 if TYPE_CHECKING:
     from curkv.engine.client import EngineClient
@@ -57,7 +59,7 @@ def create_app(client: EngineClient | None, settings: Settings, lifespan: Lifesp
     )
     if client is not None:
         app.state.server.attach(client)
-    for router in (completions, chat, models, live, health, page):
+    for router in (completions, chat, explain, tokens, models, live, health, page):
         app.include_router(router)
     app.mount("/page", page_files)
     install_error_handlers(app)

@@ -47,10 +47,12 @@ class Prompt:
 
     Attributes:
         token_ids: its tokens.
+        text: as it was given; None if it was given in tokens.
         context_tokens: where the client says that its context ends, in tokens; None if it says nothing.
     """
 
     token_ids: list[int]
+    text: str | None = None
     context_tokens: int | None = None
 
 
@@ -64,7 +66,8 @@ class Generation:
         body: what was asked.
         model: name of the model served.
         client: the engine.
-        requests: in the order of the prompts.
+        prompts: in the order of the body.
+        requests: one per prompt.
         plans: each request's eviction, resolved.
     """
 
@@ -73,6 +76,7 @@ class Generation:
     body: GenerationFields
     model: str
     client: EngineClient
+    prompts: list[Prompt]
     requests: list[Request]
     plans: list[EvictionPlan]
 
@@ -91,9 +95,9 @@ class Generation:
         """Hands all prompts to the engine."""
         return OutputStream(self.client, self.requests)
 
-    def prompt_of(self, choice: int) -> list[int]:
-        """Token ids of the prompt that a choice continues."""
-        return self.requests[choice // self.body.choices_per_prompt].prompt_token_ids
+    def prompt_of(self, choice: int) -> Prompt:
+        """The prompt that a choice continues."""
+        return self.prompts[choice // self.body.choices_per_prompt]
 
     def token_text(self, token_id: int) -> str:
         """A token's own text: bytes of a character that is split over tokens show as U+FFFD."""
@@ -208,7 +212,9 @@ async def prepare(
         plans = await run_in_threadpool(lambda: [client.plan(request) for request in requests])
     except InvalidRequest as error:
         raise controls.named(error) from error
-    return Generation(answer_id, int(time.time()), body, state.settings.model_name, client, requests, plans)
+    return Generation(
+        answer_id, int(time.time()), body, state.settings.model_name, client, prompts, requests, plans
+    )
 
 
 async def respond(answer: Answer, http: HTTPRequest) -> Response:

@@ -101,10 +101,10 @@ _SCHEMAS: dict[str, dict[str, Any]] = {
     "times": {"type": "string", "description": "A policy whose scores are multiplied with the first one's."},
     "times_pool": {"type": "integer", "description": "Odd size of the pooling over its scores."},
     "scorer": {"enum": ["snapkv", "curdkv"], "description": "Whose scores ChunkKV takes."},
-    "chunk": {"type": "integer", "description": "Tokens that ChunkKV keeps or drops together."},
+    "chunk": {"type": "integer", "description": "Tokens of ChunkKV's chunks and of SnapCUR's passages."},
     "first_stage": {
         "type": "number",
-        "description": "Share of the budget that CriticalKV gives to attention.",
+        "description": "Share of the budget for CriticalKV's attention, SnapCUR's passages.",
     },
     "future": {"type": "integer", "description": "Positions that Expected Attention averages over."},
     "blend": {"type": "number", "description": "Weight of leverage beside attention in Compactor."},

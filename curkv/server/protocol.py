@@ -18,6 +18,7 @@ from pydantic import (
 
 from curkv.engine.types import KVReport, SamplingParams
 from curkv.server.headers import KVFields
+from curkv.server.structure import StructureFields
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
@@ -48,7 +49,7 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = Field(None, description="Send a last chunk with `usage` and no choices.")
 
 
-class GenerationFields(BaseModel):
+class GenerationFields(StructureFields):
     """Sampling, streaming and eviction fields; unknown ones are kept aside, to be logged."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
@@ -102,7 +103,11 @@ class GenerationFields(BaseModel):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def sampling(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """The engine's form; null means the default, as in OpenAI's API."""
+        """The engine's form; null means the default, as in OpenAI's API.
+
+        Raises:
+            InvalidRequest: fields contradict each other.
+        """
         given: dict[str, Any] = {
             name: value
             for name in (
@@ -127,6 +132,7 @@ class GenerationFields(BaseModel):
             min_tokens=self.min_tokens,
             logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
             logprobs=logprobs,
+            structure=self.structure,
             **given,
         )
 

@@ -370,7 +370,7 @@ def test_the_integrity_check_says_what_is_wrong(corrupt: Callable[[KVCache], obj
 
 
 def test_a_batch_is_the_flattened_sequences() -> None:
-    batch = Batch.build([2, 0, 1], [[5], [6], [7, 8, 9]], [40, 3, 10], sampled=[True, True, False])
+    batch = Batch.build([2, 0, 1], [[5], [6], [7, 8, 9]], [40, 3, 10], wanted=[1, 1, 0])
     assert batch.token_ids.tolist() == [5, 6, 7, 8, 9]
     assert batch.positions.tolist() == [40, 3, 10, 11, 12]
     assert batch.query_start.tolist() == [0, 1, 2, 5]

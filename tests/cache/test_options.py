@@ -101,6 +101,7 @@ def test_overlapping_spans_are_merged():
         ({"policy": "curdkv", "budget": "auto"}, {"budget", "policy"}),
         ({"policy": "snapkv", "budget": "auto", "prefill": "streaming"}, {"budget", "prefill"}),
         ({"policy": "snapkv", "budget": "auto", "allocation": "pyramid"}, {"budget", "allocation"}),
+        ({"policy": "snapcur", "budget": "auto", "first_stage": 0.5}, {"budget", "first_stage"}),
         ({"policy": "full", "merge": "nearest"}, {"merge", "policy"}),
     ],
 )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from curkv.engine.sampling import choice_seed, sample, uniform
+from curkv.engine.sampling import _adjust, _draw, choice_seed, sample, uniform
 from curkv.engine.types import SamplingParams
 
 NO_STOP: frozenset[int] = frozenset()
@@ -16,7 +16,7 @@ NO_STOP: frozenset[int] = frozenset()
 
 def sequence(seed: int = 0, prompt: tuple[int, ...] = (), output: tuple[int, ...] = (), **params: Any) -> Any:
     request = SimpleNamespace(sampling=SamplingParams(**params))
-    return SimpleNamespace(request=request, seed=seed, prompt=list(prompt), output=list(output))
+    return SimpleNamespace(request=request, seed=seed, prompt=list(prompt), output=list(output), matcher=None)
 
 
 def draws(logits: list[float], count: int = 4000, **params: Any) -> torch.Tensor:
@@ -100,3 +100,14 @@ def test_logprobs_are_those_of_the_model_before_any_change() -> None:
     assert entry is not None and entry.token_id == 0
     assert entry.logprob == pytest.approx(expected[0].item())
     assert [i for i, _ in entry.top] == [2, 1]
+
+
+def test_all_that_is_as_wide_as_the_vocabulary_stays_on_the_device_of_the_logits() -> None:
+    """Meta tensors have no data and mix with no other device's."""
+    chosen = {"top_k": 5, "top_p": 0.9, "min_p": 0.1, "temperature": 0.7, "min_tokens": 9}
+    penalties = {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.5}
+    one = sequence(prompt=(1, 2), output=(2, 5), logit_bias={3: 1.0}, **chosen, **penalties)
+    logits = torch.empty(2, 50, device="meta")
+    for row in logits:
+        _adjust(row, one, frozenset({4}))
+    assert _draw(logits, [one, one]).device.type == "meta"

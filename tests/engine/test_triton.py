@@ -11,7 +11,9 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
+from triton.runtime.interpreter import GridExecutor
 
+from curkv.cache.batch import Batch
 from curkv.cache.kv_cache import CacheLayout, KVCache
 from curkv.cache.options import parse_options
 from curkv.engine.decode_graphs import DecodeGraphs
@@ -48,24 +50,27 @@ CONFIG = ModelConfig(
 )
 
 
-def random_checkpoint() -> SimpleNamespace:
+def random_checkpoint(device: str = "cpu") -> SimpleNamespace:
     """Weights of a model whose attention is far from uniform."""
     generator = torch.Generator().manual_seed(1)
     c = CONFIG
 
     def weight(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+        return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(device)
+
+    def ones(size: int) -> Tensor:
+        return torch.ones(size, device=device)
 
     layers = [
         LayerWeights(
-            input_norm=torch.ones(c.hidden_size),
+            input_norm=ones(c.hidden_size),
             qkv=weight(c.q_size + 2 * c.num_kv_heads * c.head_dim, c.hidden_size),
             qkv_bias=None,
-            q_norm=1.5 * torch.ones(c.head_dim),
-            k_norm=1.5 * torch.ones(c.head_dim),
+            q_norm=1.5 * ones(c.head_dim),
+            k_norm=1.5 * ones(c.head_dim),
             o=weight(c.hidden_size, c.q_size),
             o_bias=None,
-            post_attention_norm=torch.ones(c.hidden_size),
+            post_attention_norm=ones(c.hidden_size),
             gate_up=weight(2 * c.intermediate_size, c.hidden_size),
             gate_up_bias=None,
             down=weight(c.hidden_size, c.intermediate_size),
@@ -75,7 +80,7 @@ def random_checkpoint() -> SimpleNamespace:
     ]
     return SimpleNamespace(
         embedding=weight(c.vocab_size, c.hidden_size) * c.hidden_size**0.5,
-        final_norm=torch.ones(c.hidden_size),
+        final_norm=ones(c.hidden_size),
         head=weight(c.vocab_size, c.hidden_size),
         layer=layers.__getitem__,
     )
@@ -158,3 +163,32 @@ def test_triton_and_cpu_kernels_give_the_same_tokens_kept_sets_and_pages(expecte
 def test_padded_decode_steps_over_a_table_of_their_own_give_the_same() -> None:
     wanted = trace(engine_over("cpu", 15))
     assert_same(trace(engine_over("triton", 15, graphs=True, apart=True)), wanted)
+
+
+def test_the_host_waits_for_nothing_within_a_decode_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meta tensors have no data: whatever reads one on the host, or mixes devices, raises."""
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(GridExecutor, "__call__", lambda *_, **__: None)
+    monkeypatch.setattr("curkv.kernels.paged_decode_attention.triton.num_processors", lambda _: 132)
+    kernels = get_kernels("triton")
+    model = Llama(CONFIG, random_checkpoint("meta"), kernels)
+    layout = CacheLayout(CONFIG.num_layers, CONFIG.num_kv_heads, CONFIG.head_dim, 16, torch.float32, 4, 256)
+    kv = KVCache(layout, 100, kernels, rope_tables(CONFIG, 256), "meta")
+    graphs = DecodeGraphs(model, kv)
+    slots = [kv.add_sequence() for _ in range(3)]
+    for position in range(18):
+        kv.extend(slots, [1, 1, 1])
+        batch = Batch.build(slots, [[5]] * 3, [position] * 3, device="meta")
+        assert graphs.forward(batch).shape == (3, CONFIG.vocab_size)
+
+
+def test_decoding_goes_on_without_graphs_where_none_can_be_captured(caplog: pytest.LogCaptureFixture) -> None:
+    engine = engine_over("triton", 100, graphs=True)
+    engine.decode_graphs.capture()
+    assert "decode runs without CUDA graphs" in caplog.text
+    item = request([5, 6, 7], 3)
+    engine.add(item, engine.plan(item))
+    produced = []
+    while engine.has_work:
+        produced += tokens(engine.step())
+    assert len(produced) == 3

@@ -1,15 +1,31 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from curkv.kernels.dispatch import get_kernels
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="name 'cuda'; choose one of auto, cpu, reference"):
+    with pytest.raises(ValueError, match="name 'cuda'; choose one of auto, cpu, triton, reference"):
         get_kernels("cuda")  # type: ignore[arg-type]
 
 
 def test_auto_refuses_a_device_without_kernels() -> None:
     with pytest.raises(ValueError, match="no kernels for device 'meta'"):
         get_kernels("auto", device="meta")
+
+
+def test_triton_that_is_not_installed_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ValueError, match="need the package triton"):
+        get_kernels("triton")
+
+
+@pytest.mark.triton
+def test_triton_on_a_cpu_needs_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with pytest.raises(ValueError, match="need a GPU; TRITON_INTERPRET=1"):
+        get_kernels("triton")

@@ -8,11 +8,13 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import uvicorn
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from curkv.cache.explain import Explanation
 from curkv.cache.kv_cache import CacheLayout
 from curkv.cache.options import EvictionPlan, OptionError, resolve
 from curkv.config import Settings
@@ -65,6 +67,10 @@ class ScriptedClient:
     max_model_len: int = MAX_MODEL_LEN
 
     @property
+    def vocab_size(self) -> int:
+        return VOCABULARY
+
+    @property
     def healthy(self) -> bool:
         return self.state == "ready"
 
@@ -85,6 +91,8 @@ class ScriptedClient:
 
     def plan(self, request: Request) -> EvictionPlan:
         ids = request.prompt_token_ids
+        if not ids:
+            raise InvalidRequest("the prompt is empty", "prompt")
         if any(not 0 <= i < VOCABULARY for i in ids):
             raise InvalidRequest("token id is outside the vocabulary", "prompt")
         if len(ids) + (request.sampling.max_tokens or 1) > self.max_model_len:
@@ -100,6 +108,9 @@ class ScriptedClient:
         plan = self.plan(request)
         self.taken.append(request)
         try:
+            if request.sampling.max_tokens == 0:
+                yield self._output_without_tokens(request)
+                return
             for token in range(1, (request.sampling.max_tokens or 8) + 1):
                 if self.delay:
                     await asyncio.sleep(self.delay)
@@ -125,8 +136,32 @@ class ScriptedClient:
             text=f" w{token}",
             token_ids=[token],
             logprobs=None if request.sampling.logprobs is None else [logprob],
+            prompt_logprobs=self._prompt_logprobs(request) if token == 1 else None,
             finish_reason="length" if last else None,
             kv=report if last else None,
+        )
+
+    def _prompt_logprobs(self, request: Request) -> list[TokenLogprob] | None:
+        if request.sampling.prompt_logprobs is None:
+            return None
+        return [TokenLogprob(i, -2.0, [(9, -0.1)]) for i in request.prompt_token_ids[1:]]
+
+    def _output_without_tokens(self, request: Request) -> Output:
+        shape = (2, 3, len(request.prompt_token_ids))
+        kept = np.zeros(shape, dtype=bool)
+        kept[..., :2] = kept[0, 0, -1] = True
+        explanations = [
+            Explanation(options.policy, 2, kept, np.full(shape, 7, np.uint8), np.full((2, 3), 0.5), 900, 300)
+            for options in request.explain
+        ]
+        return Output(
+            request_id=request.id,
+            index=0,
+            text="",
+            token_ids=[],
+            prompt_logprobs=self._prompt_logprobs(request),
+            explanations=explanations,
+            finish_reason="length",
         )
 
     async def drain(self, timeout: float) -> bool:

@@ -108,6 +108,58 @@ async def test_logprobs(http: httpx.AsyncClient) -> None:
     assert chosen_only["tokens"] == ["w1"] and chosen_only["top_logprobs"] is None
 
 
+@pytest.mark.parametrize("prompt", ["w5  w6", [5, 6]])
+@pytest.mark.parametrize("max_tokens", [0, 1])
+async def test_echo_with_logprobs(http: httpx.AsyncClient, prompt: Any, max_tokens: int) -> None:
+    fields = {"prompt": prompt, "max_tokens": max_tokens, "echo": True, "logprobs": 1}
+    choice = (await post(http, **fields)).json()["choices"][0]
+    assert choice["text"] == ("w5  w6" if isinstance(prompt, str) else "w5 w6") + " w1" * max_tokens
+    assert choice["logprobs"] == {
+        "tokens": ["w5", "w6", "w1"][: 2 + max_tokens],
+        "token_logprobs": [None, -2.0, -0.5][: 2 + max_tokens],
+        "top_logprobs": [None, {"w9": -0.1, "w6": -2.0}, {"w1": -0.5}][: 2 + max_tokens],
+        "text_offset": [0, 2, 4][: 2 + max_tokens],
+    }
+    [piece] = [c for chunk in sse((await post(http, stream=True, **fields)).text) for c in chunk["choices"]]
+    assert piece["text"] == choice["text"] and piece["logprobs"] == choice["logprobs"]
+
+
+async def test_echo_without_logprobs_judges_nothing(http: httpx.AsyncClient, engine: ScriptedClient) -> None:
+    choices = (await post(http, prompt=["w5", "w6"], max_tokens=1, echo=True, n=2)).json()["choices"]
+    assert [c["text"] for c in choices] == ["w5 w1", "w5 w1", "w6 w1", "w6 w1"]
+    assert engine.taken[0].sampling.prompt_logprobs is None
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("field", "structure"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, ("json", {"type": "object"})),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}},
+            ("json", SCHEMA),
+        ),
+        ({"structured_outputs": {"json": SCHEMA}}, ("json", SCHEMA)),
+        ({"structured_outputs": {"regex": "a+"}}, ("regex", "a+")),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, ("choice", ["a", "b"])),
+        ({"guided_json": '{"type": "object"}'}, ("json", '{"type": "object"}')),
+        ({"guided_regex": "a+"}, ("regex", "a+")),
+        ({"guided_choice": ["a"]}, ("choice", ["a"])),
+    ],
+)
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+async def test_structure_reaches_the_engine(
+    http: httpx.AsyncClient, engine: ScriptedClient, path: str, field: dict[str, Any], structure: Any
+) -> None:
+    prompt = {"prompt": "w1"} if path == "completions" else {"messages": [{"role": "user", "content": "w1"}]}
+    assert (await http.post(f"/v1/{path}", json={**prompt, **field})).status_code == 200
+    asked = engine.taken[0].sampling.structure
+    assert (asked and (asked.kind, asked.source)) == structure
+
+
 async def test_sampling_fields_reach_the_engine(http: httpx.AsyncClient, engine: ScriptedClient) -> None:
     fields = {"temperature": 0.5, "top_p": 0.9, "top_k": -1, "min_p": 0.1, "seed": -3, "min_tokens": 1}
     stops = {"stop": "w9", "stop_token_ids": [4], "ignore_eos": True}

@@ -238,3 +238,11 @@ def pooled(scores: Tensor, judged: Tensor, kernel: int, kind: Literal["max", "me
         )
         scores = sums / counts
     return scores.masked_fill(~judged, -torch.inf)
+
+
+def best_of_heads(scores: Tensor, counts: Tensor, view: CacheView, kernels: Kernels) -> Tensor:
+    """Tell each head's `counts` int32 [L, H] best tokens by `scores` float32 [L, H, n]: bool [L, H, n]."""
+    indices = kernels.select(scores, view.lengths, counts)[0].long()
+    n = scores.shape[2]
+    mask = torch.zeros(*scores.shape[:2], n + 1, dtype=torch.bool, device=scores.device)
+    return mask.scatter_(2, indices.masked_fill(indices < 0, n), True)[..., :n]

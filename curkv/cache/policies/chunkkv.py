@@ -47,7 +47,7 @@ class ChunkKV(Policy):
         stored = view.stored
         # Heads of a layer hold as many tokens as each other, since they always keep the same ones.
         by_layer = scores.masked_fill(~stored, 0.0).sum(1)
-        chunk = torch.arange(view.width, device=scores.device) // options.chunk
+        chunk = torch.arange(view.width, device=scores.device) // (options.chunk or 1)
         sums = by_layer.new_zeros(view.num_layers, int(chunk[-1]) + 1).index_add_(1, chunk, by_layer)
         counts = sums.new_zeros(sums.shape).index_add_(1, chunk, stored[:, 0].to(sums.dtype))
         means = (sums / counts.clamp_min(1))[:, chunk]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from curkv.cache.policies.base import CacheView
+from curkv.cache.policies.base import CacheView, best_of_heads
 from curkv.cache.policies.snapkv import SnapKV
 
 if TYPE_CHECKING:
@@ -38,21 +38,14 @@ class CriticalKV(SnapKV):
         if options.allocation == "adaptive":
             floor = torch.full_like(counts, max(int(options.alpha * view.budget), options.alpha > 0))
             counts = kernels.select(scores, view.lengths, counts, floor)[1]
-        first = self._best(scores, (counts * options.first_stage).int(), view, kernels)
+        first = best_of_heads(scores, (counts * (options.first_stage or 0.0)).int(), view, kernels)
         weighted = (scores + _EPSILON) * projected_norms(view)
         weighted.masked_fill_(first, torch.inf)
         if options.allocation != "adaptive":
             return weighted
         # Heads keep their own budgets: the best of each head stand above everything else.
-        chosen = self._best(weighted, counts, view, kernels)
+        chosen = best_of_heads(weighted, counts, view, kernels)
         return weighted + chosen * weighted.masked_fill(weighted.isinf(), 0.0).max()
-
-    def _best(self, scores: Tensor, counts: Tensor, view: CacheView, kernels: Kernels) -> Tensor:
-        """The `counts` [L, H] best of each head: bool [L, H, n]."""
-        indices = kernels.select(scores, view.lengths, counts)[0].long()
-        n = scores.shape[2]
-        mask = torch.zeros(*scores.shape[:2], n + 1, dtype=torch.bool, device=scores.device)
-        return mask.scatter_(2, indices.masked_fill(indices < 0, n), True)[..., :n]
 
 
 def projected_norms(view: CacheView) -> Tensor:

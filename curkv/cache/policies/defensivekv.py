@@ -25,7 +25,6 @@ class DefensiveKV(SnapKV):
 
     name = "defensivekv"
     description = "DefensiveKV: the most attention of any of the last 32 tokens, times the projected value"
-    factor = False
     defaults: Mapping[str, Any] = {**SnapKV.defaults, "reduction": "max"}
 
     def scores(self, view: CacheView, options: EvictionOptions, kernels: Kernels) -> Tensor:

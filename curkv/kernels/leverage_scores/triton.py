@@ -10,11 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from curkv.kernels.pages import Pages
-from curkv.kernels.triton_util import attention_block, dot, find_slots, load_tokens, narrow, power_of_two
+from curkv.kernels.triton_util import attention_block, dot, find_slots, load_tokens, power_of_two
 
 _BLOCK = 2048
 _MAX_BLOCK_N = 64
-_TILE_BYTES = 8192
+_TILE_BYTES = 16384
 
 
 def leverage_scores(
@@ -70,29 +70,49 @@ def _sketch(
         pages.v,
         table,
         lengths,
-        sketch.contiguous(),
+        _parts(sketch, pages.k.dtype),
         key,
         value,
         table.stride(0),
         width,
+        PARTS=1 if pages.k.dtype == torch.float32 else 2,
         RANK=rank,
         HEAD_DIM=pages.k.shape[2],
         PAGE_SIZE=pages.k.shape[1],
         BLOCK_N=block_n,
         BLOCK_D=power_of_two(pages.k.shape[2]),
         BLOCK_R=max(16, power_of_two(rank)),
-        num_warps=4,
+        num_warps=8,
     )
     return key, value
 
 
+def _parts(sketch: Tensor, dtype: torch.dtype) -> Tensor:
+    """G as parts [1 or 2, head_dim, rank] of a dtype, whose sum keeps G's precision in 16 bits too."""
+    high = sketch.to(dtype)
+    parts = [high] if dtype == torch.float32 else [high, (sketch - high.float()).to(dtype)]
+    return torch.stack(parts)
+
+
 @triton.jit
-def _project(x, sketch):
-    """Squared norms of x G; a 16-bit x meets G in two 16-bit parts, which keep G's precision."""
-    high = narrow(sketch, x.dtype)
-    product = dot(x, high, tl.zeros([x.shape[0], sketch.shape[1]], tl.float32))
-    if x.dtype != tl.float32:
-        product = dot(x, narrow(sketch - high.to(tl.float32), x.dtype), product)
+def _energies(
+    x,
+    sketch,
+    PARTS: tl.constexpr,
+    RANK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Squared norms [BLOCK_N] of x G, G being the sum of its parts."""
+    d = tl.arange(0, BLOCK_D)
+    r = tl.arange(0, BLOCK_R)
+    mask = (d < HEAD_DIM)[:, None] & (r < RANK)[None, :]
+    product = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    for part in range(PARTS):
+        pointers = sketch + part * HEAD_DIM * RANK + d[:, None] * RANK + r[None, :]
+        product = dot(x, tl.load(pointers, mask=mask, other=0.0), product)
     return tl.sum(product * product, 1)
 
 
@@ -107,6 +127,7 @@ def _sketch_rows(
     value,
     stride_table,
     width,
+    PARTS: tl.constexpr,
     RANK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -123,15 +144,13 @@ def _sketch_rows(
     index = block + tl.arange(0, BLOCK_N)
     valid = index < length
     place = find_slots(table + row * stride_table, index, valid, PAGE_SIZE)
-    d = tl.arange(0, BLOCK_D)
-    r = tl.arange(0, BLOCK_R)
-    mask = (d < HEAD_DIM)[:, None] & (r < RANK)[None, :]
-    projection = tl.load(sketch + d[:, None] * RANK + r[None, :], mask=mask, other=0.0)
     out = row * width + index
     keys = load_tokens(pages_k, place, valid, HEAD_DIM, BLOCK_D)
-    tl.store(key + out, _project(keys, projection), mask=valid)
+    key_energies = _energies(keys, sketch, PARTS, RANK, HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_R)
+    tl.store(key + out, key_energies, mask=valid)
     values = load_tokens(pages_v, place, valid, HEAD_DIM, BLOCK_D)
-    tl.store(value + out, _project(values, projection), mask=valid)
+    value_energies = _energies(values, sketch, PARTS, RANK, HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_R)
+    tl.store(value + out, value_energies, mask=valid)
 
 
 @triton.jit

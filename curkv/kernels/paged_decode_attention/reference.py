@@ -59,7 +59,7 @@ def paged_decode_attention(
             keys = gather_tokens(pages.k, row, length).float()
             values = gather_tokens(pages.v, row, length).float()
             heads = slice(head * group, (head + 1) * group)
-            probabilities = torch.softmax(scale * (q[i, heads] @ keys.T), dim=-1)
+            probabilities = torch.softmax(scale * (q[i, heads].float() @ keys.T), dim=-1)
             out[i, heads] = probabilities @ values
             if accumulate:
                 index = torch.arange(length, device=q.device)

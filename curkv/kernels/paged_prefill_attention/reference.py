@@ -49,7 +49,7 @@ def paged_prefill_attention(
             keys = gather_tokens(pages.k, row, length).float()
             values = gather_tokens(pages.v, row, length).float()
             heads = slice(head * group, (head + 1) * group)
-            scores = scale * torch.einsum("tgd,nd->tgn", q[start:end, heads], keys)
+            scores = scale * torch.einsum("tgd,nd->tgn", q[start:end, heads].float(), keys)
             last = torch.arange(length - (end - start), length, device=q.device)
             hidden = torch.arange(length, device=q.device) > last[:, None]
             scores.masked_fill_(hidden[:, None], -torch.inf)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curkv.kernels.triton_util import power_of_two
 
-_BLOCK = 2048
+_BLOCK = 1024
 
 
 def select(
@@ -90,7 +90,7 @@ def _keys(scores, valid):
     bits = scores.to(tl.uint32, bitcast=True)
     sign: tl.constexpr = 0x80000000
     bits = tl.where(bits == sign, 0, bits).to(tl.uint32)
-    keys = tl.where(bits >= sign, ~bits, bits | sign).to(tl.uint32)
+    keys = tl.where(bits >= sign, bits ^ 0xFFFFFFFF, bits | sign).to(tl.uint32)
     return tl.where(valid, keys, 0).to(tl.uint32)
 
 

@@ -40,7 +40,7 @@ def store_kv(
         query_start: int32 [B + 1], cumulative count of new tokens.
     """
     page_size = pages.k.shape[1]
-    k = k.clone()
+    k, v = k.to(torch.float32, copy=True), v.float()
     rope(k, cos, sin, positions)
     starts = query_start.tolist()
     for slot, start, end in zip(slots.tolist(), starts, starts[1:], strict=False):

@@ -47,7 +47,7 @@ def tokenize(messages: Sequence[Message], variables: Mapping[str, Any], client: 
         raise InvalidRequest(str(error), "messages") from error
     encoding = client.tokenizer.encode(text, add_special_tokens=False)
     context = sum(1 for _, token_end in encoding.offsets if token_end <= end)
-    return [Prompt(encoding.ids, context or None)]
+    return [Prompt(encoding.ids, text, context or None)]
 
 
 def _plain(messages: Sequence[Message], marked: tuple[int, int] | None = None) -> list[dict[str, Any]]:
@@ -141,7 +141,7 @@ class ChatAnswer(Answer):
 
     @property
     def _prompt_token_ids(self) -> list[int] | None:
-        return self.generation.prompt_of(0) if self._body.return_token_ids else None
+        return self.generation.prompt_of(0).token_ids if self._body.return_token_ids else None
 
     def _logprobs(self, output: Output) -> ChatLogprobs | None:
         if not self._body.logprobs:

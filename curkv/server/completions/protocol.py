@@ -45,21 +45,24 @@ class CompletionRequest(GenerationFields):
     prompt: Annotated[Prompt, PlainValidator(_check_prompt, json_schema_input_type=Prompt)] = Field(
         description="Text or token ids, one or several prompts.", examples=["The capital of France is"]
     )
+    echo: bool | None = Field(False, description="Begin each choice, and its logprobs, with the prompt.")
     max_tokens: int | None = Field(
-        DEFAULT_MAX_TOKENS, ge=1, lt=2**31, description="null: as many as the context has room for."
+        DEFAULT_MAX_TOKENS,
+        ge=0,
+        lt=2**31,
+        description="null: as many as the context has room for. 0: none, only with echo.",
     )
     logprobs: int | None = Field(
-        None, ge=0, le=MAX_LOGPROBS, description="Report generated tokens with so many alternatives each."
+        None, ge=0, le=MAX_LOGPROBS, description="Report the tokens with so many alternatives each."
     )
-    echo: bool | None = Field(False, description="Prompt in the answer: true is refused, not supported yet.")
     suffix: str | None = Field(None, description="Not supported: any text is refused.")
     best_of: int | None = Field(None, description="Not supported: only a value equal to n is accepted.")
 
-    @field_validator("echo", "suffix")
+    @field_validator("suffix")
     @classmethod
-    def _refuse(cls, value: bool | str | None) -> bool | str | None:
+    def _refuse(cls, value: str | None) -> str | None:
         if value:
-            raise ValueError("not supported yet")
+            raise ValueError("not supported: the models served continue a text, they do not fill in")
         return value
 
     @field_validator("best_of")
@@ -74,6 +77,8 @@ class CompletionRequest(GenerationFields):
     def _at_least_min_tokens(cls, value: int | None, info: ValidationInfo) -> int | None:
         if value is not None and value < info.data.get("min_tokens", 0):
             raise ValueError("is smaller than min_tokens")
+        if value == 0 and not info.data.get("echo"):
+            raise ValueError("0 tokens are an answer only with echo: true")
         return value
 
     @property
@@ -87,18 +92,18 @@ class CompletionRequest(GenerationFields):
 
 
 class Logprobs(BaseModel):
-    """Log-probabilities of a choice's tokens, one entry per token in each list.
+    """Log-probabilities of a choice's tokens, one entry per token in each list; null for a prompt's first.
 
     Attributes:
         tokens: each token's text.
         token_logprobs: natural logarithm of each token's probability.
         top_logprobs: text to log-probability of each position's likeliest tokens; null if not asked for.
-        text_offset: where each token's text begins, in characters of the generated text.
+        text_offset: where each token's text begins, in characters of the choice's text.
     """
 
     tokens: list[str] = []
-    token_logprobs: list[float] = []
-    top_logprobs: list[dict[str, float]] | None = None
+    token_logprobs: list[float | None] = []
+    top_logprobs: list[dict[str, float] | None] | None = None
     text_offset: list[int] = []
 
     def extend(self, more: Logprobs) -> None:

@@ -7,7 +7,7 @@ from functools import partial
 from fastapi import APIRouter, Request, Response
 
 from curkv.server.completions.protocol import CompletionRequest, CompletionResponse
-from curkv.server.completions.serving import CompletionAnswer, tokenize
+from curkv.server.completions.serving import CompletionAnswer, sampling, tokenize
 from curkv.server.generation import documented, prepare, respond
 from curkv.server.state import server_state
 
@@ -17,6 +17,6 @@ router = APIRouter(tags=["generation"])
 @router.post("/v1/completions", summary="Complete a prompt", **documented(CompletionResponse))
 async def create_completion(body: CompletionRequest, request: Request) -> Response:
     """Continues one or several prompts, each with the KV cache that its eviction options leave it."""
-    state, sampling = server_state(request), body.sampling(body.max_tokens, body.logprobs)
-    generation = await prepare(body, sampling, partial(tokenize, body), request, state, "cmpl")
+    state, prompts = server_state(request), partial(tokenize, body)
+    generation = await prepare(body, sampling(body), prompts, request, state, "cmpl")
     return await respond(CompletionAnswer(generation, body), request)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
-from curkv.engine.types import Output, TokenLogprob
+from curkv.engine.types import Output, SamplingParams, TokenLogprob
 from curkv.server.completions.protocol import (
     CompletionChoice,
     CompletionRequest,
@@ -21,7 +21,16 @@ if TYPE_CHECKING:
 
 def tokenize(body: CompletionRequest, client: EngineClient) -> list[Prompt]:
     """The prompts in tokens; texts get the special tokens that the tokenizer begins a text with."""
-    return [Prompt(client.tokenizer.encode(p).ids if isinstance(p, str) else p) for p in body.prompts]
+    return [
+        Prompt(client.tokenizer.encode(prompt).ids, prompt) if isinstance(prompt, str) else Prompt(prompt)
+        for prompt in body.prompts
+    ]
+
+
+def sampling(body: CompletionRequest) -> SamplingParams:
+    """How the engine is to continue each prompt."""
+    params = body.sampling(body.max_tokens, body.logprobs)
+    return replace(params, prompt_logprobs=body.logprobs if body.echo else None)
 
 
 class CompletionAnswer(Answer):
@@ -56,28 +65,45 @@ class CompletionAnswer(Answer):
         return CompletionResponse(id=g.id, created=g.created, model=g.model, choices=choices, usage=usage)
 
     def _piece(self, choice: int, output: Output) -> CompletionChoice:
-        body, begun = self._body, self._begun[choice]
+        body, first = self._body, not self._begun[choice]
         self._begun[choice] = True
-        with_prompt = body.return_token_ids and not begun
+        prompt = self.generation.prompt_of(choice)
         return CompletionChoice(
             index=choice,
-            text=output.text,
-            logprobs=self._logprobs(choice, output.logprobs or ()) if body.logprobs is not None else None,
+            text=self._prompt_text(prompt) + output.text if first and body.echo else output.text,
+            logprobs=self._logprobs(choice, output) if body.logprobs is not None else None,
             finish_reason=cast("FinishReason | None", output.finish_reason),
             stop_reason=output.stop_reason,
             token_ids=output.token_ids if body.return_token_ids else None,
-            prompt_token_ids=self.generation.prompt_of(choice) if with_prompt else None,
+            prompt_token_ids=prompt.token_ids if first and body.return_token_ids else None,
         )
 
-    def _logprobs(self, choice: int, entries: Sequence[TokenLogprob]) -> Logprobs:
-        text_of = self.generation.token_text
+    def _prompt_text(self, prompt: Prompt) -> str:
+        if prompt.text is not None:
+            return prompt.text
+        text: str = self.generation.client.tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
+        return text
+
+    def _logprobs(self, choice: int, output: Output) -> Logprobs:
         answer = Logprobs(top_logprobs=[] if self._body.logprobs else None)
-        for entry in entries:
-            token = text_of(entry.token_id)
-            answer.tokens.append(token)
-            answer.token_logprobs.append(entry.logprob)
-            answer.text_offset.append(self._num_characters[choice])
-            self._num_characters[choice] += len(token)
-            if answer.top_logprobs is not None:
-                answer.top_logprobs.append({text_of(i): logprob for i, logprob in reversed(entry.top)})
+        if output.prompt_logprobs is not None:
+            self._append(answer, choice, self.generation.prompt_of(choice).token_ids[0], None)
+        for entry in (*(output.prompt_logprobs or ()), *(output.logprobs or ())):
+            self._append(answer, choice, entry.token_id, entry)
         return answer
+
+    def _append(self, answer: Logprobs, choice: int, token_id: int, entry: TokenLogprob | None) -> None:
+        text_of = self.generation.token_text
+        token = text_of(token_id)
+        answer.tokens.append(token)
+        answer.token_logprobs.append(entry.logprob if entry else None)
+        answer.text_offset.append(self._num_characters[choice])
+        self._num_characters[choice] += len(token)
+        if answer.top_logprobs is not None:
+            answer.top_logprobs.append(self._top(token, entry) if entry else None)
+
+    def _top(self, token: str, entry: TokenLogprob) -> dict[str, float]:
+        """The likeliest tokens and, in any case, the one that is there; of two with one text the likelier."""
+        top = {self.generation.token_text(i): logprob for i, logprob in reversed(entry.top)}
+        top.setdefault(token, entry.logprob)
+        return top

@@ -1,1 +1,1 @@
-"""GET /health and GET /metrics."""
+"""GET /health, /metrics and /version."""

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
+import curkv
 from curkv.server.errors import RETRY_AFTER_SECONDS
 from curkv.server.state import server_state
 
@@ -33,6 +34,18 @@ async def health(request: Request, response: Response) -> dict[str, str]:
         response.status_code = 503
         response.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
     return {"status": phase}
+
+
+class Version(BaseModel):
+    """What runs."""
+
+    version: str
+
+
+@router.get("/version", summary="Version of the server")
+async def version() -> Version:
+    """Names the version of curkv."""
+    return Version(version=curkv.__version__)
 
 
 @router.get(

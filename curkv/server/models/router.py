@@ -1,4 +1,4 @@
-"""Route of GET /v1/models."""
+"""Routes of GET /v1/models."""
 
 from __future__ import annotations
 
@@ -6,19 +6,29 @@ from fastapi import APIRouter, Request
 
 from curkv.server.errors import error_responses
 from curkv.server.models.protocol import ModelCard, ModelList
-from curkv.server.state import server_state
+from curkv.server.state import ServerState, server_state
 
 router = APIRouter(tags=["models"])
+
+
+@router.get("/v1/models/{model_id:path}", summary="A model", responses=error_responses(404, 503))
+async def get_model(model_id: str, request: Request) -> ModelCard:
+    """Describes the model that is served."""
+    state = server_state(request)
+    state.check_model(model_id)
+    return _card(state)
 
 
 @router.get("/v1/models", summary="List models", responses=error_responses(503))
 async def list_models(request: Request) -> ModelList:
     """Names the model that is served."""
-    state = server_state(request)
-    card = ModelCard(
+    return ModelList(data=[_card(server_state(request))])
+
+
+def _card(state: ServerState) -> ModelCard:
+    return ModelCard(
         id=state.settings.model_name,
         created=state.created,
         root=state.settings.model,
         max_model_len=state.ready_client().max_model_len,
     )
-    return ModelList(data=[card])

@@ -121,6 +121,9 @@ MUTATIONS = (
     Mutation(
         "leverage_scores", "sketch without its last column", "(r < RANK)[None, :]", "(r < RANK - 1)[None, :]"
     ),
+    Mutation(
+        "leverage_scores", "sketch rounded to 16 bits", "for part in range(PARTS):", "for part in range(1):"
+    ),
     Mutation("select", "no tie-break", "((keys == threshold) & (place <= last))", "(keys == threshold)"),
     Mutation("select", "one tie too few", "(rank <= left)", "(rank < left)"),
     Mutation(

@@ -64,3 +64,11 @@ def test_no_sequences():
     none = torch.empty(0, dtype=torch.int32)
     q = torch.empty(0, 2, 64)
     assert triton.paged_decode_attention(q, pool.pages, pool.table, pool.lengths, none, 1.0).shape == q.shape
+
+
+@pytest.mark.parametrize("lengths", [[[90, 1]], [[700, 600]]])
+def test_bfloat16_queries_give_bfloat16(close, lengths):
+    pool = make_pool(lengths, dtype=torch.bfloat16)
+    arguments = torch.randn(1, 6, 64).bfloat16(), pool.pages, pool.table, pool.lengths, pool.slots, 0.125
+    expected = reference.paged_decode_attention(*arguments).bfloat16()
+    close(triton.paged_decode_attention(*arguments), expected, torch.bfloat16)

@@ -46,3 +46,11 @@ def test_large_scores_do_not_overflow(close):
     layout = pool.table, pool.lengths, pool.slots, query_start([50])
     arguments = 60 * torch.randn(50, 2, 64), pool.pages, *layout, 1.0
     close(triton.paged_prefill_attention(*arguments), reference.paged_prefill_attention(*arguments))
+
+
+def test_bfloat16_queries_give_bfloat16(close):
+    pool = make_pool([[90, 20]], dtype=torch.bfloat16)
+    layout = pool.table, pool.lengths, pool.slots, query_start([9])
+    arguments = torch.randn(9, 6, 64).bfloat16(), pool.pages, *layout, 0.125
+    expected = reference.paged_prefill_attention(*arguments).bfloat16()
+    close(triton.paged_prefill_attention(*arguments), expected, torch.bfloat16)

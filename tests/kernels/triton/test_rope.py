@@ -20,3 +20,12 @@ def test_rotates_like_the_reference(close, tokens, heads, head_dim):
 
 def test_no_tokens():
     triton.rope(torch.empty(0, 2, 64), *rope_tables(64), torch.empty(0, dtype=torch.int32))
+
+
+def test_bfloat16_queries(close):
+    q = torch.randn(3, 4, 64).bfloat16()
+    expected = q.clone()
+    arguments = *rope_tables(64), torch.tensor([4, 0, 9], dtype=torch.int32)
+    reference.rope(expected, *arguments)
+    triton.rope(q, *arguments)
+    close(q, expected, torch.bfloat16)

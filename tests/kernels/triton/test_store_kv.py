@@ -9,9 +9,9 @@ from tests.kernels.util import make_pool, query_start, rope_tables
 FIELDS = ("k", "v", "position", "k_sq", "v_sq", "attention")
 
 
-def store(kernel, pool, new_tokens, head_dim, slots=None):
+def store(kernel, pool, new_tokens, head_dim, slots=None, activations=torch.float32):
     tokens, heads = sum(new_tokens), pool.table.shape[1]
-    qkv = torch.randn(tokens, 4 * heads, head_dim, generator=torch.Generator().manual_seed(1))
+    qkv = torch.randn(tokens, 4 * heads, head_dim, generator=torch.Generator().manual_seed(1)).to(activations)
     k, v = qkv[:, 2 * heads : 3 * heads], qkv[:, 3 * heads :]
     positions = torch.arange(100, 100 + tokens, dtype=torch.int32)
     layout = pool.table, pool.lengths, pool.slots if slots is None else slots
@@ -46,3 +46,12 @@ def test_a_slot_below_zero_is_not_written():
     store(triton, pool, [1, 1], 64, slots=torch.tensor([-1, -1], dtype=torch.int32))
     for field in FIELDS:
         assert torch.equal(getattr(pool.pages, field).nan_to_num(), getattr(before.pages, field).nan_to_num())
+
+
+def test_bfloat16_keys_and_values(close):
+    pool = make_pool([[19, 3]], new_tokens=[3], dtype=torch.bfloat16)
+    expected = pool.copy()
+    for kernel, where in ((reference, expected), (triton, pool)):
+        store(kernel, where, [3], 64, activations=torch.bfloat16)
+    for field in FIELDS:
+        close(getattr(pool.pages, field), getattr(expected.pages, field))

@@ -1,0 +1,101 @@
+"""What each policy costs beside prefill: observing queries, then scoring, selecting and compacting.
+
+python benchmarks/scoring.py
+
+A prompt is prefilled once for every kind of observation that policies ask for, and without any. Each policy
+then evicts forks of the prompt, to a quarter; the median of three counts. Shares are of the prefill without
+observation; that of observing is a difference of two prefills and as noisy as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from statistics import median
+
+from tqdm import tqdm
+
+from curkv.bench.text import token_spans
+from curkv.cache.batch import Batch
+from curkv.cache.eviction import evict, plan_kept
+from curkv.cache.observations import Needs
+from curkv.cache.options import EvictionOptions, parse_options, policy_needs, resolve
+from curkv.cache.policies import policy_names
+from curkv.engine.build import EngineOptions, build_engine
+from curkv.engine.engine import Engine
+
+EVICTIONS = 3
+CHUNK = 512
+
+
+def main() -> None:
+    """Runs the measurement and prints its table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--length", type=int, action="append", help="tokens; repeatable [2000 4000 8000]")
+    args = parser.parse_args()
+    lengths = args.length or [2000, 4000, 8000]
+
+    engine = build_engine(EngineOptions(args.model, kv_cache_bytes=2**31))
+    policies = {
+        name: parse_options({"policy": name, "budget": "25%"}) for name in policy_names() if name != "full"
+    }
+    columns = [_measure(engine, length, policies) for length in lengths]
+    heads = [
+        f"{length} tokens (prefill {seconds:.1f} s)"
+        for length, (seconds, _) in zip(lengths, columns, strict=True)
+    ]
+    print("Share of prefill: evicting + observing\n")
+    print(f"| policy | {' | '.join(heads)} |\n|{'---|' * (len(heads) + 1)}")
+    for name in policies:
+        print(f"| `{name}` | {' | '.join(cells[name] for _, cells in columns)} |")
+
+
+def _measure(
+    engine: Engine, length: int, policies: dict[str, EvictionOptions]
+) -> tuple[float, dict[str, str]]:
+    """Seconds of the prefill without observation, and a table cell for each policy."""
+    [prompt] = token_spans(engine.tokenizer, 1, length, seed=0)
+    by_needs: dict[Needs, list[str]] = {}
+    for name, options in policies.items():
+        by_needs.setdefault(policy_needs(options), []).append(name)
+    slot, _ = _prefill(engine, prompt, Needs())
+    engine.kv.free(slot)
+    slot, reference = _prefill(engine, prompt, Needs())
+    engine.kv.free(slot)
+    cells = {}
+    for needs, names in tqdm(by_needs.items(), desc=f"{length} tokens", leave=False):
+        slot, seconds = _prefill(engine, prompt, needs)
+        observing = "" if needs.query_agnostic else f" + {(seconds - reference) / reference:.1%}"
+        for name in names:
+            share = median(_evict(engine, slot, prompt, policies[name]) for _ in range(EVICTIONS)) / reference
+            cells[name] = f"{share:.2%}{observing}"
+        engine.kv.free(slot)
+    return reference, cells
+
+
+def _prefill(engine: Engine, prompt: list[int], needs: Needs) -> tuple[int, float]:
+    """Computes a prompt in chunks; its slot, and seconds."""
+    slot, started = engine.kv.add_sequence(needs), time.perf_counter()
+    for start in range(0, len(prompt), CHUNK):
+        chunk = prompt[start : start + CHUNK]
+        engine.kv.extend([slot], [len(chunk)])
+        engine.model.forward(Batch.build([slot], [chunk], [start]), engine.kv)
+    return slot, time.perf_counter() - started
+
+
+def _evict(engine: Engine, slot: int, prompt: list[int], options: EvictionOptions) -> float:
+    """Seconds to score, select and move what a fork keeps to pages of its own."""
+    plan, view = resolve(options, prompt, engine.kv.layout), engine.kv.view(slot)
+    fork = engine.kv.fork(slot, observe=False)
+    started = time.perf_counter()
+    evict(engine.kv, fork, view, plan, *plan_kept(view, plan, engine.kernels))
+    seconds = time.perf_counter() - started
+    engine.kv.free(fork)
+    return seconds
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""What an eviction would keep of a sequence, and what it would cost, without evicting."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from curkv.cache.eviction import choose, plan_scores
+from curkv.cache.observations import Needs
+from curkv.cache.options import EvictionPlan
+from curkv.cache.policies.base import CacheView
+
+if TYPE_CHECKING:
+    from curkv.kernels.dispatch import Kernels
+
+OBSERVED_QUERIES = 32
+"""Last queries that stand for those to come; SnapKV's observation window is as long."""
+
+NEEDS = Needs(queries=OBSERVED_QUERIES)
+"""What has to be observed beside what the policies need."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What one plan would do to a prompt of n tokens.
+
+    Attributes:
+        policy: name of the policy.
+        budget_tokens: tokens per head, on average, that the plan keeps.
+        kept: bool [L, H, n].
+        ranks: uint8 [L, H, n], each token's rank among its head's scores, 255 highest.
+        errors: float32 [L, H], relative error of the attention output of the last queries.
+        bytes_full: bytes of the pages that are held.
+        bytes_kept: bytes of the pages that would be held.
+    """
+
+    policy: str
+    budget_tokens: int
+    kept: NDArray[np.bool_]
+    ranks: NDArray[np.uint8]
+    errors: NDArray[np.float32]
+    bytes_full: int
+    bytes_kept: int
+
+
+@torch.no_grad()
+def explain(view: CacheView, plan: EvictionPlan, kernels: Kernels, page_bytes: int) -> Explanation:
+    """Asks a plan about a whole prompt.
+
+    Args:
+        view: the sequence, after its last prompt token, with nothing evicted and its queries observed.
+        plan: resolved for this prompt.
+        kernels: operations on pages.
+        page_bytes: bytes of a page.
+
+    Returns:
+        The explanation; merging is left out of it.
+    """
+    view = replace(view, seed=plan.seed, budget=plan.budget_tokens)
+    scores = plan_scores(view, plan, kernels)
+    kept = view.stored
+    if plan.evicts_prompt:
+        indices, counts = choose(view, plan, scores, kernels)
+        kept = _as_mask(indices, counts, view.width)
+    size = view.pages.k.shape[1]
+    pages = [int((-(-lengths // size)).sum()) for lengths in (view.lengths, kept.sum(-1))]
+    return Explanation(
+        policy=plan.policy.name,
+        budget_tokens=plan.budget_tokens,
+        kept=kept.numpy(force=True),
+        ranks=_ranks(scores).numpy(force=True),
+        errors=output_errors(view, kept).numpy(force=True),
+        bytes_full=pages[0] * page_bytes,
+        bytes_kept=pages[1] * page_bytes,
+    )
+
+
+def _as_mask(indices: Tensor, counts: Tensor, n: int) -> Tensor:
+    """bool [L, H, n] of the kept tokens, from ascending indices [L, H, m] that are -1 past their counts."""
+    chosen = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
+    places = indices.long().where(chosen, n)
+    mask = torch.zeros(*counts.shape, n + 1, dtype=torch.bool, device=indices.device)
+    return mask.scatter_(-1, places, True)[..., :n]
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """uint8 [L, H, n]: equal scores have one rank, protected tokens (+inf) the highest."""
+    order = scores.sort(-1).values
+    below = torch.searchsorted(order, scores.contiguous())
+    protected = scores == torch.inf
+    most = (below.masked_fill(protected, 0)).amax(-1, keepdim=True).clamp_min(1)
+    return (below * 254 // most).masked_fill(protected, 255).to(torch.uint8)
+
+
+def output_errors(view: CacheView, kept: Tensor) -> Tensor:
+    """Relative change of the attention output of the last queries: float32 [L, H].
+
+    ||o - o'|| / ||o|| in Frobenius norms over the observed queries and the query heads of a KV head. A query
+    that is left without any token has the output 0.
+
+    Args:
+        view: the sequence, its queries observed.
+        kept: bool [L, H, n].
+    """
+    queries = view.queries(OBSERVED_QUERIES)
+    queries = queries.view(*view.lengths.shape, *queries.shape[1:])
+    position, window = view.position, queries.shape[2]
+    newest = position.amax() - torch.arange(window - 1, -1, -1, device=position.device)
+    errors = []
+    for layer in range(view.num_layers):
+        keys, values = (view.vectors(storage, layer) for storage in (view.pages.k, view.pages.v))
+        hidden = position[layer][:, None] > newest[:, None]
+        logits = torch.einsum("hwgd,hnd->hwgn", queries[layer], keys) * view.scale
+        logits = logits.masked_fill_(hidden[:, :, None], -torch.inf).flatten(1, 2)
+        weights = (logits - logits.amax(-1, keepdim=True)).exp_()
+        whole = _output(weights, values)
+        change = whole - _output(weights * kept[layer][:, None], values)
+        errors.append(change.flatten(1).norm(dim=1) / whole.flatten(1).norm(dim=1).clamp_min(1e-30))
+    return torch.stack(errors)
+
+
+def _output(weights: Tensor, values: Tensor) -> Tensor:
+    """Attention output [H, w, head_dim] of weights [H, w, n] that do not sum to 1 yet."""
+    return weights @ values / weights.sum(-1, keepdim=True).clamp_min(1e-30)

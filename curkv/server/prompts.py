@@ -1,0 +1,51 @@
+"""A prompt as a text, as token ids or as a conversation: fields of endpoints that do not generate."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from curkv.engine.types import InvalidRequest
+from curkv.server.chat.protocol import MAX_MESSAGES, Message
+from curkv.server.chat.serving import tokenize as tokenize_conversation
+from curkv.server.protocol import Int64, Text
+
+if TYPE_CHECKING:
+    from curkv.engine.client import EngineClient
+
+
+class PromptFields(BaseModel):
+    """A prompt; exactly one of `prompt` and `messages` is given."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    model: str | None = Field(None, description="A name from GET /v1/models; absent: the one served.")
+    prompt: Text | list[Int64] | None = Field(
+        None, description="Text or token ids.", examples=["The capital of France is"]
+    )
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = Field(
+        None, description="A conversation, written out by the chat template."
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="Further variables of the chat template."
+    )
+
+    def token_ids(self, client: EngineClient, add_special_tokens: bool = True) -> list[int]:
+        """The prompt in tokens.
+
+        Args:
+            client: for its tokenizer and chat template.
+            add_special_tokens: whether a text gets those that the tokenizer begins a text with.
+
+        Raises:
+            InvalidRequest: both forms were given or none, or the chat template refuses the conversation.
+        """
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequest("give either prompt or messages", "prompt")
+        if self.messages is not None:
+            [prompt] = tokenize_conversation(self.messages, self.chat_template_kwargs or {}, client)
+            return prompt.token_ids
+        if isinstance(self.prompt, str):
+            return list(client.tokenizer.encode(self.prompt, add_special_tokens=add_special_tokens).ids)
+        return list(self.prompt or [])

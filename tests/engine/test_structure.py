@@ -1,0 +1,74 @@
+"""Outputs that follow a grammar, sampled freely from a model that would say something else."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from curkv.engine.engine import Engine
+from curkv.engine.types import InvalidRequest, Structure
+
+from .conftest import Loaded, request, run, tokens
+
+MakeEngine = Callable[..., Engine]
+
+CHOICES = ["ja", 'n"ein\n']
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "size": {"enum": ["small", "large"]}},
+    "required": ["name", "size"],
+    "additionalProperties": False,
+}
+
+
+def text(outputs: list[Any]) -> str:
+    return "".join(output.text for output in outputs)
+
+
+def test_structured_and_free_choices_in_one_batch(make_engine: MakeEngine, loaded: Loaded) -> None:
+    engine, prompt = make_engine(), loaded.prompt(20)
+    outputs = run(
+        engine,
+        request(prompt, 60, "json", structure=Structure("json", SCHEMA, "p"), temperature=1.0, seed=1, n=3),
+        request(prompt, 20, "regex", structure=Structure("regex", "[a-c]{3}-[0-9]{2}", "p")),
+        request(prompt, 20, "choice", structure=Structure("choice", CHOICES, "p"), temperature=2.0),
+        request(prompt, 8, "free"),
+    )
+    for index in range(3):
+        found = json.loads(text(outputs["json", index]))
+        assert set(found) == {"name", "size"} and found["size"] in ("small", "large")
+    assert re.fullmatch("[a-c]{3}-[0-9]{2}", text(outputs["regex", 0]))
+    assert text(outputs["choice", 0]) in CHOICES
+    for key in (("json", 0), ("regex", 0), ("choice", 0)):
+        assert outputs[key][-1].finish_reason == "stop"
+    assert tokens(outputs["free", 0]) == tokens(run(engine, request(prompt, 8, "free"))["free", 0])
+
+
+def test_an_output_that_may_go_on_ends_with_end_of_sequence(make_engine: MakeEngine, loaded: Loaded) -> None:
+    structure = Structure("regex", "a{1,3}", "p")
+    eos = loaded.model.config.eos_token_ids[0]
+    [outputs] = run(
+        make_engine(),
+        request(loaded.prompt(9), 9, structure=structure, ignore_eos=False, logit_bias={eos: 100}),
+    ).values()
+    assert text(outputs) == "a" and outputs[-1].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [
+        Structure("regex", "[a", "p"),
+        Structure("regex", "(?=a)b", "p"),
+        Structure("json", {"type": "thing"}, "p"),
+        Structure("json", '{"type": ', "p"),
+        Structure("json", {"type": "string", "minLength": 3, "maxLength": 2}, "p"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused(make_engine: MakeEngine, structure: Structure) -> None:
+    with pytest.raises(InvalidRequest) as error:
+        make_engine().plan(request([1], structure=structure))
+    assert error.value.param == "p"
