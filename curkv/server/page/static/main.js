@@ -179,7 +179,7 @@ async function start() {
   policies = new Map(data.map(({ name, description }) => [name, description]));
   sides.forEach((side, i) => {
     field(side, "policy").append(...[...policies.keys()].map((name) => new Option(name)));
-    field(side, "policy").value = ["full", "adacurdkv"][i];
+    field(side, "policy").value = ["full", "snapcur"][i];
     field(side, "budget").value = "25%";
   });
   prepare();
