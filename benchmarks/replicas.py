@@ -261,7 +261,7 @@ async def read(client: httpx.AsyncClient, session: str, begun: asyncio.Barrier) 
     """Reads a stream to its end; whether it was whole."""
     last = ""
     try:
-        async with streaming(client, session, 120) as lines:
+        async with streaming(client, session, 40) as lines:
             await anext(lines)
             await begun.wait()
             async for line in lines:

@@ -83,7 +83,7 @@ function prepare() {
     for (const name of ["budget", "decode"]) field(side, name).disabled = field(side, "policy").value === "full";
   $("boundary").disabled = plain;
   const named = [...new Set(sides.map((side) => field(side, "policy").value))];
-  $("policy-hint").textContent = named.map((name) => `${name}: ${(policies.get(name) ?? "").replace(/^[^:]*: /, "")}.`).join(" ");
+  $("policy-hint").textContent = named.map((name) => `${name}: ${policies.get(name) ?? ""}.`).join(" ");
 }
 
 // Running
