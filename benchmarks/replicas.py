@@ -244,16 +244,16 @@ async def a_killed_replica_costs_only_its_own_requests(
     streams = [asyncio.create_task(read(client, session, begun)) for session in sessions]
     await begun.wait()
     os.kill(fleet.processes()[0], signal.SIGKILL)
-    killed = time.monotonic()
     whole = await asyncio.gather(*streams)
+    ended = time.monotonic()
     assert sorted(whole) == [False, True], f"streams that were whole: {whole}"
     for session in sessions:
         while (status := (await attempt(client, session))) != 200:
-            assert time.monotonic() - killed < 300, f"{session} is not served: {status}"
+            assert time.monotonic() - ended < 300, f"{session} is not served: {status}"
             await asyncio.sleep(0.5)
     say(
-        "a killed replica costs only its own requests: its stream broke, the other's was whole; all sessions "
-        f"are served {time.monotonic() - killed:.1f} s later"
+        "a killed replica costs only its own requests: its stream broke, the other's was whole; a request of "
+        f"each session took {time.monotonic() - ended:.1f} s together after that"
     )
 
 
@@ -261,7 +261,7 @@ async def read(client: httpx.AsyncClient, session: str, begun: asyncio.Barrier) 
     """Reads a stream to its end; whether it was whole."""
     last = ""
     try:
-        async with streaming(client, session, 120) as lines:
+        async with streaming(client, session, 40) as lines:
             await anext(lines)
             await begun.wait()
             async for line in lines:

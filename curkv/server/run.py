@@ -35,6 +35,7 @@ T = TypeVar("T")
 KEEP_ALIVE_SECONDS = 30
 CLOSE_SECONDS = 5
 """Time that answers have to be written after the engine has finished or been stopped."""
+POLLED = ("/health", "/metrics", "/v1/kv/state")
 
 
 class StartupError(Exception):
@@ -245,3 +246,10 @@ def _configure_logging() -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     for name in ("curkv", "uvicorn.access"):
         logging.getLogger(name).setLevel(logging.INFO)
+    logging.getLogger("uvicorn.access").addFilter(_is_no_poll)
+
+
+def _is_no_poll(record: logging.LogRecord) -> bool:
+    """Whether an access log's record is worth a line: what is asked every few seconds is not."""
+    assert isinstance(record.args, tuple)
+    return record.args[2] not in POLLED

@@ -35,13 +35,13 @@ def page(request: pytest.FixtureRequest, browser: Any, url: str) -> Iterator[Any
     width, scheme = request.param
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page = context.new_page()
-    complaints: list[str] = []
+    page.complaints = complaints = []
     page.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("request", lambda r: None if r.url.startswith(url) else complaints.append(r.url))
     page.goto(url)
     page.wait_for_function("document.querySelector('.policy').options.length")
-    page.fill("#document", "w1 w2 w3 w4 w5 w6 w7 w8")
+    page.fill("#document", "w1 w2 w3 w4 w5 w6 w7 w8 w9")
     page.fill("#question", "w9")
     page.locator(".budget").nth(1).fill("50%")
     yield page
@@ -73,7 +73,7 @@ def test_arrow_keys_walk_through_the_tokens(page: Any) -> None:
     assert page.inner_text("#inspect").startswith("Token 1 ")
 
 
-def test_escape_stops_and_a_refusal_is_shown(page: Any, engine: ScriptedClient) -> None:
+def test_escape_stops_both(page: Any, engine: ScriptedClient) -> None:
     page.click("details summary")
     page.fill("#max-tokens", "200")
     page.keyboard.press("Control+Enter")
@@ -81,9 +81,16 @@ def test_escape_stops_and_a_refusal_is_shown(page: Any, engine: ScriptedClient) 
     page.keyboard.press("Escape")
     page.wait_for_selector(".pane.b .answer:has-text('(stopped)')")
     page.wait_for_function("document.querySelector('#stop').disabled")
-    assert len(engine.closed) == len(engine.taken) == 2
-    page.fill("#max-tokens", "400")
+    assert len(engine.taken) == 2
+
+
+def test_a_refusal_is_shown_where_the_answer_would_be(page: Any) -> None:
+    page.locator(".budget").nth(1).fill("a lot")
     page.keyboard.press("Control+Enter")
+    page.wait_for_selector(".pane.b .answer.failed:has-text('X-KV-Budget')")
+    page.wait_for_selector("#problem:has-text('budget')")
+    refused = "the server responded with a status of 400"
+    page.complaints[:] = [complaint for complaint in page.complaints if refused not in complaint]
 
 
 def test_colours_follow_the_button(page: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 
 from curkv.config import Settings
 from curkv.models.errors import ModelError
-from curkv.server.run import Server, StartupError, listen, serve
+from curkv.server.run import Server, StartupError, _is_no_poll, listen, serve
 from tests.server.scripted import ScriptedClient, until
 
 SCRIPT = """
@@ -142,3 +143,14 @@ def test_taken_port() -> None:
 def test_wrong_default_budget() -> None:
     with pytest.raises(StartupError, match="--kv-budget"):
         serve(Settings(port=0, kv_policy="curdkv", kv_budget="101%"))
+
+
+def test_the_access_log_leaves_out_what_is_polled() -> None:
+    def line(path: str) -> logging.LogRecord:
+        arguments = ("127.0.0.1:1", "GET", path, "1.1", 200)
+        return logging.LogRecord(
+            "uvicorn.access", logging.INFO, "", 0, '%s - "%s %s HTTP/%s" %d', arguments, None
+        )
+
+    paths = ("/v1/completions", "/metrics", "/v1/kv/state", "/v1/models")
+    assert [path for path in paths if _is_no_poll(line(path))] == ["/v1/completions", "/v1/models"]

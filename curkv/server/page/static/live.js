@@ -11,7 +11,7 @@ const PHASES = { ready: "ok", loading: "wait", draining: "wait", stopped: "bad",
 const $ = (id) => document.getElementById(id);
 const history = []; // [{time, used, held: Map policy -> bytes}]
 const listeners = [];
-const hues = new Map(); // policy -> degrees
+const hues = new Map([["full", 262]]); // policy -> degrees
 let fast = false, timer = 0;
 
 export const onState = (listener) => listeners.push(listener);

@@ -83,7 +83,7 @@ function prepare() {
     for (const name of ["budget", "decode"]) field(side, name).disabled = field(side, "policy").value === "full";
   $("boundary").disabled = plain;
   const named = [...new Set(sides.map((side) => field(side, "policy").value))];
-  $("policy-hint").textContent = named.map((name) => `${name}: ${(policies.get(name) ?? "").replace(/^[^:]*: /, "")}.`).join(" ");
+  $("policy-hint").textContent = named.map((name) => `${name}: ${policies.get(name) ?? ""}.`).join(" ");
 }
 
 // Running
@@ -93,7 +93,6 @@ async function run() {
   const mine = (controller = new AbortController());
   problem("");
   prepare();
-  setKey($("key").value);
   busy(true);
   try {
     const state = await get("/v1/kv/state");
@@ -101,7 +100,8 @@ async function run() {
     heatmap.waiting("The map follows when both answers are there.");
     if ($("order").value === "together") await Promise.all(panes.map((pane) => pane.run(mine.signal)));
     else for (const pane of panes) if (!mine.signal.aborted) await pane.run(mine.signal);
-    if (!mine.signal.aborted) await explain(mine.signal);
+    if (mine.signal.aborted) heatmap.waiting("Stopped.");
+    else await explain(mine.signal);
   } catch (error) {
     if (!mine.signal.aborted) problem(error.message);
   } finally {
@@ -142,6 +142,7 @@ live.onState((state) => {
 
 $("setup").addEventListener("submit", (event) => { event.preventDefault(); run(); });
 $("setup").addEventListener("input", prepare);
+$("key").addEventListener("input", () => setKey($("key").value));
 $("stop").addEventListener("click", () => controller?.abort());
 addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) run();
@@ -178,7 +179,7 @@ async function start() {
   policies = new Map(data.map(({ name, description }) => [name, description]));
   sides.forEach((side, i) => {
     field(side, "policy").append(...[...policies.keys()].map((name) => new Option(name)));
-    field(side, "policy").value = ["full", "adacurdkv"][i];
+    field(side, "policy").value = ["full", "snapcur"][i];
     field(side, "budget").value = "25%";
   });
   prepare();
