@@ -101,7 +101,7 @@ def _tasks(records: Sequence[Record]) -> str:
         cells = [f"`{task}`", str(length), protocol, _cell(found, SCORE), _cell(found, ANSWER_NLL)]
         rows.append([*cells, str(len(found)), verdict])
     header = ["task", "tokens", "question", "exact match", "answer NLL", "n", "counts"]
-    return "## The full cache\n\n" + _table(header, rows)
+    return "## The full cache\n\n" + table(header, rows)
 
 
 def _tables(title: str, records: Sequence[Record], measures: Sequence[Measure]) -> list[str]:
@@ -123,7 +123,7 @@ def _policies(records: Sequence[Record], measure: Measure) -> str:
         columns = [cells.get((policy, "" if policy == "full" else budget), []) for budget in budgets]
         estimates = [_cell(found, measure) for found in columns]
         rows.append([f"`{policy}`", *estimates, str(_samples(records, policy))])
-    return _table(["policy", *(f"{budget} kept" for budget in budgets), "n"], rows)
+    return table(["policy", *(f"{budget} kept" for budget in budgets), "n"], rows)
 
 
 def _samples(records: Sequence[Record], policy: str) -> int:
@@ -138,6 +138,7 @@ def _cell(records: Sequence[Record], measure: Measure) -> str:
     return f"{mean} [{low}, {high}]" if found.samples > 1 else mean
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Lays cells out as a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

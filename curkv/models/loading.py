@@ -133,7 +133,7 @@ class Checkpoint:
         self.config = config
         self.dtype = dtype
         self.device = device
-        self._file_of_tensor = _tensor_files(directory)
+        self._file_of_tensor = tensor_files(directory)
 
     @property
     def embedding(self) -> Tensor:
@@ -184,7 +184,7 @@ class Checkpoint:
         return tensor.to(self.device, self.dtype)
 
 
-def _tensor_files(directory: Path) -> dict[str, Any]:
+def tensor_files(directory: Path) -> dict[str, Any]:
     """Returns the open file that holds each tensor."""
     index = _read_json(directory / "model.safetensors.index.json")
     names = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]

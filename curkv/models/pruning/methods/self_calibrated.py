@@ -1,0 +1,171 @@
+"""Rows chosen by what they do on text that the model wrote itself: calibration without outside data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from curkv.models.loading import Checkpoint, LayerWeights
+from curkv.models.pruning.forward import LayerForward, Model
+from curkv.models.pruning.methods.base import DOWN, LayerCut, Method, Progress, best_rows
+from curkv.models.pruning.second_order import refit, surgeon_rows
+from curkv.models.pruning.self_text import write_text
+from curkv.models.pruning.source import Source
+
+BATCH = 4
+"""Sequences that go through a layer at once."""
+DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+SCORE_DAMPING = 1e-2
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """How much the model writes.
+
+    Attributes:
+        sequences: For the choice of rows and the refit.
+        held_out: Further sequences, on which the damping is chosen.
+        tokens: Length of each.
+        diverse: Begin each with a random token.
+        temperature: Of the sampling.
+    """
+
+    sequences: int = 48
+    held_out: int = 12
+    tokens: int = 256
+    diverse: bool = True
+    temperature: float = 1.0
+
+
+class SelfCalibrated(Method):
+    """Scores a row by rms(activation) x norm(down column), or removes and compensates (`compensate`).
+
+    With `compensate`, layers are treated in order, each reading what the pruned layers before it produce and
+    aiming at the residual stream of the dense model, so that later layers correct the errors of earlier ones.
+    """
+
+    def __init__(self, seed: int = 0, compensate: bool = True, text: Text | None = None):
+        self._seed = seed
+        self._compensate = compensate
+        self._text = text or Text()
+        self._dampings: list[float] = []
+        self._errors: list[float] = []
+
+    def prepare(self, source: Source, kept: int, progress: Progress) -> None:
+        """Writes the text and embeds it."""
+        self._start(source, self._write(source, progress))
+
+    def _write(self, source: Source, progress: Progress) -> Tensor:
+        text = self._text
+        model = Model.load(Checkpoint(source.directory, source.config, source.dtype))
+        return write_text(
+            model,
+            text.sequences + text.held_out,
+            text.tokens,
+            self._seed,
+            text.diverse,
+            text.temperature,
+            lambda done, total: progress("Writing text", done, total),
+        )
+
+    def _start(self, source: Source, token_ids: Tensor) -> None:
+        self._forward = LayerForward(source.config, token_ids.shape[1])
+        embedding = source.checkpoint.embedding
+        batches = (
+            *torch.split(token_ids[: self._text.sequences], BATCH),
+            *torch.split(token_ids[self._text.sequences :], BATCH),
+        )
+        self._calibrating = -(-self._text.sequences // BATCH)
+        self._dense = [embedding[batch] for batch in batches]
+        self._pruned = list(self._dense)
+
+    @torch.inference_mode()
+    def cut(self, layer: int, weights: LayerWeights, kept: int) -> LayerCut:
+        """Runs the text through the layer and decides on what it sees."""
+        return self._compensated(weights, kept) if self._compensate else self._scored(weights, kept)
+
+    def provenance(self) -> dict[str, Any]:
+        """Returns the text's size and what the refit of each layer cost."""
+        compensation = {"dampings": self._dampings, "output_errors": self._errors} if self._compensate else {}
+        return {"text": asdict(self._text), "compensate": self._compensate, **compensation}
+
+    def _scored(self, weights: LayerWeights, kept: int) -> LayerCut:
+        energy = torch.zeros(weights.down.shape[1])
+        for index, x in enumerate(self._dense):
+            after = self._forward.attention(x, weights)
+            hidden = self._forward.activations(after, weights)
+            self._dense[index] = after + F.linear(hidden, weights.down, weights.down_bias)
+            energy += hidden.square().sum((0, 1))
+        return LayerCut(best_rows(energy.sqrt() * weights.down.norm(dim=0), kept))
+
+    def _compensated(self, weights: LayerWeights, kept: int) -> LayerCut:
+        hidden_size, rows = weights.down.shape
+        seen, held_out = Moments.zeros(rows, hidden_size), Moments.zeros(rows, hidden_size)
+        inputs = []
+        for index, (dense, pruned) in enumerate(zip(self._dense, self._pruned, strict=True)):
+            self._dense[index] = self._forward(dense, weights)
+            after = self._forward.attention(pruned, weights)
+            hidden = self._forward.activations(after, weights)
+            wanted = self._dense[index] - after
+            if weights.down_bias is not None:
+                wanted = wanted - weights.down_bias
+            (seen if index < self._calibrating else held_out).add(hidden, wanted)
+            inputs.append((after, hidden))
+        best = self._choose(seen, held_out, weights.down, kept)
+        kept_down = best.replaced[DOWN]
+        self._pruned = [
+            after + F.linear(hidden[..., best.rows], kept_down, weights.down_bias) for after, hidden in inputs
+        ]
+        return best
+
+    def _choose(self, seen: Moments, held_out: Moments, down: Tensor, kept: int) -> LayerCut:
+        aimed = refit(seen.gram, seen.cross, down, SCORE_DAMPING)
+        rows = surgeon_rows(seen.gram, aimed, kept, SCORE_DAMPING)
+        part, held_part = seen.of(rows), held_out.of(rows)
+        candidates = [refit(part.gram, part.cross, down[:, rows], damping) for damping in DAMPINGS]
+        errors = [held_part.error(candidate) for candidate in candidates]
+        best = min(range(len(errors)), key=errors.__getitem__)
+        self._dampings.append(DAMPINGS[best])
+        self._errors.append(errors[best])
+        return LayerCut(rows, {DOWN: candidates[best]})
+
+
+@dataclass(slots=True)
+class Moments:
+    """What least squares has to know of activations H [tokens, n] and wanted outputs Y [tokens, hidden].
+
+    Attributes:
+        gram: [n, n], H^T H.
+        cross: [n, hidden], H^T Y.
+        energy: Sum of the squares of Y.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    energy: float
+
+    @classmethod
+    def zeros(cls, rows: int, hidden: int) -> Moments:
+        """Returns the moments of no tokens."""
+        return cls(torch.zeros(rows, rows), torch.zeros(rows, hidden), 0.0)
+
+    def add(self, activations: Tensor, wanted: Tensor) -> None:
+        """Accumulates [B, T, n] and [B, T, hidden]."""
+        h, y = activations.flatten(0, 1), wanted.flatten(0, 1)
+        self.gram.addmm_(h.T, h)
+        self.cross.addmm_(h.T, y)
+        self.energy += float(y.double().square().sum())
+
+    def of(self, rows: Tensor) -> Moments:
+        """Returns the moments of some rows."""
+        return Moments(self.gram[rows][:, rows], self.cross[rows], self.energy)
+
+    def error(self, down: Tensor) -> float:
+        """Returns the squared error of the output as a share of its energy."""
+        d = down.double()
+        fitted = (d @ self.gram.double() * d).sum() - 2 * (d.T * self.cross.double()).sum()
+        return float(fitted) / self.energy + 1
