@@ -55,6 +55,9 @@ def main(
         int | None, typer.Option(min=1, help="Keep a multiple of this many rows; 128, or 64 in small models.")
     ] = None,
     policy: Annotated[Path | None, typer.Option(help="Reuse a trained policy (prunenet).")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Reuse the text of an earlier run (self-calibrated).")
+    ] = None,
     compensate: Annotated[
         bool | None,
         typer.Option(help="Let the remaining weights make up for the removed rows (self-calibrated; on)."),
@@ -67,7 +70,7 @@ def main(
     from curkv.models.pruning.prune import PruneOptions, prune
     from curkv.models.pruning.source import Source
 
-    options = PruneOptions(method, ratio, seed, align, _settings(method, policy, compensate))
+    options = PruneOptions(method, ratio, seed, align, _settings(method, policy, text, compensate))
     try:
         source = Source(resolve_model(model))
         if source.provenance:
@@ -118,14 +121,16 @@ def _unwinding_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _settings(method: MethodName, policy: Path | None, compensate: bool | None) -> dict[str, Any]:
+def _settings(
+    method: MethodName, policy: Path | None, text: Path | None, compensate: bool | None
+) -> dict[str, Any]:
     """Returns the options that are the method's own; those of another method are refused."""
-    given = {"policy": policy, "compensate": compensate}
-    owner = {"policy": MethodName.prunenet, "compensate": MethodName.self_calibrated}
+    given = {"policy": policy, "text": text, "compensate": compensate}
+    own = dict.fromkeys(given, MethodName.self_calibrated) | {"policy": MethodName.prunenet}
     settings = {name: value for name, value in given.items() if value is not None}
     for name in settings:
-        if owner[name] != method:
-            _fail(f"--{name} belongs to --method {owner[name].value}")
+        if own[name] != method:
+            _fail(f"--{name} belongs to --method {own[name].value}")
     return settings
 
 

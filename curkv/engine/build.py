@@ -21,7 +21,7 @@ from curkv.engine.types import Request, SamplingParams
 from curkv.kernels.dispatch import KernelsName, get_kernels
 from curkv.models.config import ModelConfig
 from curkv.models.llama import Llama, rope_tables
-from curkv.models.loading import Checkpoint, load_config, load_tokenizer, resolve_model
+from curkv.models.loading import Checkpoint, load_config, load_pruning, load_tokenizer, resolve_model
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,8 @@ def build_engine(options: EngineOptions) -> Engine:
     kv = KVCache(layout, num_pages_for(num_bytes, layout), kernels, rope, device)
     graphs = DecodeGraphs(model, kv) if on_gpu else None
     tokenizer = load_tokenizer(directory)
-    engine = Engine(model, kv, kernels, tokenizer, options.max_step_tokens, max_model_len, graphs)
+    pruning = load_pruning(directory)
+    engine = Engine(model, kv, kernels, tokenizer, options.max_step_tokens, max_model_len, graphs, pruning)
     _warm_up(engine)
     if graphs is not None:
         graphs.capture()

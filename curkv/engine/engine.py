@@ -6,7 +6,8 @@ import itertools
 import logging
 import secrets
 import time
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -40,6 +41,7 @@ class Engine:
         max_step_tokens: most tokens of one step; long prompts are prefilled in chunks of at most this size.
         max_model_len: most tokens of prompt and output together.
         decode_graphs: runs the steps that only decode, if given.
+        pruning: how the model was pruned, if it was; see `load_pruning`.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Engine:
         max_step_tokens: int,
         max_model_len: int,
         decode_graphs: DecodeGraphs | None = None,
+        pruning: Mapping[str, Any] | None = None,
     ):
         self.model = model
         self.kv = kv
@@ -58,6 +61,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self.decode_graphs = decode_graphs
+        self.pruning = pruning
         self.scheduler = Scheduler(kv, max_step_tokens)
         self.eos_ids = frozenset(model.config.eos_token_ids)
         self._order = itertools.count()

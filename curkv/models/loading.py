@@ -20,6 +20,9 @@ from curkv.models.default_model import BUILT_IN, ensure_built_in
 from curkv.models.errors import ModelError, ModelNotFound
 from curkv.models.gguf import convert_gguf
 
+PROVENANCE = "pruning.json"
+"""Written by `curkv prune` beside the weights."""
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.jinja"]
 _HUB_IGNORED = ["consolidated*", "original/*", "onnx/*"]  # other copies of the same weights
@@ -96,6 +99,12 @@ def load_config(directory: Path) -> ModelConfig:
     config = ModelConfig.from_dict(raw)
     generation = _read_json(directory / "generation_config.json") or {}
     return replace(config, eos_token_ids=token_ids(generation.get("eos_token_id")) or config.eos_token_ids)
+
+
+def load_pruning(directory: Path) -> dict[str, Any] | None:
+    """Reads how a model came out of `curkv prune`, without the rows that it kept; None if it did not."""
+    provenance = _read_json(directory / PROVENANCE)
+    return provenance and {key: value for key, value in provenance.items() if key != "kept_rows"}
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:

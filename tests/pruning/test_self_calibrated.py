@@ -1,16 +1,18 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from curkv.models.pruning.forward import DenseCache, Model
-from curkv.models.pruning.methods.self_calibrated import DOWN, SelfCalibrated, Text
-from curkv.models.pruning.self_text import write_text
+from curkv.models.pruning.methods.self_calibrated import DOWN, SelfCalibrated
+from curkv.models.pruning.plan import PruningError
+from curkv.models.pruning.self_text import TEXT_FILE, Writing, load_text, write_text
 from curkv.models.pruning.source import Source
 from tests.pruning.conftest import FAMILIES, ignore_progress, save_model
 
-TEXT = Text(sequences=8, held_out=4, tokens=24)
+WRITING = Writing(sequences=12, tokens=24)
 
 
 def load(source: Source) -> Model:
@@ -35,14 +37,36 @@ def test_steps_with_a_cache_equal_one_pass(base: Source) -> None:
 
 def test_text_is_seeded_begins_with_the_start_token_and_follows_the_model(base: Source) -> None:
     model = load(base)
-    text = write_text(model, 16, 20, seed=3)
-    assert torch.equal(text, write_text(model, 16, 20, seed=3))
-    assert not torch.equal(text, write_text(model, 16, 20, seed=4))
-    assert (text[:, 0] == 1).all()
-    diverse = write_text(model, 64, 3, seed=0, diverse=True)
-    assert len(diverse[:, 1].unique()) > 32
-    cold = write_text(model, 4, 20, seed=0, temperature=1e-4)
+    writing = Writing(64, 3)
+    text = write_text(model, writing, seed=3)
+    assert torch.equal(text, write_text(model, writing, seed=3))
+    assert not torch.equal(text, write_text(model, writing, seed=4))
+    assert (text[:, 0] == 1).all() and len(text[:, 1].unique()) > 32
+    cold = write_text(model, Writing(4, 20, diverse=False, temperature=1e-4), seed=0)
     assert torch.equal(cold[:, 1:], model.logits(cold).argmax(-1)[:, :-1])
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely(base: Source) -> None:
+    model = load(base)
+    text = write_text(model, Writing(4000, 2, diverse=False), seed=0)
+    expected = model.logits(text[:1, :1])[0, 0].softmax(-1)
+    drawn = text[:, 1].bincount(minlength=97) / 4000
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=0.03)
+
+
+def test_text_is_kept_and_reused(base: Source, tmp_path: Path) -> None:
+    writer = SelfCalibrated(seed=1, writing=WRITING)
+    writer.prepare(base, 48, ignore_progress)
+    writer.save(tmp_path)
+    reader = SelfCalibrated(text=tmp_path / TEXT_FILE)
+    reader.prepare(base, 32, ignore_progress)
+    weights = base.checkpoint.layer(0)
+    assert torch.equal(reader.cut(0, weights, 32).rows, writer.cut(0, weights, 32).rows)
+    assert reader.provenance()["text"] == str(tmp_path / TEXT_FILE)
+    (tmp_path / "no-text.json").write_text('{"token_ids": [[1], [99]]}')
+    for name in ("missing.json", "no-text.json"):
+        with pytest.raises(PruningError, match="no text of this model"):
+            load_text(tmp_path / name, 97)
 
 
 def mute(model: Any) -> None:
@@ -56,7 +80,7 @@ def test_useless_rows_go_and_nothing_else_changes(tmp_path: Path) -> None:
     source = Source(save_model(tmp_path, change=mute))
     useful = [row for row in range(64) if row % 4]
     for compensate in (False, True):
-        method = SelfCalibrated(compensate=compensate, text=TEXT)
+        method = SelfCalibrated(compensate=compensate, writing=WRITING)
         method.prepare(source, 48, ignore_progress)
         for layer in range(3):
             weights = source.checkpoint.layer(layer)
@@ -73,7 +97,7 @@ def test_compensation_lowers_the_error_of_the_output(base: Source) -> None:
     dense = load(base).hidden(ids)
     errors = {}
     for compensate in (False, True):
-        method, model = SelfCalibrated(compensate=compensate, text=Text(64, 16, 32)), load(base)
+        method, model = SelfCalibrated(compensate=compensate, writing=Writing(80, 32)), load(base)
         method.prepare(base, 48, ignore_progress)
         for layer, weights in enumerate(list(model.layers)):
             cut = method.cut(layer, weights, 48)

@@ -18,9 +18,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from curkv.models.loading import PROVENANCE
 from curkv.models.pruning.methods.base import DOWN, LayerCut
 from curkv.models.pruning.plan import PruningError
-from curkv.models.pruning.source import PROVENANCE, Source
+from curkv.models.pruning.source import Source
 from curkv.models.safetensors_file import TensorEntry, write_safetensors
 
 WEIGHTS = "model.safetensors"

@@ -13,11 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from curkv import __version__
+from curkv.models.loading import PROVENANCE
 from curkv.models.pruning.export import WEIGHTS, check_output, new_directory, write_json, write_model
 from curkv.models.pruning.methods import make_method
 from curkv.models.pruning.methods.base import LayerCut, Method, Progress
 from curkv.models.pruning.plan import PruningError, kept_rows
-from curkv.models.pruning.source import PROVENANCE, Source
+from curkv.models.pruning.source import Source
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from curkv.models.errors import ModelNotFound
-from curkv.models.loading import Checkpoint, load_config, tensor_files
+from curkv.models.loading import Checkpoint, load_config, load_pruning, tensor_files
 from curkv.models.pruning.plan import check_gated
 
-PROVENANCE = "pruning.json"
 HASH_CHUNK = 1 << 24
 
 
@@ -65,10 +64,7 @@ class Source:
     @property
     def provenance(self) -> dict[str, Any] | None:
         """How the model itself came out of pruning, or None."""
-        path = self.directory / PROVENANCE
-        if not path.is_file():
-            return None
-        return {key: value for key, value in read_json(path).items() if key != "kept_rows"}
+        return load_pruning(self.directory)
 
     @property
     def bytes(self) -> int:

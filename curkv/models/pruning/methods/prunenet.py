@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,7 +17,9 @@ from curkv.models.pruning.methods.base import LayerCut, Method, Progress, best_r
 from curkv.models.pruning.plan import PruningError
 from curkv.models.pruning.source import Source
 
-POLICY_FILE = "prunenet_policy.safetensors"
+POLICY_FILE = "prunenet_policy.json"
+"""No safetensors file: some loaders read every one that lies beside the weights."""
+
 # Section 4 of the paper.
 EPISODES = 20
 LEARNING_RATE = 1e-3
@@ -56,8 +57,12 @@ class Policy:
 
     def save(self, path: Path) -> None:
         """Writes the policy."""
-        tensors = {"direction": self.direction.contiguous(), "offset": self.offset.reshape(1)}
-        save_file(tensors, path, metadata={"rows": str(self.rows)})
+        content = {
+            "rows": self.rows,
+            "offset": float(self.offset),
+            "direction": self.direction.tolist(),
+        }
+        path.write_text(json.dumps(content), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Policy:
@@ -67,10 +72,10 @@ class Policy:
             PruningError: The file is missing or is no policy.
         """
         try:
-            with safe_open(path, framework="pt") as file:
-                rows = int(file.metadata()["rows"])
-                return cls(file.get_tensor("direction"), file.get_tensor("offset")[0], rows)
-        except Exception as error:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            direction, offset = torch.tensor(content["direction"]), torch.tensor(content["offset"])
+            return cls(direction, offset, int(content["rows"]))
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise PruningError(f"{path} is no PruneNet policy: {error}") from error
 
 

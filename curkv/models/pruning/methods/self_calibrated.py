@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,32 +14,15 @@ from curkv.models.loading import Checkpoint, LayerWeights
 from curkv.models.pruning.forward import LayerForward, Model
 from curkv.models.pruning.methods.base import DOWN, LayerCut, Method, Progress, best_rows
 from curkv.models.pruning.second_order import refit, surgeon_rows
-from curkv.models.pruning.self_text import write_text
+from curkv.models.pruning.self_text import TEXT_FILE, Writing, load_text, save_text, write_text
 from curkv.models.pruning.source import Source
 
 BATCH = 4
 """Sequences that go through a layer at once."""
 DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 SCORE_DAMPING = 1e-2
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """How much the model writes.
-
-    Attributes:
-        sequences: For the choice of rows and the refit.
-        held_out: Further sequences, on which the damping is chosen.
-        tokens: Length of each.
-        diverse: Begin each with a random token.
-        temperature: Of the sampling.
-    """
-
-    sequences: int = 48
-    held_out: int = 12
-    tokens: int = 256
-    diverse: bool = True
-    temperature: float = 1.0
+HELD_OUT = 0.2
+"""Share of the sequences on which the damping is chosen; the others decide about the rest."""
 
 
 class SelfCalibrated(Method):
@@ -48,50 +32,55 @@ class SelfCalibrated(Method):
     aiming at the residual stream of the dense model, so that later layers correct the errors of earlier ones.
     """
 
-    def __init__(self, seed: int = 0, compensate: bool = True, text: Text | None = None):
+    def __init__(
+        self,
+        seed: int = 0,
+        compensate: bool = True,
+        text: Path | None = None,
+        writing: Writing = Writing(),  # noqa: B008
+    ):
         self._seed = seed
         self._compensate = compensate
-        self._text = text or Text()
+        self._reused = text
+        self._writing = writing
         self._dampings: list[float] = []
         self._errors: list[float] = []
 
     def prepare(self, source: Source, kept: int, progress: Progress) -> None:
-        """Writes the text and embeds it."""
-        self._start(source, self._write(source, progress))
+        """Writes the text, or reads that of an earlier run, and embeds it."""
+        self._text = self._read_or_write(source, progress)
+        self._forward = LayerForward(source.config, self._text.shape[1])
+        embedding = source.checkpoint.embedding
+        held_out = max(1, round(HELD_OUT * len(self._text)))
+        parts = torch.split(self._text, [len(self._text) - held_out, held_out])
+        seen, unseen = (torch.split(part, BATCH) for part in parts)
+        self._calibrating = len(seen)
+        self._dense = [embedding[batch] for batch in (*seen, *unseen)]
+        self._pruned = list(self._dense)
 
-    def _write(self, source: Source, progress: Progress) -> Tensor:
-        text = self._text
+    def _read_or_write(self, source: Source, progress: Progress) -> Tensor:
+        if self._reused:
+            return load_text(self._reused, source.config.vocab_size)
         model = Model.load(Checkpoint(source.directory, source.config, source.dtype))
         return write_text(
-            model,
-            text.sequences + text.held_out,
-            text.tokens,
-            self._seed,
-            text.diverse,
-            text.temperature,
-            lambda done, total: progress("Writing text", done, total),
+            model, self._writing, self._seed, lambda done, total: progress("Writing text", done, total)
         )
-
-    def _start(self, source: Source, token_ids: Tensor) -> None:
-        self._forward = LayerForward(source.config, token_ids.shape[1])
-        embedding = source.checkpoint.embedding
-        batches = (
-            *torch.split(token_ids[: self._text.sequences], BATCH),
-            *torch.split(token_ids[self._text.sequences :], BATCH),
-        )
-        self._calibrating = -(-self._text.sequences // BATCH)
-        self._dense = [embedding[batch] for batch in batches]
-        self._pruned = list(self._dense)
 
     @torch.inference_mode()
     def cut(self, layer: int, weights: LayerWeights, kept: int) -> LayerCut:
         """Runs the text through the layer and decides on what it sees."""
         return self._compensated(weights, kept) if self._compensate else self._scored(weights, kept)
 
+    def save(self, directory: Path) -> None:
+        """Writes the text for `--text`."""
+        if not self._reused:
+            save_text(self._text, directory / TEXT_FILE)
+
     def provenance(self) -> dict[str, Any]:
         """Returns the text's size and what the refit of each layer cost."""
+        text = {"text": str(self._reused)} if self._reused else {"writing": asdict(self._writing)}
         compensation = {"dampings": self._dampings, "output_errors": self._errors} if self._compensate else {}
-        return {"text": asdict(self._text), "compensate": self._compensate, **compensation}
+        return {**text, "compensate": self._compensate, **compensation}
 
     def _scored(self, weights: LayerWeights, kept: int) -> LayerCut:
         energy = torch.zeros(weights.down.shape[1])
