@@ -16,6 +16,7 @@ CAN_DO = 0.5
 """A task counts at a length if the full cache reaches this mean score, else the model cannot do it at all."""
 
 K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,11 @@ KL = Measure("KL(full || policy) per token", lambda record: record.kl, mean, "{:
 TOP1 = Measure("top-1 agreement", lambda record: record.top1, proportion, "{:.1%}")
 
 
-def group(records: Iterable[Record], key: Callable[[Record], K]) -> dict[K, list[Record]]:
+def group(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
     """Sorts records into groups, in order of appearance."""
-    groups: dict[K, list[Record]] = defaultdict(list)
-    for record in records:
-        groups[key(record)].append(record)
+    groups: dict[K, list[T]] = defaultdict(list)
+    for item in items:
+        groups[key(item)].append(item)
     return dict(groups)
 
 

@@ -16,7 +16,7 @@ WRITING = Writing(sequences=12, tokens=24)
 
 
 def load(source: Source) -> Model:
-    return Model.load(source.checkpoint)
+    return Model.mapped(source.checkpoint)
 
 
 def test_forward_equals_transformers(tmp_path: Path) -> None:
@@ -99,8 +99,8 @@ def test_compensation_lowers_the_error_of_the_output(base: Source) -> None:
     for compensate in (False, True):
         method, model = SelfCalibrated(compensate=compensate, writing=Writing(80, 32)), load(base)
         method.prepare(base, 48, ignore_progress)
-        for layer, weights in enumerate(list(model.layers)):
-            cut = method.cut(layer, weights, 48)
-            model.layers[layer] = cut.apply(weights)
+        model.layers = [
+            method.cut(layer, weights, 48).apply(weights) for layer, weights in enumerate(model.layers)
+        ]
         errors[compensate] = (model.hidden(ids) - dense).square().mean().item()
     assert errors[True] < errors[False]

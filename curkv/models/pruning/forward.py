@@ -6,7 +6,9 @@ exposes the activations inside the MLP, and can be differentiated.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,28 +106,43 @@ class LayerForward:
         return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
 
 
+class _MappedLayers(Sequence[LayerWeights]):
+    """The layers of a checkpoint, read each time that one is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self._checkpoint = checkpoint
+
+    def __len__(self) -> int:
+        return self._checkpoint.config.num_layers
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._checkpoint.layer(index)
+
+
 @dataclass
 class Model:
-    """All weights of a model and its forward, for models that fit in memory.
+    """A model's weights and its forward.
 
     Attributes:
         config: Shape of the model.
         embedding: [vocab, hidden].
-        layers: One per decoder layer; may be replaced.
+        layers: One per decoder layer.
         final_norm: [hidden].
         head: [vocab, hidden].
     """
 
     config: ModelConfig
     embedding: Tensor
-    layers: list[LayerWeights]
+    layers: Sequence[LayerWeights]
     final_norm: Tensor
     head: Tensor
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint) -> Model:
-        """Reads every weight of a checkpoint."""
-        layers = [checkpoint.layer(index) for index in range(checkpoint.config.num_layers)]
+    def mapped(cls, checkpoint: Checkpoint) -> Model:
+        """Reads a layer whenever it runs, so that a large model in bfloat16 is never held in float32."""
+        layers = _MappedLayers(checkpoint)
         return cls(checkpoint.config, checkpoint.embedding, layers, checkpoint.final_norm, checkpoint.head)
 
     def hidden(self, token_ids: Tensor, cache: DenseCache | None = None) -> Tensor:

@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from curkv.models.errors import ModelNotFound
@@ -42,11 +41,6 @@ class Source:
     def names(self) -> list[str]:
         """Every tensor of the checkpoint."""
         return list(self._files)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the weights are stored in."""
-        return self.tensor("model.norm.weight").dtype
 
     def tensor(self, name: str) -> Tensor:
         """Reads a tensor as it is stored."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from curkv.models.loading import Checkpoint, LayerWeights
+from curkv.models.loading import LayerWeights
 from curkv.models.pruning.forward import LayerForward, Model
 from curkv.models.pruning.methods.base import DOWN, LayerCut, Method, Progress, best_rows
 from curkv.models.pruning.second_order import refit, surgeon_rows
@@ -30,6 +30,8 @@ class SelfCalibrated(Method):
 
     With `compensate`, layers are treated in order, each reading what the pruned layers before it produce and
     aiming at the residual stream of the dense model, so that later layers correct the errors of earlier ones.
+    An error counts relative to the residual stream it is added to, because that is normalised before it is
+    read again; else the first token, whose stream is a hundred times as large, would decide alone.
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class SelfCalibrated(Method):
     def _read_or_write(self, source: Source, progress: Progress) -> Tensor:
         if self._reused:
             return load_text(self._reused, source.config.vocab_size)
-        model = Model.load(Checkpoint(source.directory, source.config, source.dtype))
+        model = Model.mapped(source.checkpoint)
         return write_text(
             model, self._writing, self._seed, lambda done, total: progress("Writing text", done, total)
         )
@@ -102,7 +104,8 @@ class SelfCalibrated(Method):
             wanted = self._dense[index] - after
             if weights.down_bias is not None:
                 wanted = wanted - weights.down_bias
-            (seen if index < self._calibrating else held_out).add(hidden, wanted)
+            weight = self._dense[index].square().mean(-1, keepdim=True).rsqrt()
+            (seen if index < self._calibrating else held_out).add(weight * hidden, weight * wanted)
             inputs.append((after, hidden))
         best = self._choose(seen, held_out, weights.down, kept)
         kept_down = best.replaced[DOWN]
