@@ -43,8 +43,10 @@ def test_a_model_is_pruned_and_the_result_stated(model: Path, tmp_path: Path) ->
         (["--ratio", "1.5"], "outside (0, 0.9]"),
         (["--ratio", "0.25", "--align", "128"], "smaller --align"),
         (["--method", "random", "--policy", "p"], "--policy belongs to --method prunenet"),
+        (["--method", "random", "--text", "t"], "--text belongs to --method self-calibrated"),
         (["--method", "prunenet", "--no-compensate"], "--compensate belongs to --method self-calibrated"),
         (["--align", "1", "--method", "prunenet", "--policy", "missing"], "no PruneNet policy"),
+        (["--align", "1", "--text", "missing"], "no text of this model"),
     ],
 )
 def test_bad_input_is_told_in_a_line(model: Path, tmp_path: Path, options: list[str], message: str) -> None:

@@ -13,14 +13,18 @@ from torch.nn import functional as F
 from curkv.models.loading import LayerWeights
 from curkv.models.pruning.forward import LayerForward, Model
 from curkv.models.pruning.methods.base import DOWN, LayerCut, Method, Progress, best_rows
-from curkv.models.pruning.second_order import refit, surgeon_rows
+from curkv.models.pruning.second_order import refit, surgeon
 from curkv.models.pruning.self_text import TEXT_FILE, Writing, load_text, save_text, write_text
 from curkv.models.pruning.source import Source
 
 BATCH = 4
 """Sequences that go through a layer at once."""
-DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 SCORE_DAMPING = 1e-2
+"""Of the second moments by which rows are chosen, as a share of their mean."""
+
+DAMPINGS = (0.1, 0.3, 1.0, 3.0, 10.0)
+"""Tried for the refit that aims at the dense model's residual stream."""
+
 HELD_OUT = 0.2
 """Share of the sequences on which the damping is chosen; the others decide about the rest."""
 
@@ -28,8 +32,11 @@ HELD_OUT = 0.2
 class SelfCalibrated(Method):
     """Scores a row by rms(activation) x norm(down column), or removes and compensates (`compensate`).
 
-    With `compensate`, layers are treated in order, each reading what the pruned layers before it produce and
-    aiming at the residual stream of the dense model, so that later layers correct the errors of earlier ones.
+    With `compensate`, layers are treated in order, each reading what the pruned layers before it produce.
+    `surgeon` gives the rows and weights that best reproduce the layer's own output on that; from there the
+    weights move towards the residual stream of the dense model, as far as this helps on text held out, so
+    that later layers correct the errors of earlier ones.
+
     An error counts relative to the residual stream it is added to, because that is normalised before it is
     read again; else the first token, whose stream is a hundred times as large, would decide alone.
     """
@@ -115,10 +122,9 @@ class SelfCalibrated(Method):
         return best
 
     def _choose(self, seen: Moments, held_out: Moments, down: Tensor, kept: int) -> LayerCut:
-        aimed = refit(seen.gram, seen.cross, down, SCORE_DAMPING)
-        rows = surgeon_rows(seen.gram, aimed, kept, SCORE_DAMPING)
+        rows, compensated = surgeon(seen.gram, down, kept, SCORE_DAMPING)
         part, held_part = seen.of(rows), held_out.of(rows)
-        candidates = [refit(part.gram, part.cross, down[:, rows], damping) for damping in DAMPINGS]
+        candidates = [refit(part.gram, part.cross, compensated, damping) for damping in DAMPINGS]
         errors = [held_part.error(candidate) for candidate in candidates]
         best = min(range(len(errors)), key=errors.__getitem__)
         self._dampings.append(DAMPINGS[best])
