@@ -38,7 +38,7 @@ class SelfCalibrated(Method):
     that later layers correct the errors of earlier ones.
 
     An error counts relative to the residual stream it is added to, because that is normalised before it is
-    read again; else the first token, whose stream is a hundred times as large, would decide alone.
+    read again; else the few tokens with massive activations (arXiv 2402.17762) would decide alone.
     """
 
     def __init__(
