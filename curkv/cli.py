@@ -13,6 +13,7 @@ import curkv
 from curkv.config import Settings
 from curkv.evaluation.cli import app as eval_app
 from curkv.kernels.check import app as kernels_app
+from curkv.prune_command import app as prune_app
 
 app = typer.Typer(
     help="An OpenAI-compatible server that keeps only the part of the KV cache that matters.",
@@ -27,6 +28,7 @@ app.add_typer(model_app, name="model")
 app.add_typer(bench_app, name="bench")
 app.add_typer(eval_app, name="eval")
 app.add_typer(kernels_app, name="kernels")
+app.add_typer(prune_app, name="prune")
 
 
 def _fail(message: str, status: int = 1) -> typer.Exit:

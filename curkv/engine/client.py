@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
@@ -84,6 +84,11 @@ class EngineClient:
     def weights_bytes(self) -> Mapping[str, int]:
         """Memory of the model's weights by kind."""
         return self._engine.model.weights_bytes
+
+    @property
+    def pruning(self) -> Mapping[str, Any] | None:
+        """How the model was pruned, see `load_pruning`; None if it was not."""
+        return self._engine.pruning
 
     @property
     def cache_layout(self) -> CacheLayout:
