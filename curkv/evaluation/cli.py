@@ -77,6 +77,7 @@ def report(
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory for report.md and the plots.")] = (
         Path("report")
     ),
+    policy: Annotated[list[str] | None, typer.Option(help="Plot this one only; repeatable.")] = None,
 ) -> None:
     """Make Markdown tables and plots: quality over budget for each policy, needle heat maps."""
     from curkv.evaluation.plots import write_plots
@@ -84,9 +85,10 @@ def report(
     from curkv.evaluation.report import markdown
 
     try:
-        records = [record for path in results for record in read_records(path)]
+        by_key = {record.key: record for path in results for record in read_records(path)}
+        records = list(by_key.values())
         output.mkdir(parents=True, exist_ok=True)
-        plots = write_plots(records, output)
+        plots = write_plots([r for r in records if not policy or r.policy in ("full", *policy)], output)
         (output / "report.md").write_text(markdown(records, plots), encoding="utf-8")
     except (ValueError, ModuleNotFoundError) as error:
         typer.echo(f"curkv: {error}", err=True)

@@ -83,7 +83,8 @@ def markdown(records: Sequence[Record], plots: Sequence[Path] = ()) -> str:
         varied = [record for record in usable if not TASKS[record.task].repeats]
         repeating = [record for record in usable if TASKS[record.task].repeats]
         parts += _tables("All tasks that count, varied text", varied, [SCORE, ANSWER_NLL])
-        for task, of_task in group(varied, lambda record: record.task).items():
+        by_task = group(varied, lambda record: record.task)
+        for task, of_task in by_task.items() if len(by_task) > 1 else ():
             parts += _tables(f"`{task}`", of_task, [SCORE, ANSWER_NLL])
         parts += _tables("Tasks with one repeated sentence", repeating, [SCORE, ANSWER_NLL])
         continuations = [record for record in found if record.kl is not None]

@@ -35,7 +35,7 @@ def proportion(values: Sequence[float]) -> Estimate:
     scale = 1 + _Z**2 / n
     centre = (mean + _Z**2 / (2 * n)) / scale
     half = _Z / scale * math.sqrt(mean * (1 - mean) / n + _Z**2 / (4 * n**2))
-    return Estimate(mean, max(0.0, centre - half), min(1.0, centre + half), n)
+    return Estimate(mean, max(0.0, min(mean, centre - half)), min(1.0, max(mean, centre + half)), n)
 
 
 def mean(values: Sequence[float]) -> Estimate:
