@@ -6,7 +6,7 @@ import itertools
 import logging
 import secrets
 import time
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -26,8 +26,10 @@ from curkv.engine.stats import EvictionStats, RequestStats, SequenceStats, StepS
 from curkv.engine.structure import Structures
 from curkv.engine.types import FinishReason, InvalidRequest, KVReport, Output, Request, TokenLogprob
 from curkv.kernels.dispatch import Kernels
-from curkv.models.chat_template import ChatTemplate
 from curkv.models.llama import Llama
+
+if TYPE_CHECKING:
+    from curkv.models.chat_template import ChatTemplate
 
 logger = logging.getLogger(__name__)
 
