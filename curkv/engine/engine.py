@@ -94,7 +94,7 @@ class Engine:
         bad = next((i for i in prompt if not 0 <= i < vocab), None)
         if bad is not None:
             raise InvalidRequest(f"token id {bad} is outside the vocabulary 0..{vocab - 1}", "prompt")
-        no_room = max_tokens < (request.sampling.max_tokens is None)
+        no_room = request.sampling.max_tokens is None and max_tokens < 1
         if len(prompt) + max_tokens > self.max_model_len or no_room:
             raise InvalidRequest(
                 f"prompt ({len(prompt)} tokens) + max_tokens ({max_tokens}) exceeds the context of "
