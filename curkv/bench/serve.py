@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 import statistics
 import subprocess
@@ -34,6 +35,33 @@ class Workload:
     concurrency: int
     prompt_tokens: int
     new_tokens: int = 64
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a server serves.
+
+    Attributes:
+        url: its base URL, without /v1.
+        model: name of its first model.
+        evicts: whether it is a curkv and takes eviction controls.
+    """
+
+    url: str
+    model: str
+    evicts: bool
+
+    @classmethod
+    def at(cls, url: str) -> Served:
+        """Asks a server; the key of one that wants one is taken from OPENAI_API_KEY."""
+        response = httpx.get(f"{url}/v1/models", headers=_authorization(), timeout=60)
+        card = response.raise_for_status().json()["data"][0]
+        return cls(url, card["id"], card.get("owned_by") == "curkv")
+
+
+def _authorization() -> dict[str, str]:
+    key = os.environ.get("OPENAI_API_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 @dataclass(frozen=True)
@@ -82,6 +110,8 @@ def run(
 ) -> list[Measurement]:
     """Measures the full cache, a policy at a budget, and transformers, in turn.
 
+    A server that is not curkv is measured as it is, without eviction controls.
+
     Args:
         model: what the server serves; its tokenizer cuts the prompts.
         url: base URL of a running OpenAI-compatible server; None starts `curkv serve` for the run.
@@ -102,14 +132,20 @@ def run(
     reference = _load_transformers(directory) if baseline else None
     results = []
     with _server(url, model, server_args or []) as base_url:
-        contenders = {"full": {"policy": "full"}, f"{policy} {budget}": {"policy": policy, "budget": budget}}
-        asyncio.run(_measure(base_url, Workload(1, 128, 16), [list(range(100, 228))], {}))
+        served = Served.at(base_url)
+        contenders: dict[str, dict[str, str]] = {"server": {}}
+        if served.evicts:
+            contenders = {
+                "full": {"policy": "full"},
+                f"{policy} {budget}": {"policy": policy, "budget": budget},
+            }
+        asyncio.run(_measure(served, Workload(1, 128, 16), [list(range(100, 228))], {}))
         for workload in tqdm(workloads, desc="workloads", unit="workload"):
             samples: dict[str, list[Measurement]] = {}
             for repeat in range(repeats):
                 prompts = token_spans(tokenizer, workload.concurrency, workload.prompt_tokens, seed=repeat)
                 for name, kv in contenders.items():
-                    streams = asyncio.run(_measure(base_url, workload, prompts, kv))
+                    streams = asyncio.run(_measure(served, workload, prompts, kv))
                     samples.setdefault(name, []).append(_summary(name, workload, *streams))
                 if reference is not None:
                     result = _run_transformers(reference, workload, prompts)
@@ -140,21 +176,21 @@ def table(results: list[Measurement]) -> str:
 
 
 async def _measure(
-    url: str, workload: Workload, prompts: list[list[int]], kv: dict[str, str]
+    served: Served, workload: Workload, prompts: list[list[int]], kv: dict[str, str]
 ) -> tuple[float, list[_Stream]]:
-    async with httpx.AsyncClient(base_url=url, timeout=None) as client:
+    async with httpx.AsyncClient(base_url=served.url, headers=_authorization(), timeout=None) as client:
         started = time.perf_counter()
         streams = await asyncio.gather(
-            *(_stream(client, prompt, workload.new_tokens, kv) for prompt in prompts)
+            *(_stream(client, served.model, prompt, workload.new_tokens, kv) for prompt in prompts)
         )
     return started, list(streams)
 
 
 async def _stream(
-    client: httpx.AsyncClient, prompt: list[int], new_tokens: int, kv: dict[str, str]
+    client: httpx.AsyncClient, model: str, prompt: list[int], new_tokens: int, kv: dict[str, str]
 ) -> _Stream:
     body: dict[str, Any] = {
-        "model": (await client.get("/v1/models")).json()["data"][0]["id"],
+        "model": model,
         "prompt": prompt,
         "max_tokens": new_tokens,
         "temperature": 0,

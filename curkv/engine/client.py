@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tokenizers import Tokenizer
 
@@ -18,8 +18,10 @@ from curkv.cache.options import EvictionPlan
 from curkv.engine.engine import Engine
 from curkv.engine.stats import StatsSink, StepStats
 from curkv.engine.types import Output, Request
-from curkv.models.chat_template import ChatTemplate
 from curkv.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from curkv.models.chat_template import ChatTemplate
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -27,8 +27,10 @@ from curkv.engine.stats import EvictionStats, RequestStats, SequenceStats, StepS
 from curkv.engine.structure import Structures
 from curkv.engine.types import FinishReason, InvalidRequest, KVReport, Output, Request, TokenLogprob
 from curkv.kernels.dispatch import Kernels
-from curkv.models.chat_template import ChatTemplate
 from curkv.models.llama import Llama
+
+if TYPE_CHECKING:
+    from curkv.models.chat_template import ChatTemplate
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +98,7 @@ class Engine:
         bad = next((i for i in prompt if not 0 <= i < vocab), None)
         if bad is not None:
             raise InvalidRequest(f"token id {bad} is outside the vocabulary 0..{vocab - 1}", "prompt")
-        no_room = max_tokens < (request.sampling.max_tokens is None)
+        no_room = request.sampling.max_tokens is None and max_tokens < 1
         if len(prompt) + max_tokens > self.max_model_len or no_room:
             raise InvalidRequest(
                 f"prompt ({len(prompt)} tokens) + max_tokens ({max_tokens}) exceeds the context of "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import uvicorn
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from curkv.cache.explain import Explanation
 from curkv.cache.kv_cache import CacheLayout
@@ -22,7 +21,6 @@ from curkv.config import Settings
 from curkv.engine.client import EngineUnavailable
 from curkv.engine.stats import StatsSink, StepStats
 from curkv.engine.types import InvalidRequest, KVReport, Output, Request, TokenLogprob
-from curkv.models.chat_template import ChatTemplate
 from curkv.server.app import create_app
 
 VOCABULARY = 1000
@@ -36,13 +34,18 @@ def word_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def word_template() -> ChatTemplate:
-    """Words with `w1` before what the user says and `w2` before the rest, then `w3` for the answer."""
-    template = (
-        "{% for m in messages %}{{ 'w1' if m['role'] == 'user' else 'w2' }} {{ m['content'] | trim }} "
-        "{% if m.name %}{{ m.name }} {% endif %}{% endfor %}w3{% if extra %} {{ extra }}{% endif %}"
-    )
-    return ChatTemplate(PreTrainedTokenizerFast(tokenizer_object=word_tokenizer(), chat_template=template))
+class WordTemplate:
+    """Writes `w1` before what the user says and `w2` before the rest, then `w3` for the answer."""
+
+    def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
+        if "refuse" in variables:
+            raise ValueError("the template refuses")
+        turns = (
+            ("w1" if m["role"] == "user" else "w2", m["content"].strip(), m.get("name", "")) for m in messages
+        )
+        return " ".join(
+            word for turn in (*turns, ("w3", variables.get("extra", ""))) for word in turn if word
+        )
 
 
 @dataclass
@@ -64,7 +67,7 @@ class ScriptedClient:
     closed: list[str] = field(default_factory=list)
     sinks: list[StatsSink] = field(default_factory=list)
     tokenizer: Tokenizer = field(default_factory=word_tokenizer)
-    chat_template: ChatTemplate | None = field(default_factory=word_template)
+    chat_template: WordTemplate | None = field(default_factory=WordTemplate)
     max_model_len: int = MAX_MODEL_LEN
     num_waiting: int = 0
 

@@ -137,6 +137,7 @@ def test_the_last_mark_ends_the_context(messages: list[dict[str, Any]], context_
         ({"messages": [{"role": "user", "content": None}]}, "messages"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": {}, "text": ""}]}]}, "messages"),
         ({"messages": [USER | {"cache_control": {"type": "forever"}}]}, "messages"),
         ({"messages": [USER | {"tool_calls": [{}]}]}, "messages"),
         ({"max_tokens": 0}, "max_tokens"),
@@ -147,7 +148,7 @@ def test_the_last_mark_ends_the_context(messages: list[dict[str, Any]], context_
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"functions": [{}]}, "functions"),
-        ({"chat_template_kwargs": {"tokenize": True}}, "messages"),
+        ({"chat_template_kwargs": {"refuse": True}}, "messages"),
         ({"kv": {"policy": "curdkv", "budget": 0}}, "kv.budget"),
     ],
 )

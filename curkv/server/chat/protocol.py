@@ -60,9 +60,9 @@ class Message(BaseModel):
         if value is None:
             raise ValueError("a message needs content: a string, or a list of text parts")
         if isinstance(value, list):
-            kinds = {part.get("type") for part in value if isinstance(part, dict)}
-            if unknown := sorted(str(kind) for kind in kinds - {"text"}):
-                raise ValueError(f"only parts of type 'text' are understood, not {unknown[0]!r}")
+            kinds = [part.get("type") for part in value if isinstance(part, dict)]
+            if unknown := [kind for kind in kinds if kind != "text"]:
+                raise ValueError(f"only parts of type 'text' are understood, not {unknown[0]!r:.40}")
         return value
 
     @field_validator("tool_calls")

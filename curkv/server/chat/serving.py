@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from curkv.engine.types import InvalidRequest, Output, TokenLogprob
-from curkv.models.chat_template import ChatTemplate
 from curkv.server.chat.protocol import (
     PART_SEPARATOR,
     ChatChoice,
@@ -26,6 +25,7 @@ from curkv.server.protocol import FinishReason, Usage
 
 if TYPE_CHECKING:
     from curkv.engine.client import EngineClient
+    from curkv.models.chat_template import ChatTemplate
 
 _MARK = "\ue000"
 """A private-use character that stands at the context's end while its place in the text is looked for."""
