@@ -13,6 +13,7 @@ import curkv
 from curkv.config import Settings
 from curkv.evaluation.cli import app as eval_app
 from curkv.kernels.check import app as kernels_app
+from curkv.prune_command import app as prune_app
 
 app = typer.Typer(
     help="An OpenAI-compatible server that keeps only the part of the KV cache that matters.",
@@ -27,6 +28,7 @@ app.add_typer(model_app, name="model")
 app.add_typer(bench_app, name="bench")
 app.add_typer(eval_app, name="eval")
 app.add_typer(kernels_app, name="kernels")
+app.add_typer(prune_app, name="prune")
 
 
 def _fail(message: str, status: int = 1) -> typer.Exit:
@@ -37,7 +39,7 @@ def _fail(message: str, status: int = 1) -> typer.Exit:
 def _setting(name: str) -> Any:
     """A command line option for a field of `Settings`; left out, the environment or the file decides."""
     field = Settings.model_fields[name]
-    default = f" [{field.default}]" if field.default is not None else ""
+    default = f" [{field.default}]" if field.default not in (None, ()) else ""
     return typer.Option(help=f"{field.description}{default}", show_default=False)
 
 
@@ -69,10 +71,17 @@ def serve(
     device: Annotated[str | None, _setting("device")] = None,
     kernels: Annotated[str | None, _setting("kernels")] = None,
     threads: Annotated[int | None, _setting("threads")] = None,
+    api_key: Annotated[list[str] | None, _setting("api_key")] = None,
+    cors_origin: Annotated[list[str] | None, _setting("cors_origin")] = None,
+    ssl_certfile: Annotated[Path | None, _setting("ssl_certfile")] = None,
+    ssl_keyfile: Annotated[Path | None, _setting("ssl_keyfile")] = None,
     kv_policy: Annotated[str | None, _setting("kv_policy")] = None,
     kv_budget: Annotated[str | None, _setting("kv_budget")] = None,
     kv_decode_budget: Annotated[str | None, _setting("kv_decode_budget")] = None,
     max_body_size: Annotated[str | None, _setting("max_body_size")] = None,
+    max_waiting: Annotated[int | None, _setting("max_waiting")] = None,
+    request_timeout: Annotated[float | None, _setting("request_timeout")] = None,
+    receive_timeout: Annotated[float | None, _setting("receive_timeout")] = None,
     drain_timeout: Annotated[float | None, _setting("drain_timeout")] = None,
     vllm_metrics: Annotated[bool | None, _setting("vllm_metrics")] = None,
 ) -> None:
@@ -136,6 +145,28 @@ def list_policies() -> None:
     width = max(map(len, descriptions))
     for name, description in descriptions.items():
         typer.echo(f"{name:<{width}}  {description}")
+
+
+@app.command()
+def chat(
+    url: Annotated[str, typer.Option(help="Base URL of a server.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Key of the server.")] = None,
+    document: Annotated[Path | None, typer.Option(help="Text file to talk about.")] = None,
+    policy: Annotated[str | None, typer.Option(help="Eviction policy.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Its budget, such as 25%.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+) -> None:
+    """Talk to a server in the terminal; after each answer a line tells what its cache kept."""
+    from curkv.chat import Conversation, loop
+
+    kv = {name: value for name, value in (("policy", policy), ("budget", budget)) if value is not None}
+    try:
+        text = document.read_text() if document is not None else None
+    except (OSError, ValueError) as error:
+        raise _fail(f"cannot read {document}: {error}") from error
+    conversation = Conversation(url, api_key, text, kv, max_tokens, temperature)
+    loop(conversation, lambda: input("> "), lambda text: print(text, end="", flush=True))
 
 
 @bench_app.command("kernels")

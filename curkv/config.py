@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 _UNITS = {
     "": 1,
@@ -33,6 +33,12 @@ def parse_size(value: Any) -> Any:
     return int(float(number) * _UNITS[unit.upper().replace("I", "i")])
 
 
+def split_commas(value: Any) -> Any:
+    """Reads several values from one text; anything but text is passed through."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Several = Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)]
 Size = Annotated[int, BeforeValidator(parse_size)]
 
 
@@ -65,12 +71,28 @@ class Settings(BaseSettings):
     )
     threads: int | None = Field(None, ge=1, description="CPU threads; all cores if not given.")
 
+    api_key: Several = Field(
+        (), description="Key that a request must present; repeatable, or separated by commas.", repr=False
+    )
+    cors_origin: Several = Field(
+        (), description="Web page origin that may use the API from a browser, * for any; repeatable."
+    )
+    ssl_certfile: Path | None = Field(None, description="Certificate; with it the server speaks HTTPS.")
+    ssl_keyfile: Path | None = Field(None, description="Private key of the certificate.")
+
     kv_policy: str = Field("full", description="Eviction policy of requests that name none.")
     kv_budget: str | None = Field(None, description="Budget of requests that name none: 25%, 512tok, 8MiB.")
     kv_decode_budget: str | None = Field(None, description="Decode budget of requests that name none.")
 
     max_body_size: Size = Field(
         8 * 1024**2, gt=0, description="Bytes of the largest request body; above it a 413."
+    )
+    max_waiting: int = Field(1024, ge=1, description="Most sequences in the queue; above it a 429.")
+    request_timeout: float | None = Field(
+        None, gt=0, description="Seconds after which a request is ended with a 504; none if not given."
+    )
+    receive_timeout: float = Field(
+        30.0, gt=0, description="Seconds in which a request's header, and then its body, have to arrive."
     )
     drain_timeout: float = Field(
         30.0, ge=0, description="Seconds that running requests may take to finish after SIGTERM."
@@ -91,14 +113,14 @@ class Settings(BaseSettings):
 
         Args:
             file: TOML file with the fields of this class at its top level.
-            **given: fields set explicitly; None counts as not given.
+            **given: fields set explicitly; None and [] count as not given.
 
         Raises:
             pydantic.ValidationError: a field is unknown or has a bad value.
             OSError: the file cannot be read.
             tomllib.TOMLDecodeError: the file is no TOML.
         """
-        explicit = {name: value for name, value in given.items() if value is not None}
+        explicit = {name: value for name, value in given.items() if value not in (None, [])}
         settings = cls(**explicit)
         if file is None:
             return settings

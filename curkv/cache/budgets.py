@@ -20,17 +20,14 @@ class Budget:
     """What a request allows its cache to hold.
 
     Attributes:
-        kind: "ratio" of the prompt's tokens, "tokens" per head on average, "bytes" in the pool, or "auto": as
-            little as loses no more than the request allows.
-        value: Above 0; a ratio is at most 1, tokens and bytes are whole numbers; 1 with "auto".
+        kind: "ratio" of the prompt's tokens, "tokens" per head on average, "bytes" in the pool.
+        value: Above 0; a ratio is at most 1, tokens and bytes are whole numbers.
     """
 
-    kind: Literal["ratio", "tokens", "bytes", "auto"]
+    kind: Literal["ratio", "tokens", "bytes"]
     value: float
 
     def __str__(self) -> str:
-        if self.kind == "auto":
-            return "auto"
         if self.kind == "ratio":
             return f"{self.value * 100:.15g}%"
         return f"{int(self.value)}{'tok' if self.kind == 'tokens' else 'B'}"
@@ -68,8 +65,7 @@ def parse_budget(value: object) -> Budget:
     everything.
 
     Args:
-        value: "25%", "0.25", "512", "512tok", "8MiB" (also B, KB, MB, GB, KiB, GiB), "auto", or a JSON
-            number.
+        value: "25%", "0.25", "512", "512tok", "8MiB" (also B, KB, MB, GB, KiB, GiB), or a JSON number.
 
     Returns:
         The budget.
@@ -79,8 +75,6 @@ def parse_budget(value: object) -> Budget:
     """
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(f"expected a number or a string; {_FORMS}")
-    if str(value).strip().lower() == "auto":
-        return Budget("auto", 1)
     match = _NUMBER.fullmatch(str(value).strip())
     if match is None:
         raise ValueError(f"{str(value)[:40]!r} is no budget; {_FORMS}")

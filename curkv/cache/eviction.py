@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from curkv.cache.auto_budget import layer_budgets
 from curkv.cache.merging import merged
 from curkv.cache.options import EvictionOptions, EvictionPlan
 from curkv.cache.policies import get_policy
@@ -58,9 +57,7 @@ def choose(view: CacheView, plan: EvictionPlan, scores: Tensor, kernels: Kernels
     Returns:
         As `plan_kept`.
     """
-    if plan.auto and view.phase == "prefill":
-        keep = layer_budgets(view, scores, plan.options)
-    elif plan.options.allocation == "pyramid":
+    if plan.options.allocation == "pyramid":
         always = int(protected(view, plan).sum(-1).max())
         keep = pyramid(view, view.budget, always, plan.options)
     else:

@@ -109,7 +109,6 @@ class EvictionOptions:
             is kept. None: the whole prompt.
         prefill: "exact" evicts once, when all is computed; "streaming" to the budget after every chunk.
         prefill_chunk: Tokens of such a chunk.
-        max_loss: Of budget "auto": relative error of the attention output that a layer may have.
     """
 
     policy: str = "full"
@@ -135,7 +134,7 @@ class EvictionOptions:
     times_pool: int | None = None
     scorer: Literal["snapkv", "curdkv"] = "snapkv"
     chunk: int | None = None
-    first_stage: float | None = None
+    first_stage: float = 0.5
     future: int = 512
     blend: float = 0.5
     block: int = 256
@@ -146,7 +145,6 @@ class EvictionOptions:
     context_tokens: int | None = None
     prefill: Literal["exact", "streaming"] = "exact"
     prefill_chunk: int = 512
-    max_loss: float | None = None
 
     @property
     def partial_window(self) -> Literal["corrected", "left", "right"]:
@@ -164,8 +162,7 @@ class EvictionPlan:
         needs: What has to be observed of the queries.
         prompt_tokens: Length of the prompt.
         context_tokens: First tokens of the prompt that are evicted from; the others are kept.
-        budget_tokens: Tokens kept of these per head, on average, at the end of prefill; with budget "auto" at
-            most.
+        budget_tokens: Tokens kept of these per head, on average, at the end of prefill.
         decode_budget_tokens: Tokens held per head above which an eviction is due during decode; None: never.
         sink_tokens: First tokens that are always kept.
         recent_tokens: Newest tokens kept at the end of prefill.
@@ -188,14 +185,9 @@ class EvictionPlan:
     seed: int
 
     @property
-    def auto(self) -> bool:
-        """Whether the budget of each layer is found by its loss."""
-        return self.options.budget is not None and self.options.budget.kind == "auto"
-
-    @property
     def evicts_prompt(self) -> bool:
         """Whether anything is evicted in prefill."""
-        return self.auto or self.budget_tokens < self.context_tokens
+        return self.budget_tokens < self.context_tokens
 
     @property
     def observed(self) -> Needs:
@@ -237,10 +229,10 @@ class EvictionPlan:
         """
         if not self.evicts_prompt or computed > self.context_tokens:
             return False
-        if computed == self.context_tokens:
-            return self.auto or held_tokens > self.budget_tokens
-        whole = computed % self.options.prefill_chunk == 0
-        return self.streaming and whole and held_tokens > self.budget_tokens
+        due = computed == self.context_tokens
+        if self.streaming:
+            due = due or computed % self.options.prefill_chunk == 0
+        return due and held_tokens > self.budget_tokens
 
     def decode_due(self, generated_tokens: int, held_tokens: float) -> bool:
         """Whether to evict after a decode step.
@@ -325,18 +317,6 @@ def _check_combination(options: EvictionOptions) -> None:
                 f"scores of policy {first.name!r} are no shares and cannot be multiplied with {second!r}'s"
             )
             raise OptionError("times", message, ("policy",))
-    if options.budget is None or options.budget.kind != "auto":
-        return
-    if not policy.window(options):
-        message = f"'auto' estimates losses on observed queries, and policy {policy.name!r} observes none"
-        raise OptionError("budget", message, ("policy",))
-    for field, value in (("prefill", "streaming"), ("allocation", "pyramid")):
-        if getattr(options, field) == value:
-            message = f"'auto' sets the budgets of whole prompts by layer itself; {field} {value!r} does too"
-            raise OptionError("budget", message, (field,))
-    if options.first_stage:
-        message = "'auto' finds the budget after scoring; first_stage needs to know it before"
-        raise OptionError("budget", message, ("first_stage",))
 
 
 def settle(options: EvictionOptions) -> EvictionOptions:
@@ -352,11 +332,8 @@ def settle(options: EvictionOptions) -> EvictionOptions:
         "observation": 32,
         "reduction": "mean",
         "chunk": 20,
-        # A share of a budget that is not known yet cannot be set aside.
-        "first_stage": 0.0 if options.budget is not None and options.budget.kind == "auto" else 0.5,
         "times_pool": 1,
         "decode_interval": 64,
-        "max_loss": 0.01,
     }
     if options.times is not None:
         second = get_policy(options.times).defaults
@@ -493,13 +470,6 @@ def _positive(value: object) -> float:
     return number
 
 
-def _decode_budget(value: object) -> Budget:
-    budget = parse_budget(value)
-    if budget.kind == "auto":
-        raise ValueError("'auto' is for prompts; give what may be held while generating")
-    return budget
-
-
 def _policy(value: object) -> str:
     name = value.strip() if isinstance(value, str) else ""
     try:
@@ -521,7 +491,7 @@ def _choice(*choices: str) -> Callable[[object], str]:
 _PARSERS: dict[str, Callable[[object], Any]] = {
     "policy": _policy,
     "budget": parse_budget,
-    "decode_budget": _decode_budget,
+    "decode_budget": parse_budget,
     "preset": _choice(*PRESETS),
     "sink_tokens": _integer(0),
     "recent_tokens": _integer(0),
@@ -553,7 +523,6 @@ _PARSERS: dict[str, Callable[[object], Any]] = {
     "context_tokens": _integer(1),
     "prefill": _choice("exact", "streaming"),
     "prefill_chunk": _integer(1),
-    "max_loss": _fraction,
 }
 _SCORING = {
     "leverage", "rank", "window", "combine", "pool", "pool_kind", "observation", "reduction", "scorer",
@@ -580,7 +549,6 @@ def _without_effect(options: EvictionOptions) -> dict[str, str]:
         ("prefill_chunk", "prefill", options.prefill == "streaming"),
         ("context_tokens", "budget", options.budget is not None),
         ("prefill", "budget", options.budget is not None),
-        ("max_loss", "budget", options.budget is not None and options.budget.kind == "auto"),
     )
     for field, other, works in conditions:
         if not works:
@@ -592,7 +560,7 @@ def _budget_tokens(
     field: Literal["budget", "decode_budget"], options: EvictionOptions, length: int, layout: CacheLayout
 ) -> int | None:
     budget: Budget | None = getattr(options, field)
-    if budget is None or budget.kind == "auto":
+    if budget is None:
         return None
     slack = (options.decode_interval or 1) if field == "decode_budget" else 0
     tokens = budget.tokens(length, layout, ragged=options.allocation != "uniform", slack=slack)

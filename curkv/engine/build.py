@@ -22,7 +22,7 @@ from curkv.kernels.dispatch import KernelsName, get_kernels
 from curkv.models.chat_template import load_chat_template
 from curkv.models.config import ModelConfig
 from curkv.models.llama import Llama, rope_tables
-from curkv.models.loading import Checkpoint, load_config, load_tokenizer, resolve_model
+from curkv.models.loading import Checkpoint, load_config, load_pruning, load_tokenizer, resolve_model
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,7 @@ def build_engine(options: EngineOptions) -> Engine:
         max_model_len,
         graphs,
         load_chat_template(directory),
+        load_pruning(directory),
     )
     _warm_up(engine)
     if graphs is not None:

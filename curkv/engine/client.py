@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
@@ -86,6 +86,11 @@ class EngineClient:
         return self._engine.model.weights_bytes
 
     @property
+    def pruning(self) -> Mapping[str, Any] | None:
+        """How the model was pruned, see `load_pruning`; None if it was not."""
+        return self._engine.pruning
+
+    @property
     def cache_layout(self) -> CacheLayout:
         """Shape of the KV cache."""
         return self._engine.kv.layout
@@ -94,6 +99,11 @@ class EngineClient:
     def healthy(self) -> bool:
         """Whether new requests are taken."""
         return self.state == "ready" and self._thread.is_alive()
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences in the queue, those included that are on their way to it."""
+        return self._engine.scheduler.num_waiting + len(self._inbox)
 
     @property
     def stats(self) -> StepStats:

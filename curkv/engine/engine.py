@@ -6,7 +6,8 @@ import itertools
 import logging
 import secrets
 import time
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -44,6 +45,7 @@ class Engine:
         max_model_len: most tokens of prompt and output together.
         decode_graphs: runs the steps that only decode, if given.
         chat_template: writes out conversations for the model, if it is one for chat.
+        pruning: how the model was pruned, if it was; see `load_pruning`.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Engine:
         max_model_len: int,
         decode_graphs: DecodeGraphs | None = None,
         chat_template: ChatTemplate | None = None,
+        pruning: Mapping[str, Any] | None = None,
     ):
         self.model = model
         self.kv = kv
@@ -64,6 +67,7 @@ class Engine:
         self.max_model_len = max_model_len
         self.decode_graphs = decode_graphs
         self.chat_template = chat_template
+        self.pruning = pruning
         self.scheduler = Scheduler(kv, max_step_tokens)
         self.eos_ids = frozenset(model.config.eos_token_ids)
         self._structures = Structures(tokenizer, model.config.vocab_size, model.config.eos_token_ids)

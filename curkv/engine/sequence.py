@@ -131,7 +131,7 @@ class Sequence:
             return None
         return KVReport(
             policy=self.plan.policy.name,
-            budget_tokens=round(self.kept_tokens) if self.plan.auto else self.plan.kept_prompt_tokens,
+            budget_tokens=self.plan.kept_prompt_tokens,
             kept_tokens=round(self.kept_tokens, 3),
             evicted_tokens=round(self.evicted_tokens, 3),
             kept_ratio=round(self.kept_tokens / len(self.prompt), 6),

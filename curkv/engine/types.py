@@ -118,8 +118,7 @@ class KVReport:
 
     Attributes:
         policy: name of the policy.
-        budget_tokens: tokens per head, on average, that the prompt was allowed to keep; with budget "auto",
-            what it took to stay below `max_loss`.
+        budget_tokens: tokens per head, on average, that the prompt was allowed to keep.
         kept_tokens: prompt tokens kept at the end of prefill, mean over layers and heads.
         evicted_tokens: tokens evicted in prefill and decode, mean over layers and heads.
         kept_ratio: kept / prompt tokens at the end of prefill, mean over layers and heads.

@@ -16,6 +16,7 @@ CAN_DO = 0.5
 """A task counts at a length if the full cache reaches this mean score, else the model cannot do it at all."""
 
 K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,11 @@ KL = Measure("KL(full || policy) per token", lambda record: record.kl, mean, "{:
 TOP1 = Measure("top-1 agreement", lambda record: record.top1, proportion, "{:.1%}")
 
 
-def group(records: Iterable[Record], key: Callable[[Record], K]) -> dict[K, list[Record]]:
+def group(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
     """Sorts records into groups, in order of appearance."""
-    groups: dict[K, list[Record]] = defaultdict(list)
-    for record in records:
-        groups[key(record)].append(record)
+    groups: dict[K, list[T]] = defaultdict(list)
+    for item in items:
+        groups[key(item)].append(item)
     return dict(groups)
 
 
@@ -101,7 +102,7 @@ def _tasks(records: Sequence[Record]) -> str:
         cells = [f"`{task}`", str(length), protocol, _cell(found, SCORE), _cell(found, ANSWER_NLL)]
         rows.append([*cells, str(len(found)), verdict])
     header = ["task", "tokens", "question", "exact match", "answer NLL", "n", "counts"]
-    return "## The full cache\n\n" + _table(header, rows)
+    return "## The full cache\n\n" + table(header, rows)
 
 
 def _tables(title: str, records: Sequence[Record], measures: Sequence[Measure]) -> list[str]:
@@ -123,7 +124,7 @@ def _policies(records: Sequence[Record], measure: Measure) -> str:
         columns = [cells.get((policy, "" if policy == "full" else budget), []) for budget in budgets]
         estimates = [_cell(found, measure) for found in columns]
         rows.append([f"`{policy}`", *estimates, str(_samples(records, policy))])
-    return _table(["policy", *(f"{budget} kept" for budget in budgets), "n"], rows)
+    return table(["policy", *(f"{budget} kept" for budget in budgets), "n"], rows)
 
 
 def _samples(records: Sequence[Record], policy: str) -> int:
@@ -138,6 +139,7 @@ def _cell(records: Sequence[Record], measure: Measure) -> str:
     return f"{mean} [{low}, {high}]" if found.samples > 1 else mean
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Lays cells out as a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

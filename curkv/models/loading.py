@@ -20,6 +20,9 @@ from curkv.models.default_model import BUILT_IN, ensure_built_in
 from curkv.models.errors import ModelError, ModelNotFound
 from curkv.models.gguf import convert_gguf
 
+PROVENANCE = "pruning.json"
+"""Written by `curkv prune` beside the weights."""
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.jinja"]
 _HUB_IGNORED = ["consolidated*", "original/*", "onnx/*"]  # other copies of the same weights
@@ -98,6 +101,12 @@ def load_config(directory: Path) -> ModelConfig:
     return replace(config, eos_token_ids=token_ids(generation.get("eos_token_id")) or config.eos_token_ids)
 
 
+def load_pruning(directory: Path) -> dict[str, Any] | None:
+    """Reads how a model came out of `curkv prune`, without the rows that it kept; None if it did not."""
+    provenance = _read_json(directory / PROVENANCE)
+    return provenance and {key: value for key, value in provenance.items() if key != "kept_rows"}
+
+
 def load_tokenizer(directory: Path) -> Tokenizer:
     """Returns the tokenizer; a `tokenizer.json` is taken as it is, whatever class the configuration names.
 
@@ -133,7 +142,7 @@ class Checkpoint:
         self.config = config
         self.dtype = dtype
         self.device = device
-        self._file_of_tensor = _tensor_files(directory)
+        self._file_of_tensor = tensor_files(directory)
 
     @property
     def embedding(self) -> Tensor:
@@ -188,7 +197,7 @@ class Checkpoint:
         return tensor.to(self.device, self.dtype)
 
 
-def _tensor_files(directory: Path) -> dict[str, Any]:
+def tensor_files(directory: Path) -> dict[str, Any]:
     """Returns the open file that holds each tensor."""
     index = _read_json(directory / "model.safetensors.index.json")
     names = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]

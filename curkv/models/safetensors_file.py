@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-DTYPE_NAMES = {"float32": "F32", "float16": "F16"}
+DTYPE_NAMES = {"float32": "F32", "float16": "F16", "uint16": "BF16"}  # numpy has no bfloat16: its bits
 DATA_ALIGNMENT = 64  # bytes; a SIMD register, so that mapped tensors are aligned
 
 
@@ -24,7 +24,7 @@ class TensorEntry:
     Attributes:
         name: Its key in the file.
         shape: Its shape.
-        dtype: float32 or float16.
+        dtype: float32, float16, or uint16 for the bits of bfloat16.
         read: Produces the array when its turn comes.
     """
 
@@ -39,11 +39,17 @@ class TensorEntry:
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
 
-def write_safetensors(path: Path, entries: Sequence[TensorEntry]) -> None:
-    """Writes the tensors in the given order (format: https://github.com/huggingface/safetensors)."""
+def write_safetensors(path: Path, entries: Sequence[TensorEntry], task: str = "Converting weights") -> None:
+    """Writes the tensors in the given order (format: https://github.com/huggingface/safetensors).
+
+    Args:
+        path: The file.
+        entries: The tensors.
+        task: Shown beside the progress bar.
+    """
     with path.open("wb") as file:
         file.write(_header(entries))
-        for entry in tqdm(entries, desc="Converting weights", unit=" tensors", leave=False):
+        for entry in tqdm(entries, desc=task, unit=" tensors", leave=False):
             array = entry.read()
             if array.shape != entry.shape or array.dtype != entry.dtype:
                 raise ValueError(

@@ -6,19 +6,21 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.security import HTTPBearer
 
 import curkv
 from curkv.config import Settings
 from curkv.server.chat.router import router as chat
 from curkv.server.completions.router import router as completions
-from curkv.server.errors import install_error_handlers
+from curkv.server.errors import error_responses, install_error_handlers
 from curkv.server.explain.router import router as explain
-from curkv.server.headers import default_options
+from curkv.server.headers import OPENAPI_RESPONSE_HEADERS, default_options
 from curkv.server.health.router import router as health
 from curkv.server.live.router import router as live
 from curkv.server.metrics import Metrics
-from curkv.server.middleware import BodyLimitMiddleware, RequestIdMiddleware
+from curkv.server.middleware import ApiKeyMiddleware, BodyMiddleware, RequestIdMiddleware
 from curkv.server.models.router import router as models
 from curkv.server.page.router import files as page_files
 from curkv.server.page.router import router as page
@@ -59,10 +61,23 @@ def create_app(client: EngineClient | None, settings: Settings, lifespan: Lifesp
     )
     if client is not None:
         app.state.server.attach(client)
-    for router in (completions, chat, explain, tokens, models, live, health, page):
-        app.include_router(router)
+    guarded = [Depends(HTTPBearer(auto_error=False))] if settings.api_key else []
+    refusals = error_responses(401) if settings.api_key else {}
+    for router in (completions, chat, explain, tokens, models, live, page):
+        app.include_router(router, dependencies=guarded, responses=refusals)
+    app.include_router(health)
     app.mount("/page", page_files)
     install_error_handlers(app)
-    app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_size)
+    app.add_middleware(BodyMiddleware, max_bytes=settings.max_body_size, seconds=settings.receive_timeout)
+    if settings.api_key:
+        app.add_middleware(ApiKeyMiddleware, keys=settings.api_key)
+    if settings.cors_origin:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origin,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", *OPENAPI_RESPONSE_HEADERS],
+        )
     app.add_middleware(RequestIdMiddleware)
     return app

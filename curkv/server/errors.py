@@ -22,13 +22,16 @@ logger = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 5
 
+_KINDS = {401: "authentication_error", 429: "rate_limit_error"}
+
 
 class ErrorDetail(BaseModel):
     """What went wrong.
 
     Attributes:
         message: for a person.
-        type: `invalid_request_error` (4xx) or `server_error` (5xx).
+        type: `authentication_error` (401), `rate_limit_error` (429), `invalid_request_error` (other 4xx) or
+            `server_error` (5xx).
         param: the field or header at fault, if it is one.
         code: for a program, if there is more to know than the status.
     """
@@ -57,7 +60,7 @@ class APIError(HTTPException):
         headers: Mapping[str, str] | None = None,
     ):
         super().__init__(status, message, dict(headers or {}))
-        kind = "server_error" if status >= 500 else "invalid_request_error"
+        kind = "server_error" if status >= 500 else _KINDS.get(status, "invalid_request_error")
         param = _encodable(param) if param is not None else None
         self.body = ErrorResponse(
             error=ErrorDetail(message=_encodable(message), type=kind, param=param, code=code)

@@ -20,8 +20,10 @@ from starlette.responses import Response
 
 from curkv.cache.options import EvictionPlan
 from curkv.engine.types import InvalidRequest, KVReport, Output, Request, SamplingParams
+from curkv.server import headers, limits
 from curkv.server.errors import as_api_error, error_responses
-from curkv.server.headers import OPENAPI_PARAMETERS, OPENAPI_RESPONSE_HEADERS, eviction_controls
+from curkv.server.headers import OPENAPI_RESPONSE_HEADERS, eviction_controls
+from curkv.server.limits import read_limits
 from curkv.server.protocol import GenerationFields, KVUsage, Usage
 from curkv.server.state import ServerState
 from curkv.server.streaming import (
@@ -69,6 +71,7 @@ class Generation:
         prompts: in the order of the body.
         requests: one per prompt.
         plans: each request's eviction, resolved.
+        timeout: seconds that it may take; None: as long as it likes.
     """
 
     id: str
@@ -79,6 +82,7 @@ class Generation:
     prompts: list[Prompt]
     requests: list[Request]
     plans: list[EvictionPlan]
+    timeout: float | None
 
     @property
     def num_choices(self) -> int:
@@ -93,7 +97,7 @@ class Generation:
 
     def start(self) -> OutputStream:
         """Hands all prompts to the engine."""
-        return OutputStream(self.client, self.requests)
+        return OutputStream(self.client, self.requests, self.timeout)
 
     def prompt_of(self, choice: int) -> Prompt:
         """The prompt that a choice continues."""
@@ -163,9 +167,9 @@ def documented(response: type[BaseModel]) -> dict[str, Any]:
                 "content": {"text/event-stream": {"schema": {"type": "string"}}},
                 "headers": OPENAPI_RESPONSE_HEADERS,
             },
-            **error_responses(400, 404, 413, 500, 503),
+            **error_responses(400, 404, 408, 413, 429, 500, 503, 504),
         },
-        "openapi_extra": {"parameters": OPENAPI_PARAMETERS},
+        "openapi_extra": {"parameters": [*headers.OPENAPI_PARAMETERS, *limits.OPENAPI_PARAMETERS]},
     }
 
 
@@ -191,8 +195,9 @@ async def prepare(
         APIError: another model was asked for, or the server takes no requests.
         InvalidRequest: a field or header has a bad value.
     """
-    client = state.ready_client()
+    client = state.admitting_client()
     state.check_model(body.model)
+    treated = read_limits(http.headers, body.priority, state.settings)
     if body.unknown_fields:
         logger.warning("ignored unknown fields of a request: %.500r", body.unknown_fields)
     controls = eviction_controls(http.headers, body.kv, state.eviction)
@@ -204,7 +209,7 @@ async def prepare(
             prompt_token_ids=prompt.token_ids,
             sampling=sampling,
             eviction=controls.for_context(prompt.context_tokens),
-            priority=body.priority,
+            priority=treated.priority,
         )
         for index, prompt in enumerate(prompts)
     ]
@@ -212,9 +217,8 @@ async def prepare(
         plans = await run_in_threadpool(lambda: [client.plan(request) for request in requests])
     except InvalidRequest as error:
         raise controls.named(error) from error
-    return Generation(
-        answer_id, int(time.time()), body, state.settings.model_name, client, prompts, requests, plans
-    )
+    created, model = int(time.time()), state.settings.model_name
+    return Generation(answer_id, created, body, model, client, prompts, requests, plans, treated.timeout)
 
 
 async def respond(answer: Answer, http: HTTPRequest) -> Response:

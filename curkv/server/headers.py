@@ -45,8 +45,8 @@ _SCHEMAS: dict[str, dict[str, Any]] = {
     "budget": {
         **_BUDGET,
         "description": "What the prompt's cache may keep: a share (25%, 0.25), tokens per head on average "
-        "(512, 512tok), bytes of the whole request (8MiB), or auto: what stays below max_loss.",
-        "examples": ["25%", "512tok", "8MiB", "auto"],
+        "(512, 512tok) or bytes of the whole request (8MiB).",
+        "examples": ["25%", "512tok", "8MiB"],
     },
     "decode_budget": {
         **_BUDGET,
@@ -126,11 +126,6 @@ _SCHEMAS: dict[str, dict[str, Any]] = {
         "description": "Evict once, when the prompt is computed, or to the budget after every chunk of it.",
     },
     "prefill_chunk": {"type": "integer", "minimum": 1, "description": "Tokens of such a chunk."},
-    "max_loss": {
-        "type": "number",
-        "description": "Of budget auto: relative error of the attention output that a layer may have.",
-        "examples": [0.01],
-    },
 }
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import hmac
 import re
 import uuid
+from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -39,12 +43,57 @@ class RequestIdMiddleware:
         await self.app(scope, receive, send_with_id)
 
 
-class BodyLimitMiddleware:
-    """Answers 413 to a body larger than `max_bytes`, as soon as its length or its bytes show it."""
+class ApiKeyMiddleware:
+    """Answers 401 to requests without one of the keys, on every route but /health and /metrics.
 
-    def __init__(self, app: ASGIApp, max_bytes: int):
+    A key comes as `Authorization: Bearer KEY`, or as the password of basic authentication, with which a
+    browser can open the page.
+    """
+
+    OPEN = frozenset({"/health", "/metrics"})
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]):
+        self.app = app
+        self._keys = [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes on what may pass."""
+        if scope["type"] != "http" or scope["path"] in self.OPEN or self._known(Headers(scope=scope)):
+            await self.app(scope, receive, send)
+            return
+        error = APIError(
+            401,
+            "no valid API key: send Authorization: Bearer KEY",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": 'Bearer, Basic realm="curkv"'},
+        )
+        await error.response()(scope, receive, send)
+
+    def _known(self, headers: Headers) -> bool:
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        key = given.strip().encode()
+        if scheme.lower() == "basic":
+            key = _password(key)
+        elif scheme.lower() != "bearer":
+            return False
+        matches = [hmac.compare_digest(key, known) for known in self._keys]  # all of them: constant time
+        return any(matches)
+
+
+def _password(credentials: bytes) -> bytes:
+    try:
+        return base64.b64decode(credentials, validate=True).partition(b":")[2]
+    except ValueError:
+        return b""
+
+
+class BodyMiddleware:
+    """Answers 413 to a body larger than `max_bytes` and 408 to one that is not there after `seconds`."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int, seconds: float):
         self.app = app
         self.max_bytes = max_bytes
+        self.seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Counts the body while the application reads it."""
@@ -53,19 +102,31 @@ class BodyLimitMiddleware:
             return
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and int(declared[:20]) > self.max_bytes:
-            await self._error().response()(scope, receive, send)
+            await self._too_large().response()(scope, receive, send)
             return
-        received = 0
+        received, complete = 0, False
+        deadline = asyncio.get_running_loop().time() + self.seconds
 
-        async def receive_counted() -> Message:
-            nonlocal received
-            message = await receive()
+        async def receive_checked() -> Message:
+            nonlocal received, complete
+            if complete:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise self._too_slow() from None
             received += len(message.get("body", b""))
             if received > self.max_bytes:
-                raise self._error()
+                raise self._too_large()
+            complete = not message.get("more_body", False)
             return message
 
-        await self.app(scope, receive_counted, send)
+        await self.app(scope, receive_checked, send)
 
-    def _error(self) -> APIError:
+    def _too_slow(self) -> APIError:
+        message = f"the body was not complete after {self.seconds:g} s"
+        return APIError(408, message, code="body_too_slow", headers={"Connection": "close"})
+
+    def _too_large(self) -> APIError:
         return APIError(413, f"the body is larger than {self.max_bytes} bytes", code="body_too_large")

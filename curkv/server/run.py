@@ -7,6 +7,7 @@ import contextlib
 import errno
 import logging
 import socket
+import ssl
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -22,6 +23,7 @@ from curkv.cache.options import OptionError
 from curkv.config import Settings
 from curkv.models.errors import ModelError
 from curkv.server.app import create_app
+from curkv.server.connections import impatient
 from curkv.server.state import ServerState
 
 if TYPE_CHECKING:
@@ -51,8 +53,21 @@ def serve(settings: Settings) -> int:
         server = Server(settings)
     except OptionError as error:
         raise StartupError(f"--kv-{error.field.replace('_', '-')}: {error.message}") from error
+    _check_certificate(settings)
     server.run(sockets=[listen(settings.host, settings.port)])
     return server.exit_status
+
+
+def _check_certificate(settings: Settings) -> None:
+    if settings.ssl_certfile is None:
+        if settings.ssl_keyfile is not None:
+            raise StartupError("--ssl-keyfile needs --ssl-certfile")
+        return
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile, lambda: "")
+    except OSError as error:
+        raise StartupError(f"--ssl-certfile or --ssl-keyfile: {error}") from error
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -107,7 +122,10 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=impatient(settings.receive_timeout),
                 lifespan="on",
+                ssl_certfile=settings.ssl_certfile,
+                ssl_keyfile=settings.ssl_keyfile,
                 log_config=None,
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
@@ -188,7 +206,8 @@ class Server(uvicorn.Server):
         """Where a browser on this machine finds the server."""
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        scheme = "https" if self._settings.ssl_certfile else "http"
+        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 WELCOME = """

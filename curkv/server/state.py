@@ -10,7 +10,7 @@ from starlette.requests import Request
 
 from curkv.cache.options import EvictionOptions
 from curkv.config import Settings
-from curkv.server.errors import APIError, unavailable
+from curkv.server.errors import RETRY_AFTER_SECONDS, APIError, unavailable
 from curkv.server.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -60,6 +60,20 @@ class ServerState:
         if self.client is None or self.phase != "ready":
             raise unavailable(f"the server takes no requests: it is {self.phase}", self.phase)
         return self.client
+
+    def admitting_client(self) -> EngineClient:
+        """The engine, if it takes requests and its queue has room.
+
+        Raises:
+            APIError: 503, it takes none; 429, the queue is full.
+        """
+        client = self.ready_client()
+        waiting, most = client.num_waiting, self.settings.max_waiting
+        if waiting >= most:
+            retry = {"Retry-After": str(RETRY_AFTER_SECONDS)}
+            message = f"{waiting} sequences wait already, at most {most} may"
+            raise APIError(429, message, code="queue_full", headers=retry)
+        return client
 
     def check_model(self, name: str | None) -> None:
         """Checks the `model` field of a request.

@@ -35,14 +35,19 @@ class OutputStream:
     Args:
         client: the engine.
         requests: requests with ids of their own.
+        timeout: seconds after which a 504 is raised instead of further outputs; None: never.
     """
 
-    def __init__(self, client: EngineClient, requests: Sequence[Request]):
+    def __init__(self, client: EngineClient, requests: Sequence[Request], timeout: float | None):
         self._client = client
         self._news: asyncio.Queue[tuple[int, Output] | Exception | None] = asyncio.Queue()
         self._unfinished = len(requests)
         self._first: tuple[int, Output] | None = None
         self._tasks = [asyncio.create_task(self._run(i, request)) for i, request in enumerate(requests)]
+        self._timer: asyncio.TimerHandle | None = None
+        if timeout is not None:
+            error = APIError(504, f"the request was not finished after {timeout:g} s", code="timeout")
+            self._timer = asyncio.get_running_loop().call_later(timeout, self._news.put_nowait, error)
 
     async def _run(self, index: int, request: Request) -> None:
         try:
@@ -65,7 +70,7 @@ class OutputStream:
         """Returns (index of the request, output).
 
         Raises:
-            APIError: the engine gave a choice up.
+            APIError: the engine gave a choice up, or the time is over.
             EngineUnavailable: the engine takes no requests.
         """
         if self._first is not None:
@@ -85,6 +90,8 @@ class OutputStream:
     def close(self) -> None:
         """Aborts the requests that have not ended."""
         self._unfinished = 0
+        if self._timer is not None:
+            self._timer.cancel()
         for task in self._tasks:
             task.cancel()
 

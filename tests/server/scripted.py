@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,6 +66,7 @@ class ScriptedClient:
     tokenizer: Tokenizer = field(default_factory=word_tokenizer)
     chat_template: ChatTemplate | None = field(default_factory=word_template)
     max_model_len: int = MAX_MODEL_LEN
+    num_waiting: int = 0
 
     @property
     def vocab_size(self) -> int:
@@ -73,6 +75,11 @@ class ScriptedClient:
     @property
     def healthy(self) -> bool:
         return self.state == "ready"
+
+    @property
+    def pruning(self) -> dict[str, Any]:
+        base = {"name": "more-words", "sha256": "0", "pruning": None}
+        return {"method": "self-calibrated", "removed": 0.25, "base": base, "details": {}}
 
     @property
     def weights_bytes(self) -> dict[str, int]:

@@ -34,9 +34,9 @@ raise SystemExit(server.exit_status)
 
 
 @contextmanager
-def served(build: Any, drain_timeout: float = 10.0) -> Iterator[tuple[Server, httpx.AsyncClient]]:
+def served(build: Any, **settings: Any) -> Iterator[tuple[Server, httpx.AsyncClient]]:
     """A server in a thread; signals are delivered by calling their handler."""
-    server = Server(Settings(served_model_name="words", drain_timeout=drain_timeout), build)
+    server = Server(Settings(served_model_name="words", **settings), build)
     sock = listen("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()

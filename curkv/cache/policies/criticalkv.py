@@ -38,7 +38,7 @@ class CriticalKV(SnapKV):
         if options.allocation == "adaptive":
             floor = torch.full_like(counts, max(int(options.alpha * view.budget), options.alpha > 0))
             counts = kernels.select(scores, view.lengths, counts, floor)[1]
-        first = best_of_heads(scores, (counts * (options.first_stage or 0.0)).int(), view, kernels)
+        first = best_of_heads(scores, (counts * options.first_stage).int(), view, kernels)
         weighted = (scores + _EPSILON) * projected_norms(view)
         weighted.masked_fill_(first, torch.inf)
         if options.allocation != "adaptive":

@@ -52,7 +52,7 @@ class SnapCur(SnapKV):
         weighed = (attention * CurDKV().score(view, options, kernels)).masked_fill(~judged, 0.0)
         passages = self._passages(view, weighed, options.chunk or 1).masked_fill(~judged, -torch.inf)
         room = max(0, view.budget - self.window(options))
-        first = torch.full_like(view.lengths, int((options.first_stage or 0.0) * room))
+        first = torch.full_like(view.lengths, int(options.first_stage * room))
         single = pooled(attention, judged, options.pool or 1, options.pool_kind or "mean")
         return single.masked_fill(window | best_of_heads(passages, first, view, kernels), torch.inf)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from curkv.server import headers, limits
 from curkv.server.errors import error_responses
 from curkv.server.explain.protocol import ExplainRequest, ExplainResponse
 from curkv.server.explain.serving import explain, prepare
 from curkv.server.generation import CLIENT_CLOSED_REQUEST
-from curkv.server.headers import OPENAPI_PARAMETERS
 from curkv.server.state import server_state
 from curkv.server.streaming import ClientDisconnected, unless_disconnected
 
@@ -20,15 +20,15 @@ router = APIRouter(tags=["eviction"])
     "/v1/kv/explain",
     summary="What policies would keep of a prompt",
     response_model=ExplainResponse,
-    responses=error_responses(400, 404, 413, 500, 503),
-    openapi_extra={"parameters": OPENAPI_PARAMETERS},
+    responses=error_responses(400, 404, 408, 413, 429, 500, 503, 504),
+    openapi_extra={"parameters": [*headers.OPENAPI_PARAMETERS, *limits.OPENAPI_PARAMETERS]},
 )
 async def explain_eviction(body: ExplainRequest, request: Request) -> Response:
     """Computes the prompt once, asks every policy what it would keep, and generates nothing."""
     state = server_state(request)
-    asked = await prepare(body, request.headers, state)
+    asked, treated = await prepare(body, request.headers, state)
     try:
-        answer = await unless_disconnected(request, explain(body, asked, state))
+        answer = await unless_disconnected(request, explain(body, asked, treated, state))
     except ClientDisconnected:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     return JSONResponse(answer.model_dump(mode="json"))

@@ -19,6 +19,7 @@ from curkv.cache.options import EvictionOptions
 from curkv.engine.types import InvalidRequest, Request, SamplingParams
 from curkv.server.explain.protocol import ExplainRequest, ExplainResponse, PolicyExplanation, Span
 from curkv.server.headers import EvictionControls, eviction_controls
+from curkv.server.limits import Limits, read_limits
 from curkv.server.protocol import Usage
 from curkv.server.state import ServerState
 from curkv.server.streaming import OutputStream
@@ -29,22 +30,23 @@ if TYPE_CHECKING:
 _DECIMALS = 4
 
 
-async def prepare(body: ExplainRequest, headers: Headers, state: ServerState) -> Request:
+async def prepare(body: ExplainRequest, headers: Headers, state: ServerState) -> tuple[Request, Limits]:
     """Checks the prompt and every policy; takes nothing.
 
     Raises:
         APIError: another model was asked for, or the server takes no requests.
         InvalidRequest: a field or header has a bad value, or the engine could not serve it.
     """
-    client = state.ready_client()
+    client = state.admitting_client()
     state.check_model(body.model)
+    limits = read_limits(headers, body.priority, state.settings)
     ids = await run_in_threadpool(body.token_ids, client)
     request = Request(
         id=f"explain-{uuid.uuid4().hex}",
         prompt_token_ids=ids,
         sampling=SamplingParams(max_tokens=0),
         eviction=EvictionOptions(),
-        priority=body.priority,
+        priority=limits.priority,
     )
     options = []
     for index, fields in enumerate(body.policies or [body.kv]):
@@ -57,7 +59,7 @@ async def prepare(body: ExplainRequest, headers: Headers, state: ServerState) ->
             raise InvalidRequest(error.message, param) from error
     request = replace(request, explain=tuple(options))
     await run_in_threadpool(client.plan, request)
-    return request
+    return request, limits
 
 
 def _explainable(controls: EvictionControls, client: EngineClient, request: Request) -> EvictionOptions:
@@ -76,10 +78,12 @@ def _explainable(controls: EvictionControls, client: EngineClient, request: Requ
     return options
 
 
-async def explain(body: ExplainRequest, request: Request, state: ServerState) -> ExplainResponse:
+async def explain(
+    body: ExplainRequest, request: Request, limits: Limits, state: ServerState
+) -> ExplainResponse:
     """Computes the prompt and words what the policies say of it."""
     client = state.ready_client()
-    with closing(OutputStream(client, [request])) as outputs:
+    with closing(OutputStream(client, [request], limits.timeout)) as outputs:
         _, output = [item async for item in outputs][-1]
     ids, layout = request.prompt_token_ids, client.cache_layout
     return ExplainResponse(

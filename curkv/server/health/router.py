@@ -9,7 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
 import curkv
-from curkv.server.errors import RETRY_AFTER_SECONDS
+from curkv.server.errors import RETRY_AFTER_SECONDS, error_responses
 from curkv.server.state import server_state
 
 router = APIRouter(tags=["health"])
@@ -42,7 +42,7 @@ class Version(BaseModel):
     version: str
 
 
-@router.get("/version", summary="Version of the server")
+@router.get("/version", summary="Version of the server", responses=error_responses())
 async def version() -> Version:
     """Names the version of curkv."""
     return Version(version=curkv.__version__)

@@ -7,12 +7,28 @@ from typing import Literal
 from pydantic import BaseModel
 
 
+class PruningCard(BaseModel):
+    """How `curkv prune` made a model.
+
+    Attributes:
+        method: its `--method`.
+        removed: share of each MLP's rows that is gone.
+        base: what the model before was called.
+    """
+
+    method: str
+    removed: float
+    base: str
+
+
 class ModelCard(BaseModel):
     """A model that can be named in requests.
 
     Attributes:
         root: what was loaded: built-in name, path or Hub id.
         max_model_len: most tokens of prompt and output together.
+        weights_bytes: memory of its weights.
+        pruning: null if it was not pruned.
     """
 
     id: str
@@ -21,6 +37,8 @@ class ModelCard(BaseModel):
     owned_by: str = "curkv"
     root: str
     max_model_len: int
+    weights_bytes: int
+    pruning: PruningCard | None = None
 
 
 class ModelList(BaseModel):

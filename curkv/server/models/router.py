@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from fastapi import APIRouter, Request
 
 from curkv.server.errors import error_responses
-from curkv.server.models.protocol import ModelCard, ModelList
+from curkv.server.models.protocol import ModelCard, ModelList, PruningCard
 from curkv.server.state import ServerState, server_state
 
 router = APIRouter(tags=["models"])
@@ -26,9 +29,19 @@ async def list_models(request: Request) -> ModelList:
 
 
 def _card(state: ServerState) -> ModelCard:
+    client = state.ready_client()
     return ModelCard(
         id=state.settings.model_name,
         created=state.created,
         root=state.settings.model,
-        max_model_len=state.ready_client().max_model_len,
+        max_model_len=client.max_model_len,
+        weights_bytes=sum(client.weights_bytes.values()),
+        pruning=_pruning(client.pruning),
     )
+
+
+def _pruning(provenance: Mapping[str, Any] | None) -> PruningCard | None:
+    if provenance is None:
+        return None
+    base = provenance["base"]["name"]
+    return PruningCard(method=provenance["method"], removed=provenance["removed"], base=base)

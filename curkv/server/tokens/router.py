@@ -15,7 +15,7 @@ from curkv.server.tokens.protocol import (
     TokenizeResponse,
 )
 
-router = APIRouter(tags=["tokens"], responses=error_responses(400, 404, 413, 503))
+router = APIRouter(tags=["tokens"], responses=error_responses(400, 404, 408, 413, 503))
 
 
 @router.post("/tokenize", summary="Turn a prompt into tokens")

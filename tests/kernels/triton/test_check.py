@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
-from curkv.kernels.costs import COSTS, evaluate
+from curkv.kernels import aot
+from curkv.kernels.check import Entry, failures
+from curkv.kernels.costs import COSTS, Cost, evaluate
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
@@ -43,3 +47,34 @@ def test_formulas_evaluate(name):
     cost = COSTS[name]
     assert evaluate(cost.moved, shapes) >= evaluate(cost.minimum, shapes) > 0
     assert evaluate(cost.flops, shapes) >= 0
+
+
+@pytest.mark.parametrize(
+    ("change", "failure"),
+    [
+        ({}, None),
+        ({"spills": 1}, "1 spills"),
+        ({"shared": 200 << 10}, "bytes of shared memory"),
+        ({"wide_loads": 3}, "3 16-byte"),
+        ({"narrow_loads": 2}, "2 2-byte"),
+        ({"tensor_ops": 0}, "no tensor-core"),
+    ],
+)
+def test_each_gate_breaks(monkeypatch, change, failure):
+    monkeypatch.setattr(aot, "smallest_wide_loads", lambda launch: 4)
+    report = aot.Report(
+        registers=64, spills=0, shared=1024, occupancy=1, wide_loads=4, narrow_loads=0, tensor_ops=1
+    )
+    shapes = dict.fromkeys("BTHLQdIsa", 1) | {"D": 64, "P": 64, "c": 64, "n": 4096}
+    call = aot.Call("paged_prefill_attention", shapes, [])
+    launch = SimpleNamespace(name="paged_prefill_attention.attend")
+    entry = Entry("model", aot.TARGETS[0], call, [(launch, replace(report, **change))])
+    found = list(failures(entry))
+    assert len(found) == (failure is not None)
+    assert failure is None or failure in found[0]
+
+
+def test_moving_more_than_one_must_breaks_a_gate(monkeypatch):
+    monkeypatch.setitem(COSTS, "rope", Cost("100", "111", "0"))
+    entry = Entry("model", aot.TARGETS[0], aot.Call("rope", {}, []), [])
+    assert list(failures(entry)) == ["model, rope: moves 1.11 times the bytes it must"]

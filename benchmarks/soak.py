@@ -1,0 +1,124 @@
+"""Mixed requests, many of which are abandoned: afterwards nothing may be held any more.
+
+    .venv/bin/curkv serve --port 8010 --kv-cache-memory 600MiB &
+    .venv/bin/python benchmarks/soak.py --url http://127.0.0.1:8010 --requests 1000 --disconnects 0.3
+
+Prints what was sent and answered, and fails unless running, waiting and used bytes are 0 at the end and the
+server's resident memory grew by less than `--growth` after the first tenth of the requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import sys
+import time
+from collections import Counter
+from typing import Any
+
+import httpx
+
+SENTENCE = "Rivers carry rain from the hills to the sea. "
+POLICIES: tuple[dict[str, str], ...] = (
+    {"policy": "full"},
+    {"policy": "curdkv", "budget": "25%"},
+    {"policy": "snapkv", "budget": "50%"},
+    {"policy": "adacurdkv", "budget": "64tok"},
+    {"policy": "streaming-llm", "budget": "50%", "decode_budget": "128tok"},
+)
+
+
+def draw(rng: random.Random) -> tuple[str, dict[str, Any]]:
+    """Path and body of a random request: one in ten is bad."""
+    if rng.random() < 0.1:
+        return rng.choice(
+            [
+                ("/v1/completions", {"prompt": ""}),
+                ("/v1/completions", {"prompt": "x", "max_tokens": 10**6}),
+                ("/v1/chat/completions", {"messages": []}),
+                ("/v1/kv/explain", {"prompt": "x", "policies": [{"policy": "no-such"}]}),
+            ]
+        )
+    text = SENTENCE * rng.randint(10, 40)
+    kv = rng.choice(POLICIES)
+    body: dict[str, Any] = {"kv": kv, "max_tokens": rng.randint(1, 24), "stream": rng.random() < 0.5}
+    kind = rng.random()
+    if kind < 0.45:
+        prompt = [text, SENTENCE * 12] if rng.random() < 0.2 else text
+        return "/v1/completions", {"prompt": prompt, "n": rng.choice([1, 1, 2]), **body}
+    if kind < 0.55:
+        return "/v1/completions", {"prompt": text, "echo": True, "logprobs": 1, **body, "max_tokens": 0}
+    if kind < 0.65:
+        return "/v1/completions", {"prompt": text, "structured_outputs": {"regex": "[a-z]{1,12}"}, **body}
+    if kind < 0.7:
+        return "/v1/kv/explain", {"prompt": text, "policies": [kv]}
+    return "/v1/chat/completions", {"messages": [{"role": "user", "content": text + "Why?"}], **body}
+
+
+async def send(http: httpx.AsyncClient, rng: random.Random, disconnects: float, seen: Counter[str]) -> None:
+    """Sends one request, and goes away before its end if chance says so."""
+    path, body = draw(rng)
+    patience = rng.uniform(0.0, 1.5) if rng.random() < disconnects else None
+    try:
+        async with asyncio.timeout(patience):
+            response = await http.post(path, json=body)
+            broken = response.status_code == 200 and '"error":' in response.text
+            seen["error in a stream" if broken else str(response.status_code)] += 1
+    except TimeoutError:
+        seen["abandoned"] += 1
+
+
+async def metrics(http: httpx.AsyncClient) -> dict[str, float]:
+    """The gauges that have to return to zero, and the server's memory."""
+    names = ("curkv:num_requests_running", "curkv:num_requests_waiting", "curkv:kv_cache_used_bytes")
+    lines = (await http.get("/metrics")).text.splitlines()
+    pairs = (line.rsplit(" ", 1) for line in lines if line.startswith((*names, "process_resident")))
+    return {name.split("{")[0]: float(value) for name, value in pairs}
+
+
+async def soak(options: argparse.Namespace) -> bool:
+    """Runs everything; says whether nothing is left."""
+    seen = Counter[str]()
+    room = asyncio.Semaphore(options.users)
+    memory: list[float] = []
+    started = time.monotonic()
+    async with httpx.AsyncClient(base_url=options.url, timeout=600, limits=httpx.Limits()) as http:
+
+        async def one(index: int) -> None:
+            async with room:
+                await send(http, random.Random(options.seed * 10**6 + index), options.disconnects, seen)
+                if (done := sum(seen.values())) % max(1, options.requests // 10) == 0:
+                    memory.append((await metrics(http))["process_resident_memory_bytes"])
+                    print(f"{done} done, {memory[-1] / 2**20:.0f} MiB resident", flush=True)
+
+        await asyncio.gather(*(one(index) for index in range(options.requests)))
+        for _ in range(600):
+            left = await metrics(http)
+            memory.append(left.pop("process_resident_memory_bytes"))
+            if not any(left.values()):
+                break
+            await asyncio.sleep(0.1)
+    grown = (memory[-1] - memory[0]) / 2**20
+    print(f"{options.requests} requests in {time.monotonic() - started:.0f} s: {dict(seen)}")
+    print(f"left: {left}; memory grew by {grown:.0f} MiB after the first tenth")
+    failed = any(int(status) >= 500 for status in seen if status.isdigit()) or seen["error in a stream"]
+    return not any(left.values()) and grown < options.growth and not failed
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--users", type=int, default=8, help="requests in flight")
+    parser.add_argument("--disconnects", type=float, default=0.3, help="share that is abandoned")
+    parser.add_argument("--growth", type=float, default=100, help="MiB that the server's memory may grow")
+    parser.add_argument("--seed", type=int, default=0)
+    sys.exit(0 if asyncio.run(soak(parser.parse_args())) else 1)
+
+
+if __name__ == "__main__":
+    main()

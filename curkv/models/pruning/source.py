@@ -1,0 +1,90 @@
+"""The model that is pruned: its files, read tensor by tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from curkv.models.errors import ModelNotFound
+from curkv.models.loading import Checkpoint, load_config, load_pruning, tensor_files
+from curkv.models.pruning.plan import check_gated
+
+HASH_CHUNK = 1 << 24
+
+
+class Source:
+    """A model directory that can be pruned.
+
+    Raises:
+        ModelNotFound: It lacks its configuration or weights.
+        UnsupportedModel: Its architecture or its MLP is not supported.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.raw_config = read_json(directory / "config.json")
+        self._files = tensor_files(directory)
+        check_gated(self._files)
+        self.config = load_config(directory)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The weights in float32, layer by layer."""
+        return Checkpoint(self.directory, self.config)
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor of the checkpoint."""
+        return list(self._files)
+
+    def tensor(self, name: str) -> Tensor:
+        """Reads a tensor as it is stored."""
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns a tensor's shape without reading it."""
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def dtype_name(self, name: str) -> str:
+        """Returns a tensor's dtype in the words of the safetensors format, such as `BF16`."""
+        return str(self._files[name].get_slice(name).get_dtype())
+
+    @property
+    def provenance(self) -> dict[str, Any] | None:
+        """How the model itself came out of pruning, or None."""
+        return load_pruning(self.directory)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the weight files."""
+        return sum(path.stat().st_size for path in self._weight_files())
+
+    def sha256(self) -> str:
+        """Returns the hash of the weight files, one after another in the order of their names."""
+        digest = hashlib.sha256()
+        for path in self._weight_files():
+            with path.open("rb") as file:
+                while chunk := file.read(HASH_CHUNK):
+                    digest.update(chunk)
+        return digest.hexdigest()
+
+    def _weight_files(self) -> list[Path]:
+        return sorted(self.directory.glob("*.safetensors"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        ModelNotFound: There is no such file.
+    """
+    if not path.is_file():
+        raise ModelNotFound(f"{path.parent} has no {path.name}")
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
