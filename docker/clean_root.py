@@ -10,6 +10,7 @@ the steps work and that the result starts as its user and gets healthy, and noth
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -205,18 +206,29 @@ def check_start(stage: Stage) -> None:
         RuntimeError: it ended by itself, did not get healthy, or did not end well on SIGTERM.
     """
     network = {k: v for k, v in os.environ.items() if k.startswith("PIP_") or k.lower().endswith("_proxy")}
-    started = time.monotonic()
-    process = stage.start([*stage.entrypoint, *stage.command], network)
-    while stage.run(stage.healthcheck, {}) != 0:
-        if process.poll() is not None or time.monotonic() - started > START_SECONDS:
-            process.kill()
-            raise RuntimeError("it did not get healthy")
-        time.sleep(5)
-    print(f"ok  healthy as user {stage.user} after {time.monotonic() - started:.0f} s", flush=True)
-    process.send_signal(signal.SIGTERM)
-    if (status := process.wait(60)) != 0:
-        raise RuntimeError(f"status {status} after SIGTERM")
-    print("ok  ended with status 0 on SIGTERM", flush=True)
+    with mounted_proc(stage.root):
+        started = time.monotonic()
+        process = stage.start([*stage.entrypoint, *stage.command], network)
+        while stage.run(stage.healthcheck, {}) != 0:
+            if process.poll() is not None or time.monotonic() - started > START_SECONDS:
+                process.kill()
+                raise RuntimeError("it did not get healthy")
+            time.sleep(5)
+        print(f"ok  healthy as user {stage.user} after {time.monotonic() - started:.0f} s", flush=True)
+        process.send_signal(signal.SIGTERM)
+        if (status := process.wait(60)) != 0:
+            raise RuntimeError(f"status {status} after SIGTERM")
+        print("ok  ended with status 0 on SIGTERM", flush=True)
+
+
+@contextlib.contextmanager
+def mounted_proc(root: Path) -> Iterator[None]:
+    """`/proc` inside the root, as every container has it."""
+    subprocess.run(["mount", "-t", "proc", "proc", root / "proc"], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", root / "proc"], check=True)
 
 
 if __name__ == "__main__":
