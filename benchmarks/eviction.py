@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from curkv.bench.text import token_spans
-from curkv.cache.options import parse_options
+from curkv.cache.parsing import parse_options
 from curkv.engine.build import EngineOptions, build_engine
 from curkv.engine.engine import Engine
 from curkv.engine.types import Request, SamplingParams

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from curkv.bench.text import documentation_text
-from curkv.cache.kv_cache import CacheLayout, KVCache
+from curkv.cache.kv_cache import KVCache
+from curkv.cache.layout import CacheLayout
 from curkv.cache.options import EvictionOptions
 from curkv.engine.engine import Engine
 from curkv.engine.types import Request, SamplingParams

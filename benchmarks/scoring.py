@@ -19,7 +19,9 @@ from curkv.bench.text import token_spans
 from curkv.cache.batch import Batch
 from curkv.cache.eviction import evict, plan_kept
 from curkv.cache.observations import Needs
-from curkv.cache.options import EvictionOptions, parse_options, policy_needs, resolve
+from curkv.cache.options import EvictionOptions
+from curkv.cache.parsing import parse_options
+from curkv.cache.plan import policy_needs, resolve
 from curkv.cache.policies import policy_names
 from curkv.engine.build import EngineOptions, build_engine
 from curkv.engine.engine import Engine

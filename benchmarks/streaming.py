@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from curkv.cache.options import parse_options
+from curkv.cache.parsing import parse_options
 from curkv.engine.build import EngineOptions, build_engine
 from curkv.engine.engine import Engine
 from curkv.engine.types import InvalidRequest, Request, SamplingParams

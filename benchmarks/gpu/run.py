@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from curkv.cache.budgets import Budget
-from curkv.cache.kv_cache import CacheLayout, KVCache
+from curkv.cache.kv_cache import KVCache
+from curkv.cache.layout import CacheLayout
 from curkv.cache.options import EvictionOptions
 from curkv.engine.decode_graphs import DecodeGraphs
 from curkv.engine.engine import Engine

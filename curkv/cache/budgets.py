@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from curkv.cache.kv_cache import CacheLayout
+from curkv.cache.layout import CacheLayout
 
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _NUMBER = re.compile(r"([0-9]{1,18})(\.[0-9]{1,18})?\s*([a-z]+|%)?", re.IGNORECASE)

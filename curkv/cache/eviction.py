@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from curkv.cache.merging import merged
-from curkv.cache.options import EvictionOptions, EvictionPlan
+from curkv.cache.options import EvictionOptions
+from curkv.cache.plan import EvictionPlan
 from curkv.cache.policies import get_policy
 from curkv.cache.policies.base import CacheView
 

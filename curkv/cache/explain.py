@@ -12,7 +12,7 @@ from torch import Tensor
 
 from curkv.cache.eviction import choose, plan_scores
 from curkv.cache.observations import Needs
-from curkv.cache.options import EvictionPlan
+from curkv.cache.plan import EvictionPlan
 from curkv.cache.policies.base import CacheView
 
 if TYPE_CHECKING:

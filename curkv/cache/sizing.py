@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from curkv.cache.kv_cache import CacheLayout
+from curkv.cache.layout import CacheLayout
 
 MEMORY_SHARE = 0.5
 """Share of the free memory that the cache takes by default.

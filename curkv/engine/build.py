@@ -12,7 +12,8 @@ import torch
 from numba import set_num_threads
 
 from curkv.cache.budgets import Budget
-from curkv.cache.kv_cache import CacheLayout, KVCache
+from curkv.cache.kv_cache import KVCache
+from curkv.cache.layout import CacheLayout
 from curkv.cache.options import EvictionOptions
 from curkv.cache.sizing import default_cache_bytes, num_pages_for
 from curkv.engine.decode_graphs import DecodeGraphs

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tokenizers import Tokenizer
 
-from curkv.cache.kv_cache import CacheLayout
-from curkv.cache.options import EvictionPlan
+from curkv.cache.layout import CacheLayout
+from curkv.cache.plan import EvictionPlan
 from curkv.engine.engine import Engine
 from curkv.engine.stats import StatsSink, StepStats
 from curkv.engine.types import Output, Request

@@ -16,8 +16,9 @@ from curkv.cache.batch import Batch
 from curkv.cache.eviction import evict, plan_kept
 from curkv.cache.explain import explain
 from curkv.cache.kv_cache import KVCache
-from curkv.cache.options import EvictionOptions, EvictionPlan, OptionError, resolve
+from curkv.cache.options import EvictionOptions, OptionError
 from curkv.cache.page_pool import OutOfPages
+from curkv.cache.plan import EvictionPlan, resolve
 from curkv.engine.decode_graphs import DecodeGraphs
 from curkv.engine.detokenizer import Detokenizer
 from curkv.engine.sampling import choice_seed, sample, token_logprobs

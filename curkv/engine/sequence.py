@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from curkv.cache.explain import NEEDS, Explanation
 from curkv.cache.observations import Needs
-from curkv.cache.options import EvictionPlan
+from curkv.cache.plan import EvictionPlan
 from curkv.engine.detokenizer import Detokenizer
 from curkv.engine.types import KVReport, Request, TokenLogprob
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from curkv.cache.batch import Batch
 from curkv.cache.eviction import evict, plan_kept
 from curkv.cache.observations import Needs
-from curkv.cache.options import EvictionPlan, policy_needs, resolve
+from curkv.cache.plan import EvictionPlan, policy_needs, resolve
 from curkv.engine.engine import Engine
 from curkv.evaluation.perplexity import agreement, token_nll
 from curkv.evaluation.records import ProtocolName, Record

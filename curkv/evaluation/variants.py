@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from curkv.cache.options import EvictionOptions, parse_options
+from curkv.cache.options import EvictionOptions
+from curkv.cache.parsing import parse_options
 
 
 @dataclass(frozen=True)

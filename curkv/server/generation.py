@@ -18,7 +18,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from curkv.cache.options import EvictionPlan
+from curkv.cache.plan import EvictionPlan
 from curkv.engine.types import InvalidRequest, KVReport, Output, Request, SamplingParams
 from curkv.server import headers, limits
 from curkv.server.errors import as_api_error, error_responses

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, WithJsonSchema
 from starlette.datastructures import Headers
 
-from curkv.cache.options import PRESETS, EvictionOptions, OptionError, parse_options
+from curkv.cache.options import PRESETS, EvictionOptions, OptionError
+from curkv.cache.parsing import parse_options
 from curkv.cache.policies import KVPRESS_PREFIX, policy_names
 from curkv.config import Settings
 from curkv.engine.types import InvalidRequest

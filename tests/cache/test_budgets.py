@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from curkv.cache.budgets import Budget, parse_budget
-from curkv.cache.kv_cache import CacheLayout
+from curkv.cache.layout import CacheLayout
 
 
 def layout(page_size: int = 64, heads: int = 3) -> CacheLayout:

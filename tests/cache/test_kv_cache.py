@@ -10,7 +10,8 @@ from torch import Tensor
 
 from curkv.cache.batch import Batch
 from curkv.cache.integrity import IntegrityError
-from curkv.cache.kv_cache import CacheLayout, KVCache, OutOfSlots
+from curkv.cache.kv_cache import KVCache, OutOfSlots
+from curkv.cache.layout import CacheLayout
 from curkv.cache.page_pool import OutOfPages
 from curkv.kernels.pages import Pages
 from curkv.kernels.rope.reference import rope

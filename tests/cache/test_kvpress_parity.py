@@ -18,9 +18,11 @@ from transformers import AutoModelForCausalLM
 
 from curkv.cache.batch import Batch
 from curkv.cache.eviction import plan_kept
-from curkv.cache.kv_cache import CacheLayout, KVCache
+from curkv.cache.kv_cache import KVCache
+from curkv.cache.layout import CacheLayout
 from curkv.cache.observations import Needs
-from curkv.cache.options import parse_options, resolve
+from curkv.cache.parsing import parse_options
+from curkv.cache.plan import resolve
 from curkv.cache.policies.base import CacheView
 from curkv.kernels.dispatch import get_kernels
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from curkv.cache.eviction import plan_kept
-from curkv.cache.options import OptionError, parse_options, resolve
+from curkv.cache.options import OptionError
+from curkv.cache.parsing import parse_options
+from curkv.cache.plan import resolve
 from curkv.cache.policies import get_policy
 from curkv.kernels.dispatch import get_kernels
 from tests.cache.util import make_cache, step

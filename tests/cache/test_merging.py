@@ -7,7 +7,8 @@ import torch
 
 from curkv.cache.eviction import evict, plan_kept
 from curkv.cache.merging import merged
-from curkv.cache.options import parse_options, resolve
+from curkv.cache.parsing import parse_options
+from curkv.cache.plan import resolve
 from curkv.kernels.dispatch import get_kernels
 from tests.cache.util import head_tokens, kept, make_cache, step
 

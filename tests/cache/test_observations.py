@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from curkv.cache.batch import Batch
-from curkv.cache.kv_cache import CacheLayout, KVCache
+from curkv.cache.kv_cache import KVCache
+from curkv.cache.layout import CacheLayout
 from curkv.cache.observations import BLOCK_SKIP, STATISTICS_SKIP, Needs
 from curkv.kernels.dispatch import get_kernels
 from curkv.kernels.rope.reference import rope

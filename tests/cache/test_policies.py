@@ -11,8 +11,9 @@ from kvpress.utils import compute_n_kept
 from torch import Tensor
 
 from curkv.cache.eviction import plan_kept
-from curkv.cache.kv_cache import CacheLayout
-from curkv.cache.options import EvictionPlan, parse_options, resolve
+from curkv.cache.layout import CacheLayout
+from curkv.cache.parsing import parse_options
+from curkv.cache.plan import EvictionPlan, resolve
 from curkv.cache.policies import get_policy
 from curkv.cache.policies.base import CacheView, pooled
 from curkv.kernels.leverage_scores import cpu as leverage_cpu

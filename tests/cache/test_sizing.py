@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from curkv.cache import sizing
-from curkv.cache.kv_cache import CacheLayout
+from curkv.cache.layout import CacheLayout
 
 LAYOUT = CacheLayout(
     num_layers=2,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from curkv.cache.batch import Batch
-from curkv.cache.kv_cache import CacheLayout, KVCache
+from curkv.cache.kv_cache import KVCache
+from curkv.cache.layout import CacheLayout
 from curkv.kernels.compact.reference import compact
 from curkv.kernels.paged_decode_attention.reference import paged_decode_attention
 from curkv.kernels.paged_prefill_attention.reference import paged_prefill_attention

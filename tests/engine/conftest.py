@@ -11,7 +11,8 @@ import torch
 from tokenizers import Tokenizer
 
 from curkv.bench.text import documentation_text
-from curkv.cache.kv_cache import CacheLayout, KVCache
+from curkv.cache.kv_cache import KVCache
+from curkv.cache.layout import CacheLayout
 from curkv.cache.options import EvictionOptions
 from curkv.engine.engine import Engine
 from curkv.engine.types import Output, Request, SamplingParams

@@ -13,7 +13,7 @@ import torch
 from curkv.cache.eviction import plan_kept
 from curkv.cache.explain import output_errors
 from curkv.cache.observations import Needs, Observations
-from curkv.cache.options import parse_options
+from curkv.cache.parsing import parse_options
 from curkv.engine.engine import Engine
 
 from .conftest import Loaded, request, run

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from curkv.cache.options import parse_options
+from curkv.cache.parsing import parse_options
 from curkv.cache.policies import get_policy, policy_names
 from curkv.engine.engine import Engine
 from curkv.engine.types import InvalidRequest, KVReport

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from curkv.cache.options import parse_options
+from curkv.cache.parsing import parse_options
 from curkv.engine.engine import Engine
 from curkv.engine.types import InvalidRequest
 

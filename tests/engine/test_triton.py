@@ -14,8 +14,9 @@ from torch import Tensor
 from triton.runtime.interpreter import GridExecutor
 
 from curkv.cache.batch import Batch
-from curkv.cache.kv_cache import CacheLayout, KVCache
-from curkv.cache.options import parse_options
+from curkv.cache.kv_cache import KVCache
+from curkv.cache.layout import CacheLayout
+from curkv.cache.parsing import parse_options
 from curkv.engine.decode_graphs import DecodeGraphs
 from curkv.engine.engine import Engine
 from curkv.kernels.dispatch import get_kernels

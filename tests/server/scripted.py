@@ -15,8 +15,9 @@ import uvicorn
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from curkv.cache.explain import Explanation
-from curkv.cache.kv_cache import CacheLayout
-from curkv.cache.options import EvictionPlan, OptionError, resolve
+from curkv.cache.layout import CacheLayout
+from curkv.cache.options import OptionError
+from curkv.cache.plan import EvictionPlan, resolve
 from curkv.config import Settings
 from curkv.engine.client import EngineUnavailable
 from curkv.engine.stats import StatsSink, StepStats

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 
-from curkv.cache.policies.base import Policy
+from curkv.cache.policies.base import Policy, UnknownPolicy
 
 _POLICIES = {
     "full": ("full", "Full"),
@@ -32,13 +32,6 @@ _POLICIES = {
 }
 KVPRESS_PREFIX = "kvpress:"
 """Of the name of a press of the kvpress package."""
-
-
-class UnknownPolicy(KeyError):
-    """There is no such policy, or it cannot be had here; the message says why."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 def policy_names() -> tuple[str, ...]:

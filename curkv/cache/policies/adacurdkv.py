@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from curkv.cache.policies.base import Allocation
+from curkv.cache.options import Allocation
 from curkv.cache.policies.curdkv import CurDKV
 
 

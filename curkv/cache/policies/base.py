@@ -13,15 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curkv.cache.observations import Needs, Observations
+from curkv.cache.options import Allocation, EvictionOptions
 from curkv.kernels.pages import Pages
 
 if TYPE_CHECKING:
-    from curkv.cache.options import EvictionOptions
     from curkv.kernels.dispatch import Kernels
-
-__all__ = ["Allocation", "CacheView", "Needs", "Policy", "mix", "pooled"]
-
-Allocation = Literal["uniform", "adaptive", "pyramid"]
 
 ANY_ALLOCATION: frozenset[Allocation] = frozenset({"uniform", "adaptive", "pyramid"})
 SAME_FOR_ALL_HEADS: frozenset[Allocation] = frozenset({"uniform", "pyramid"})
@@ -153,6 +149,13 @@ def mix(seed: int, round: int) -> int:
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & (1 << 64) - 1
     x = (x ^ x >> 27) * 0x94D049BB133111EB & (1 << 64) - 1
     return (x ^ x >> 31) >> 1
+
+
+class UnknownPolicy(KeyError):
+    """There is no such policy, or it cannot be had here; the message says why."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class Policy(ABC):

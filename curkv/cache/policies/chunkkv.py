@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from curkv.cache.observations import Needs
+from curkv.cache.options import EvictionOptions
 from curkv.cache.policies import get_policy
-from curkv.cache.policies.base import SAME_FOR_ALL_HEADS, CacheView, Needs, Policy
+from curkv.cache.policies.base import SAME_FOR_ALL_HEADS, CacheView, Policy
 
 if TYPE_CHECKING:
-    from curkv.cache.options import EvictionOptions
     from curkv.kernels.dispatch import Kernels
 
 

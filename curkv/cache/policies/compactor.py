@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curkv.cache.observations import BLOCK_SKIP
-from curkv.cache.policies.base import CacheView, Needs, Policy
+from curkv.cache.observations import BLOCK_SKIP, Needs
+from curkv.cache.options import EvictionOptions
+from curkv.cache.policies.base import CacheView, Policy
 from curkv.cache.policies.curdkv import leverage
 
 if TYPE_CHECKING:
-    from curkv.cache.options import EvictionOptions
     from curkv.kernels.dispatch import Kernels
 
 _SKETCH = 48

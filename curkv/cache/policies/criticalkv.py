@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from curkv.cache.options import EvictionOptions
 from curkv.cache.policies.base import CacheView, best_of_heads
 from curkv.cache.policies.snapkv import SnapKV
 
 if TYPE_CHECKING:
-    from curkv.cache.options import EvictionOptions
     from curkv.kernels.dispatch import Kernels
 
 _EPSILON = 1e-4

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from curkv.cache.options import EvictionOptions
 from curkv.cache.policies.base import CacheView
 from curkv.cache.policies.snapkv import SnapKV
-
-if TYPE_CHECKING:
-    from curkv.cache.options import EvictionOptions
 
 
 class DapQ(SnapKV):

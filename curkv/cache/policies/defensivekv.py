@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from curkv.cache.options import EvictionOptions
 from curkv.cache.policies.base import CacheView
 from curkv.cache.policies.criticalkv import projected_norms
 from curkv.cache.policies.snapkv import SnapKV
 
 if TYPE_CHECKING:
-    from curkv.cache.options import EvictionOptions
     from curkv.kernels.dispatch import Kernels
 
 

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from curkv.cache.policies.base import CacheView, Needs, Policy
+from curkv.cache.observations import Needs
+from curkv.cache.options import EvictionOptions
+from curkv.cache.policies.base import CacheView, Policy
 
 if TYPE_CHECKING:
-    from curkv.cache.options import EvictionOptions
     from curkv.kernels.dispatch import Kernels
 
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from curkv.cache.options import EvictionOptions
 from curkv.cache.policies.base import SAME_FOR_ALL_HEADS, CacheView, Policy
 
 if TYPE_CHECKING:
-    from curkv.cache.options import EvictionOptions
     from curkv.kernels.dispatch import Kernels
 
 

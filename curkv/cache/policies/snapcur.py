@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curkv.cache.policies.base import Allocation, CacheView, best_of_heads, pooled
+from curkv.cache.options import Allocation, EvictionOptions
+from curkv.cache.policies.base import CacheView, best_of_heads, pooled
 from curkv.cache.policies.curdkv import CurDKV
 from curkv.cache.policies.snapkv import SnapKV
 
 if TYPE_CHECKING:
-    from curkv.cache.options import EvictionOptions
     from curkv.kernels.dispatch import Kernels
 
 

@@ -1,0 +1,253 @@
+"""A request's options resolved for its prompt."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from curkv.cache.budgets import Budget
+from curkv.cache.layout import CacheLayout
+from curkv.cache.observations import Needs
+from curkv.cache.options import PRESETS, EvictionOptions, OptionError, Span
+from curkv.cache.parsing import check_options, merged_spans, settle
+from curkv.cache.policies import get_policy
+from curkv.cache.policies.base import Policy
+
+DECODE_RECENT_TOKENS = 64
+"""Newest tokens that an eviction during decode keeps (VaSE, https://arxiv.org/abs/2606.03928)."""
+
+
+@dataclass(frozen=True)
+class EvictionPlan:
+    """A request's options resolved for its prompt; nothing in it contradicts anything else.
+
+    Attributes:
+        policy: The policy.
+        options: The options with the preset and the policy's defaults filled in.
+        needs: What has to be observed of the queries.
+        prompt_tokens: Length of the prompt.
+        context_tokens: First tokens of the prompt that are evicted from; the others are kept.
+        budget_tokens: Tokens kept of these per head, on average, at the end of prefill.
+        decode_budget_tokens: Tokens held per head above which an eviction is due during decode; None: never.
+        sink_tokens: First tokens that are always kept.
+        recent_tokens: Newest tokens kept at the end of prefill.
+        decode_recent_tokens: Newest tokens kept by an eviction during decode.
+        protect: Spans of the prompt that are always kept.
+        seed: Of random numbers, at least 0.
+    """
+
+    policy: Policy
+    options: EvictionOptions
+    needs: Needs
+    prompt_tokens: int
+    context_tokens: int
+    budget_tokens: int
+    decode_budget_tokens: int | None
+    sink_tokens: int
+    recent_tokens: int
+    decode_recent_tokens: int
+    protect: tuple[Span, ...]
+    seed: int
+
+    @property
+    def evicts_prompt(self) -> bool:
+        """Whether anything is evicted in prefill."""
+        return self.budget_tokens < self.context_tokens
+
+    @property
+    def observed(self) -> Needs:
+        """What has to be observed if anything is evicted at all."""
+        return self.needs if self.evicts_prompt or self.decode_budget_tokens is not None else Needs()
+
+    @property
+    def kept_prompt_tokens(self) -> int:
+        """Prompt tokens held per head, on average, at the end of prefill."""
+        return self.budget_tokens + self.prompt_tokens - self.context_tokens
+
+    @property
+    def peak_prompt_tokens(self) -> int:
+        """Most prompt tokens held per head, on average, at any time."""
+        context = self.context_tokens
+        if self.streaming:
+            context = min(context, self.budget_tokens + self.options.prefill_chunk)
+        return max(context, self.kept_prompt_tokens)
+
+    @property
+    def streaming(self) -> bool:
+        """Whether evictions come after every chunk of the prompt."""
+        return self.options.prefill == "streaming" and self.evicts_prompt
+
+    def next_stop(self, computed: int) -> int:
+        """Prompt position that a chunk must not cross, because the cache may be evicted there."""
+        if computed >= self.context_tokens:
+            return self.prompt_tokens
+        chunk = self.options.prefill_chunk
+        stop = (computed // chunk + 1) * chunk if self.streaming else self.context_tokens
+        return min(stop, self.context_tokens)
+
+    def prefill_due(self, computed: int, held_tokens: float) -> bool:
+        """Whether to evict after a chunk of the prompt.
+
+        Args:
+            computed: Prompt tokens computed.
+            held_tokens: Of these, per head, on average.
+        """
+        if not self.evicts_prompt or computed > self.context_tokens:
+            return False
+        due = computed == self.context_tokens
+        if self.streaming:
+            due = due or computed % self.options.prefill_chunk == 0
+        return due and held_tokens > self.budget_tokens
+
+    def decode_due(self, generated_tokens: int, held_tokens: float) -> bool:
+        """Whether to evict after a decode step.
+
+        Args:
+            generated_tokens: Stored since the prompt.
+            held_tokens: Per head, on average.
+        """
+        budget = self.decode_budget_tokens
+        interval = self.options.decode_interval or 1
+        return budget is not None and generated_tokens % interval == 0 and held_tokens > budget
+
+
+def resolve(options: EvictionOptions, prompt_tokens: Sequence[int], layout: CacheLayout) -> EvictionPlan:
+    """Resolve options for a prompt.
+
+    Args:
+        options: The request's options.
+        prompt_tokens: Token ids of the prompt.
+        layout: Shape of the cache.
+
+    Returns:
+        The plan.
+
+    Raises:
+        OptionError: options contradict each other, or do not fit this prompt.
+    """
+    check_options(options)
+    asked, options = options, settle(options)
+    policy, length = get_policy(options.policy), len(prompt_tokens)
+    context = length if options.context_tokens is None else options.context_tokens
+    for field, end in (
+        ("protect", options.protect[-1][1] if options.protect else 0),
+        ("context_tokens", context),
+    ):
+        if end > length:
+            raise OptionError(field, f"ends at token {end}, past the prompt, which has {length} tokens")
+    budget = _budget_tokens("budget", options, context, layout)
+    k = context if budget is None else min(budget, context)
+    options = _fit_observation(asked, options, policy, k)
+    sinks, recent = _fit_prompt(options, policy, k, context)
+    plan = EvictionPlan(
+        policy=policy,
+        options=options,
+        needs=policy_needs(options),
+        prompt_tokens=length,
+        context_tokens=context,
+        budget_tokens=k,
+        decode_budget_tokens=_budget_tokens("decode_budget", options, length, layout),
+        sink_tokens=sinks,
+        recent_tokens=recent,
+        decode_recent_tokens=_decode_recent(options, policy),
+        protect=options.protect,
+        seed=content_seed(prompt_tokens[:context]) if options.seed is None else options.seed % (1 << 64),
+    )
+    _check_decode(plan)
+    return plan
+
+
+def policy_needs(options: EvictionOptions) -> Needs:
+    """What has to be observed of the queries for a request's policy and the one multiplied with it."""
+    options = settle(options)
+    second = get_policy(options.times).needs(options) if options.times else Needs()
+    return get_policy(options.policy).needs(options) | second
+
+
+def content_seed(prompt_tokens: Sequence[int]) -> int:
+    """Derive a seed from token ids, 0 to 2^63 - 1; the same on every machine."""
+    digest = hashlib.blake2b(np.asarray(prompt_tokens, dtype="<i8").tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _budget_tokens(
+    field: Literal["budget", "decode_budget"], options: EvictionOptions, length: int, layout: CacheLayout
+) -> int | None:
+    budget: Budget | None = getattr(options, field)
+    if budget is None:
+        return None
+    slack = (options.decode_interval or 1) if field == "decode_budget" else 0
+    tokens = budget.tokens(length, layout, ragged=options.allocation != "uniform", slack=slack)
+    if tokens < 1:
+        message = f"{budget} is too little for the pages of {layout.num_heads} heads in all layers"
+        raise OptionError(field, message)
+    return tokens
+
+
+def _fit_observation(
+    asked: EvictionOptions, options: EvictionOptions, policy: Policy, k: int
+) -> EvictionOptions:
+    """A window that was not asked for takes at most a quarter of the budget; one that was has to fit."""
+    window = policy.window(options)
+    if asked.observation is None:
+        return replace(options, observation=max(1, min(window, k // 4))) if window else options
+    if window > k:
+        message = (
+            f"the newest {window} tokens judge the others and are kept, but the budget keeps {k} per head"
+        )
+        raise OptionError("observation", message, ("budget",))
+    return options
+
+
+def _fit_prompt(options: EvictionOptions, policy: Policy, k: int, length: int) -> tuple[int, int]:
+    """First and newest tokens that an eviction of the prompt to k tokens per head keeps.
+
+    What the request asks for must fit; what the policy and the preset ask for takes the room that is left.
+    """
+    preset, sinks, recent = PRESETS[options.preset], options.sink_tokens, options.recent_tokens
+    window = min(policy.window(options), length)
+    spans = [(start, min(end, length)) for start, end in options.protect if start < length]
+    newest = max(recent or 0, window)
+    asked = [*spans, (0, min(sinks or 0, length)), (max(0, length - newest), length)]
+    room = k - _covered(asked)
+    if room < 0:
+        names = [name for name in ("sink_tokens", "recent_tokens", "protect") if getattr(options, name)]
+        names += ["observation"] if window and newest == window else []
+        message = f"{' + '.join(names)} protect {k - room} tokens, but the budget keeps {k} per head"
+        raise OptionError("budget", message, tuple(names))
+    published = preset.sink_tokens is None
+    if sinks is None:
+        sinks = policy.published_sinks if published else max(policy.published_sinks, preset.sink_tokens or 0)
+        sinks = min(sinks, room)
+        room -= sinks
+    if recent is None:
+        recent = policy.published_recent if published or window else preset.recent_tokens
+        recent = max(min(recent, k // 4), int(policy.recent_share * k))
+        recent = min(recent, newest + room)
+    return sinks, max(recent, window)
+
+
+def _decode_recent(options: EvictionOptions, policy: Policy) -> int:
+    if options.recent_tokens is not None:
+        return max(options.recent_tokens, policy.window(options))
+    return policy.window(options) or DECODE_RECENT_TOKENS
+
+
+def _check_decode(plan: EvictionPlan) -> None:
+    budget, recent = plan.decode_budget_tokens, plan.decode_recent_tokens
+    protected = _covered([*plan.protect, (0, plan.sink_tokens)]) + recent
+    if budget is not None and budget <= protected:
+        names = ("sink_tokens", "recent_tokens", *(("protect",) if plan.protect else ()))
+        message = (
+            f"keeps {budget} tokens per head, not more than the {protected} that are always kept while "
+            f"generating: the newest {recent} and {protected - recent} others ({', '.join(names)})"
+        )
+        raise OptionError("decode_budget", message, names)
+
+
+def _covered(spans: Iterable[Span]) -> int:
+    return sum(end - start for start, end in merged_spans(spans))
