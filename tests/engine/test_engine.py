@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -215,7 +216,7 @@ def test_priority_runs_first(make_engine: MakeEngine, loaded: Loaded) -> None:
     order = []
     for index, priority in enumerate([5, 0, -1]):
         item = request(loaded.prompt(10), 1, id=str(index))
-        item = type(item)(item.id, item.prompt_token_ids, item.sampling, item.eviction, priority)
+        item = replace(item, priority=priority)
         engine.add(item, engine.plan(item))
     while engine.has_work:
         order += [o.request_id for o in engine.step()]

@@ -126,7 +126,7 @@ def test_tasks_that_the_full_cache_fails_do_not_count() -> None:
     text = markdown([*good, *bad])
     assert "| `needle` | 600 | visible | 100% [51%, 100%] | 0.100 [0.100, 0.100] | 4 | yes |" in text
     assert "the model cannot do it" in text
-    assert "## `needle`" in text and "## `qa_list`" not in text
+    assert "| `full` | 4 |" in text and "| `full` | 8 |" not in text
 
 
 def test_report_of_a_real_run(make_engine: MakeEngine, tmp_path: Path) -> None:
