@@ -19,6 +19,7 @@ CHOICES = {
     "curdkv 50%": {"X-KV-Policy": "curdkv", "X-KV-Budget": "50%"},
     "curdkv 25%": {"X-KV-Policy": "curdkv", "X-KV-Budget": "25%"},
     "adacurdkv 25%": {"X-KV-Policy": "adacurdkv", "X-KV-Budget": "25%"},
+    "snapcur 12.5%": {"X-KV-Policy": "snapcur", "X-KV-Budget": "12.5%"},
 }
 SHOWN = ("num_requests_running", "kv_cache_used_bytes", "kv_pages_freed_total", "kv_tokens_evicted_total")
 
