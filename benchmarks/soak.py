@@ -63,7 +63,7 @@ async def send(http: httpx.AsyncClient, rng: random.Random, disconnects: float, 
     try:
         async with asyncio.timeout(patience):
             response = await http.post(path, json=body)
-            broken = response.status_code == 200 and '"error":' in response.text
+            broken = response.status_code == 200 and 'data: {"error"' in response.text
             seen["error in a stream" if broken else str(response.status_code)] += 1
     except TimeoutError:
         seen["abandoned"] += 1
