@@ -35,6 +35,12 @@ class Pool:
         return Pool(Pages(*fields), self.table, self.lengths, self.slots)
 
 
+def rows_of(pool: Pool) -> tuple[Tensor, Tensor]:
+    """Table [N, max_pages] and lengths [N] of all heads of all sequences, one a row."""
+    slots = pool.slots.long()
+    return pool.table[slots].flatten(0, 1), pool.lengths[slots].flatten()
+
+
 def make_pool(
     lengths: Sequence[Sequence[int]],
     *,

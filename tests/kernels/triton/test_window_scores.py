@@ -4,13 +4,7 @@ import pytest
 import torch
 
 from curkv.kernels.window_scores import reference, triton
-from tests.kernels.util import make_pool
-
-
-def rows_of(pool):
-    """Table and lengths of all heads of all sequences, one a row."""
-    slots = pool.slots.long()
-    return pool.table[slots].flatten(0, 1), pool.lengths[slots].flatten()
+from tests.kernels.util import make_pool, rows_of
 
 
 @pytest.mark.parametrize("reduction", ["mean", "max"])
