@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from curkv.cache.observations import Needs
 from curkv.cache.options import EvictionOptions
-from curkv.cache.policies.base import SAME_FOR_ALL_HEADS, CacheView, Policy
+from curkv.cache.policies.base import SAME_FOR_ALL_HEADS, CacheView
+from curkv.cache.policies.snapkv import SnapKV
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels
 
 
-class TOVA(Policy):
+class TOVA(SnapKV):
     """TOVA (https://arxiv.org/abs/2401.06104, section 3.2): what the last query looks at.
 
     The score is the attention of the last query, mean over all heads of the layer, so that these keep the
@@ -27,19 +28,8 @@ class TOVA(Policy):
     allocations = SAME_FOR_ALL_HEADS
     defaults: Mapping[str, Any] = {"observation": 1, "decode_interval": 1}
     reads = frozenset({"observation", "pool", "pool_kind"})
-    factor = True
-
-    def needs(self, options: EvictionOptions) -> Needs:
-        """The last query."""
-        return Needs(queries=options.observation or 0)
-
-    def window(self, options: EvictionOptions) -> int:
-        """The token that observes."""
-        return options.observation or 0
 
     def score(self, view: CacheView, options: EvictionOptions, kernels: Kernels) -> Tensor:
         """Score tokens by the attention of the last query, mean over heads."""
-        queries = view.queries(options.observation or 0)
-        scores = kernels.window_scores(queries, view.pages, *view.rows, view.scale)
-        by_head = scores.view(*view.lengths.shape, view.width)
+        by_head = super().score(view, replace(options, reduction="mean"), kernels)
         return by_head.mean(1, keepdim=True).expand_as(by_head).contiguous()
