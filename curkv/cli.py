@@ -66,6 +66,7 @@ def serve(
     kv_dtype: Annotated[str | None, _setting("kv_dtype")] = None,
     page_size: Annotated[int | None, _setting("page_size")] = None,
     max_step_tokens: Annotated[int | None, _setting("max_step_tokens")] = None,
+    max_itl: Annotated[float | None, _setting("max_itl")] = None,
     max_sequences: Annotated[int | None, _setting("max_sequences")] = None,
     max_model_len: Annotated[int | None, _setting("max_model_len")] = None,
     device: Annotated[str | None, _setting("device")] = None,

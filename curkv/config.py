@@ -63,6 +63,11 @@ class Settings(BaseSettings):
     )
     page_size: int = Field(64, ge=8, le=256, description="Tokens of one KV head per page.")
     max_step_tokens: int = Field(512, ge=16, description="Most tokens per step; longer prompts go in chunks.")
+    max_itl: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds that a step with running requests may take; prompt chunks are sized to it.",
+    )
     max_sequences: int = Field(64, ge=1, le=4096, description="Most sequences in flight at once.")
     max_model_len: int | None = Field(None, ge=16, description="Most tokens of prompt + output; the model's.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs.")

@@ -46,6 +46,7 @@ class EngineOptions:
         kv_dtype: type of cached keys and values.
         page_size: tokens of one KV head per page.
         max_step_tokens: most tokens of one step.
+        max_itl: seconds that a step with running decodes may take; None sets no limit.
         max_sequences: most sequences in flight.
         max_model_len: most tokens of prompt and output together; None takes the model's.
         device: where the model runs; "cuda" is any GPU that torch knows, AMD's included.
@@ -58,6 +59,7 @@ class EngineOptions:
     kv_dtype: KVDtype = "auto"
     page_size: int = 64
     max_step_tokens: int = 512
+    max_itl: float | None = None
     max_sequences: int = 64
     max_model_len: int | None = None
     device: Device = "auto"
@@ -108,6 +110,7 @@ def build_engine(options: EngineOptions) -> Engine:
         graphs,
         load_chat_template(directory),
         load_pruning(directory),
+        options.max_itl,
     )
     _warm_up(engine)
     if graphs is not None:
@@ -143,6 +146,7 @@ def _warm_up(engine: Engine) -> None:
         engine.add(request, engine.plan(request))
     while engine.has_work:
         engine.step()
+    engine.scheduler.pace.forget()
 
 
 def _max_model_len(asked: int | None, config: ModelConfig) -> int:

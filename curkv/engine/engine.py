@@ -49,6 +49,7 @@ class Engine:
         decode_graphs: runs the steps that only decode, if given.
         chat_template: writes out conversations for the model, if it is one for chat.
         pruning: how the model was pruned, if it was; see `load_pruning`.
+        max_itl: seconds that a step with running decodes may take, see `Pace`.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Engine:
         decode_graphs: DecodeGraphs | None = None,
         chat_template: ChatTemplate | None = None,
         pruning: Mapping[str, Any] | None = None,
+        max_itl: float | None = None,
     ):
         self.model = model
         self.kv = kv
@@ -71,7 +73,7 @@ class Engine:
         self.decode_graphs = decode_graphs
         self.chat_template = chat_template
         self.pruning = pruning
-        self.scheduler = Scheduler(kv, max_step_tokens)
+        self.scheduler = Scheduler(kv, max_step_tokens, max_itl)
         self.eos_ids = frozenset(model.config.eos_token_ids)
         self._structures = Structures(tokenizer, model.config.vocab_size, model.config.eos_token_ids)
         kv.output_projection = model.output_projection
@@ -184,6 +186,11 @@ class Engine:
         outputs, self._outputs = self._outputs, []
         sampled = sum(len(output.token_ids) for output in outputs)
         self.last_stats = self._stats(schedule, sampled, time.perf_counter() - started)
+        if sampled:  # the host has waited for the device
+            prompt_tokens = self.last_stats.prompt_tokens
+            self.scheduler.pace.observe(
+                sum(schedule.chunks) - prompt_tokens, prompt_tokens, self.last_stats.step_seconds
+            )
         return outputs
 
     def fail(self, error: BaseException) -> list[Output]:

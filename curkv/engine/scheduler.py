@@ -6,6 +6,7 @@ import heapq
 from dataclasses import dataclass, field
 
 from curkv.cache.kv_cache import KVCache
+from curkv.engine.pace import Pace
 from curkv.engine.sequence import Sequence
 
 
@@ -29,11 +30,13 @@ class Scheduler:
     Args:
         kv: the cache.
         max_step_tokens: most tokens of one step.
+        max_itl: seconds that a step with running decodes may take, see `Pace`.
     """
 
-    def __init__(self, kv: KVCache, max_step_tokens: int):
+    def __init__(self, kv: KVCache, max_step_tokens: int, max_itl: float | None = None):
         self.kv = kv
         self.max_step_tokens = max_step_tokens
+        self.pace = Pace(max_itl, max_step_tokens)
         self.running: list[Sequence] = []
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []
 
@@ -72,7 +75,7 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Picks the next step's work and takes its pages; lengths are advanced by the step's tokens."""
         step = Schedule()
-        budget = self.max_step_tokens
+        budget = self._step_tokens()
         for sequence in sorted(self.running, key=lambda s: (s.remaining > 1, s.priority)):
             budget -= self._plan_chunk(step, sequence, budget)
         self._preempt_until_it_fits(step)
@@ -84,6 +87,9 @@ class Scheduler:
         if step.sequences:
             self.kv.extend([s.slot for s in step.sequences], step.chunks)
         return step
+
+    def _step_tokens(self) -> int:
+        return self.pace.tokens(sum(not sequence.prefilling for sequence in self.running))
 
     def _plan_chunk(self, step: Schedule, sequence: Sequence, budget: int) -> int:
         chunk = min(budget, sequence.remaining, sequence.next_stop() - sequence.computed)
@@ -128,7 +134,7 @@ class Scheduler:
         prefills = [s for s in self.running if s.prefilling]
         decodes = [s for s in self.running if not s.prefilling]
         prompt_left = len(sequence.prompt) + sum(s.remaining for s in prefills)
-        steps = -(-prompt_left // self.max_step_tokens)
+        steps = -(-prompt_left // self._step_tokens())
         plan = sequence.plan
         peak = max(plan.peak_prompt_tokens, plan.kept_prompt_tokens + len(sequence.output))
         needed = self.kv.layout.sequence_pages(peak)

@@ -98,6 +98,7 @@ def build_client(settings: Settings) -> EngineClient:
         kv_dtype=settings.kv_dtype,
         page_size=settings.page_size,
         max_step_tokens=settings.max_step_tokens,
+        max_itl=settings.max_itl,
         max_sequences=settings.max_sequences,
         max_model_len=settings.max_model_len,
         device=settings.device,

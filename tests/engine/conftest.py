@@ -39,6 +39,7 @@ class Loaded:
         max_step_tokens: int = 512,
         max_sequences: int = 16,
         max_model_len: int = 8192,
+        max_itl: float | None = None,
     ) -> Engine:
         config = self.model.config
         layout = CacheLayout(
@@ -51,7 +52,11 @@ class Loaded:
             max_model_len,
         )
         kv = KVCache(layout, num_pages, self.kernels, rope_tables(config, max_model_len))
-        return Engine(self.model, kv, self.kernels, self.tokenizer, max_step_tokens, max_model_len)
+        return Engine(
+            *(self.model, kv, self.kernels, self.tokenizer),
+            *(max_step_tokens, max_model_len),
+            max_itl=max_itl,
+        )
 
     def prompt(self, length: int, start: int = 0) -> list[int]:
         return self.text_ids[start : start + length]
