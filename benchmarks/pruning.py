@@ -40,7 +40,7 @@ from curkv.models.default_model import DEFAULT_MODEL
 from curkv.models.llama import Llama
 from curkv.models.loading import Checkpoint, load_config, load_tokenizer, resolve_model
 from curkv.models.pruning.prune import PruneOptions, prune
-from curkv.models.pruning.self_text import TEXT_FILE
+from curkv.models.pruning.self_text import TEXT_FILE, Writing
 from curkv.models.pruning.source import Source
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -48,6 +48,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "prunenet": ("prunenet", {}),
     "magnitude": ("magnitude", {}),
     "self-calibrated --no-compensate": ("self-calibrated", {"compensate": False}),
+    "self-calibrated --sequences 32": ("self-calibrated", {"writing": Writing(32)}),
     "self-calibrated": ("self-calibrated", {}),
 }
 UNSEEDED = ("magnitude",)
@@ -161,8 +162,8 @@ def _pruned(base: Source, work: Path, name: str, ratio: float, seed: int) -> Pat
     directory = work / f"{name.replace(' --', '-')}-{ratio:g}-{seed}"
     if not directory.exists():
         method, settings = METHODS[name]
-        texts = sorted(work.glob(f"self-calibrated*-{seed}/{TEXT_FILE}"))
-        if method == "self-calibrated" and texts:
+        texts = sorted(work.glob(f"self-calibrated-[0n]*-{seed}/{TEXT_FILE}"))  # not those of a few sequences
+        if method == "self-calibrated" and "writing" not in settings and texts:
             settings = settings | {"text": texts[0]}
         options = PruneOptions(method, ratio, seed, settings=settings)
         result = prune(base, "base", directory, options, lambda *_: None)

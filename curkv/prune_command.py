@@ -58,6 +58,10 @@ def main(
     text: Annotated[
         Path | None, typer.Option(help="Reuse the text of an earlier run (self-calibrated).")
     ] = None,
+    sequences: Annotated[
+        int | None,
+        typer.Option(min=2, help="Texts of 256 tokens to write: more is better (self-calibrated; 256)."),
+    ] = None,
     compensate: Annotated[
         bool | None,
         typer.Option(help="Let the remaining weights make up for the removed rows (self-calibrated; on)."),
@@ -70,7 +74,7 @@ def main(
     from curkv.models.pruning.prune import PruneOptions, prune
     from curkv.models.pruning.source import Source
 
-    options = PruneOptions(method, ratio, seed, align, _settings(method, policy, text, compensate))
+    options = PruneOptions(method, ratio, seed, align, _settings(method, policy, text, sequences, compensate))
     try:
         source = Source(resolve_model(model))
         if source.provenance:
@@ -122,15 +126,25 @@ def _unwinding_on_sigterm() -> Iterator[None]:
 
 
 def _settings(
-    method: MethodName, policy: Path | None, text: Path | None, compensate: bool | None
+    method: MethodName,
+    policy: Path | None,
+    text: Path | None,
+    sequences: int | None,
+    compensate: bool | None,
 ) -> dict[str, Any]:
     """Returns the options that are the method's own; those of another method are refused."""
-    given = {"policy": policy, "text": text, "compensate": compensate}
+    given = {"policy": policy, "text": text, "sequences": sequences, "compensate": compensate}
     own = dict.fromkeys(given, MethodName.self_calibrated) | {"policy": MethodName.prunenet}
-    settings = {name: value for name, value in given.items() if value is not None}
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     for name in settings:
         if own[name] != method:
             _fail(f"--{name} belongs to --method {own[name].value}")
+    if text and sequences:
+        _fail("--text is text written before: --sequences has nothing to say about it")
+    if "sequences" in settings:
+        from curkv.models.pruning.self_text import Writing
+
+        settings["writing"] = Writing(settings.pop("sequences"))
     return settings
 
 

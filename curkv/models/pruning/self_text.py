@@ -29,7 +29,7 @@ class Writing:
         temperature: 1 samples from the model's own distribution.
     """
 
-    sequences: int = 32
+    sequences: int = 256
     tokens: int = 256
     diverse: bool = True
     temperature: float = 1.0
