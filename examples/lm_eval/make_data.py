@@ -5,8 +5,9 @@
 Then, with lm-eval 0.4.13 and transformers (for the tokenizer) in an environment of their own:
 
     lm-eval run --model local-completions --include_path examples/lm_eval --tasks curkv_capitals,curkv_niah \
+      --batch_size 4 \
       --model_args model=smollm2-135m-instruct,base_url=http://127.0.0.1:8000/v1/completions,\
-tokenizer=$HOME/.cache/curkv/models/smollm2-135m-instruct-v1,tokenized_requests=True,num_concurrent=4,batch_size=4
+tokenizer=$HOME/.cache/curkv/models/smollm2-135m-instruct-v1,tokenized_requests=True,num_concurrent=4
 
 A policy for all requests is the server's default: `curkv serve --kv-policy snapkv --kv-budget 25%`.
 """
