@@ -683,7 +683,9 @@ def _pair_products(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
         return _call(builder, "llvm.x86.avx2.pmadd.wd", _INT32S, [a, b])
     products = builder.mul(*(builder.sext(x, _like(_INT32, _INT16S)) for x in (a, b)))
     even, odd = ([i + lane for i in range(0, 2 * LANES, 2)] for lane in (0, 1))
-    return builder.add(_shuffle(builder, products, products, even), _shuffle(builder, products, products, odd))
+    return builder.add(
+        _shuffle(builder, products, products, even), _shuffle(builder, products, products, odd)
+    )
 
 
 @intrinsic

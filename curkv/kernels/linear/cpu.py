@@ -48,7 +48,7 @@ BLOCK_ROWS = 96
 """Rows of x that are multiplied with a panel before the next one: they stay in the second-level cache."""
 BLOCK_DEPTH = 576
 """Columns of a panel used at a time: such a part of it stays in the first-level cache."""
-AHEAD = 512
+AHEAD = 2048
 """Bytes by which a panel is prefetched."""
 LARGEST = (2**31 - 1) // (127 * BLOCK_DEPTH)
 """Of the integers that stand for x: a block of products with weights up to 127 fits an int32."""
@@ -109,13 +109,17 @@ class _PackedLinear:
         panels = len(self._weight)
         depth = self._weight[0].numel() // PANEL
         x = pad(x, (0, depth - x.shape[1])) if depth > x.shape[1] else x.contiguous()
-        out = torch.empty(x.shape[0], panels * PANEL)
+        count = len(x)
+        out = torch.empty(count, panels * PANEL)
+        sizes = count, depth, panels, get_num_threads()
         places = address(x, torch.float32), self._weight.data_ptr(), out.data_ptr()
-        sizes = x.shape[0], depth, panels, get_num_threads()
         if self._scales is None:
             _multiply(*places, *sizes)
         else:
-            _multiply_int8(*places, self._scales.data_ptr(), *sizes)
+            integers = torch.empty(count * depth, dtype=torch.int16)
+            x_scales = torch.empty(count * -(-depth // BLOCK_DEPTH))
+            scales = x_scales.data_ptr(), self._scales.data_ptr()
+            _multiply_int8(*places, integers.data_ptr(), *scales, *sizes)
         if out.shape[1] > self._rows:
             out = out[:, : self._rows].contiguous()
         return out if self._bias is None else out.add_(self._bias)
@@ -124,34 +128,31 @@ class _PackedLinear:
 @parallel_kernel
 def _multiply(x: int, weight: int, out: int, count: int, depth: int, panels: int, parts: int) -> None:
     """Multiply `count` rows of x with all panels; x, weight and out are addresses."""
-    for part in prange(parts):
-        _multiply_part(FLOAT32, 4, x, 0, weight, 0, out, count, depth, panels, np.int64(part), parts)
+    for unsigned_part in prange(parts):
+        part: Any = np.int64(unsigned_part)
+        _multiply_part(FLOAT32, 4, x, 0, weight, 0, out, count, depth, panels, part, parts)
 
 
 @parallel_kernel
 def _multiply_int8(
-    x: int, weight: int, out: int, scales: int, count: int, depth: int, panels: int, parts: int
-) -> None:
-    """Round the rows of x to integers and multiply them with all panels, whose rows have `scales`."""
-    integers = np.empty(count * depth, np.int16)
-    x_scales = np.empty(count * ((depth + BLOCK_DEPTH - 1) // BLOCK_DEPTH), np.float32)
-    places = integers.ctypes.data, x_scales.ctypes.data
+    x: int, weight: int, out: int, integers: int, x_scales: int, scales: int,
+    count: int, depth: int, panels: int, parts: int,
+) -> None:  # fmt: skip
+    """Round the rows of x to `integers` with `x_scales` and multiply them with panels that have `scales`."""
     if count * depth < PARALLEL_SIZE:
-        _quantise_rows(x, *places, 0, count, count, depth)
+        _quantise_rows(x, integers, x_scales, 0, count, count, depth)
     else:
         for unsigned_part in prange(parts):
             part: Any = np.int64(unsigned_part)
-            _quantise_rows(x, *places, count * part // parts, count * (part + 1) // parts, count, depth)
-    for part in prange(parts):
-        _multiply_part(
-            INT8, 2, places[0], places[1], weight, scales, out, count, depth, panels, np.int64(part), parts
-        )
+            first, end = count * part // parts, count * (part + 1) // parts
+            _quantise_rows(x, integers, x_scales, first, end, count, depth)
+    for unsigned_part in prange(parts):
+        part = np.int64(unsigned_part)
+        _multiply_part(INT8, 2, integers, x_scales, weight, scales, out, count, depth, panels, part, parts)
 
 
 @kernel
-def _quantise_rows(
-    x: int, integers: int, scales: int, first: int, end: int, count: int, depth: int
-) -> None:
+def _quantise_rows(x: int, integers: int, scales: int, first: int, end: int, count: int, depth: int) -> None:
     """Round the rows [first, end) of x [count, depth] to int16; scales are [blocks of the depth, count]."""
     for row in range(first, end):
         for start in range(0, depth, BLOCK_DEPTH):
@@ -163,7 +164,7 @@ def _quantise_rows(
 
 @inlined
 def _quantise_block(x: int, integers: int, size: int) -> Any:
-    """Round `size` values of a row to integers up to `LARGEST`; returns their scale, NaN if not all finite."""
+    """Round `size` values to integers up to `LARGEST`; returns their scale, NaN if not all are finite."""
     zeros = broadcast(np.float32(0.0))
     largest, wrong = zeros, zeros
     for i in range(0, size, 8):
