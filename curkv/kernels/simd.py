@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import numba
 import numpy as np
 import torch
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as _intrinsic
@@ -46,7 +46,6 @@ _INT32 = ir.IntType(32)
 _FLOATS = ir.VectorType(_FLOAT, LANES)
 _INT32S = ir.VectorType(_INT32, LANES)
 _INT16S = ir.VectorType(_INT16, 2 * LANES)
-_HAS_PMADDWD = bool(binding.get_host_cpu_features().get("avx2"))
 
 # OpenMP starts a parallel region in 2 us, Numba's own pool in 60. The first one that can be loaded is taken.
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
@@ -678,14 +677,14 @@ def _int16s(builder: ir.IRBuilder, location: ir.Value) -> ir.Value:
 
 
 def _pair_products(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
-    """a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1] as eight int32; LLVM finds x86's instruction only if told."""
-    if _HAS_PMADDWD:
-        return _call(builder, "llvm.x86.avx2.pmadd.wd", _INT32S, [a, b])
+    """a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1] as eight int32.
+
+    Widened before they are shuffled, so that LLVM makes one instruction of it where there is one (x86's
+    pmaddwd).
+    """
     products = builder.mul(*(builder.sext(x, _like(_INT32, _INT16S)) for x in (a, b)))
-    even, odd = ([i + lane for i in range(0, 2 * LANES, 2)] for lane in (0, 1))
-    return builder.add(
-        _shuffle(builder, products, products, even), _shuffle(builder, products, products, odd)
-    )
+    lanes = [list(range(first, 2 * LANES, 2)) for first in (0, 1)]
+    return builder.add(*(_shuffle(builder, products, products, of_pair) for of_pair in lanes))
 
 
 @intrinsic

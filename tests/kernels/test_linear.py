@@ -1,10 +1,13 @@
 """The packed CPU linear layers give what torch gives."""
 
+import numba
 import pytest
 import torch
+from llvmlite import binding
 from torch import Tensor
 
 from curkv.kernels.linear import cpu, reference
+from curkv.kernels.simd import INT8, panel_tile
 
 TOLERANCE = {"pack_linear": 1e-5, "pack_linear_int8": 1e-4}
 """Relative RMS error to the same weights in torch; int8 ones are multiplied with x in about 15 bits."""
@@ -89,3 +92,14 @@ def test_bytes_are_those_of_the_padded_weight(pack: str) -> None:
     weight, bias = torch.randn(20, 12), torch.randn(20)
     expected = {"pack_linear": 4 * 32 * 12 + 80, "pack_linear_int8": 32 * 16 + 4 * 32 + 80}
     assert getattr(cpu, pack)(weight, bias).nbytes == expected[pack]
+
+
+@pytest.mark.skipif(not binding.get_host_cpu_features().get("avx2"), reason="the instruction is x86's")
+def test_pairs_are_multiplied_by_one_instruction() -> None:
+    @numba.njit("void(int64)")  # not cached: code from the cache cannot be looked at
+    def tile(place: int) -> None:
+        panel_tile(INT8, 6, 1, place, 8, place, place, place, 8, place, 16, 0)
+
+    machine_code = "".join(tile.inspect_asm().values())
+    assert "vpmaddwd" in machine_code or "vpdpwssd" in machine_code
+    assert "vpmulld" not in machine_code

@@ -100,19 +100,17 @@ class _PackedLinear:
 
     def __init__(self, rows: int, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None):
         self._rows = rows
-        self._weight = weight
-        self._scales = scales
+        self._panels, self._depth = len(weight), weight[0].numel() // PANEL
+        self._weight, self._scales = weight, scales
         self._bias = None if bias is None else bias.float()
         self.nbytes = sum(part.nbytes for part in (weight, scales, self._bias) if part is not None)
 
     def __call__(self, x: Tensor) -> Tensor:
-        panels = len(self._weight)
-        depth = self._weight[0].numel() // PANEL
+        count, depth = len(x), self._depth
         x = pad(x, (0, depth - x.shape[1])) if depth > x.shape[1] else x.contiguous()
-        count = len(x)
-        out = torch.empty(count, panels * PANEL)
-        sizes = count, depth, panels, get_num_threads()
+        out = torch.empty(count, self._panels * PANEL)
         places = address(x, torch.float32), self._weight.data_ptr(), out.data_ptr()
+        sizes = count, depth, self._panels, get_num_threads()
         if self._scales is None:
             _multiply(*places, *sizes)
         else:
