@@ -62,6 +62,7 @@ def serve(
     served_model_name: Annotated[str | None, _setting("served_model_name")] = None,
     host: Annotated[str | None, _setting("host")] = None,
     port: Annotated[int | None, _setting("port")] = None,
+    weights: Annotated[str | None, _setting("weights")] = None,
     kv_cache_memory: Annotated[str | None, _setting("kv_cache_memory")] = None,
     kv_dtype: Annotated[str | None, _setting("kv_dtype")] = None,
     page_size: Annotated[int | None, _setting("page_size")] = None,

@@ -22,6 +22,13 @@ PAGE_SIZE = 64
 LAYERS = 6  # different pages in turn, more than the caches hold
 CONTEXTS = tuple(range(2000, 4001, 280))  # tokens of the eight sequences of a decode step
 CHUNK = 512
+MODEL_LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY = 30, 576, 1536, 49152
+LINEAR = (  # [out, in] of a layer: qkv, o, gate and up, down
+    ((HEADS * GROUP + 2 * HEADS) * HEAD_DIM, HIDDEN),
+    (HIDDEN, HEADS * GROUP * HEAD_DIM),
+    (2 * INTERMEDIATE, HIDDEN),
+    (HIDDEN, INTERMEDIATE),
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 READ, MATMUL = "streaming read", "matmul"
 
@@ -33,7 +40,7 @@ class Case:
     Attributes:
         kernel: What runs.
         shape: In words.
-        dtype: Of the cache, or of what is read.
+        dtype: Of the cache, of the weights, or of what is read.
         run: Runs it `calls` times.
         calls: Kernel calls of one run.
         bytes: Memory that one call has to move.
@@ -125,6 +132,26 @@ def limits() -> Iterator[Case]:
     n = 1024
     a, b = torch.rand(n, n), torch.rand(n, n)
     yield Case(MATMUL, f"{n}^3", torch.float32, lambda: a @ b, flops=2 * n**3)
+
+
+def linear(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
+    """All linear layers of the model, for one token, eight, and a chunk of one prompt."""
+    pack = kernels.pack_linear_int8 if dtype is torch.int8 else kernels.pack_linear
+    layers = [pack(torch.randn(shape)) for _ in range(MODEL_LAYERS) for shape in LINEAR]
+    head = pack(torch.randn(VOCABULARY, HIDDEN))
+    weights = MODEL_LAYERS * sum(rows * columns for rows, columns in LINEAR)
+    for tokens, sampled in ((1, 1), (8, 8), (CHUNK, 1)):
+        inputs = MODEL_LAYERS * [torch.randn(tokens, columns) for _, columns in LINEAR]
+        last = torch.randn(sampled, HIDDEN)
+
+        def run(inputs: list[Tensor] = inputs, last: Tensor = last) -> None:
+            for layer, x in zip(layers, inputs, strict=True):
+                layer(x)
+            head(last)
+
+        read = head.nbytes + sum(layer.nbytes for layer in layers)
+        flops = 2 * (tokens * weights + sampled * VOCABULARY * HIDDEN)
+        yield Case("linear, the whole model", f"{tokens} tokens", dtype, run, bytes=read, flops=flops)
 
 
 def decode(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
@@ -236,7 +263,7 @@ def run(rounds: int = 15) -> list[Measurement]:
         rounds: Runs of each case; the best one counts.
     """
     kernels = get_kernels("cpu")
-    cases = list(limits())
+    cases = [*limits(), *linear(kernels, torch.float32), *linear(kernels, torch.int8)]
     for make in (decode, prefill, store, evict):
         cases += [case for dtype in DTYPES for case in make(kernels, dtype)]
     best = [float("inf")] * len(cases)

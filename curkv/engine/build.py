@@ -28,7 +28,11 @@ from curkv.models.loading import Checkpoint, load_config, load_pruning, load_tok
 logger = logging.getLogger(__name__)
 
 KVDtype = Literal["auto", "float32", "bfloat16", "float16"]
+Weights = Literal["auto", "float32", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
+CPU_WEIGHTS: Weights = "float32"
+"""Default on CPU; a GPU has bfloat16."""
+
 CPU_KV_DTYPE: KVDtype = "float16"
 """Default on CPU: half the bytes of float32, eight times the precision of bfloat16 (docs/benchmarks.md)."""
 
@@ -42,6 +46,7 @@ class EngineOptions:
 
     Attributes:
         model: directory, Hub id, GGUF file or built-in name.
+        weights: type of the linear layers' weights; "auto" is float32 on CPU and bfloat16 on a GPU.
         kv_cache_bytes: size of the page pool; None takes a share of the memory that is free after loading.
         kv_dtype: type of cached keys and values.
         page_size: tokens of one KV head per page.
@@ -55,6 +60,7 @@ class EngineOptions:
     """
 
     model: str
+    weights: Weights = "auto"
     kv_cache_bytes: int | None = None
     kv_dtype: KVDtype = "auto"
     page_size: int = 64
@@ -72,7 +78,8 @@ def build_engine(options: EngineOptions) -> Engine:
 
     Raises:
         ModelError: the model cannot be found or is not supported.
-        ValueError: the cache cannot hold a single page per KV head, or max_model_len exceeds the model's.
+        ValueError: the cache cannot hold a single page per KV head, max_model_len exceeds the model's, or the
+            device has no weights of the type.
     """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -82,8 +89,9 @@ def build_engine(options: EngineOptions) -> Engine:
     device = torch.device(_device(options.device))
     on_gpu = device.type == "cuda"
     kernels = get_kernels(options.kernels, device)
-    weights = torch.bfloat16 if on_gpu else torch.float32
-    model = Llama(config, Checkpoint(directory, config, weights, device), kernels)
+    int8 = _int8(options.weights, on_gpu)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    model = Llama(config, Checkpoint(directory, config, dtype, device), kernels, int8)
     max_model_len = _max_model_len(options.max_model_len, config)
     layout = CacheLayout(
         num_layers=config.num_layers,
@@ -124,6 +132,12 @@ def _device(wanted: Device) -> str:
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return wanted
+
+
+def _int8(wanted: Weights, on_gpu: bool) -> bool:
+    if on_gpu and wanted != "auto":
+        raise ValueError(f"--weights {wanted} is for the CPU; weights on a GPU are bfloat16")
+    return (CPU_WEIGHTS if wanted == "auto" else wanted) == "int8" and not on_gpu
 
 
 def _kv_dtype(wanted: KVDtype, on_gpu: bool) -> torch.dtype:

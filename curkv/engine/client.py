@@ -83,6 +83,11 @@ class EngineClient:
         return self._engine.max_model_len
 
     @property
+    def weights(self) -> str:
+        """Type of the linear layers' weights."""
+        return self._engine.model.weights
+
+    @property
     def weights_bytes(self) -> Mapping[str, int]:
         """Memory of the model's weights by kind."""
         return self._engine.model.weights_bytes

@@ -29,9 +29,10 @@ class Kernels:
     rms_norm: Callable[..., Any]
     silu_mul: Callable[..., Tensor]
     pack_linear: Callable[..., Any]
+    pack_linear_int8: Callable[..., Any]
 
 
-_MODULES = {"pack_linear": "linear"}
+_MODULES = {"pack_linear": "linear", "pack_linear_int8": "linear"}
 _BACKENDS = ("cpu", "triton", "reference")
 _AUTO = {"cpu": "cpu", "cuda": "triton"}
 

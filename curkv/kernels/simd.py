@@ -13,6 +13,7 @@ an empty array whose dtype tells which it is, so that one function body speciali
 | float32 | float32 | none |
 | float16 | uint16 | bit cast to half, extended |
 | bfloat16 | int16 | shifted left by 16 bits |
+| int8 | int8 | weights alone, see `panel_tile` |
 
 An address does not keep its array alive: whoever takes the address of a tensor or an array keeps that one
 in a variable that is used again after the last access.
@@ -36,11 +37,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 Args = list[ir.Value]
 
 LANES = 8
+PANEL = 2 * LANES
+"""Columns of B in `panel_tile`."""
 _LINE = 64  # bytes of a cache line
 _FLOAT = ir.FloatType()
 _INT16 = ir.IntType(16)
 _INT32 = ir.IntType(32)
 _FLOATS = ir.VectorType(_FLOAT, LANES)
+_INT32S = ir.VectorType(_INT32, LANES)
+_INT16S = ir.VectorType(_INT16, 2 * LANES)
 
 # OpenMP starts a parallel region in 2 us, Numba's own pool in 60. The first one that can be loaded is taken.
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
@@ -51,6 +56,7 @@ KINDS: dict[torch.dtype, np.ndarray[Any, Any]] = {
     torch.bfloat16: np.empty(0, np.int16),
 }
 FLOAT32 = KINDS[torch.float32]
+INT8: np.ndarray[Any, Any] = np.empty(0, np.int8)
 
 
 def kernel(function: F) -> F:
@@ -174,7 +180,8 @@ def _narrow(builder: ir.IRBuilder, kind: Any, location: ir.Value, value: ir.Valu
 
 
 def _splat(builder: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
-    first = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), scalar, _INT32(0))
+    lanes = ir.VectorType(scalar.type, LANES)
+    first = builder.insert_element(ir.Constant(lanes, ir.Undefined), scalar, _INT32(0))
     return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(_INT32, LANES), [0] * LANES))
 
 
@@ -303,15 +310,35 @@ def maximum(context: Any, a: Any, b: Any) -> Any:
 
 
 @intrinsic
+def absolute(context: Any, a: Any) -> Any:
+    """Lane by lane |a|."""
+
+    def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> ir.Value:
+        return _call(builder, "llvm.fabs.v8f32", _FLOATS, args)
+
+    return float32x8(float32x8), generate
+
+
+@intrinsic
+def store_int16(context: Any, location: Any, value: Any) -> Any:
+    """Store float32x8 as eight int16, rounded to nearest even; any int16 for what is NaN or too large."""
+
+    def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
+        rounded = builder.fadd(args[1], _constant(_FLOATS, _ROUNDER))
+        short = _like(_INT16, _FLOATS)
+        bits = builder.trunc(builder.bitcast(rounded, _INT32S), short)
+        builder.store(bits, _pointer(builder, args[0], short), align=2)
+
+    return types.void(types.int64, float32x8), generate
+
+
+@intrinsic
 def keep_first(context: Any, a: Any, count: Any, b: Any) -> Any:
     """The first `count` lanes of a, the others of b."""
 
     def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> ir.Value:
-        lanes = ir.VectorType(_INT32, LANES)
-        count = builder.trunc(args[1], _INT32)
-        first = builder.insert_element(ir.Constant(lanes, ir.Undefined), count, _INT32(0))
-        counts = builder.shuffle_vector(first, first, ir.Constant(lanes, [0] * LANES))
-        kept = builder.icmp_signed("<", ir.Constant(lanes, list(range(LANES))), counts)
+        counts = _splat(builder, builder.trunc(args[1], _INT32))
+        kept = builder.icmp_signed("<", ir.Constant(_INT32S, list(range(LANES))), counts)
         return builder.select(kept, args[0], args[2])
 
     return float32x8(float32x8, types.int64, float32x8), generate
@@ -507,58 +534,157 @@ def matrix_tile(
     def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
         kind = signature.args[0]
         name = f"matrix_tile_{height}_{width}_{int(replace)}_{kind.dtype}"
-        _call_own(builder, name, args[4:], lambda inner, own: body(inner, kind, *own))
-
-    def body(builder: ir.IRBuilder, kind: Any, *args: ir.Value) -> None:
-        a, a_stride, b, b_stride, inner, c, c_stride, ahead = args
-        size = _item_size(kind)
-        tile = _accumulators(builder, height * width)
-        starts = [_offset(builder, a, a_stride, 4 * m) for m in range(height)]
-        rows_of_c = [_offset(builder, c, c_stride, 4 * m) for m in range(height)]
-        targets = [
-            _pointer(builder, _offset(builder, row, 4 * LANES * n), _FLOATS)
-            for row in rows_of_c
-            for n in range(width)
-        ]
-        for slot, target in zip(tile, targets, strict=True):
-            builder.store(_constant(_FLOATS, 0.0) if replace else builder.load(target, align=4), slot)
-        with cgutils.for_range(builder, inner) as loop:
-            row = _offset(builder, b, loop.index, b_stride, size)
-
-            for line in range(0, LANES * size * width, _LINE):
-                _prefetch(builder, _offset(builder, builder.add(row, ahead), line))
-
-            def factor(m: int) -> ir.Value:
-                place = _offset(builder, starts[m], loop.index, 4)
-                return _splat(builder, builder.load(_pointer(builder, place, _FLOAT), align=4))
-
-            def column(n: int) -> ir.Value:
-                return _widen(builder, kind, _offset(builder, row, LANES * size * n), _FLOATS)
-
-            # The fewer operands wait in registers, the other ones are loaded one after the other.
-            if height < width:
-                factors = [factor(m) for m in range(height)]
-                pairs = (
-                    (m, n, factors[m], value)
-                    for n in range(width)
-                    for value in [column(n)]
-                    for m in range(height)
-                )
-            else:
-                columns = [column(n) for n in range(width)]
-                pairs = (
-                    (m, n, value, columns[n])
-                    for m in range(height)
-                    for value in [factor(m)]
-                    for n in range(width)
-                )
-            for m, n, left, right in pairs:
-                slot = tile[m * width + n]
-                builder.store(_fma(builder, left, right, builder.load(slot)), slot)
-        for slot, target in zip(tile, targets, strict=True):
-            builder.store(builder.load(slot), target, align=4)
+        _call_own(
+            builder, name, args[4:], lambda inner, own: _float_tile(inner, kind, height, width, replace, *own)
+        )
 
     return types.void(kind, rows, vectors, fresh, *[types.int64] * 8), generate
+
+
+def _float_tile(
+    builder: ir.IRBuilder, kind: Any, height: int, width: int, replace: bool, *args: ir.Value
+) -> None:
+    """The body of `matrix_tile`."""
+    a, a_stride, b, b_stride, inner, c, c_stride, ahead = args
+    size = _item_size(kind)
+    tile = _accumulators(builder, height * width)
+    starts = [_offset(builder, a, a_stride, 4 * m) for m in range(height)]
+    rows_of_c = [_offset(builder, c, c_stride, 4 * m) for m in range(height)]
+    targets = [
+        _pointer(builder, _offset(builder, row, 4 * LANES * n), _FLOATS)
+        for row in rows_of_c
+        for n in range(width)
+    ]
+    for slot, target in zip(tile, targets, strict=True):
+        builder.store(_constant(_FLOATS, 0.0) if replace else builder.load(target, align=4), slot)
+    with cgutils.for_range(builder, inner) as loop:
+        row = _offset(builder, b, loop.index, b_stride, size)
+
+        for line in range(0, LANES * size * width, _LINE):
+            _prefetch(builder, _offset(builder, builder.add(row, ahead), line))
+
+        def factor(m: int) -> ir.Value:
+            place = _offset(builder, starts[m], loop.index, 4)
+            return _splat(builder, builder.load(_pointer(builder, place, _FLOAT), align=4))
+
+        def column(n: int) -> ir.Value:
+            return _widen(builder, kind, _offset(builder, row, LANES * size * n), _FLOATS)
+
+        # The fewer operands wait in registers, the other ones are loaded one after the other.
+        if height < width:
+            factors = [factor(m) for m in range(height)]
+            pairs = (
+                (m, n, factors[m], value)
+                for n in range(width)
+                for value in [column(n)]
+                for m in range(height)
+            )
+        else:
+            columns = [column(n) for n in range(width)]
+            pairs = (
+                (m, n, value, columns[n])
+                for m in range(height)
+                for value in [factor(m)]
+                for n in range(width)
+            )
+        for m, n, left, right in pairs:
+            slot = tile[m * width + n]
+            builder.store(_fma(builder, left, right, builder.load(slot)), slot)
+    for slot, target in zip(tile, targets, strict=True):
+        builder.store(builder.load(slot), target, align=4)
+
+
+@intrinsic
+def panel_tile(
+    context: Any, kind: Any, rows: Any, fresh: Any, a: Any, a_stride: Any, a_scales: Any,
+    b: Any, b_scales: Any, inner: Any, c: Any, c_stride: Any, ahead: Any,
+) -> Any:  # fmt: skip
+    """C += A B (or C = A B) on a tile held in registers, B being a panel of 16 columns.
+
+    Args:
+        context: Numba's.
+        kind: Of B, float32 or int8; with int8, A is int16 and both have scales.
+        rows: Literal, rows of A and C.
+        fresh: Literal, 1 to write A B, 0 to add it.
+        a: Address of float32 or int16 [rows, inner].
+        a_stride: Values from one row of A to the next.
+        a_scales: Address of float32 [rows], what the rows of an int16 A are multiplied with.
+        b: Address of float32 [inner, 16] or int8 [inner / 2, 16, 2], packed.
+        b_scales: Address of float32 [16], what the columns of an int8 B are multiplied with.
+        inner: Length of the inner dimension; with int8 a multiple of 4, and no sum of `inner` products may
+            exceed an int32.
+        c: Address of float32 [rows, 16].
+        c_stride: Floats from one row of C to the next.
+        ahead: Bytes from what is read of B to what is prefetched.
+    """
+    height, replace = rows.literal_value, bool(fresh.literal_value)
+
+    def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
+        kind = signature.args[0]
+        name = f"panel_tile_{height}_{int(replace)}_{kind.dtype}"
+        if kind.dtype == types.int8:
+            _call_own(builder, name, args[3:], lambda own, args: _int8_tile(own, height, replace, *args))
+            return
+        a, a_stride, _a_scales, b, _b_scales, *others = args[3:]
+        arguments = [a, a_stride, b, b.type(PANEL), *others]
+        _call_own(
+            builder, name, arguments, lambda own, args: _float_tile(own, kind, height, 2, replace, *args)
+        )
+
+    return types.void(kind, rows, fresh, *[types.int64] * 9), generate
+
+
+def _int8_tile(builder: ir.IRBuilder, height: int, replace: bool, *args: ir.Value) -> None:
+    """The int8 body of `panel_tile`: neighbours of the inner dimension are multiplied and summed in pairs."""
+    a, a_stride, a_scales, b, b_scales, inner, c, c_stride, ahead = args
+    tile = [cgutils.alloca_once(builder, _INT32S) for _ in range(2 * height)]
+    for slot in tile:
+        builder.store(_constant(_INT32S, 0), slot)
+    starts = [_offset(builder, a, a_stride, 2 * m) for m in range(height)]
+    with cgutils.for_range_slice(builder, inner.type(0), inner, inner.type(4)) as (index, _count):
+        for pair in range(2):
+            at = builder.add(index, index.type(2 * pair))
+            row = _offset(builder, b, at, PANEL)
+            columns = [_int16s(builder, builder.add(row, row.type(2 * LANES * n))) for n in range(2)]
+            for m in range(height):
+                word = builder.load(_pointer(builder, _offset(builder, starts[m], at, 2), _INT32), align=4)
+                factor = builder.bitcast(_splat(builder, word), _INT16S)
+                for n, slot in enumerate(tile[2 * m : 2 * m + 2]):
+                    products = _pair_products(builder, factor, columns[n])
+                    builder.store(builder.add(builder.load(slot), products), slot)
+        _prefetch(builder, builder.add(_offset(builder, b, index, PANEL), ahead))
+
+    def floats(base: ir.Value, n: int) -> ir.Value:
+        return _pointer(builder, builder.add(base, base.type(4 * LANES * n)), _FLOATS)
+
+    for m in range(height):
+        place = _pointer(builder, builder.add(a_scales, a_scales.type(4 * m)), _FLOAT)
+        a_scale = _splat(builder, builder.load(place, align=4))
+        for n in range(2):
+            scale = builder.fmul(a_scale, builder.load(floats(b_scales, n), align=4))
+            total = builder.sitofp(builder.load(tile[2 * m + n]), _FLOATS)
+            target = floats(_offset(builder, c, c_stride, 4 * m), n)
+            if replace:
+                builder.store(builder.fmul(total, scale), target, align=4)
+            else:
+                builder.store(_fma(builder, total, scale, builder.load(target, align=4)), target, align=4)
+
+
+def _int16s(builder: ir.IRBuilder, location: ir.Value) -> ir.Value:
+    """Load sixteen int8 as int16."""
+    bytes_ = builder.load(_pointer(builder, location, _like(ir.IntType(8), _INT16S)), align=1)
+    return builder.sext(bytes_, _INT16S)
+
+
+def _pair_products(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
+    """a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1] as eight int32.
+
+    Widened before they are shuffled, so that LLVM makes one instruction of it where there is one (x86's
+    pmaddwd).
+    """
+    products = builder.mul(*(builder.sext(x, _like(_INT32, _INT16S)) for x in (a, b)))
+    lanes = [list(range(first, 2 * LANES, 2)) for first in (0, 1)]
+    return builder.add(*(_shuffle(builder, products, products, of_pair) for of_pair in lanes))
 
 
 @intrinsic

@@ -14,7 +14,15 @@ from torch import Tensor
 from curkv.models.config import Llama3Scaling, ModelConfig
 from curkv.models.loading import Checkpoint, LayerWeights
 
-Linear = Callable[[Tensor], Tensor]
+
+class Linear(Protocol):
+    """A linear layer: x [T, K] to [T, N]."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...  # noqa: D102
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of its weights."""
 
 
 class Batch(Protocol):
@@ -65,6 +73,10 @@ class ModelKernels(Protocol):
     def pack_linear(self) -> Callable[[Tensor, Tensor | None], Linear]:
         """`pack_linear(weight[N, K], bias[N] | None)` returns the function from x[T, K] to [T, N]."""
 
+    @property
+    def pack_linear_int8(self) -> Callable[[Tensor, Tensor | None], Linear]:
+        """The same with weights rounded to int8."""
+
 
 @dataclass(frozen=True, slots=True)
 class Layer:
@@ -88,8 +100,12 @@ class Llama:
         weights_bytes: memory of its weights by kind: embedding, attention, mlp, norm, head.
     """
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, kernels: ModelKernels):
+    def __init__(
+        self, config: ModelConfig, checkpoint: Checkpoint, kernels: ModelKernels, int8: bool = False
+    ):
+        """Reads the weights; with `int8` those of the linear layers are rounded."""
         self.config = config
+        self._int8 = int8
         self._kernels = kernels
         self._checkpoint = checkpoint
         self.weights_bytes: Counter[str] = Counter()
@@ -97,6 +113,11 @@ class Llama:
         self._layers = [self._pack(checkpoint.layer(index)) for index in range(config.num_layers)]
         self._final_norm = self._counted("norm", checkpoint.final_norm)
         self._head = self._linear("head", checkpoint.head)
+
+    @property
+    def weights(self) -> str:
+        """Type of the linear layers' weights."""
+        return "int8" if self._int8 else str(self._final_norm.dtype).removeprefix("torch.")
 
     @torch.no_grad()
     def forward(self, batch: Batch, kv: Attention) -> Tensor:
@@ -157,10 +178,10 @@ class Llama:
         )
 
     def _linear(self, kind: str, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        self._counted(kind, weight)
-        if bias is not None:
-            self._counted(kind, bias)
-        return self._kernels.pack_linear(weight, bias)
+        pack = self._kernels.pack_linear_int8 if self._int8 else self._kernels.pack_linear
+        linear = pack(weight, bias)
+        self.weights_bytes[kind] += linear.nbytes
+        return linear
 
     def _counted(self, kind: str, weight: Tensor) -> Tensor:
         self.weights_bytes[kind] += weight.nbytes

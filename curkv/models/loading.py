@@ -129,7 +129,8 @@ class Checkpoint:
     """The safetensors files of a model directory, memory-mapped.
 
     Weights are read when asked for, so that a caller which repacks them holds one layer twice, never the
-    whole model. Those that are neither fused nor converted are views of the file.
+    whole model. Those that are neither fused nor converted are views of the file, each with a mapping of its
+    own: what was read of a file counts as memory of the process until its mapping is gone.
     """
 
     def __init__(
@@ -142,7 +143,7 @@ class Checkpoint:
         self.config = config
         self.dtype = dtype
         self.device = device
-        self._file_of_tensor = tensor_files(directory)
+        self._path_of_tensor = _tensor_paths(directory)
 
     @property
     def embedding(self) -> Tensor:
@@ -190,25 +191,35 @@ class Checkpoint:
         return torch.cat([self._tensor(f"{name}.{kind}") for name in names])
 
     def _tensor(self, name: str) -> Tensor:
-        file = self._file_of_tensor.get(name)
-        if file is None:
+        path = self._path_of_tensor.get(name)
+        if path is None:
             raise ModelError(f"the checkpoint has no tensor {name}")
-        tensor: Tensor = file.get_tensor(name)
+        tensor: Tensor = _open(path).get_tensor(name)
         return tensor.to(self.device, self.dtype)
 
 
 def tensor_files(directory: Path) -> dict[str, Any]:
     """Returns the open file that holds each tensor."""
+    paths = _tensor_paths(directory)
+    files = {path: _open(path) for path in set(paths.values())}
+    return {name: files[path] for name, path in paths.items()}
+
+
+def _tensor_paths(directory: Path) -> dict[str, Path]:
     index = _read_json(directory / "model.safetensors.index.json")
     names = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise ModelNotFound(f"{directory} has no {missing[0]}; weights are read from safetensors files")
+    paths = [directory / name for name in names]
+    return {tensor: path for path in paths for tensor in _open(path).keys()}  # noqa: SIM118
+
+
+def _open(path: Path) -> Any:
     try:
-        files: list[Any] = [safe_open(directory / name, framework="pt") for name in names]
+        return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise ModelError(f"a safetensors file in {directory} is damaged: {error}") from error
-    return {tensor: file for file in files for tensor in file.keys()}  # noqa: SIM118
+        raise ModelError(f"the safetensors file {path} is damaged: {error}") from error
 
 
 def _converted(path: Path) -> Path:

@@ -94,6 +94,7 @@ def build_client(settings: Settings) -> EngineClient:
 
     options = EngineOptions(
         model=settings.model,
+        weights=settings.weights,
         kv_cache_bytes=settings.kv_cache_memory,
         kv_dtype=settings.kv_dtype,
         page_size=settings.page_size,

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from curkv.kernels.linear import reference as linear
 from curkv.kernels.rms_norm import reference as rms_norm
 from curkv.kernels.silu_mul import reference as silu_mul
 from curkv.models.config import ModelConfig
@@ -15,7 +16,8 @@ from curkv.models.llama import rope_tables
 REFERENCE = SimpleNamespace(
     rms_norm=rms_norm.rms_norm,
     silu_mul=silu_mul.silu_mul,
-    pack_linear=lambda weight, bias: lambda x: torch.nn.functional.linear(x, weight, bias),
+    pack_linear=linear.pack_linear,
+    pack_linear_int8=linear.pack_linear_int8,
 )
 
 

@@ -144,3 +144,18 @@ def test_default_model_agrees_with_transformers_on_text(default_model_dir: Path)
     assert torch.equal(logits.argmax(-1), expected.argmax(-1))
     loss = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:]))
     assert loss < 3.5, "the weights or the tokenizer do not belong together"
+
+
+def test_int8_weights_take_a_byte_and_change_the_logits_little(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPE, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    shape = load_config(tmp_path)
+    exact, rounded = (Llama(shape, Checkpoint(tmp_path, shape), REFERENCE, int8) for int8 in (False, True))
+    assert (exact.weights, rounded.weights) == ("float32", "int8")
+    vocabulary, hidden = SHAPE["vocab_size"], SHAPE["hidden_size"]
+    assert rounded.weights_bytes["embedding"] == exact.weights_bytes["embedding"] == 4 * vocabulary * hidden
+    assert rounded.weights_bytes["head"] == vocabulary * (hidden + 4)
+    batch = DenseBatch.of([list(range(50))], [0])
+    expected, actual = (model.forward(batch, DenseAttention(shape)) for model in (exact, rounded))
+    assert 0 < (actual - expected).norm() < 0.05 * expected.norm()

@@ -86,6 +86,10 @@ class ScriptedClient:
         return {"method": "self-calibrated", "removed": 0.25, "base": base, "details": {}}
 
     @property
+    def weights(self) -> str:
+        return "int8"
+
+    @property
     def weights_bytes(self) -> dict[str, int]:
         return {"mlp": 300, "head": 100}
 

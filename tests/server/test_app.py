@@ -14,7 +14,7 @@ from tests.server.scripted import MAX_MODEL_LEN
 async def test_models(http: httpx.AsyncClient) -> None:
     [model] = (await http.get("/v1/models")).json()["data"]
     assert (model["id"], model["owned_by"], model["max_model_len"]) == ("words", "curkv", MAX_MODEL_LEN)
-    assert model["weights_bytes"] == 400
+    assert (model["weights"], model["weights_bytes"]) == ("int8", 400)
     assert model["pruning"] == {"method": "self-calibrated", "removed": 0.25, "base": "more-words"}
 
 

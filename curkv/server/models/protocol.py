@@ -27,7 +27,8 @@ class ModelCard(BaseModel):
     Attributes:
         root: what was loaded: built-in name, path or Hub id.
         max_model_len: most tokens of prompt and output together.
-        weights_bytes: memory of its weights.
+        weights: type of its linear layers' weights: float32, int8 or bfloat16.
+        weights_bytes: memory of all its weights.
         pruning: null if it was not pruned.
     """
 
@@ -37,6 +38,7 @@ class ModelCard(BaseModel):
     owned_by: str = "curkv"
     root: str
     max_model_len: int
+    weights: str
     weights_bytes: int
     pruning: PruningCard | None = None
 

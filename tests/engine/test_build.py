@@ -1,0 +1,41 @@
+"""Engines built from options: the type of the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from curkv.engine.build import EngineOptions, build_engine
+from curkv.evaluation.perplexity import compare, dense_logits, token_windows
+
+from .conftest import Loaded, request, run, tokens
+
+
+def test_int8_weights_predict_as_float32_ones_do(loaded: Loaded) -> None:
+    engine = build_engine(EngineOptions(str(loaded.directory), "int8", kv_cache_bytes=1 << 26))
+    assert engine.model.weights == "int8"
+    linear = {"attention", "mlp", "head"}
+    rounded, exact = (sum(m.weights_bytes[kind] for kind in linear) for m in (engine.model, loaded.model))
+    assert rounded < 0.26 * exact
+    text = loaded.tokenizer.decode(loaded.text_ids[2000:3000])
+    windows = token_windows(loaded.tokenizer, text, 300, 1)
+    found = compare(dense_logits(loaded.model), dense_logits(engine.model), windows)
+    assert found.ratio < 1.02
+    assert found.kl < 0.02
+    together = run(engine, *(request(loaded.prompt(n), id=str(n)) for n in (20, 90)))
+    for n in (20, 90):
+        assert tokens(run(engine, request(loaded.prompt(n), id="alone"))["alone", 0]) == tokens(
+            together[str(n), 0]
+        )
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+def test_weights_are_not_chosen_on_a_gpu(
+    default_model_dir: Path, monkeypatch: pytest.MonkeyPatch, weights: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    options = EngineOptions(str(default_model_dir), weights, device="cuda", kernels="reference")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="weights on a GPU are bfloat16"):
+        build_engine(options)
