@@ -194,8 +194,9 @@ def test_a_context_judged_by_attention_is_shared_whole_and_not_compressed() -> N
     assert same(found, expected)
 
 
-@pytest.mark.parametrize("kv", [{}, {"policy": "adacurdkv", "budget": "50%"}])
-def test_prefixes_give_way_before_anything_is_preempted(kv: dict[str, str]) -> None:
+@pytest.mark.parametrize(("kv", "least"), [({}, 9), ({"policy": "adacurdkv", "budget": "50%"}, 0)])
+def test_prefixes_give_way_before_anything_is_preempted(kv: dict[str, str], least: int) -> None:
+    """Even those of the sequence itself, if an eviction finds no room for a copy of what it keeps."""
     engine = make_engine(num_pages=HEADS * 12, max_prefix_pages=PLENTY)
     for i in range(6):
         item = request(prompt(300, text=i), 4, id=str(i), kv=parse_options(kv))
@@ -203,7 +204,7 @@ def test_prefixes_give_way_before_anything_is_preempted(kv: dict[str, str]) -> N
         [expected] = watched(make_engine(), item).values()
         assert same(found, expected)
         assert engine.last_stats.preemptions == 0
-    assert HEADS * 8 < engine.kv.prefixes.held_pages <= HEADS * 12
+    assert HEADS * least <= engine.kv.prefixes.held_pages <= HEADS * 12
 
 
 @pytest.mark.parametrize(
@@ -278,14 +279,13 @@ def test_statistics_count_tokens_looked_up_and_found() -> None:
         run(engine)
 
 
-def test_prompts_of_different_salts_share_nothing() -> None:
+@pytest.mark.parametrize("kv", [{}, {"policy": "curdkv", "budget": "25%", "context_tokens": "300"}])
+def test_prompts_of_different_salts_share_nothing(kv: dict[str, str]) -> None:
     engine = make_engine(max_prefix_pages=PLENTY)
-    for kv in ({}, {"policy": "curdkv", "budget": "25%", "context_tokens": "300"}):
-        [item] = questions(1, **kv)
-        run(engine, replace(item, cache_salt="a"))
-        for salt, shares in (("b", False), ("", False), ("a", True)):
-            [outputs] = run(engine, replace(item, cache_salt=salt)).values()
-            assert (outputs[-1].cached_tokens > 0) == shares
+    [item] = questions(1, **kv)
+    for salt, shares in (("a", False), ("b", False), ("", False), ("a", True)):
+        [outputs] = run(engine, replace(item, cache_salt=salt)).values()
+        assert (outputs[-1].cached_tokens > 0) == shares
 
 
 def test_choices_of_a_prompt_share_a_prefix_too() -> None:
