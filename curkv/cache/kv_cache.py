@@ -222,17 +222,18 @@ class KVCache:
             slot: its slot, which may be given to another sequence afterwards.
 
         Returns:
-            The number of pages that went back to the pool; pages shared with others stay.
+            The number of pages that no sequence owns any more.
         """
         self._check_active(slot)
-        freed = self.pool.release(self._owned_pages(slot, self.page_counts[slot]))
+        free_before = self.free_pages
+        self.pool.release(self._owned_pages(slot, self.page_counts[slot]))
         self._lengths[slot] = 0
         self.page_counts[slot] = 0
         self._publish([slot])
         self._active[slot] = False
         self._free_slots.append(slot)
         self.stop_observing(slot)
-        return freed
+        return self.free_pages - free_before
 
     def fork(self, slot: int, observe: bool = True) -> int:
         """Starts a sequence that holds what another one holds.
