@@ -64,6 +64,7 @@ def serve(
     port: Annotated[int | None, _setting("port")] = None,
     weights: Annotated[str | None, _setting("weights")] = None,
     kv_cache_memory: Annotated[str | None, _setting("kv_cache_memory")] = None,
+    prefix_cache_memory: Annotated[str | None, _setting("prefix_cache_memory")] = None,
     kv_dtype: Annotated[str | None, _setting("kv_dtype")] = None,
     page_size: Annotated[int | None, _setting("page_size")] = None,
     max_step_tokens: Annotated[int | None, _setting("max_step_tokens")] = None,

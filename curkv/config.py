@@ -61,6 +61,9 @@ class Settings(BaseSettings):
     kv_cache_memory: Size | None = Field(
         None, gt=0, description="Memory for the KV cache, e.g. 2GiB; a share of free memory if not given."
     )
+    prefix_cache_memory: Size | None = Field(
+        None, ge=0, description="Most of it held for repeated prompts, 0 for none; an eighth if not given."
+    )
     kv_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type of cached K, V."
     )

@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -199,7 +200,7 @@ async def _stream(
         "stream_options": {"include_usage": True},
     }
     if kv:
-        body["kv"] = kv
+        body |= {"kv": kv, "cache_salt": uuid.uuid4().hex}  # contenders have prompts in common
     result = _Stream([])
     async with client.stream("POST", "/v1/completions", json=body) as response:
         if response.status_code != 200:

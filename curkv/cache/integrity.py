@@ -21,10 +21,10 @@ class IntegrityError(RuntimeError):
 def check_integrity(cache: KVCache) -> None:
     """Checks that pages, owners, lengths and positions fit together.
 
-    Every page is free or owned; reference counts equal owners; lengths fit pages; positions ascend within a
-    head; no page lies in two heads (a fork shares pages with the same layer and head of its origin only); a
-    shared page is full. Positions are those stored, so call it between steps, not between `extend` and
-    `attend`.
+    Every page is free or owned; reference counts equal owners, sequences and prefixes; lengths fit pages;
+    positions ascend within a head; no page lies in two heads (a fork or a prefix shares pages with the same
+    layer and head of its origin only); a shared page is full. Positions are those stored, so call it between
+    steps, not between `extend` and `attend`.
 
     Args:
         cache: the cache to check.
@@ -33,14 +33,11 @@ def check_integrity(cache: KVCache) -> None:
         IntegrityError: the first invariant that does not hold.
     """
     _check_lengths(cache)
-    slot, layer, head, page = _owned(cache)
-    ids = cache.page_table[slot, layer, head, page].numpy(force=True)
-    _check_owners(cache, ids)
-    where = layer * cache.layout.num_kv_heads + head
-    _check_sharing(cache, ids, slot, where)
-    tokens = cache.lengths.numpy(force=True)[slot, layer, head] - page * cache.layout.page_size
+    ids, owner, head, tokens = _owned(cache)
+    _check_owners(cache, ids, owner)
+    _check_sharing(cache, ids, owner, head)
     _check_shared_full(cache, ids, tokens)
-    _check_positions(cache, ids, tokens, slot * cache.layout.num_heads + where)
+    _check_positions(cache, ids, tokens, owner * cache.layout.num_heads + head)
 
 
 def _require(condition: NDArray[np.bool_], message: str) -> None:
@@ -49,9 +46,34 @@ def _require(condition: NDArray[np.bool_], message: str) -> None:
         raise IntegrityError(message.format(", ".join(map(str, np.argwhere(~condition)[0]))))
 
 
-def _owned(cache: KVCache) -> tuple[NDArray[np.int64], ...]:
-    """Gives slot, layer, head and page index [n] of every owned page, in this order."""
-    return (np.arange(cache.layout.max_pages) < cache.page_counts[..., None]).nonzero()
+def _owned(cache: KVCache) -> tuple[Ids, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Lists the pages of every head of every sequence, then of every prefix, in the order of their tokens.
+
+    Returns:
+        ids: [n], an id for each owner of each page.
+        owner: [n], a slot; prefixes count from `max_sequences` on.
+        head: [n], over all layers.
+        tokens: [n], tokens of the head from this page on.
+    """
+    layout = cache.layout
+    holders = [
+        (np.arange(layout.max_sequences), cache.page_table.numpy(force=True), cache.lengths.numpy(force=True))
+    ]
+    for i, prefix in enumerate(cache.prefixes.all):
+        holders.append((np.array([layout.max_sequences + i]), prefix.table[None], prefix.lengths[None]))
+    parts = [_owned_by(*holder, layout.page_size) for holder in holders]
+    ids, owner, head, tokens = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return ids, owner, head, tokens
+
+
+def _owned_by(
+    owners: NDArray[np.int64], table: Ids, lengths: NDArray[np.int32], page_size: int
+) -> tuple[Ids, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """`_owned` of some owners [n], from their table [n, L, H, pages] and lengths [n, L, H]."""
+    left = lengths[..., None] - np.arange(table.shape[-1]) * page_size
+    owner, layer, head, page = (left > 0).nonzero()
+    tokens = left[owner, layer, head, page]
+    return table[owner, layer, head, page], owners[owner], layer * table.shape[2] + head, tokens
 
 
 def _check_lengths(cache: KVCache) -> None:
@@ -67,22 +89,26 @@ def _check_lengths(cache: KVCache) -> None:
         raise IntegrityError(f"{cache.free_slots} slots are free but {idle.sum()} are not in use")
 
 
-def _check_owners(cache: KVCache, ids: Ids) -> None:
+def _check_owners(cache: KVCache, ids: Ids, owner: NDArray[np.int64]) -> None:
     pool, num_pages = cache.pool, cache.num_pages
     _require((ids >= 0) & (ids < num_pages), "the table names a page outside the pool (entry {})")
     owners = np.bincount(ids, minlength=num_pages)
+    held = np.bincount(ids[owner >= cache.layout.max_sequences], minlength=num_pages)
     free = np.bincount(pool.free_pages, minlength=num_pages)
     _require(free <= 1, "page {} is in the free list twice")
-    _require((free == 0) | (owners == 0), "page {} is free but a sequence owns it")
+    _require((free == 0) | (owners == 0), "page {} is free but has an owner")
     _require(pool.owners == owners, "reference count of page {} differs from its owners")
+    _require(pool.held == held, "count of the prefixes that hold page {} differs from those that do")
     _require((free == 1) | (owners > 0), "page {} is neither free nor owned")
+    if pool.num_idle != np.count_nonzero(owners == held) or cache.prefixes.held_pages != held.sum():
+        raise IntegrityError("the numbers of idle and of held pages do not follow from the owners")
 
 
-def _check_sharing(cache: KVCache, ids: Ids, slot: NDArray[np.int64], where: NDArray[np.int64]) -> None:
+def _check_sharing(cache: KVCache, ids: Ids, owner: NDArray[np.int64], head: NDArray[np.int64]) -> None:
     home = np.full(cache.num_pages, -1)
-    home[ids] = where
-    _require(home[ids] == where, "a page lies in two heads (entry {})")
-    pairs = np.sort(ids.astype(np.int64) * cache.layout.max_sequences + slot)
+    home[ids] = head
+    _require(home[ids] == head, "a page lies in two heads (entry {})")
+    pairs = np.sort(owner * cache.num_pages + ids)
     _require(pairs[1:] != pairs[:-1], "a page lies twice in the same head of a sequence (entry {})")
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from curkv.cache.batch import Batch, Segment
 from curkv.cache.layout import CacheLayout
 from curkv.cache.observations import Needs, Observations
 from curkv.cache.page_pool import Ids, OutOfPages, PagePool
+from curkv.cache.prefixes import Prefix, PrefixCache
 from curkv.kernels.dispatch import Kernels
 from curkv.kernels.pages import Pages
 
@@ -37,6 +39,7 @@ class KVCache:
         layout: the cache's shape.
         kernels: the operations on pages.
         pool: the pages and their owners.
+        prefixes: what is held of prompts whose sequences may be gone.
         page_table: int32 [max_sequences, layers, heads, max_pages]; entries past a head's page count mean
             nothing.
         lengths: int32 [max_sequences, layers, heads], tokens of each head; 0 for a slot not in use.
@@ -54,6 +57,7 @@ class KVCache:
         kernels: Kernels,
         rope: tuple[Tensor, Tensor],
         device: str | torch.device = "cpu",
+        max_prefix_pages: int = 0,
     ) -> None:
         """Allocates the pool; its memory is touched only when tokens are stored.
 
@@ -63,10 +67,12 @@ class KVCache:
             kernels: the operations on pages.
             rope: cos and sin, float32 [positions, head_dim / 2] each.
             device: where everything lies.
+            max_prefix_pages: most pages held for prefixes; 0: none are.
         """
         heads = (layout.max_sequences, layout.num_layers, layout.num_kv_heads)
         self.layout = layout
         self.pool = PagePool(num_pages, layout.page_size, layout.head_dim, layout.dtype, device)
+        self.prefixes = PrefixCache(self.pool, max_prefix_pages)
         self._table = np.zeros((*heads, layout.max_pages), dtype=np.int32)
         self._lengths = np.zeros(heads, dtype=np.int32)
         self.page_counts = np.zeros(heads, dtype=np.int32)
@@ -98,12 +104,12 @@ class KVCache:
 
     @property
     def free_pages(self) -> int:
-        """Pages that nobody owns."""
-        return self.pool.num_free
+        """Pages that no sequence owns; prefixes that hold some of them are dropped when they are needed."""
+        return self.pool.num_idle
 
     @property
     def used_pages(self) -> int:
-        """Pages with an owner; a shared page counts once."""
+        """Pages that sequences own; a shared page counts once."""
         return self.num_pages - self.free_pages
 
     @property
@@ -113,8 +119,19 @@ class KVCache:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of the pages with an owner."""
+        """Bytes of the pages that sequences own."""
         return self.used_pages * self.page_bytes
+
+    @property
+    def prefix_bytes(self) -> int:
+        """Bytes of the pages held for prefixes, whether sequences use them or not."""
+        return self.prefixes.held_pages * self.page_bytes
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes that more would be taken if every sequence and prefix had pages of its own."""
+        owned = int(self.page_counts.sum()) + self.prefixes.held_pages
+        return (owned - self.num_pages + self.pool.num_free) * self.page_bytes
 
     @property
     def capacity_bytes(self) -> int:
@@ -205,17 +222,18 @@ class KVCache:
             slot: its slot, which may be given to another sequence afterwards.
 
         Returns:
-            The number of pages that went back to the pool; pages shared with others stay.
+            The number of pages that no sequence owns any more.
         """
         self._check_active(slot)
-        freed = self.pool.release(self._owned_pages(slot, self.page_counts[slot]))
+        free_before = self.free_pages
+        self.pool.release(self._owned_pages(slot, self.page_counts[slot]))
         self._lengths[slot] = 0
         self.page_counts[slot] = 0
         self._publish([slot])
         self._active[slot] = False
         self._free_slots.append(slot)
         self.stop_observing(slot)
-        return freed
+        return self.free_pages - free_before
 
     def fork(self, slot: int, observe: bool = True) -> int:
         """Starts a sequence that holds what another one holds.
@@ -236,30 +254,58 @@ class KVCache:
             OutOfSlots: no slot is free; nothing is changed.
         """
         self._check_active(slot)
-        lengths, counts, table = self._lengths[slot], self.page_counts[slot], self._table[slot]
+        lengths = self._lengths[slot]
         observed = self._observed.get(slot) if observe else None
         shared = lengths // self.layout.page_size
         if observed is not None and observed.needs.column_sums:
-            shared = np.zeros_like(counts)
-        new = self.add_sequence()
-        try:
-            copies = self.pool.take(int((counts - shared).sum()))
-        except OutOfPages:
-            self.free(new)
-            raise
-        self.pool.share(self._owned_pages(slot, shared))
-        self._table[new] = table
-        self._lengths[new] = lengths
-        self.page_counts[new] = counts
-        own = ((self._page_index >= shared[..., None]) & (self._page_index < counts[..., None])).nonzero()
-        *heads, page = own
-        tokens = np.minimum(lengths[tuple(heads)] - page * self.layout.page_size, self.layout.page_size)
-        self._copy_pages(table[own], copies, tokens.astype(np.int32))
-        self._table[new][own] = copies
-        self._publish([new])
+            shared = np.zeros_like(lengths)
+        new = self._start_from(self._table[slot], lengths, shared)
         if observed is not None:
             self._observed[new] = observed.fork()
         return new
+
+    def adopt(self, prefix: Prefix, needs: Needs | None = None) -> int:
+        """Starts a sequence that holds what a prefix holds; full pages are shared, others copied.
+
+        Args:
+            prefix: held by `prefixes`.
+            needs: what to observe of the queries that follow.
+
+        Returns:
+            The slot of the new sequence.
+
+        Raises:
+            OutOfPages: the partial pages cannot be copied; nothing is changed.
+            OutOfSlots: no slot is free; nothing is changed.
+        """
+        return self._start_from(prefix.table, prefix.lengths, prefix.lengths // self.layout.page_size, needs)
+
+    def keep_blocks(self, slot: int, keys: Sequence[Hashable]) -> None:
+        """Holds the first pages of a sequence for prompts to come.
+
+        Args:
+            slot: the sequence, of whose first `len(keys)` pages per head nothing was evicted.
+            keys: of its first blocks, in their order.
+        """
+        if keys:
+            self.prefixes.insert_blocks(keys, self._table[slot][..., : len(keys)], self.layout.page_size)
+
+    def keep(self, slot: int, key: Hashable, tokens: int, evictions: int) -> None:
+        """Holds all that a sequence holds for prompts to come; without room for its partial pages, nothing.
+
+        Args:
+            slot: the sequence.
+            key: stands for its tokens and everything that chose what was kept of them.
+            tokens: how many tokens those were.
+            evictions: how many evictions.
+        """
+        lengths, counts = self._lengths[slot].copy(), self.page_counts[slot]
+        with contextlib.suppress(OutOfPages):
+            table = self._duplicate(self._table[slot], lengths, lengths // self.layout.page_size)
+            table = table[..., : counts.max()].copy()
+            pages = table[self._page_index[: counts.max()] < counts[..., None]]
+            self.prefixes.insert(key, Prefix(table, lengths, pages, tokens, evictions))
+            self.pool.release(pages)
 
     def pages_needed(self, slots: Sequence[int], new_tokens: Sequence[int]) -> int:
         """Counts the pages that `extend` with the same arguments would take."""
@@ -286,7 +332,7 @@ class KVCache:
         missing = new_counts - counts
         total = int(missing.sum())
         if total:
-            self._append_pages(slots, counts, missing, self.pool.take(total))
+            self._append_pages(slots, counts, missing, self._take(total))
             self.page_counts[slots] = new_counts
         self._lengths[slots] = lengths
         self._publish_lengths(slots)
@@ -381,7 +427,8 @@ class KVCache:
         """Keeps the chosen tokens of a sequence and gives the emptied pages back.
 
         Heads that own their pages alone are compacted in place; heads with a shared page move to fresh pages.
-        Heads that keep everything are left as they are.
+        Heads that keep everything are left as they are. If there are too few fresh pages, prefixes that share
+        the sequence's pages are dropped, so that it can be compacted in place.
 
         Args:
             slot: the sequence.
@@ -392,7 +439,7 @@ class KVCache:
             Pages freed, less the fresh ones taken.
 
         Raises:
-            OutOfPages: shared pages cannot be copied; nothing is changed.
+            OutOfPages: pages shared with other sequences cannot be copied; only prefixes may be gone.
         """
         self._check_active(slot)
         free_before = self.free_pages
@@ -408,7 +455,10 @@ class KVCache:
         table = self._table[slot].reshape(-1, self.layout.max_pages)[:, : len(column)]
         source = table.copy()
         owned = column < old
-        shared = ((self.pool.owners[source] > 1) & owned).any(axis=1, keepdims=True) & changed[:, None]
+        shared = self._share_pages(source, owned & changed[:, None])
+        if np.count_nonzero(shared & (column < new)) > self.free_pages:
+            self.prefixes.forget(source[owned])
+            shared = self._share_pages(source, owned & changed[:, None])
         target = self._with_fresh_pages(source, shared & (column < new))
         self._move(source, target, indices.flatten(0, 1), kept)
         self.pool.release(source[owned & (shared | (column >= new))])
@@ -504,10 +554,75 @@ class KVCache:
         if self._mirrored:
             self.page_table.view(-1).index_copy_(0, self._upload(place), self._upload(ids))
 
+    def _share_pages(self, table: Ids, owned: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Tells, [N, 1], which rows of the table [N, pages] share an `owned` page."""
+        shared = (self.pool.owners[table] > 1) & owned
+        rows: NDArray[np.bool_] = np.logical_or.reduce(shared, axis=1, keepdims=True)
+        return rows
+
+    def _take(self, count: int) -> Ids:
+        """Takes pages for sequences, dropping prefixes if too few are free.
+
+        Raises:
+            OutOfPages: sequences own too many; nothing is changed.
+        """
+        if count > self.free_pages:
+            raise OutOfPages(count, self.free_pages)
+        short = count - self.pool.num_free
+        if short > 0:
+            self.prefixes.drop(short)
+        return self.pool.take(count)
+
+    def _start_from(
+        self, table: Ids, lengths: NDArray[np.int32], shared: NDArray[np.int32], needs: Needs | None = None
+    ) -> int:
+        """Starts a sequence that holds what others hold; the arguments are those of `_duplicate`."""
+        new = self.add_sequence(needs)
+        try:
+            own = self._duplicate(table, lengths, shared)
+        except OutOfPages:
+            self.free(new)
+            raise
+        self._table[new, ..., : own.shape[-1]] = own
+        self._lengths[new] = lengths
+        self.page_counts[new] = self._pages_of(lengths)
+        self._publish([new])
+        return new
+
+    def _duplicate(self, table: Ids, lengths: NDArray[np.int32], shared: NDArray[np.int32]) -> Ids:
+        """Makes another owner of what heads hold.
+
+        Args:
+            table: int32 [L, H, pages].
+            lengths: int32 [L, H].
+            shared: int32 [L, H], pages of each head to share; the rest is copied.
+
+        Returns:
+            int32 [L, H, pages], the table of the new owner.
+
+        Raises:
+            OutOfPages: nothing is changed.
+        """
+        column = self._page_index[: table.shape[-1]]
+        used = column < self._pages_of(lengths)[..., None]
+        copied = used & (column >= shared[..., None])
+        self.pool.share(table[used])  # those to be copied as well, lest they are dropped for their copies
+        try:
+            copies = self._take(int(copied.sum()))
+        except OutOfPages:
+            self.pool.release(table[used])
+            raise
+        tokens = (lengths[..., None] - column * self.layout.page_size)[copied]
+        self._copy_pages(table[copied], copies, np.minimum(tokens, self.layout.page_size).astype(np.int32))
+        self.pool.release(table[copied])
+        own = table.copy()
+        own[copied] = copies
+        return own
+
     def _with_fresh_pages(self, source: Ids, fresh: NDArray[np.bool_]) -> Ids:
         """Copies the table rows `source` [N, pages], with newly taken pages where `fresh`."""
         target = source.copy()
-        target[fresh] = self.pool.take(int(fresh.sum()))
+        target[fresh] = self._take(int(fresh.sum()))
         return target
 
     def _copy_pages(self, source: Ids, target: Ids, counts: NDArray[np.int32]) -> None:

@@ -41,8 +41,18 @@ class Needs:
         )
 
     @property
+    def all_queries(self) -> bool:
+        """Whether every query counts, so that none may be left out."""
+        return self.column_sums or self.query_statistics or bool(self.block)
+
+    @property
+    def attention_scores(self) -> bool:
+        """Whether the attention of single queries decides what is kept."""
+        return self.queries > 0 or self.column_sums
+
+    @property
     def query_agnostic(self) -> bool:
-        """Whether keys and values alone decide what is kept, so that a compressed prefix can be reused."""
+        """Whether keys and values alone decide what is kept."""
         return self == Needs()
 
 

@@ -36,6 +36,7 @@ class PagePool:
     Attributes:
         pages: the memory; contents of free pages are undefined.
         owners: int32 [num_pages] on the host, reference counts; 0 for a free page.
+        held: int32 [num_pages] on the host, how many of the owners are prefixes and not sequences.
     """
 
     def __init__(
@@ -65,8 +66,9 @@ class PagePool:
             attention=_memory(slots, torch.float32, device),
         )
         self.owners: Ids = np.zeros(num_pages, dtype=np.int32)
+        self.held: Ids = np.zeros(num_pages, dtype=np.int32)
         self._stack: Ids = np.arange(num_pages - 1, -1, -1, dtype=np.int32)
-        self._num_free = num_pages
+        self._num_free = self._num_idle = num_pages
 
     @property
     def num_pages(self) -> int:
@@ -77,6 +79,11 @@ class PagePool:
     def num_free(self) -> int:
         """Pages that `take` can still hand out."""
         return self._num_free
+
+    @property
+    def num_idle(self) -> int:
+        """Pages that no sequence owns: free ones, and those that only prefixes own."""
+        return self._num_idle
 
     @property
     def free_pages(self) -> Ids:
@@ -101,13 +108,15 @@ class PagePool:
         ids = self._stack[left : self._num_free][::-1].copy()
         self.owners[ids] = 1
         self._num_free = left
+        self._num_idle -= count
         return ids
 
-    def share(self, ids: Ids) -> None:
+    def share(self, ids: Ids, held: bool = False) -> None:
         """Adds one owner to each listed page; a page listed twice gains two.
 
         Args:
             ids: int32 [n], pages in use.
+            held: the new owner is a prefix.
 
         Raises:
             RuntimeError: a page is free; nothing is changed.
@@ -116,13 +125,14 @@ class PagePool:
         owners = self.owners[pages]
         if not owners.all():
             raise RuntimeError(f"page {pages[owners == 0][0]} is free and cannot be shared")
-        self.owners[pages] = owners + counts
+        self._count(pages, counts, held)
 
-    def release(self, ids: Ids) -> int:
+    def release(self, ids: Ids, held: bool = False) -> int:
         """Removes one owner from each listed page and frees those left without any.
 
         Args:
             ids: int32 [n]; a page may be listed once for each of its owners.
+            held: the owner is a prefix.
 
         Returns:
             The number of pages freed.
@@ -131,14 +141,22 @@ class PagePool:
             RuntimeError: a page was released more often than it is owned; nothing is changed.
         """
         pages, counts = np.unique(ids, return_counts=True)
-        owners = self.owners[pages] - counts
-        if owners.min(initial=0) < 0:
-            raise RuntimeError(f"page {pages[owners < 0][0]} was released more often than it is owned")
-        self.owners[pages] = owners
-        freed = pages[owners == 0]
+        left = (self.held[pages] if held else self.owners[pages] - self.held[pages]) - counts
+        if left.min(initial=0) < 0:
+            raise RuntimeError(f"page {pages[left < 0][0]} was released more often than it is owned")
+        self._count(pages, -counts, held)
+        freed = pages[self.owners[pages] == 0]
         self._stack[self._num_free : self._num_free + len(freed)] = freed[::-1]
         self._num_free += len(freed)
         return len(freed)
+
+    def _count(self, pages: Ids, change: NDArray[np.int64], held: bool) -> None:
+        """Adds to the owners of different pages, and keeps count of those that no sequence owns."""
+        idle = int(np.count_nonzero(self.owners[pages] == self.held[pages]))
+        self.owners[pages] += change
+        if held:
+            self.held[pages] += change
+        self._num_idle += int(np.count_nonzero(self.owners[pages] == self.held[pages])) - idle
 
 
 def _memory(shape: tuple[int, ...], dtype: torch.dtype, device: str | torch.device) -> Tensor:

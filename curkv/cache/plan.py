@@ -81,6 +81,17 @@ class EvictionPlan:
         """Whether evictions come after every chunk of the prompt."""
         return self.options.prefill == "streaming" and self.evicts_prompt
 
+    @property
+    def reusable(self) -> bool:
+        """Whether its context, once compressed, can serve other requests with the same context and options.
+
+        There has to be something after the context, from which the first token follows. Scores that are
+        attention stand for the queries they were taken from and are not handed to others.
+        """
+        if not self.evicts_prompt or self.context_tokens == self.prompt_tokens or self.needs.attention_scores:
+            return False
+        return self.decode_budget_tokens is None or self.needs.query_agnostic
+
     def next_stop(self, computed: int) -> int:
         """Prompt position that a chunk must not cross, because the cache may be evicted there."""
         if computed >= self.context_tokens:

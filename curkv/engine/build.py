@@ -40,6 +40,14 @@ GPU_KV_DTYPE: KVDtype = "bfloat16"
 """Default on a GPU: the type of the weights, of which every key and value is a product."""
 
 
+PREFIX_SHARE = 1 / 8
+"""Share of the cache that is held for repeated prompts by default.
+
+What is held gives way to running sequences, so it costs them nothing; but a page that is held is memory that
+the process has touched and that an eviction does not free.
+"""
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """What an engine is built from.
@@ -48,6 +56,7 @@ class EngineOptions:
         model: directory, Hub id, GGUF file or built-in name.
         weights: type of the linear layers' weights; "auto" is float32 on CPU and bfloat16 on a GPU.
         kv_cache_bytes: size of the page pool; None takes a share of the memory that is free after loading.
+        prefix_cache_bytes: most of the pool that is held for repeated prompts; None takes a share of it.
         kv_dtype: type of cached keys and values.
         page_size: tokens of one KV head per page.
         max_step_tokens: most tokens of one step.
@@ -62,6 +71,7 @@ class EngineOptions:
     model: str
     weights: Weights = "auto"
     kv_cache_bytes: int | None = None
+    prefix_cache_bytes: int | None = 0
     kv_dtype: KVDtype = "auto"
     page_size: int = 64
     max_step_tokens: int = 512
@@ -106,7 +116,11 @@ def build_engine(options: EngineOptions) -> Engine:
     if num_bytes is None:
         num_bytes = default_cache_bytes(device=device)
     rope = rope_tables(config, max_model_len)
-    kv = KVCache(layout, num_pages_for(num_bytes, layout), kernels, rope, device)
+    prefix_bytes = options.prefix_cache_bytes
+    if prefix_bytes is None:
+        prefix_bytes = int(num_bytes * PREFIX_SHARE)
+    num_pages, prefix_pages = num_pages_for(num_bytes, layout), prefix_bytes // layout.page_bytes
+    kv = KVCache(layout, num_pages, kernels, rope, device, prefix_pages)
     graphs = DecodeGraphs(model, kv) if on_gpu else None
     engine = Engine(
         model,
@@ -160,6 +174,8 @@ def _warm_up(engine: Engine) -> None:
         engine.add(request, engine.plan(request))
     while engine.has_work:
         engine.step()
+    engine.drop_prefixes()
+    engine.step()
     engine.scheduler.pace.forget()
 
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Literal
 
 from tokenizers import Tokenizer
@@ -154,6 +155,21 @@ class EngineClient:
             self._streams.pop(request.id, None)
             if unfinished:
                 self._submit(lambda: self._engine.abort(request.id))
+
+    async def drop_prefixes(self) -> int:
+        """Drops the prefixes that no running sequence uses.
+
+        Returns:
+            Bytes of the cache that are free again.
+
+        Raises:
+            EngineUnavailable: the engine's thread has ended.
+        """
+        if not self._thread.is_alive():
+            raise EngineUnavailable(f"the engine is {self.state}")
+        dropped: Future[int] = Future()
+        self._submit(lambda: dropped.set_result(self._engine.drop_prefixes()))
+        return await asyncio.wrap_future(dropped)
 
     async def drain(self, timeout: float) -> bool:
         """Takes no new requests and waits for the running ones.

@@ -6,7 +6,7 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from tokenizers import Tokenizer
@@ -19,6 +19,7 @@ from curkv.cache.kv_cache import KVCache
 from curkv.cache.options import EvictionOptions, OptionError
 from curkv.cache.page_pool import OutOfPages
 from curkv.cache.plan import EvictionPlan, resolve
+from curkv.cache.prefixes import block_keys, context_digest
 from curkv.engine.decode_graphs import DecodeGraphs
 from curkv.engine.detokenizer import Detokenizer
 from curkv.engine.sampling import choice_seed, sample, token_logprobs
@@ -150,6 +151,7 @@ class Engine:
         sampling, prompt = request.sampling, request.prompt_token_ids
         seed = sampling.seed if sampling.seed is not None else secrets.randbits(64)
         matcher = self._structures.matcher(sampling.structure) if sampling.structure is not None else None
+        blocks, context = self._prefix_keys(request, plan)
         first, *others = [
             Sequence(
                 request=request,
@@ -160,11 +162,28 @@ class Engine:
                 detokenizer=Detokenizer(self.tokenizer, prompt, sampling.stop),
                 matcher=matcher.deep_copy() if matcher is not None else None,
                 candidates=tuple(self._resolve(options, prompt) for options in request.explain),
+                block_keys=blocks,
+                context_key=context,
             )
             for index in range(sampling.n)
         ]
         first.forks = others
         self.scheduler.add(first)
+
+    def _prefix_keys(self, request: Request, plan: EvictionPlan) -> tuple[list[bytes], Hashable | None]:
+        """Under which keys prefixes of a prompt are held: its blocks, and its compressed context."""
+        layout, most = self.kv.layout, self.kv.prefixes.max_pages
+        if not most:
+            return [], None
+        prompt, salt, context = request.prompt_token_ids, request.cache_salt, None
+        room = layout.sequence_pages(plan.budget_tokens) + layout.num_heads <= most
+        if plan.reusable and room and request.sampling.prompt_logprobs is None:
+            context = context_digest(prompt[: plan.context_tokens], salt), plan.options
+        return block_keys(prompt, layout.page_size, salt), context
+
+    def drop_prefixes(self) -> int:
+        """Drops the prefixes that no running sequence uses; returns the bytes that are free again."""
+        return self.kv.prefixes.drop() * self.kv.page_bytes
 
     def abort(self, request_id: str) -> None:
         """Ends a request wherever it is and frees its pages; unknown ids are ignored."""
@@ -253,13 +272,25 @@ class Engine:
             sequence.computed += chunk
             sequence.peak_bytes = max(sequence.peak_bytes, self.kv.sequence_bytes(sequence.slot))
             decoded, plan = sequence.computed - len(sequence.prompt), sequence.plan
+            self._keep_blocks(sequence, chunk)
             held = self._mean_length(sequence)
             if decoded <= 0 and plan.prefill_due(sequence.computed, held):
                 self._evict(sequence, "prefill")
             elif decoded > 0 and plan.decode_due(decoded, held):
-                self._evict_decode(sequence)
-            if decoded == 0:
+                self._evict(sequence, "decode")
+            if sequence.context_key is not None and sequence.computed == plan.context_tokens:
+                self.kv.keep(sequence.slot, sequence.context_key, sequence.computed, sequence.evictions)
+            if sequence.computed == len(sequence.prompt):
                 self._end_prompt(sequence)
+
+    def _keep_blocks(self, sequence: Sequence, chunk: int) -> None:
+        """Holds the blocks of the prompt that a sequence has just computed, before anything is evicted."""
+        size, last = self.kv.layout.page_size, sequence.computed
+        if not sequence.block_keys or last // size == (last - chunk) // size:
+            return
+        if last - chunk < sequence.lent_tokens:
+            blocks = min(last, sequence.lent_tokens) // size
+            self.kv.keep_blocks(sequence.slot, sequence.block_keys[:blocks])
 
     def _end_prompt(self, sequence: Sequence) -> None:
         sequence.kept_tokens = self._mean_length(sequence)
@@ -270,20 +301,18 @@ class Engine:
         if sequence.plan.decode_budget_tokens is None:
             self.kv.stop_observing(sequence.slot)
 
-    def _evict_decode(self, sequence: Sequence) -> None:
-        try:
-            self._evict(sequence, "decode")
-            sequence.decode_evictions += 1
-        except OutOfPages:  # pages shared with another choice cannot be copied: recompute without sharing
-            self.scheduler.preempt(sequence)
-
     def _evict(self, sequence: Sequence, phase: Literal["prefill", "decode"]) -> None:
+        """Evicts as the sequence's plan says; if pages that others share cannot be copied, it starts anew."""
         started = time.perf_counter()
         before = self._mean_length(sequence)
         view = self.kv.view(sequence.slot, sequence.plan.seed, phase, sequence.evictions)
         indices, counts = plan_kept(view, sequence.plan, self.kernels)
+        try:
+            pages_freed = evict(self.kv, sequence.slot, view, sequence.plan, indices, counts)
+        except OutOfPages:
+            return self.scheduler.preempt(sequence)
         sequence.evictions += 1
-        pages_freed = evict(self.kv, sequence.slot, view, sequence.plan, indices, counts)
+        sequence.decode_evictions += phase == "decode"
         kept = counts.double().mean().item()
         sequence.evicted_tokens += before - kept
         self._evictions.append(
@@ -334,7 +363,7 @@ class Engine:
             return False
         fork.computed, fork.first_scheduled = parent.computed, parent.first_scheduled
         fork.kept_tokens, fork.evicted_tokens = parent.kept_tokens, parent.evicted_tokens
-        fork.evictions = parent.evictions
+        fork.evictions, fork.cached_tokens = parent.evictions, parent.cached_tokens
         fork.peak_bytes = self.kv.sequence_bytes(fork.slot)
         fork.prompt_logprobs, fork.explanations = parent.prompt_logprobs, parent.explanations
         self.scheduler.adopt(fork)
@@ -354,6 +383,7 @@ class Engine:
                     explanations=sequence.explanations,
                     finish_reason="length",
                     kv=self._finish(sequence, "length"),
+                    cached_tokens=sequence.cached_tokens,
                 )
             )
         return [(sequence, row) for sequence, row in ready if sequence not in ended] if ended else ready
@@ -383,6 +413,7 @@ class Engine:
             finish_reason=ended,
             stop_reason=reason,
             kv=self._finish(sequence, ended) if ended is not None else None,
+            cached_tokens=sequence.cached_tokens,
         )
 
     def _stopped_by(
@@ -428,6 +459,10 @@ class Engine:
             used_bytes=kv.used_bytes,
             capacity_bytes=kv.capacity_bytes,
             stranded_slots_ratio=kv.stranded_slots_ratio,
+            prefix_bytes=kv.prefix_bytes,
+            prefix_saved_bytes=kv.saved_bytes,
+            prefix_queries=sum(len(s.prompt) for s in schedule.admitted) if kv.prefixes.max_pages else 0,
+            prefix_hits=sum(s.cached_tokens for s in schedule.admitted),
             prompt_tokens=prompt_tokens,
             generation_tokens=sampled,
             kv_tokens_written=sum(schedule.chunks) * kv.layout.num_heads,

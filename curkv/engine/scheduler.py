@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-import heapq
+import bisect
+import contextlib
 from dataclasses import dataclass, field
 
 from curkv.cache.kv_cache import KVCache
+from curkv.cache.page_pool import OutOfPages
+from curkv.cache.prefixes import Prefix
 from curkv.engine.pace import Pace
 from curkv.engine.sequence import Sequence
 
 
 @dataclass
 class Schedule:
-    """One step's work: `chunks[i]` new tokens of `sequences[i]`, single tokens first."""
+    """One step's work.
+
+    Attributes:
+        sequences: those that run, single tokens first.
+        chunks: how many new tokens each has.
+        preempted: sequences that had to make room.
+        admitted: sequences that ran for the first time.
+    """
 
     sequences: list[Sequence] = field(default_factory=list)
     chunks: list[int] = field(default_factory=list)
     preempted: int = 0
+    admitted: list[Sequence] = field(default_factory=list)
 
 
 class Scheduler:
@@ -26,6 +37,9 @@ class Scheduler:
     flight still need, and what decodes will append while the prompt is computed. What a sequence will hold
     later is what eviction leaves of it, so nothing is reserved for its prompt plus `max_tokens`. If pages run
     out all the same, the newest sequence is preempted and computed again later.
+
+    A new sequence starts from the longest prefix that is held of its prompt. While a running one computes the
+    compressed context that it could start from, it waits, and others may overtake it.
 
     Args:
         kv: the cache.
@@ -52,7 +66,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence by priority, then order of arrival."""
-        heapq.heappush(self._waiting, (sequence.priority, sequence))
+        bisect.insort(self._waiting, (sequence.priority, sequence))
 
     def find(self, request_id: str) -> list[Sequence]:
         """All unfinished sequences of a request."""
@@ -65,7 +79,6 @@ class Scheduler:
             self.running.remove(sequence)
         else:
             self._waiting = [entry for entry in self._waiting if entry[1] is not sequence]
-            heapq.heapify(self._waiting)
         self._free(sequence)
 
     def adopt(self, sequence: Sequence) -> None:
@@ -79,7 +92,7 @@ class Scheduler:
         for sequence in sorted(self.running, key=lambda s: (s.remaining > 1, s.priority)):
             budget -= self._plan_chunk(step, sequence, budget)
         self._preempt_until_it_fits(step)
-        while budget > 0 and not step.preempted and self._admit_next():
+        while budget > 1 and not step.preempted and self._admit_next(step):
             budget -= self._plan_chunk(step, self.running[-1], budget)
         decodes_first = sorted(range(len(step.chunks)), key=lambda i: step.chunks[i] > 1)
         step.sequences = [step.sequences[i] for i in decodes_first]
@@ -92,11 +105,16 @@ class Scheduler:
         return self.pace.tokens(sum(not sequence.prefilling for sequence in self.running))
 
     def _plan_chunk(self, step: Schedule, sequence: Sequence, budget: int) -> int:
-        chunk = min(budget, sequence.remaining, sequence.next_stop() - sequence.computed)
-        if chunk > 0:
+        """Adds what a step's budget allows; of several tokens none is left alone, which would be a decode."""
+        left = min(sequence.remaining, sequence.next_stop() - sequence.computed)
+        chunk = min(budget, left)
+        if left - chunk == 1:
+            chunk -= 1
+        if chunk > 1 or chunk == left == 1:
             step.sequences.append(sequence)
             step.chunks.append(chunk)
-        return chunk
+            return chunk
+        return 0
 
     def _preempt_until_it_fits(self, step: Schedule) -> None:
         while step.sequences and self._pages_needed(step.sequences, step.chunks) > self.kv.free_pages:
@@ -116,31 +134,72 @@ class Scheduler:
         sequence.reset()
         self.add(sequence)
 
-    def _admit_next(self) -> bool:
+    def _admit_next(self, step: Schedule) -> bool:
         """Moves the first waiting sequence to the running ones if it fits."""
-        if not self._waiting or len(self.running) >= self.kv.layout.max_sequences:
+        if len(self.running) >= self.kv.layout.max_sequences:
             return False
-        sequence = self._waiting[0][1]
-        if self.running and not self._fits(sequence):
+        sequence = self._next_waiting()
+        if sequence is None:
             return False
-        heapq.heappop(self._waiting)
-        sequence.slot = self.kv.add_sequence(sequence.observed)
-        sequence.mark_scheduled()
+        prefix = self._find_prefix(sequence)
+        if self.running and not self._fits(sequence, prefix):
+            return False
+        self._waiting.remove((sequence.priority, sequence))
+        if sequence.first_scheduled is None:
+            step.admitted.append(sequence)
+        self._start(sequence, prefix)
         self.running.append(sequence)
         return True
 
-    def _fits(self, sequence: Sequence) -> bool:
+    def _next_waiting(self) -> Sequence | None:
+        """The first sequence in the queue whose context is not being compressed by a running one."""
+        compressing = {s.context_key for s in self.running if s.computed < s.plan.context_tokens} - {None}
+        return next((s for _, s in self._waiting if s.context_key not in compressing), None)
+
+    def _find_prefix(self, sequence: Sequence) -> Prefix | None:
+        """What is held of a sequence's prompt: its compressed context, or blocks of it."""
+        prefixes = self.kv.prefixes
+        prefix = prefixes.find(sequence.context_key) if sequence.context_key is not None else None
+        blocks = sequence.borrowed_tokens // self.kv.layout.page_size
+        return prefix or prefixes.find_blocks(sequence.block_keys[:blocks])
+
+    def _start(self, sequence: Sequence, prefix: Prefix | None) -> None:
+        """Gives a sequence a slot, with what its prefix holds unless partial pages cannot be copied."""
+        if prefix is not None:
+            with contextlib.suppress(OutOfPages):
+                slot = self.kv.adopt(prefix, sequence.observed if not prefix.evictions else None)
+                sequence.start(slot, prefix)
+                return
+        sequence.start(self.kv.add_sequence(sequence.observed), None)
+
+    def _fits(self, sequence: Sequence, prefix: Prefix | None) -> bool:
         """Whether a new sequence can be prefilled beside the running ones without preempting any."""
         prefills = [s for s in self.running if s.prefilling]
         decodes = [s for s in self.running if not s.prefilling]
-        prompt_left = len(sequence.prompt) + sum(s.remaining for s in prefills)
+        computed = prefix.tokens if prefix is not None else 0
+        prompt_left = len(sequence.prompt) - computed + sum(s.remaining for s in prefills)
         steps = -(-prompt_left // self._step_tokens())
-        plan = sequence.plan
-        peak = max(plan.peak_prompt_tokens, plan.kept_prompt_tokens + len(sequence.output))
-        needed = self.kv.layout.sequence_pages(peak)
+        needed = self._peak_pages(sequence, prefix)
         needed += self._pages_needed(prefills, [self._growth(s) for s in prefills])
         needed += self._pages_needed(decodes, [max(s.remaining, steps) for s in decodes])
         return needed <= self.kv.free_pages
+
+    def _peak_pages(self, sequence: Sequence, prefix: Prefix | None) -> int:
+        """Pages that a new sequence takes at most until its prompt and output so far are computed.
+
+        Pages of its prefix that running sequences own are not taken again, but an eviction copies what it
+        keeps of them.
+        """
+        plan, pages = sequence.plan, self.kv.layout.sequence_pages
+        held = plan.kept_prompt_tokens + len(sequence.output)
+        if prefix is None:
+            return pages(max(plan.peak_prompt_tokens, held))
+        owners, holders = (counts[prefix.pages] for counts in (self.kv.pool.owners, self.kv.pool.held))
+        shared = int((owners > holders).sum())
+        if prefix.evictions:
+            return pages(held) - shared + self.kv.layout.num_heads
+        copied = pages(plan.budget_tokens) if shared and plan.evicts_prompt else 0
+        return pages(max(plan.peak_prompt_tokens, held)) - shared + copied
 
     def _growth(self, sequence: Sequence) -> int:
         """Tokens per head that a prefill will add at most to what it holds."""

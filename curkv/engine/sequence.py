@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 from curkv.cache.explain import NEEDS, Explanation
 from curkv.cache.observations import Needs
 from curkv.cache.plan import EvictionPlan
+from curkv.cache.prefixes import Prefix
 from curkv.engine.detokenizer import Detokenizer
 from curkv.engine.types import KVReport, Request, TokenLogprob
 
@@ -34,6 +36,9 @@ class Sequence:
         detokenizer: turns its tokens into text and watches for stop strings.
         matcher: follows the structure of its output, if it has one.
         candidates: plans to be explained after the prompt.
+        block_keys: under which the blocks of its prompt are held, see `curkv.cache.prefixes`.
+        context_key: under which its compressed context is held; None if it is not to be.
+        cached_tokens: prompt tokens that it took from a prefix when it first ran.
         slot: row of the page table, -1 while the sequence holds no memory.
     """
 
@@ -45,6 +50,9 @@ class Sequence:
     detokenizer: Detokenizer
     matcher: LLMatcher | None = None
     candidates: tuple[EvictionPlan, ...] = ()
+    block_keys: list[bytes] = field(default_factory=list)
+    context_key: Hashable | None = None
+    cached_tokens: int = 0
     output: list[int] = field(default_factory=list)
     slot: int = -1
     computed: int = 0
@@ -90,6 +98,28 @@ class Sequence:
         """What has to be observed of its queries."""
         needs = [NEEDS, *(plan.needs for plan in self.candidates)] if self.candidates else []
         return reduce(or_, needs, self.plan.observed)
+
+    @property
+    def lent_tokens(self) -> int:
+        """First tokens of the prompt whose K and V can be held for others: all before the first eviction.
+
+        Where attention is summed up, pages are written to as long as their sequence runs; and a context that
+        is held compressed is not held as a whole too.
+        """
+        if self.observed.column_sums or self.context_key is not None:
+            return 0
+        return self.plan.next_stop(0)
+
+    @property
+    def borrowed_tokens(self) -> int:
+        """First tokens of the prompt whose K and V can be those of others.
+
+        What is left must hold the queries that the policy observes, and two tokens: a single one would be
+        computed as a decode, which rounds differently.
+        """
+        if self.observed.all_queries or self.wants_prompt_logprobs:
+            return 0
+        return max(0, self.plan.next_stop(0) - max(2, self.observed.queries))
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -140,7 +170,12 @@ class Sequence:
             decode_evictions=self.decode_evictions,
         )
 
-    def mark_scheduled(self) -> None:
-        """Notes when the sequence first got to run."""
+    def start(self, slot: int, prefix: Prefix | None) -> None:
+        """Lets it run from where a prefix ends, or from the beginning."""
+        self.slot = slot
+        if prefix is not None:
+            self.computed, self.evictions = prefix.tokens, prefix.evictions
+            self.evicted_tokens = prefix.tokens - float(prefix.lengths.mean())
         if self.first_scheduled is None:
             self.first_scheduled = time.monotonic()
+            self.cached_tokens = self.computed

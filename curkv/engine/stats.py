@@ -113,6 +113,10 @@ class StepStats:
         finished: choices that ended in the step or were aborted since the previous one.
         sequences: the running sequences, in the order they were admitted.
         step_seconds: duration of the step.
+        prefix_bytes: bytes of the pages held for prefixes, whether sequences use them or not.
+        prefix_saved_bytes: bytes that more would be taken if sequences and prefixes shared no pages.
+        prefix_queries: prompt tokens of the sequences that first ran in the step, if prefixes are held.
+        prefix_hits: of these, tokens that a prefix held.
     """
 
     running: int
@@ -130,6 +134,10 @@ class StepStats:
     finished: list[RequestStats] = field(default_factory=list)
     sequences: list[SequenceStats] = field(default_factory=list)
     step_seconds: float = 0.0
+    prefix_bytes: int = 0
+    prefix_saved_bytes: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
 
 
 StatsSink = Callable[[StepStats], None]

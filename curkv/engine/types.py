@@ -99,6 +99,7 @@ class Request:
         sampling: sampling parameters.
         eviction: what the request's KV cache may keep.
         explain: options to be asked, after the prompt, what they would keep of it.
+        cache_salt: prompts share prefixes only with those of the same salt.
         priority: lower runs first; equal priorities run in order of arrival.
         arrival_time: `time.monotonic()` in seconds.
     """
@@ -108,6 +109,7 @@ class Request:
     sampling: SamplingParams
     eviction: EvictionOptions
     explain: tuple[EvictionOptions, ...] = ()
+    cache_salt: str = ""
     priority: int = 0
     arrival_time: float = field(default_factory=time.monotonic)
 
@@ -167,6 +169,7 @@ class Output:
         finish_reason: None while the choice runs.
         stop_reason: the stop string or token id that ended the choice, if one did.
         kv: eviction report, on the choice's last output.
+        cached_tokens: prompt tokens that were not computed, for they were held of an earlier prompt.
     """
 
     request_id: str
@@ -179,3 +182,4 @@ class Output:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     kv: KVReport | None = None
+    cached_tokens: int = 0

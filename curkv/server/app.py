@@ -75,7 +75,7 @@ def create_app(client: EngineClient | None, settings: Settings, lifespan: Lifesp
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origin,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["X-Request-Id", *OPENAPI_RESPONSE_HEADERS],
         )

@@ -24,7 +24,7 @@ from curkv.server import headers, limits
 from curkv.server.errors import as_api_error, error_responses
 from curkv.server.headers import OPENAPI_RESPONSE_HEADERS, eviction_controls
 from curkv.server.limits import read_limits
-from curkv.server.protocol import GenerationFields, KVUsage, Usage
+from curkv.server.protocol import GenerationFields, KVUsage, PromptTokensDetails, Usage
 from curkv.server.state import ServerState
 from curkv.server.streaming import (
     DONE,
@@ -119,6 +119,7 @@ class Answer(ABC):
     def __init__(self, generation: Generation):
         self.generation = generation
         self._completion_tokens = 0
+        self._cached_tokens = 0
         self._reports: list[KVReport] = []
 
     @abstractmethod
@@ -145,6 +146,7 @@ class Answer(ABC):
             prompt_tokens=prompt,
             completion_tokens=self._completion_tokens,
             total_tokens=prompt + self._completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=self._cached_tokens),
             kv=KVUsage.combine(self._reports),
         )
 
@@ -152,6 +154,8 @@ class Answer(ABC):
         """Counts the engine's outputs and yields each with its choice: choice i of prompt p is p * n + i."""
         async for prompt, output in stream:
             self._completion_tokens += len(output.token_ids)
+            if output.finish_reason is not None and output.index == 0:
+                self._cached_tokens += output.cached_tokens
             if output.kv is not None:
                 self._reports.append(output.kv)
             yield prompt * self.generation.body.choices_per_prompt + output.index, output
@@ -209,6 +213,7 @@ async def prepare(
             prompt_token_ids=prompt.token_ids,
             sampling=sampling,
             eviction=controls.for_context(prompt.context_tokens),
+            cache_salt=body.cache_salt or "",
             priority=treated.priority,
         )
         for index, prompt in enumerate(prompts)

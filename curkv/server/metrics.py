@@ -84,6 +84,14 @@ class Metrics:
             "kv_page_slots_stranded_ratio",
             "Share of the token slots of used pages that hold no token, 0 to 1.",
         )
+        self._prefix_bytes = self._gauge(
+            "prefix_cache_held_bytes", "Bytes of KV cache pages held for repeated prompts."
+        )
+        self._prefix_saved = self._gauge(
+            "prefix_cache_saved_bytes", "Bytes of KV cache that more would be in use if no page was shared."
+        )
+        self._prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens that were looked up.")
+        self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens that were held already.")
         self._prompt = self._counter("prompt_tokens", "Prompt tokens computed.")
         self._generation = self._counter("generation_tokens", "Tokens generated.")
         self._preemptions = self._counter("num_preemptions", "Sequences preempted for want of pages.")
@@ -178,6 +186,8 @@ class Metrics:
         """Takes in one step."""
         self._observe_state(step)
         self._prompt.labels(self._model).inc(step.prompt_tokens)
+        self._prefix_queries.labels(self._model).inc(step.prefix_queries)
+        self._prefix_hits.labels(self._model).inc(step.prefix_hits)
         self._generation.labels(self._model).inc(step.generation_tokens)
         self._preemptions.labels(self._model).inc(step.preemptions)
         self._written.labels(self._model).inc(step.kv_tokens_written)
@@ -193,6 +203,8 @@ class Metrics:
         self._used.labels(self._model).set(step.used_bytes)
         self._capacity.labels(self._model).set(step.capacity_bytes)
         self._stranded.labels(self._model).set(step.stranded_slots_ratio)
+        self._prefix_bytes.labels(self._model).set(step.prefix_bytes)
+        self._prefix_saved.labels(self._model).set(step.prefix_saved_bytes)
         self._observe_held(step.sequences)
 
     def _observe_held(self, sequences: Sequence[SequenceStats]) -> None:

@@ -78,6 +78,9 @@ class GenerationFields(StructureFields):
     )
     priority: int = Field(0, ge=-(2**31), lt=2**31, description="Lower runs first.")
     kv: KVFields | None = Field(None, description="Eviction controls; X-KV-* headers win over them.")
+    cache_salt: Text | None = Field(
+        None, description="Prompts share what is held of them only with those of the same salt."
+    )
     user: str | None = Field(None, description="Accepted and not used.")
 
     @field_validator("stream_options")
@@ -177,10 +180,21 @@ class KVUsage(BaseModel):
         )
 
 
+class PromptTokensDetails(BaseModel):
+    """Where the prompt's tokens came from.
+
+    Attributes:
+        cached_tokens: those that were held of an earlier prompt and not computed.
+    """
+
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     """Tokens of the request, and what became of their KV cache."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails = PromptTokensDetails(cached_tokens=0)
     kv: KVUsage | None = None

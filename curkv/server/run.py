@@ -96,6 +96,7 @@ def build_client(settings: Settings) -> EngineClient:
         model=settings.model,
         weights=settings.weights,
         kv_cache_bytes=settings.kv_cache_memory,
+        prefix_cache_bytes=settings.prefix_cache_memory,
         kv_dtype=settings.kv_dtype,
         page_size=settings.page_size,
         max_step_tokens=settings.max_step_tokens,

@@ -346,10 +346,10 @@ CORRUPTIONS: list[tuple[Callable[[KVCache], object], str]] = [
     (lambda cache: cache.pool.owners.put(0, 2), "reference count of page 0 differs"),
     (
         lambda cache: cache.pool.release(np.array([3], dtype=np.int32)),
-        "page 3 is free but a sequence owns it",
+        "page 3 is free but has an owner",
     ),
     (lambda cache: cache.pool._stack.put(0, 62), "page 62 is in the free list twice"),
-    (lambda cache: cache.pool._stack.put(0, 0), "page 0 is free but a sequence owns it"),
+    (lambda cache: cache.pool._stack.put(0, 0), "page 0 is free but has an owner"),
     (lambda cache: setattr(cache.pool, "_num_free", 50), "page .* is neither free nor owned"),
     (share_with_another_head, "a page lies in two heads"),
     (repeat_in_own_head, "twice in the same head"),

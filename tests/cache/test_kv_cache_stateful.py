@@ -37,15 +37,30 @@ class Modelled:
         return sum(-(-(len(tokens) + new_tokens) // PAGE) for tokens in self.heads.values())
 
     @property
+    def whole(self) -> list[tuple[int, float]]:
+        """Its tokens, as long as every head holds all of them."""
+        first = self.heads[0, 0]
+        same = all(tokens == first for tokens in self.heads.values())
+        return first if same and len(first) == self.next_position else []
+
+    @property
     def longest(self) -> int:
         return max(len(tokens) for tokens in self.heads.values())
 
 
 class CacheMachine(RuleBasedStateMachine):
-    @initialize(num_pages=st.sampled_from([20, 32, 48, 80]))
-    def start(self, num_pages: int) -> None:
-        self.cache = make_cache(num_pages, max_tokens=MAX_TOKENS, page_size=PAGE, max_sequences=6)
+    @initialize(num_pages=st.sampled_from([20, 32, 48, 80]), max_prefix_pages=st.sampled_from([0, 12, 80]))
+    def start(self, num_pages: int, max_prefix_pages: int) -> None:
+        self.cache = make_cache(
+            num_pages,
+            max_tokens=MAX_TOKENS,
+            page_size=PAGE,
+            max_sequences=6,
+            max_prefix_pages=max_prefix_pages,
+        )
         self.model: dict[int, Modelled] = {}
+        self.chains: list[list[tuple[tuple[int, float], ...]]] = []
+        self.kept: list[Modelled] = []
         self.next_value = 1.0
 
     @rule(prompt=st.sampled_from([0, 1, 3, 4, 5, 8, 11, 17]))
@@ -84,7 +99,6 @@ class CacheMachine(RuleBasedStateMachine):
         try:
             freed = self.cache.evict(slot, indices, counts)
         except OutOfPages:
-            assert same_books(before, books(self.cache))
             assert self.cache.pool.owners.max() > 1, "only shared pages need room to be evicted from"
             return
         assert self.cache.free_pages == free + freed
@@ -108,6 +122,60 @@ class CacheMachine(RuleBasedStateMachine):
         assert new not in self.model
         assert self.cache.free_pages == free - partial
         self.model[new] = deepcopy(self.model[slot])
+
+    @precondition(lambda self: any(len(sequence.whole) >= PAGE for sequence in self.model.values()))
+    @rule(data=st.data())
+    def keep_blocks(self, data: st.DataObject) -> None:
+        slots = [slot for slot, sequence in self.model.items() if len(sequence.whole) >= PAGE]
+        slot = data.draw(st.sampled_from(sorted(slots)), label="slot")
+        tokens = self.model[slot].whole
+        chain = [tuple(tokens[:end]) for end in range(PAGE, len(tokens) + 1, PAGE)]
+        free = self.cache.free_pages
+        self.cache.keep_blocks(slot, chain)
+        assert self.cache.free_pages == free, "what is held gives way"
+        self.chains.append(chain)
+
+    @precondition(lambda self: self.chains and self.cache.free_slots)
+    @rule(data=st.data())
+    def adopt_blocks(self, data: st.DataObject) -> None:
+        chain = data.draw(st.sampled_from(self.chains), label="chain")
+        prefix = self.cache.prefixes.find_blocks(chain)
+        if prefix is not None:
+            slot = self.cache.adopt(prefix)
+            assert prefix.tokens % PAGE == 0 and 0 < prefix.tokens <= len(chain) * PAGE
+            tokens = list(chain[prefix.tokens // PAGE - 1])
+            self.model[slot] = Modelled(prefix.tokens)
+            self.model[slot].heads = {where: list(tokens) for where in self.model[slot].heads}
+
+    @precondition(lambda self: any(sequence.longest for sequence in self.model.values()))
+    @rule(data=st.data())
+    def keep(self, data: st.DataObject) -> None:
+        slot, free = self.draw_slot(data), self.cache.free_pages
+        self.cache.keep(slot, len(self.kept), self.model[slot].next_position, evictions=1)
+        assert self.cache.free_pages == free, "what is held gives way"
+        self.kept.append(deepcopy(self.model[slot]))
+
+    @precondition(lambda self: self.kept and self.cache.free_slots)
+    @rule(data=st.data())
+    def adopt(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(range(len(self.kept))), label="key")
+        prefix, before = self.cache.prefixes.find(key), books(self.cache)
+        if prefix is None:
+            return
+        try:
+            slot = self.cache.adopt(prefix)
+        except OutOfPages:
+            assert same_books(before, books(self.cache))
+            return
+        assert prefix.tokens == self.kept[key].next_position
+        self.model[slot] = deepcopy(self.kept[key])
+
+    @rule(pages=st.none() | st.integers(0, 20))
+    def drop_prefixes(self, pages: int | None) -> None:
+        free, idle = self.cache.pool.num_free, self.cache.free_pages
+        freed = self.cache.prefixes.drop(pages)
+        assert self.cache.pool.num_free == free + freed and self.cache.free_pages == idle
+        assert freed >= min(pages, idle - free) if pages is not None else freed == idle - free
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
@@ -135,6 +203,8 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.cache.sequence_bytes(slot) == sequence.pages() * self.cache.page_bytes
             assert self.cache.sequence_tokens(slot) == sum(map(len, sequence.heads.values()))
         assert self.cache.used_bytes <= sum(map(self.cache.sequence_bytes, self.model))
+        assert self.cache.prefixes.held_pages <= self.cache.prefixes.max_pages
+        assert self.cache.saved_bytes >= 0
 
     @invariant()
     def contents_equal_the_model(self) -> None:
@@ -160,6 +230,8 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.check_integrity()
         assert self.cache.free_pages == self.cache.num_pages
         assert self.cache.used_bytes == 0
+        self.cache.prefixes.drop()
+        assert self.cache.pool.num_free == self.cache.num_pages and not self.cache.prefixes.held_pages
         assert self.cache.free_slots == self.cache.layout.max_sequences
 
     def draw_slot(self, data: st.DataObject) -> int:

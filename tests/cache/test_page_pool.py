@@ -85,3 +85,16 @@ def test_a_free_page_cannot_be_shared() -> None:
     with pytest.raises(RuntimeError, match="page 1 is free"):
         pool.share(np.array([ids[0], 1], dtype=np.int32))
     assert pool.owners.tolist() == [1] + [0] * 9
+
+
+def test_pages_that_only_prefixes_hold_are_idle_and_not_free() -> None:
+    pool = make_pool()
+    ids = pool.take(3)
+    pool.share(ids[:2], held=True)
+    assert (pool.num_free, pool.num_idle) == (7, 7)
+    assert pool.release(ids) == 1
+    assert (pool.num_free, pool.num_idle) == (8, 10)
+    with pytest.raises(RuntimeError, match="released more often than it is owned"):
+        pool.release(ids[:1])
+    assert pool.release(ids[:2], held=True) == 2
+    assert (pool.num_free, pool.num_idle) == (10, 10)

@@ -31,6 +31,7 @@ def make_cache(
     num_pages: int = 64,
     rope: tuple[Tensor, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
+    max_prefix_pages: int = 0,
     **layout: int,
 ) -> KVCache:
     """A cache of 2 layers x 2 heads x 4 channels with pages of 4 tokens; by default RoPE turns nothing."""
@@ -45,7 +46,7 @@ def make_cache(
     cache_layout = CacheLayout(dtype=dtype, **(shape | layout))
     half = cache_layout.head_dim // 2
     rope = rope or (torch.ones(256, half), torch.zeros(256, half))
-    cache = KVCache(cache_layout, num_pages, KERNELS, rope=rope)
+    cache = KVCache(cache_layout, num_pages, KERNELS, rope=rope, max_prefix_pages=max_prefix_pages)
     poison(cache)
     return cache
 
@@ -63,6 +64,11 @@ def poison(cache: KVCache) -> None:
     unused = torch.ones(cache.num_pages, cache.layout.page_size, dtype=torch.bool)
     *_, page, place = token_slots(cache)
     unused[page, place] = False
+    for prefix in cache.prefixes.all:
+        held, size = torch.from_numpy(prefix.table).long(), cache.layout.page_size
+        index = torch.arange(held.shape[-1] * size)
+        *head, token = (index < torch.from_numpy(prefix.lengths)[..., None]).nonzero(as_tuple=True)
+        unused[held[(*head, token // size)], token % size] = False
     for field in fields(Pages):
         memory = getattr(cache.pages, field.name)
         memory[unused] = -1 if memory.dtype == torch.int32 else torch.nan

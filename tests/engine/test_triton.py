@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,71 +19,12 @@ from curkv.cache.parsing import parse_options
 from curkv.engine.decode_graphs import DecodeGraphs
 from curkv.engine.engine import Engine
 from curkv.kernels.dispatch import get_kernels
-from curkv.models.config import ModelConfig
 from curkv.models.llama import Llama, rope_tables
-from curkv.models.loading import LayerWeights
 
 from .conftest import request, tokens
+from .small_model import CONFIG, random_checkpoint
 
 pytestmark = pytest.mark.triton
-
-CONFIG = ModelConfig(
-    architecture="LlamaForCausalLM",
-    vocab_size=97,
-    hidden_size=96,
-    intermediate_size=160,
-    num_layers=2,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=64,
-    max_positions=256,
-    rms_norm_eps=1e-5,
-    rope_theta=10_000.0,
-    rope_scaling=None,
-    qkv_bias=False,
-    o_bias=False,
-    mlp_bias=False,
-    qk_norm=True,
-    tie_embeddings=False,
-    bos_token_id=None,
-    eos_token_ids=(),
-)
-
-
-def random_checkpoint(device: str = "cpu") -> SimpleNamespace:
-    """Weights of a model whose attention is far from uniform."""
-    generator = torch.Generator().manual_seed(1)
-    c = CONFIG
-
-    def weight(*shape: int) -> Tensor:
-        return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(device)
-
-    def ones(size: int) -> Tensor:
-        return torch.ones(size, device=device)
-
-    layers = [
-        LayerWeights(
-            input_norm=ones(c.hidden_size),
-            qkv=weight(c.q_size + 2 * c.num_kv_heads * c.head_dim, c.hidden_size),
-            qkv_bias=None,
-            q_norm=1.5 * ones(c.head_dim),
-            k_norm=1.5 * ones(c.head_dim),
-            o=weight(c.hidden_size, c.q_size),
-            o_bias=None,
-            post_attention_norm=ones(c.hidden_size),
-            gate_up=weight(2 * c.intermediate_size, c.hidden_size),
-            gate_up_bias=None,
-            down=weight(c.hidden_size, c.intermediate_size),
-            down_bias=None,
-        )
-        for _ in range(c.num_layers)
-    ]
-    return SimpleNamespace(
-        embedding=weight(c.vocab_size, c.hidden_size) * c.hidden_size**0.5,
-        final_norm=ones(c.hidden_size),
-        head=weight(c.vocab_size, c.hidden_size),
-        layer=layers.__getitem__,
-    )
 
 
 @dataclass

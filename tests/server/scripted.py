@@ -153,6 +153,7 @@ class ScriptedClient:
             logprobs=None if request.sampling.logprobs is None else [logprob],
             prompt_logprobs=self._prompt_logprobs(request) if token == 1 else None,
             finish_reason="length" if last else None,
+            cached_tokens=min(16, plan.prompt_tokens - 1),
             kv=report if last else None,
         )
 
@@ -178,6 +179,9 @@ class ScriptedClient:
             explanations=explanations,
             finish_reason="length",
         )
+
+    async def drop_prefixes(self) -> int:
+        return 4096
 
     async def drain(self, timeout: float) -> bool:
         self.state = "draining"

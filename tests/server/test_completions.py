@@ -49,6 +49,7 @@ async def test_every_form_of_prompt(
     assert usage["prompt_tokens"] == sum(lengths)
     assert usage["completion_tokens"] == 4 * len(lengths)
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": sum(min(16, n - 1) for n in lengths)}
 
 
 async def test_answer_says_what_was_kept(http: httpx.AsyncClient) -> None:

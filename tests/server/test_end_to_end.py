@@ -215,3 +215,27 @@ async def test_metrics_count_what_was_evicted_and_return_to_zero(
         while missing := set(expected) - set((await http.get("/metrics")).text.splitlines()):
             await asyncio.sleep(0.05)
     assert not missing
+
+
+async def test_a_repeated_prompt_is_found_until_prefixes_are_dropped(
+    http: httpx.AsyncClient, engine: EngineClient
+) -> None:
+    texts, cached = [], []
+    body = {"prompt": "It was a fine day. " + QUESTION, "max_tokens": 4, "temperature": 0}
+    await http.delete("/v1/kv/prefixes")
+    for drops in (False, False, True):
+        if drops:
+            held = engine.stats.prefix_bytes
+            assert held > 0
+            assert (await http.delete("/v1/kv/prefixes")).json() == {"freed_bytes": held}
+        answer = (await http.post("/v1/completions", json=body)).json()
+        texts.append(answer["choices"][0]["text"])
+        cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+    page, length = engine.cache_layout.page_size, answer["usage"]["prompt_tokens"]
+    assert cached == [0, (length - 2) // page * page, 0]
+    assert len(set(texts)) == 1
+    async with asyncio.timeout(10):
+        while (
+            f'curkv:prefix_cache_hits_total{{model_name="{NAME}"}} 0.0' in (await http.get("/metrics")).text
+        ):
+            await asyncio.sleep(0.05)

@@ -72,3 +72,14 @@ async def test_the_page_and_everything_it_names_come_from_this_server(http: http
     assert not any(
         "://" in re.sub(r"http://www\.w3\.org\S+", "", path.read_text()) for path in FOLDER.iterdir()
     )
+
+
+async def test_dropping_prefixes_says_what_was_freed(http: httpx.AsyncClient) -> None:
+    response = await http.delete("/v1/kv/prefixes")
+    assert response.status_code == 200 and response.json() == {"freed_bytes": 4096}
+
+
+async def test_prefixes_cannot_be_dropped_before_there_is_an_engine() -> None:
+    with running(None, Settings(served_model_name="words")) as url:
+        async with httpx.AsyncClient(base_url=url) as http:
+            assert (await http.delete("/v1/kv/prefixes")).status_code == 503

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import httpx
 import numpy as np
 import pytest
@@ -18,7 +20,8 @@ num_preemptions time_to_first_token_seconds inter_token_latency_seconds e2e_requ
 request_queue_time_seconds request_prefill_time_seconds request_decode_time_seconds cache_config_info
 kv_tokens_written kv_tokens_evicted kv_pages_freed kv_cache_used_bytes kv_cache_capacity_bytes
 kv_eviction_duration_seconds request_kv_kept_ratio kv_page_slots_stranded_ratio kv_head_budget_tokens
-kv_cache_held_bytes weights_bytes engine_up
+kv_cache_held_bytes weights_bytes engine_up prefix_cache_queries prefix_cache_hits prefix_cache_held_bytes
+prefix_cache_saved_bytes
 """
 
 
@@ -57,6 +60,7 @@ async def test_a_step_shows_in_the_metrics(http: httpx.AsyncClient, engine: Scri
     ]
     ended = [finished, aborted]
     step = StepStats(3, 2, 25, 100, 2500, 10_000, 0.25, 100, 3, 600, 1, [eviction], ended, sequences)
+    step = replace(step, prefix_bytes=700, prefix_saved_bytes=800, prefix_queries=50, prefix_hits=32)
     for sink in engine.sinks:
         sink(step)
         sink(step)
@@ -72,6 +76,10 @@ async def test_a_step_shows_in_the_metrics(http: httpx.AsyncClient, engine: Scri
         "prompt_tokens_total": 200,
         "generation_tokens_total": 6,
         "num_preemptions_total": 2,
+        "prefix_cache_held_bytes": 700,
+        "prefix_cache_saved_bytes": 800,
+        "prefix_cache_queries_total": 100,
+        "prefix_cache_hits_total": 64,
         "kv_tokens_written_total": 1200,
         "kv_tokens_evicted_total{phase=prefill,policy=adacurdkv}": 600,
         "kv_pages_freed_total{phase=prefill,policy=adacurdkv}": 24,

@@ -1,1 +1,1 @@
-"""GET /v1/kv/state and GET /v1/kv/policies."""
+"""GET /v1/kv/state, GET /v1/kv/policies and DELETE /v1/kv/prefixes."""

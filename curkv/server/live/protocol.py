@@ -1,4 +1,4 @@
-"""Bodies of GET /v1/kv/state and GET /v1/kv/policies."""
+"""Bodies of GET /v1/kv/state, GET /v1/kv/policies and DELETE /v1/kv/prefixes."""
 
 from __future__ import annotations
 
@@ -29,6 +29,16 @@ class State(BaseModel):
     capacity_bytes: int
     stranded_slots_ratio: float
     sequences: list[SequenceStats]
+
+
+class DroppedPrefixes(BaseModel):
+    """What dropping prefixes gave back.
+
+    Attributes:
+        freed_bytes: bytes of the pages that went back to the pool.
+    """
+
+    freed_bytes: int
 
 
 class PolicyCard(BaseModel):

@@ -1,4 +1,4 @@
-"""Routes of GET /v1/kv/state and GET /v1/kv/policies."""
+"""Routes of GET /v1/kv/state, GET /v1/kv/policies and DELETE /v1/kv/prefixes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from fastapi import APIRouter, Request
 
 from curkv.cache.policies import policy_descriptions
 from curkv.engine.stats import StepStats
-from curkv.server.live.protocol import PolicyCard, PolicyList, State
+from curkv.server.errors import error_responses
+from curkv.server.live.protocol import DroppedPrefixes, PolicyCard, PolicyList, State
 from curkv.server.state import server_state
 
 router = APIRouter(tags=["cache"])
@@ -27,6 +28,12 @@ async def state(request: Request) -> State:
         stranded_slots_ratio=stats.stranded_slots_ratio,
         sequences=stats.sequences,
     )
+
+
+@router.delete("/v1/kv/prefixes", summary="Drop held prefixes", responses=error_responses(503))
+async def drop_prefixes(request: Request) -> DroppedPrefixes:
+    """Drops what is held for repeated prompts, but for what running sequences use."""
+    return DroppedPrefixes(freed_bytes=await server_state(request).ready_client().drop_prefixes())
 
 
 @router.get("/v1/kv/policies", summary="List eviction policies")
