@@ -168,7 +168,12 @@ class EngineClient:
         if not self._thread.is_alive():
             raise EngineUnavailable(f"the engine is {self.state}")
         dropped: Future[int] = Future()
-        self._submit(lambda: dropped.set_result(self._engine.drop_prefixes()))
+
+        def drop() -> None:
+            if dropped.set_running_or_notify_cancel():  # else the caller went away
+                dropped.set_result(self._engine.drop_prefixes())
+
+        self._submit(drop)
         return await asyncio.wrap_future(dropped)
 
     async def drain(self, timeout: float) -> bool:

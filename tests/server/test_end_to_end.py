@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ def settings(default_model_dir: Path) -> Settings:
         kv_cache_memory=48 << 20,
         max_model_len=CONTEXT,
         max_step_tokens=128,
+        prefix_cache_memory=32 << 20,
     )
 
 
@@ -239,3 +241,17 @@ async def test_a_repeated_prompt_is_found_until_prefixes_are_dropped(
             f'curkv:prefix_cache_hits_total{{model_name="{NAME}"}} 0.0' in (await http.get("/metrics")).text
         ):
             await asyncio.sleep(0.05)
+
+
+async def test_a_client_that_goes_away_while_prefixes_are_dropped_leaves_the_engine_running(
+    engine: EngineClient,
+) -> None:
+    busy = threading.Event()
+    engine._submit(lambda: busy.wait() and None)
+    dropping = asyncio.create_task(engine.drop_prefixes())
+    await asyncio.sleep(0)
+    dropping.cancel()
+    await asyncio.gather(dropping, return_exceptions=True)
+    busy.set()
+    async with asyncio.timeout(10):
+        assert await engine.drop_prefixes() >= 0
