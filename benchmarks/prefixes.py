@@ -59,7 +59,10 @@ def main() -> None:
         f"{args.policy} 25%, prefixes": (compressed, None),
     }
     pool = 2**30
-    engines = {size: build_engine(EngineOptions(args.model, pool, size)) for size in (0, None)}
+    engines = {
+        size: build_engine(EngineOptions(args.model, kv_cache_bytes=pool, prefix_cache_bytes=size))
+        for size in (0, None)
+    }
     document, questions = prompts(engines[0], args.tokens, args.questions)
     results: dict[str, list[Result]] = {name: [] for name in ways}
     for _ in range(args.runs):

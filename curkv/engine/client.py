@@ -247,7 +247,10 @@ class EngineClient:
             if (stream := self._streams.get(request_id)) is not None:
                 stream.put(items)
         for sink in self._sinks:
-            sink(self._engine.last_stats)
+            try:
+                sink(self._engine.last_stats)
+            except Exception:
+                logger.exception("statistics of a step were not taken")
 
 
 class _Stream:

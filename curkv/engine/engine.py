@@ -320,7 +320,7 @@ class Engine:
                 policy=sequence.plan.policy.name,
                 phase=phase,
                 tokens_evicted=round((before - kept) * counts.numel()),
-                pages_freed=pages_freed,
+                pages_freed=max(0, pages_freed),
                 seconds=time.perf_counter() - started,
                 kept_ratio=kept / before,
                 head_budgets=counts.cpu().numpy(),

@@ -20,7 +20,7 @@ class EvictionStats:
         policy: name of the policy.
         phase: after the prompt or while generating.
         tokens_evicted: tokens dropped, summed over layers and heads.
-        pages_freed: pages given back to the pool.
+        pages_freed: pages given back to the pool; 0 if more had to be copied, because others use them too.
         seconds: scoring, selection and compaction.
         kept_ratio: tokens kept / tokens stored before, mean over layers and heads.
         head_budgets: int [layers, kv_heads], tokens each head kept.

@@ -301,3 +301,20 @@ def test_prompt_logprobs_judge_every_token() -> None:
     run(engine, request(prompt(300), 2))
     [outputs] = run(engine, request(prompt(300), 2, prompt_logprobs=0)).values()
     assert len(outputs[0].prompt_logprobs or []) == 299 and outputs[-1].cached_tokens == 0
+
+
+def test_an_eviction_that_copies_more_pages_than_it_frees_counts_none() -> None:
+    engine = make_engine(max_prefix_pages=PLENTY)
+    whole = request(prompt(640), max_tokens=20, id="whole")
+    engine.add(whole, engine.plan(whole))
+    while not engine.step():
+        pass
+    part = request(
+        prompt(700), max_tokens=1, id="part", kv=parse_options({"policy": "curdkv", "budget": "50%"})
+    )
+    engine.add(part, engine.plan(part))
+    freed = []
+    while engine.scheduler.find("part"):
+        engine.step()
+        freed += [eviction.pages_freed for eviction in engine.last_stats.evictions]
+    assert freed == [0]

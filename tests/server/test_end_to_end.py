@@ -15,6 +15,7 @@ from openai import AsyncOpenAI, BadRequestError
 
 from curkv.config import Settings
 from curkv.engine.client import EngineClient
+from curkv.engine.stats import StepStats
 from curkv.server.run import build_client
 from tests.server.scripted import running, until
 
@@ -255,3 +256,15 @@ async def test_a_client_that_goes_away_while_prefixes_are_dropped_leaves_the_eng
     busy.set()
     async with asyncio.timeout(10):
         assert await engine.drop_prefixes() >= 0
+
+
+async def test_statistics_that_cannot_be_taken_end_no_request(
+    engine: EngineClient, http: httpx.AsyncClient
+) -> None:
+    def fail_once(stats: StepStats) -> None:
+        engine._sinks.remove(fail_once)
+        raise ValueError("no such counter")
+
+    engine.add_sink(fail_once)
+    answer = await http.post("/v1/completions", json={"prompt": "A", "max_tokens": 3, "ignore_eos": True})
+    assert answer.json()["usage"]["completion_tokens"] == 3 and fail_once not in engine._sinks
