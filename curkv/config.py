@@ -64,7 +64,7 @@ class Settings(BaseSettings):
     prefix_cache_memory: Size | None = Field(
         None, ge=0, description="Most of it held for repeated prompts, 0 for none; an eighth if not given."
     )
-    kv_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    kv_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
         "auto", description="Type of cached K, V."
     )
     page_size: int = Field(64, ge=8, le=256, description="Tokens of one KV head per page.")

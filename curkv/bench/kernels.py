@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from curkv.cache.page_pool import PagePool
 from curkv.kernels.dispatch import Kernels, get_kernels
-from curkv.kernels.pages import Pages
+from curkv.kernels.pages import Pages, rounded
 
 HEAD_DIM, HEADS, GROUP = 64, 3, 3  # of smollm2-135m
 PAGE_SIZE = 64
@@ -29,7 +29,8 @@ LINEAR = (  # [out, in] of a layer: qkv, o, gate and up, down
     (2 * INTERMEDIATE, HIDDEN),
     (HIDDEN, INTERMEDIATE),
 )
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LONG = 8 * (4000,)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 READ, MATMUL = "streaming read", "matmul"
 
 
@@ -97,8 +98,9 @@ class Layers:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one head's K and V of one token."""
-        return 2 * self.pages.k.shape[2] * self.pages.k.element_size()
+        """Bytes of one head's K and V of one token, scales included."""
+        scale = 0 if self.pages.k_scale is None else self.pages.k_scale.element_size()
+        return 2 * (self.pages.k.shape[2] * self.pages.k.element_size() + scale)
 
     def layer(self, layer: int) -> tuple[Pages, Tensor, Tensor, Tensor]:
         """What the attention kernels take."""
@@ -116,9 +118,12 @@ def make_layers(contexts: tuple[int, ...], layers: int, dtype: torch.dtype) -> L
     num_pages = int(counts.sum())
     tables[owned] = torch.randperm(num_pages, generator=generator).to(torch.int32)
     pages = PagePool(num_pages, PAGE_SIZE, HEAD_DIM, dtype).pages
-    some = torch.randn(64, PAGE_SIZE, HEAD_DIM, generator=generator).to(dtype)
-    for memory in (pages.k, pages.v):
-        memory.copy_(some.repeat(-(-num_pages // 64), 1, 1)[:num_pages])
+    some = rounded(torch.randn(64, PAGE_SIZE, HEAD_DIM, generator=generator), dtype)
+    for stored in ((pages.k, pages.k_scale), (pages.v, pages.v_scale)):
+        for memory, values in zip(stored, some, strict=True):
+            if memory is not None and values is not None:
+                times = (-(-num_pages // 64), *(1 for _ in memory.shape[1:]))
+                memory.copy_(values.repeat(times)[:num_pages])
     for side in (pages.k_sq, pages.v_sq, pages.attention):
         side.uniform_(generator=generator)
     pages.position.zero_()
@@ -155,9 +160,9 @@ def linear(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def decode(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
-    """One token for each of eight sequences of 2,000 to 4,000 tokens, and for one of them."""
-    for contexts in (CONTEXTS, CONTEXTS[-1:]):
-        cache = make_layers(contexts, LAYERS if len(contexts) > 1 else LAYERS * len(CONTEXTS), dtype)
+    """One token for each of eight sequences of 2,000 to 4,000 tokens, of eight of 4,000, and of one."""
+    for contexts in (CONTEXTS, LONG, LONG[:1]):
+        cache = make_layers(contexts, LAYERS if len(contexts) > 1 else LAYERS * len(LONG), dtype)
         q = torch.randn(len(contexts), HEADS * GROUP, HEAD_DIM)
         layers = cache.tables.shape[1]
 
@@ -165,7 +170,8 @@ def decode(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
             for layer in range(layers):
                 kernels.paged_decode_attention(q, *cache.layer(layer), HEAD_DIM**-0.5)
 
-        shape = f"{len(contexts)} x {contexts[0]:,}-{contexts[-1]:,} tokens"
+        lengths = "-".join(f"{n:,}" for n in sorted({contexts[0], contexts[-1]}))
+        shape = f"{len(contexts)} x {lengths} tokens"
         yield Case("paged_decode_attention", shape, dtype, run, layers, cache.tokens * cache.token_bytes)
 
 

@@ -113,7 +113,7 @@ def output_errors(view: CacheView, kept: Tensor) -> Tensor:
     newest = position.amax() - torch.arange(window - 1, -1, -1, device=position.device)
     errors = []
     for layer in range(view.num_layers):
-        keys, values = (view.vectors(storage, layer) for storage in (view.pages.k, view.pages.v))
+        keys, values = view.keys(layer), view.values(layer)
         hidden = position[layer][:, None] > newest[:, None]
         logits = torch.einsum("hwgd,hnd->hwgn", queries[layer], keys) * view.scale
         logits = logits.masked_fill_(hidden[:, :, None], -torch.inf).flatten(1, 2)

@@ -17,7 +17,7 @@ from curkv.cache.observations import Needs, Observations
 from curkv.cache.page_pool import Ids, OutOfPages, PagePool
 from curkv.cache.prefixes import Prefix, PrefixCache
 from curkv.kernels.dispatch import Kernels
-from curkv.kernels.pages import Pages
+from curkv.kernels.pages import Pages, rounded
 
 if TYPE_CHECKING:
     from curkv.cache.policies.base import CacheView
@@ -485,9 +485,14 @@ class KVCache:
         alone = torch.from_numpy(self.pool.owners == 1).to(k.device)[ids.clamp(0, self.num_pages - 1)]
         head, token = (alone & (index < self.lengths[slot, layer, :, None])).nonzero(as_tuple=True)
         place = ids[head, token], token % size
-        for storage, squares, x in ((pages.k, pages.k_sq, k), (pages.v, pages.v_sq, v)):
-            storage[place] = x[head, token].to(storage.dtype)
+        for storage, scales, squares, x in (
+            (pages.k, pages.k_scale, pages.k_sq, k),
+            (pages.v, pages.v_scale, pages.v_sq, v),
+        ):
+            storage[place], scale = rounded(x[head, token], storage.dtype)
             squares[place] = x[head, token].square().sum(-1)
+            if scales is not None and scale is not None:
+                scales[place] = scale
 
     def check_integrity(self) -> None:
         """Checks every invariant of the cache; call it between steps.

@@ -9,6 +9,9 @@ import torch
 _SIDE_BYTES = 16
 """Bytes of a token's side arrays: position, k_sq, v_sq and attention, 4 bytes each."""
 
+_SCALE_BYTES = 8
+"""Bytes of the scales of an int8 key and value."""
+
 
 @dataclass(frozen=True)
 class CacheLayout:
@@ -19,7 +22,7 @@ class CacheLayout:
         num_kv_heads: KV heads of a layer.
         head_dim: channels of a key or value.
         page_size: tokens per page.
-        dtype: of keys and values: float32, bfloat16 or float16.
+        dtype: of keys and values: float32, bfloat16, float16 or int8.
         max_sequences: sequences held at once.
         max_tokens: most tokens that a head of one sequence can hold.
     """
@@ -45,7 +48,8 @@ class CacheLayout:
     @property
     def head_token_bytes(self) -> int:
         """Bytes of one token in one head, side arrays included."""
-        return 2 * self.head_dim * self.dtype.itemsize + _SIDE_BYTES
+        sides = _SIDE_BYTES + (_SCALE_BYTES if self.dtype == torch.int8 else 0)
+        return 2 * self.head_dim * self.dtype.itemsize + sides
 
     @property
     def token_bytes(self) -> int:

@@ -29,7 +29,7 @@ def merged(
     Returns:
         Keys and values of the kept tokens, float32 [H, m, head_dim] each.
     """
-    keys, values = (view.vectors(storage, layer) for storage in (view.pages.k, view.pages.v))
+    keys, values = view.keys(layer), view.values(layer)
     kept = torch.arange(indices.shape[1], device=indices.device) < counts[:, None]
     place = indices.long().clamp_min(0)
     evicted = view.stored[layer].scatter(1, place.where(kept, place[:, :1]), False)

@@ -53,10 +53,11 @@ class PagePool:
             num_pages: pages in the pool, at least 1.
             page_size: tokens per page.
             head_dim: channels of a key or value.
-            dtype: float32, bfloat16 or float16.
+            dtype: float32, bfloat16, float16 or int8.
             device: where the pages' memory lies.
         """
         slots = (num_pages, page_size)
+        scaled = dtype == torch.int8
         self.pages = Pages(
             k=_memory((*slots, head_dim), dtype, device),
             v=_memory((*slots, head_dim), dtype, device),
@@ -64,6 +65,8 @@ class PagePool:
             k_sq=_memory(slots, torch.float32, device),
             v_sq=_memory(slots, torch.float32, device),
             attention=_memory(slots, torch.float32, device),
+            k_scale=_memory(slots, torch.float32, device) if scaled else None,
+            v_scale=_memory(slots, torch.float32, device) if scaled else None,
         )
         self.owners: Ids = np.zeros(num_pages, dtype=np.int32)
         self.held: Ids = np.zeros(num_pages, dtype=np.int32)
@@ -163,5 +166,5 @@ def _memory(shape: tuple[int, ...], dtype: torch.dtype, device: str | torch.devi
     """Allocates uninitialised memory; on the host by numpy, which asks for huge pages: fewer TLB misses."""
     if torch.device(device).type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
-    words = np.empty(shape, dtype={2: np.int16, 4: np.int32}[dtype.itemsize])
+    words = np.empty(shape, dtype={1: np.int8, 2: np.int16, 4: np.int32}[dtype.itemsize])
     return torch.from_numpy(words).view(dtype)

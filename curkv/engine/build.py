@@ -27,7 +27,7 @@ from curkv.models.loading import Checkpoint, load_config, load_pruning, load_tok
 
 logger = logging.getLogger(__name__)
 
-KVDtype = Literal["auto", "float32", "bfloat16", "float16"]
+KVDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 Weights = Literal["auto", "float32", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
 CPU_WEIGHTS: Weights = "float32"

@@ -106,11 +106,24 @@ class Launch:
 
 @dataclass(frozen=True)
 class Call:
-    """A call of an operation: its name and shapes for `curkv.kernels.costs`, and what it launched."""
+    """A call of an operation.
+
+    Attributes:
+        name: Of the operation, as in `curkv.kernels.costs`.
+        shapes: For the formulas there.
+        launches: What it launched.
+        dtype: Of the cache.
+    """
 
     name: str
     shapes: dict[str, int]
     launches: list[Launch]
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def label(self) -> str:
+        """What the call's kernels and costs are told apart by, besides their names."""
+        return ", int8" if self.dtype == torch.int8 else ""
 
 
 @dataclass(frozen=True)
@@ -136,13 +149,29 @@ class Report:
     tensor_ops: int
 
 
-def calls(model: ModelShape, target: Target, dtype: torch.dtype = torch.bfloat16) -> list[Call]:
-    """Call every operation with a model's shapes; page size 64.
+def calls(model: ModelShape, target: Target) -> list[Call]:
+    """Call every operation with a model's shapes; page size 64, bfloat16.
 
+    Those that read or write keys or values are called with a cache of int8 too.
     Decode: 32 sequences with 4,096 tokens each, and one with 32,768; prefill: a chunk of 2,048 tokens of
     8,192; eviction: one sequence, 8,192 tokens down to 2,048.
     """
-    return [_record(*call, target) for call in _calls(model, dtype)]
+    found = [_record(*call, torch.bfloat16, target) for call in _calls(model, torch.bfloat16)]
+    with_int8 = (call for call in _calls(model, torch.int8) if call[0] in _READ_OR_WRITE_VECTORS)
+    return found + [_record(*call, torch.int8, target) for call in with_int8]
+
+
+_READ_OR_WRITE_VECTORS = {
+    "store_kv",
+    "paged_decode_attention",
+    "paged_decode_attention, accumulate",
+    "paged_prefill_attention",
+    "column_sums",
+    "window_scores",
+    "window_scores, lse given",
+    "leverage_scores, sketch",
+    "compact",
+}
 
 
 def compile_launch(launch: Launch, target: Target) -> Report:
@@ -179,7 +208,9 @@ def _pretend(target: Target) -> None:
     driver.set_active(mock.Mock(get_current_target=lambda: target.gpu))
 
 
-def _record(name: str, shapes: dict[str, int], call: Callable[[], object], target: Target) -> Call:
+def _record(
+    name: str, shapes: dict[str, int], call: Callable[[], object], dtype: torch.dtype, target: Target
+) -> Call:
     launches: list[Launch] = []
 
     def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -195,19 +226,21 @@ def _record(name: str, shapes: dict[str, int], call: Callable[[], object], targe
     ):
         call()
     splits = launches[0].grid[2] if len(launches[0].grid) == 3 else 1
-    return Call(name, shapes | {"S": splits}, launches)
+    return Call(name, shapes | {"S": splits}, launches, dtype)
 
 
 def _calls(m: ModelShape, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, int], Callable[[], object]]]:
-    """Name, shapes and a function without arguments for every operation."""
+    """Name, shapes and a function without arguments for every operation, `dtype` being the cache's."""
+    activations = torch.bfloat16
     heads, group, scale = m.kv_heads, m.query_heads // m.kv_heads, m.head_dim**-0.5
     fixed = {"L": m.layers, "H": heads, "Q": m.query_heads, "G": group, "D": m.head_dim, "P": 64}
-    fixed |= {"d": m.hidden, "I": m.intermediate, "s": dtype.itemsize, "a": dtype.itemsize}
+    fixed |= {"d": m.hidden, "I": m.intermediate, "s": dtype.itemsize, "a": activations.itemsize}
+    fixed["e"] = 4 if dtype == torch.int8 else 0
     pages = _pages(m.head_dim, fixed["P"], dtype)
     cos = torch.empty(8192, m.head_dim // 2)
 
     def qkv(tokens: int) -> tuple[Tensor, ...]:
-        x = torch.empty(tokens, m.query_heads + 2 * heads, m.head_dim, dtype=dtype)
+        x = torch.empty(tokens, m.query_heads + 2 * heads, m.head_dim, dtype=activations)
         return torch.split(x, [m.query_heads, heads, heads], dim=1)
 
     def layer(sequences: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -249,7 +282,7 @@ def _calls(m: ModelShape, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, i
     rows = m.layers * heads
     table = torch.zeros(rows, 128, dtype=torch.int32)
     lengths = torch.full((rows,), 8192, dtype=torch.int32)
-    window = torch.empty(rows, 32, group, m.head_dim, dtype=dtype)
+    window = torch.empty(rows, 32, group, m.head_dim, dtype=activations)
     known = torch.empty(rows, 32, group)
     yield "window_scores", evict, lambda: window_scores(window, pages, table, lengths, scale)
     yield (
@@ -270,21 +303,23 @@ def _calls(m: ModelShape, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, i
     yield "select, shared by a layer", evict, lambda: select(scores, full, keep, keep // 5)
     kept = torch.zeros(rows, 8192, dtype=torch.int32)[:, :2048]
     yield "compact", evict, lambda: compact(pages, table, table, kept, lengths)
-    x, weight = torch.empty(2048, m.hidden, dtype=dtype), torch.empty(m.hidden, dtype=dtype)
+    x, weight = torch.empty(2048, m.hidden, dtype=activations), torch.empty(m.hidden, dtype=activations)
     yield "rms_norm", prefill, lambda: rms_norm(x, weight, 1e-5, x)
-    yield "silu_mul", prefill, lambda: silu_mul(torch.empty(2048, 2 * m.intermediate, dtype=dtype))
+    yield "silu_mul", prefill, lambda: silu_mul(torch.empty(2048, 2 * m.intermediate, dtype=activations))
 
 
 def _pages(head_dim: int, page_size: int, dtype: torch.dtype) -> Pages:
     """A pool of one page; nothing is ever read."""
     vectors, side = torch.zeros(1, page_size, head_dim, dtype=dtype), torch.zeros(1, page_size)
-    return Pages(vectors, vectors, side.int(), side, side, side)
+    scale = side if dtype == torch.int8 else None
+    return Pages(vectors, vectors, side.int(), side, side, side, scale, scale)
 
 
 _TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
+    torch.int8: "i8",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -298,7 +333,7 @@ def _source(launch: Launch) -> ASTSource:
     for i, parameter in enumerate(kernel.params):
         value = values[parameter.name]
         fixed = isinstance(value, int) and not parameter.do_not_specialize
-        if parameter.is_constexpr or (fixed and value == 1):
+        if parameter.is_constexpr or value is None or (fixed and value == 1):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
         if isinstance(value, Tensor):

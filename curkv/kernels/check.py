@@ -106,7 +106,7 @@ def failures(entry: Entry) -> Iterator[str]:
     from curkv.kernels.aot import smallest_wide_loads
 
     for launch, report in entry.reports:
-        where = f"{entry.model}, {entry.target.name}, {launch.name}"
+        where = f"{entry.model}, {entry.target.name}, {launch.name}{entry.call.label}"
         if report.spills:
             yield f"{where}: {report.spills} spills"
         if report.shared > entry.target.shared_per_program:
@@ -119,7 +119,8 @@ def failures(entry: Entry) -> Iterator[str]:
     cost = COSTS[entry.call.name]
     overhead = evaluate(cost.moved, entry.call.shapes) / evaluate(cost.minimum, entry.call.shapes)
     if overhead > MAX_OVERHEAD:
-        yield f"{entry.model}, {entry.call.name}: moves {overhead:.2f} times the bytes it must"
+        name = entry.call.name + entry.call.label
+        yield f"{entry.model}, {name}: moves {overhead:.2f} times the bytes it must"
 
 
 def kernel_table(entries: list[Entry]) -> list[str]:
@@ -131,7 +132,7 @@ def kernel_table(entries: list[Entry]) -> list[str]:
     reports: dict[tuple[str, str], dict[str, Report]] = {}
     for entry in entries:
         for launch, report in entry.reports:
-            of_targets = reports.setdefault((entry.model, launch.name), {})
+            of_targets = reports.setdefault((entry.model, launch.name + entry.call.label), {})
             other = of_targets.setdefault(entry.target.name, report)
             of_targets[entry.target.name] = max(other, report, key=lambda r: r.registers)
     cells = {key: [_cell(of_targets[t]) for t in targets] for key, of_targets in reports.items()}
@@ -154,7 +155,7 @@ def cost_table(entries: list[Entry]) -> list[str]:
         overhead = moved / evaluate(cost.minimum, shapes)
         floors = [max(moved / BANDWIDTH[x], flops / TENSOR_FLOPS[x]) * 1e6 for x in BANDWIDTH]
         cells.setdefault(
-            (entry.model, f"{entry.call.name}; n = {shapes['n']:,}"),
+            (entry.model, f"{entry.call.name}{entry.call.label}; n = {shapes['n']:,}"),
             [f"{moved / 1e6:.2f}", f"{overhead:.2f}", f"{flops / 1e9:.2f}", *(f"{x:.1f}" for x in floors)],
         )
     columns = ["MB", "x minimum", "GFLOP", *(f"{name} us" for name in BANDWIDTH)]

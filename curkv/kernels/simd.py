@@ -13,7 +13,10 @@ an empty array whose dtype tells which it is, so that one function body speciali
 | float32 | float32 | none |
 | float16 | uint16 | bit cast to half, extended |
 | bfloat16 | int16 | shifted left by 16 bits |
-| int8 | int8 | weights alone, see `panel_tile` |
+| int8 | int8 | extended, converted; scales are applied elsewhere |
+
+Where much is multiplied with int8, it is rounded to int16 and pairs of products are summed as int32
+(`panel_tile`, `dot_rows_int8`, `weigh_rows_int8`), which takes half the instructions.
 
 An address does not keep its array alive: whoever takes the address of a tensor or an array keeps that one
 in a variable that is used again after the last access.
@@ -40,12 +43,15 @@ LANES = 8
 PANEL = 2 * LANES
 """Columns of B in `panel_tile`."""
 _LINE = 64  # bytes of a cache line
+_L1, _L2 = 3, 2  # caches to prefetch into, as LLVM numbers them
 _FLOAT = ir.FloatType()
+_INT8 = ir.IntType(8)
 _INT16 = ir.IntType(16)
 _INT32 = ir.IntType(32)
 _FLOATS = ir.VectorType(_FLOAT, LANES)
 _INT32S = ir.VectorType(_INT32, LANES)
 _INT16S = ir.VectorType(_INT16, 2 * LANES)
+_BYTES = ir.VectorType(_INT8, 2 * LANES)
 
 # OpenMP starts a parallel region in 2 us, Numba's own pool in 60. The first one that can be loaded is taken.
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
@@ -54,9 +60,10 @@ KINDS: dict[torch.dtype, np.ndarray[Any, Any]] = {
     torch.float32: np.empty(0, np.float32),
     torch.float16: np.empty(0, np.uint16),
     torch.bfloat16: np.empty(0, np.int16),
+    torch.int8: np.empty(0, np.int8),
 }
 FLOAT32 = KINDS[torch.float32]
-INT8: np.ndarray[Any, Any] = np.empty(0, np.int8)
+INT8 = KINDS[torch.int8]
 
 
 def kernel(function: F) -> F:
@@ -109,6 +116,11 @@ def row_address(tensor: torch.Tensor, dtype: torch.dtype) -> int:
     return tensor.data_ptr()
 
 
+def scales_address(scales: torch.Tensor | None) -> int:
+    """The address of the scales of an int8 cache; 0 where there are none."""
+    return 0 if scales is None else address(scales, torch.float32)
+
+
 class Float32x8(types.Type):
     """Numba type of eight float32 lanes, held in a register."""
 
@@ -152,6 +164,9 @@ def _widen(builder: ir.IRBuilder, kind: Any, location: ir.Value, shape: ir.Type)
     """Load `shape` (float, or a vector of floats) from memory of the given kind."""
     if kind.dtype == types.float32:
         return builder.load(_pointer(builder, location, shape), align=4)
+    if kind.dtype == types.int8:
+        byte = builder.load(_pointer(builder, location, _like(_INT8, shape)), align=1)
+        return builder.sitofp(builder.sext(byte, _like(_INT32, shape)), shape)
     bits = builder.load(_pointer(builder, location, _like(_INT16, shape)), align=2)
     if kind.dtype == types.uint16:
         return builder.fpext(builder.bitcast(bits, _like(ir.HalfType(), shape)), shape)
@@ -160,10 +175,18 @@ def _widen(builder: ir.IRBuilder, kind: Any, location: ir.Value, shape: ir.Type)
 
 
 def _narrow(builder: ir.IRBuilder, kind: Any, location: ir.Value, value: ir.Value) -> None:
-    """Store a float, or a vector of floats, rounded to nearest even, to memory of the given kind."""
+    """Store a float, or a vector of floats, rounded to nearest even, to memory of the given kind.
+
+    An int8 is any if the float is NaN or out of its range.
+    """
     shape = value.type
     if kind.dtype == types.float32:
         builder.store(value, _pointer(builder, location, shape), align=4)
+        return
+    if kind.dtype == types.int8:
+        word = builder.bitcast(builder.fadd(value, _constant(shape, _ROUNDER)), _like(_INT32, shape))
+        byte = builder.trunc(word, _like(_INT8, shape))
+        builder.store(byte, _pointer(builder, location, byte.type), align=1)
         return
     short = _like(_INT16, shape)
     if kind.dtype == types.uint16:
@@ -247,6 +270,16 @@ def store_int32(context: Any, location: Any, value: Any) -> Any:
         builder.store(builder.trunc(args[1], _INT32), _pointer(builder, args[0], _INT32), align=4)
 
     return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def load_int32s(context: Any, location: Any) -> Any:
+    """Load eight int32 as float32x8."""
+
+    def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> ir.Value:
+        return builder.sitofp(builder.load(_pointer(builder, args[0], _INT32S), align=4), _FLOATS)
+
+    return float32x8(types.int64), generate
 
 
 @intrinsic
@@ -403,10 +436,10 @@ def _offset(builder: ir.IRBuilder, base: ir.Value, *terms: int | ir.Value) -> ir
     return builder.add(base, product)
 
 
-def _prefetch(builder: ir.IRBuilder, location: ir.Value) -> None:
+def _prefetch(builder: ir.IRBuilder, location: ir.Value, cache: int = _L1) -> None:
     """Fetch a cache line for reading; no address is wrong."""
-    place = _pointer(builder, location, ir.IntType(8))
-    _call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, _INT32(0), _INT32(3), _INT32(1)])
+    place = _pointer(builder, location, _INT8)
+    _call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, _INT32(0), _INT32(cache), _INT32(1)])
 
 
 def _accumulators(builder: ir.IRBuilder, count: int) -> list[ir.Value]:
@@ -438,6 +471,16 @@ def _call_own(
 
 
 @intrinsic
+def prefetch(context: Any, location: Any) -> Any:
+    """Fetch the cache line of an address into the L2 cache; no address is wrong."""
+
+    def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
+        _prefetch(builder, args[0], _L2)
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
 def dot_rows(
     context: Any, kind: Any, rows: Any,
     q: Any, dim: Any, k: Any, keys: Any, out: Any, out_stride: Any, ahead: Any,
@@ -454,7 +497,8 @@ def dot_rows(
         keys: Taken up to a multiple of four: so many are read, and written to `out`.
         out: Address of float32 [rows, keys], written.
         out_stride: Floats from one row of `out` to the next.
-        ahead: Bytes from `k` to the keys that will be read next, to be prefetched.
+        ahead: Bytes from `k` to the keys that will be read next, to be prefetched: into the L2 cache, since
+            a page of keys and the next one together push each other out of L1.
     """
     count, block = rows.literal_value, 4
 
@@ -485,7 +529,7 @@ def dot_rows(
                 line,
                 _third,
             ):
-                _prefetch(builder, builder.add(next_block, line))
+                _prefetch(builder, builder.add(next_block, line), _L2)
             for m in range(count):
                 four = _sum_four(builder, [builder.load(slot) for slot in sums[m * block : (m + 1) * block]])
                 place = _offset(builder, _offset(builder, out, out_stride, 4 * m), key, 4)
@@ -495,16 +539,135 @@ def dot_rows(
 
 
 def _sum_four(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
-    """The lane sums of four vectors, `<4 x float>`."""
+    """The lane sums of four vectors of eight floats or int32, a vector of four."""
     even, odd = [0, 2, 8, 10, 4, 6, 12, 14], [1, 3, 9, 11, 5, 7, 13, 15]
+    add = builder.fadd if vectors[0].type == _FLOATS else builder.add
 
     def pairs(a: ir.Value, b: ir.Value) -> ir.Value:
-        return builder.fadd(_shuffle(builder, a, b, even), _shuffle(builder, a, b, odd))
+        return add(_shuffle(builder, a, b, even), _shuffle(builder, a, b, odd))
 
     quads = pairs(pairs(vectors[0], vectors[1]), pairs(vectors[2], vectors[3]))
-    return builder.fadd(
-        _shuffle(builder, quads, quads, [0, 1, 2, 3]), _shuffle(builder, quads, quads, [4, 5, 6, 7])
-    )
+    return add(_shuffle(builder, quads, quads, [0, 1, 2, 3]), _shuffle(builder, quads, quads, [4, 5, 6, 7]))
+
+
+@intrinsic
+def dot_rows_int8(
+    context: Any, rows: Any, q: Any, dim: Any, k: Any, keys: Any, out: Any, out_stride: Any, ahead: Any
+) -> Any:
+    """`dot_rows` for int16 queries and int8 keys: the products as they are, without any scale.
+
+    Args:
+        context: Numba's.
+        rows: Literal, 1 to 3.
+        q: Address of int16 [rows, dim].
+        dim: Multiple of 16, at most 512, so that no sum exceeds an int32.
+        k: Address of int8 [keys, dim].
+        keys: As in `dot_rows`.
+        out: Address of float32 [rows, keys], written.
+        out_stride: Floats from one row of `out` to the next.
+        ahead: As in `dot_rows`.
+    """
+    count, block = rows.literal_value, 4
+
+    def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
+        _call_own(builder, f"dot_rows_int8_{count}", args[1:], lambda inner, own: body(inner, *own))
+
+    def body(builder: ir.IRBuilder, *args: ir.Value) -> None:
+        q, dim, k, keys, out, out_stride, ahead = args
+        sums = [cgutils.alloca_once(builder, _INT32S) for _ in range(count * block)]
+        with cgutils.for_range_slice(builder, keys.type(0), keys, keys.type(block)) as (key, _first):
+            for slot in sums:
+                builder.store(_constant(_INT32S, 0), slot)
+            starts = [_offset(builder, k, builder.add(key, key.type(t)), dim) for t in range(block)]
+            with cgutils.for_range_slice(builder, dim.type(0), dim, dim.type(2 * LANES)) as (d, _second):
+                places = [_offset(builder, _offset(builder, q, dim, 2 * m), d, 2) for m in range(count)]
+                queries = [builder.load(_pointer(builder, place, _INT16S), align=2) for place in places]
+                for t in range(block):
+                    loaded = _int16s(builder, builder.add(starts[t], d))
+                    for m in range(count):
+                        slot = sums[m * block + t]
+                        products = _pair_products(builder, queries[m], loaded)
+                        builder.store(builder.add(builder.load(slot), products), slot)
+            next_block, block_bytes = builder.add(starts[0], ahead), builder.mul(dim, dim.type(block))
+            with cgutils.for_range_slice(builder, dim.type(0), block_bytes, dim.type(_LINE)) as (
+                line,
+                _third,
+            ):
+                _prefetch(builder, builder.add(next_block, line), _L2)
+            for m in range(count):
+                four = _sum_four(builder, [builder.load(slot) for slot in sums[m * block : (m + 1) * block]])
+                value = builder.sitofp(four, ir.VectorType(_FLOAT, block))
+                place = _offset(builder, _offset(builder, out, out_stride, 4 * m), key, 4)
+                builder.store(value, _pointer(builder, place, value.type), align=4)
+
+    return types.void(rows, *[types.int64] * 7), generate
+
+
+@intrinsic
+def weigh_rows_int8(
+    context: Any, rows: Any, vectors: Any,
+    weights: Any, weights_stride: Any, v: Any, dim: Any, values: Any, out: Any, out_stride: Any, ahead: Any,
+) -> Any:  # fmt: skip
+    """`weigh_rows` for int16 weights and int8 values, two values at a time; sums are int32.
+
+    Args:
+        context: Numba's.
+        rows: Literal, rows of weights and of `out`.
+        vectors: Literal, columns in eights, an even number.
+        weights: Address of int16 [rows, values].
+        weights_stride: Numbers from one row of weights to the next.
+        v: Address of int8 [values, 8 * vectors].
+        dim: Bytes from one row of `v` to the next.
+        values: How many, taken up to an even number: the weight of one too many is 0.
+        out: Address of int32 [rows, 8 * vectors]; no sum may exceed an int32.
+        out_stride: Numbers from one row of `out` to the next.
+        ahead: As in `weigh_rows`.
+    """
+    height, width = rows.literal_value, vectors.literal_value
+
+    def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
+        name = f"weigh_rows_int8_{height}_{width}"
+        _call_own(builder, name, args[2:], lambda inner, own: body(inner, *own))
+
+    def body(builder: ir.IRBuilder, *args: ir.Value) -> None:
+        weights, weights_stride, v, dim, values, out, out_stride, ahead = args
+        tile = [cgutils.alloca_once(builder, _INT32S) for _ in range(height * width)]
+        targets = [
+            _pointer(
+                builder, _offset(builder, _offset(builder, out, out_stride, 4 * m), 4 * LANES * n), _INT32S
+            )
+            for m in range(height)
+            for n in range(width)
+        ]
+        for slot, target in zip(tile, targets, strict=True):
+            builder.store(builder.load(target, align=4), slot)
+        starts = [_offset(builder, weights, weights_stride, 2 * m) for m in range(height)]
+        with cgutils.for_range_slice(builder, values.type(0), values, values.type(2)) as (index, _count):
+            first = _offset(builder, v, index, dim)
+            second = builder.add(first, dim)
+            for row in (first, second):
+                for line in range(0, LANES * width, _LINE):
+                    _prefetch(builder, builder.add(builder.add(row, ahead), row.type(line)), _L2)
+            places = [_pointer(builder, _offset(builder, start, index, 2), _INT32) for start in starts]
+            pairs = [
+                builder.bitcast(_splat(builder, builder.load(place, align=2)), _INT16S) for place in places
+            ]
+            for n in range(0, width, 2):
+                of_both = [
+                    builder.load(_pointer(builder, builder.add(row, row.type(LANES * n)), _BYTES), align=1)
+                    for row in (first, second)
+                ]
+                for half in range(2):
+                    mixed = [i + of for i in range(LANES * half, LANES * (half + 1)) for of in (0, 2 * LANES)]
+                    numbers = builder.sext(_shuffle(builder, *of_both, mixed), _INT16S)
+                    for m in range(height):
+                        slot = tile[m * width + n + half]
+                        products = _pair_products(builder, pairs[m], numbers)
+                        builder.store(builder.add(builder.load(slot), products), slot)
+        for slot, target in zip(tile, targets, strict=True):
+            builder.store(builder.load(slot), target, align=4)
+
+    return types.void(rows, vectors, *[types.int64] * 8), generate
 
 
 @intrinsic
@@ -541,10 +704,50 @@ def matrix_tile(
     return types.void(kind, rows, vectors, fresh, *[types.int64] * 8), generate
 
 
+@intrinsic
+def weigh_rows(
+    context: Any, kind: Any, rows: Any, vectors: Any,
+    weights: Any, weights_stride: Any, v: Any, dim: Any, values: Any, out: Any, out_stride: Any, ahead: Any,
+) -> Any:  # fmt: skip
+    """Add weighted sums of consecutive values to `out`, for `rows` rows of weights at once.
+
+    Args:
+        context: Numba's.
+        kind: Of the values.
+        rows: Literal, rows of weights and of `out`.
+        vectors: Literal, columns in eights.
+        weights: Address of float32 [rows, values].
+        weights_stride: Floats from one row of weights to the next.
+        v: Address of [values, 8 * vectors] of `kind`.
+        dim: Numbers from one row of `v` to the next.
+        values: How many.
+        out: Address of float32 [rows, 8 * vectors].
+        out_stride: Floats from one row of `out` to the next.
+        ahead: Bytes from `v` to the values that will be read next, to be prefetched into the L2 cache.
+    """
+    height, width = rows.literal_value, vectors.literal_value
+
+    def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
+        kind = signature.args[0]
+
+        def body(inner: ir.IRBuilder, own: Args) -> None:
+            _float_tile(inner, kind, height, width, False, *own, cache=_L2)
+
+        _call_own(builder, f"weigh_rows_{height}_{width}_{kind.dtype}", args[3:], body)
+
+    return types.void(kind, rows, vectors, *[types.int64] * 8), generate
+
+
 def _float_tile(
-    builder: ir.IRBuilder, kind: Any, height: int, width: int, replace: bool, *args: ir.Value
+    builder: ir.IRBuilder,
+    kind: Any,
+    height: int,
+    width: int,
+    replace: bool,
+    *args: ir.Value,
+    cache: int = _L1,
 ) -> None:
-    """The body of `matrix_tile`."""
+    """The body of `matrix_tile` and `weigh_rows`."""
     a, a_stride, b, b_stride, inner, c, c_stride, ahead = args
     size = _item_size(kind)
     tile = _accumulators(builder, height * width)
@@ -561,7 +764,7 @@ def _float_tile(
         row = _offset(builder, b, loop.index, b_stride, size)
 
         for line in range(0, LANES * size * width, _LINE):
-            _prefetch(builder, _offset(builder, builder.add(row, ahead), line))
+            _prefetch(builder, _offset(builder, builder.add(row, ahead), line), cache)
 
         def factor(m: int) -> ir.Value:
             place = _offset(builder, starts[m], loop.index, 4)
@@ -672,8 +875,7 @@ def _int8_tile(builder: ir.IRBuilder, height: int, replace: bool, *args: ir.Valu
 
 def _int16s(builder: ir.IRBuilder, location: ir.Value) -> ir.Value:
     """Load sixteen int8 as int16."""
-    bytes_ = builder.load(_pointer(builder, location, _like(ir.IntType(8), _INT16S)), align=1)
-    return builder.sext(bytes_, _INT16S)
+    return builder.sext(builder.load(_pointer(builder, location, _BYTES), align=1), _INT16S)
 
 
 def _pair_products(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
@@ -689,7 +891,7 @@ def _pair_products(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
 
 @intrinsic
 def transpose_tile(
-    context: Any, kind: Any, source: Any, source_stride: Any, target: Any, target_stride: Any
+    context: Any, kind: Any, source: Any, source_stride: Any, scales: Any, target: Any, target_stride: Any
 ) -> Any:
     """Widen an 8 x 8 block and write its transpose.
 
@@ -698,12 +900,13 @@ def transpose_tile(
         kind: Of the source.
         source: Address of [8, 8] of `kind`.
         source_stride: Values from one row of the source to the next.
+        scales: Address of float32 [8], what the rows of an int8 source are multiplied with.
         target: Address of float32 [8, 8].
         target_stride: Floats from one row of the target to the next.
     """
 
     def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
-        kind, source, source_stride, target, target_stride = signature.args[0], *args[1:]
+        kind, source, source_stride, scales, target, target_stride = signature.args[0], *args[1:]
         size = _item_size(kind)
         rows = [
             _widen(builder, kind, _offset(builder, source, source_stride, size * i), _FLOATS)
@@ -718,12 +921,14 @@ def transpose_tile(
             for i in (i for i in range(LANES) if not i & step):
                 a, b = rows[i], rows[i + step]
                 rows[i], rows[i + step] = _shuffle(builder, a, b, low), _shuffle(builder, a, b, high)
+        if kind.dtype == types.int8:
+            scale = builder.load(_pointer(builder, scales, _FLOATS), align=4)
+            rows = [builder.fmul(row, scale) for row in rows]
         for i, row in enumerate(rows):
             place = _offset(builder, target, target_stride, 4 * i)
             builder.store(row, _pointer(builder, place, _FLOATS), align=4)
 
-    integer = types.int64
-    return types.void(kind, integer, integer, integer, integer), generate
+    return types.void(kind, *[types.int64] * 5), generate
 
 
 @inlined

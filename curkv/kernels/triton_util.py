@@ -96,6 +96,32 @@ def load_tokens(memory, place, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constex
 
 
 @triton.jit
+def operands(vectors):
+    """Stored vectors as a dot takes them: int8 as bfloat16, which has all of its numbers."""
+    if vectors.dtype == tl.int8:
+        vectors = narrow(vectors.to(tl.float32), tl.bfloat16)
+    return vectors
+
+
+@triton.jit
+def narrow_queries(queries, pages):
+    """Round queries to the type in which a dot takes the pages' vectors."""
+    if pages.dtype.element_ty == tl.int8:
+        rounded = narrow(queries, tl.bfloat16)
+    else:
+        rounded = narrow(queries, pages.dtype.element_ty)
+    return rounded
+
+
+@triton.jit
+def scaled(x, scales, place, mask):
+    """Multiply the columns of x [M, tokens] by their scales in the pool; as they are if there are none."""
+    if scales is not None:
+        x = x * tl.load(scales + place, mask=mask, other=0.0)[None, :]
+    return x
+
+
+@triton.jit
 def find_sequence(query_start, tile, num_sequences, TILE: tl.constexpr, BLOCK_B: tl.constexpr):
     """Sequence of a tile of up to TILE queries, when sequence b's tiles begin at query_start[b] // TILE + b.
 
@@ -109,9 +135,10 @@ def find_sequence(query_start, tile, num_sequences, TILE: tl.constexpr, BLOCK_B:
 
 
 @triton.jit
-def softmax_step(logits, values, peak, total, acc):
+def softmax_step(logits, values, v_scale, place, valid, peak, total, acc):
     """Fold a block of base-2 logits [M, N] and values [N, D] into a running softmax.
 
+    `v_scale` are the scales in the pool, if there are any, and `place` [N] where those of `valid` tokens lie.
     `peak` [M] is the highest logit so far, `total` [M] the sum of 2^(logit - peak), `acc` [M, D] the weighted
     values. Every row must have seen a finite logit by the end of the block.
     """
@@ -119,5 +146,6 @@ def softmax_step(logits, values, peak, total, acc):
     weights = tl.exp2(logits - new_peak[:, None])
     decay = tl.exp2(peak - new_peak)
     total = total * decay + tl.sum(weights, 1)
+    weights = scaled(weights, v_scale, place, valid)
     acc = dot(narrow(weights, values.dtype), values, acc * decay[:, None])
     return new_peak, total, acc

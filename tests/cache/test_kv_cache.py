@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from curkv.cache.integrity import IntegrityError
 from curkv.cache.kv_cache import KVCache, OutOfSlots
 from curkv.cache.layout import CacheLayout
 from curkv.cache.page_pool import OutOfPages
-from curkv.kernels.pages import Pages
 from curkv.kernels.rope.reference import rope
 from tests.cache.util import books, head_tokens, kept, make_cache, same_books, step
 
@@ -115,11 +113,10 @@ def test_a_new_cache_uses_nothing() -> None:
     cache.check_integrity()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8])
 def test_the_layout_counts_the_bytes_that_pages_really_have(dtype: torch.dtype) -> None:
     cache = make_cache(num_pages=3, dtype=dtype)
-    memory = [getattr(cache.pages, field.name) for field in fields(Pages)]
-    assert sum(tensor.nbytes for tensor in memory) == 3 * cache.page_bytes
+    assert sum(array.nbytes for array in cache.pages.arrays.values()) == 3 * cache.page_bytes
     assert cache.layout.token_bytes * cache.layout.page_size == 4 * cache.page_bytes
 
 

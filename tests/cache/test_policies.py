@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import kvpress
@@ -18,7 +19,7 @@ from curkv.cache.policies import get_policy
 from curkv.cache.policies.base import CacheView, pooled
 from curkv.kernels.leverage_scores import cpu as leverage_cpu
 from curkv.kernels.leverage_scores import reference as leverage_reference
-from curkv.kernels.pages import Pages
+from curkv.kernels.pages import Pages, rounded
 from curkv.kernels.select import cpu as select_cpu
 from curkv.kernels.select import reference as select_reference
 from tests.cache.util import make_cache, step
@@ -63,6 +64,19 @@ def make_view(
         attention=paged(torch.zeros(layers, heads, n), nan),
     )
     return CacheView(pages, table, lengths)
+
+
+def as_int8(view: CacheView) -> CacheView:
+    """The same sequence in a cache of int8; the norms are those of the float32 vectors."""
+    pages = view.pages
+    (k, k_scale), (v, v_scale) = (rounded(x.nan_to_num(1e4), torch.int8) for x in (pages.k, pages.v))
+    unused = pages.k_sq.isnan()
+    assert k_scale is not None and v_scale is not None
+    scales = {
+        "k_scale": k_scale.masked_fill(unused, torch.nan),
+        "v_scale": v_scale.masked_fill(unused, torch.nan),
+    }
+    return replace(view, pages=replace(pages, k=k, v=v, **scales))
 
 
 def random_view(layers=2, heads=3, n=100, dim=8, seed=0, **more) -> CacheView:
@@ -261,11 +275,14 @@ def test_kept_tokens_are_the_top_scores(request):
     assert worst_kept.ge(best_dropped).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 @pytest.mark.parametrize("policy", EVICTING)
-def test_scoring_reads_no_unused_memory_and_writes_nothing(policy):
+def test_scoring_reads_no_unused_memory_and_writes_nothing(policy, dtype):
     lengths = torch.tensor([[1, 50, 100], [17, 16, 0]], dtype=torch.int32)
     view = random_view(lengths=lengths)
-    before = [getattr(view.pages, name).clone() for name in Pages.__dataclass_fields__]
+    if dtype == torch.int8:
+        view = as_int8(view)
+    before = {name: array.clone() for name, array in view.pages.arrays.items()}
     options = make_plan(view, policy=policy, budget=20).options
     for kernels in (CPU, REFERENCE):
         scores = get_policy(policy).score(view, options, kernels)
@@ -273,8 +290,16 @@ def test_scoring_reads_no_unused_memory_and_writes_nothing(policy):
         assert scores.shape == (2, 3, 100)
         assert torch.equal(scores == -torch.inf, ~view.stored)
         assert not scores.isnan().any()
-    for name, memory in zip(Pages.__dataclass_fields__, before, strict=True):
-        assert torch.equal(getattr(view.pages, name).nan_to_num(-7), memory.nan_to_num(-7))
+    for name, array in view.pages.arrays.items():
+        assert torch.equal(array.nan_to_num(-7), before[name].nan_to_num(-7))
+
+
+@pytest.mark.parametrize("policy", ["curdkv", "adacurdkv", "knorm"])
+def test_norms_decide_alike_whatever_the_cache_rounds_to(policy):
+    view = random_view()
+    plan = make_plan(view, policy=policy, budget=20)
+    kept = [plan_kept(x, plan, CPU)[0] for x in (view, as_int8(view))]
+    assert torch.equal(*kept)
 
 
 @pytest.mark.parametrize("policy", EVICTING)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from types import SimpleNamespace
 
 import torch
@@ -14,7 +13,6 @@ from curkv.cache.layout import CacheLayout
 from curkv.kernels.compact.reference import compact
 from curkv.kernels.paged_decode_attention.reference import paged_decode_attention
 from curkv.kernels.paged_prefill_attention.reference import paged_prefill_attention
-from curkv.kernels.pages import Pages
 from curkv.kernels.rope.reference import rope
 from curkv.kernels.store_kv.reference import store_kv
 
@@ -69,9 +67,8 @@ def poison(cache: KVCache) -> None:
         index = torch.arange(held.shape[-1] * size)
         *head, token = (index < torch.from_numpy(prefix.lengths)[..., None]).nonzero(as_tuple=True)
         unused[held[(*head, token // size)], token % size] = False
-    for field in fields(Pages):
-        memory = getattr(cache.pages, field.name)
-        memory[unused] = -1 if memory.dtype == torch.int32 else torch.nan
+    for memory in cache.pages.arrays.values():
+        memory[unused] = torch.nan if memory.dtype.is_floating_point else -1
 
 
 def head_tokens(cache: KVCache, slot: int, layer: int, head: int) -> dict[str, Tensor]:
@@ -79,7 +76,7 @@ def head_tokens(cache: KVCache, slot: int, layer: int, head: int) -> dict[str, T
     length = int(cache.lengths[slot, layer, head])
     count = -(-length // cache.layout.page_size)
     ids = cache.page_table[slot, layer, head, :count].long()
-    return {f.name: getattr(cache.pages, f.name)[ids].flatten(0, 1)[:length] for f in fields(Pages)}
+    return {name: array[ids].flatten(0, 1)[:length] for name, array in cache.pages.arrays.items()}
 
 
 def kept(masks: list[list[list[int]]]) -> tuple[Tensor, Tensor]:
@@ -112,7 +109,7 @@ def step(
 
 def books(cache: KVCache) -> list[Tensor]:
     """A copy of everything that a refused operation must leave as it was."""
-    memory = [getattr(cache.pages, field.name).nan_to_num(-7) for field in fields(Pages)]
+    memory = [array.nan_to_num(-7) for array in cache.pages.arrays.values()]
     free = torch.from_numpy(cache.pool.free_pages.copy())
     owners, counts = torch.from_numpy(cache.pool.owners.copy()), torch.from_numpy(cache.page_counts.copy())
     slots = torch.tensor(cache.active_slots)

@@ -72,7 +72,7 @@ def stored(engine: Engine, slot: int) -> Kept:
     """All that a sequence holds: positions, side arrays, keys and values."""
     view, pages = engine.kv.view(slot), engine.kv.pages
     sides = [view.gather(getattr(pages, name), -1).clone() for name in ("position", "k_sq", "v_sq")]
-    vectors = [view.vectors(x, layer) for x in (pages.k, pages.v) for layer in range(view.num_layers)]
+    vectors = [read(layer) for read in (view.keys, view.values) for layer in range(view.num_layers)]
     return [*sides, *vectors]
 
 

@@ -8,7 +8,6 @@ from curkv.kernels.pages import Pages
 from tests.kernels.util import DTYPES, Pool, make_pool
 
 IMPLEMENTATIONS = [reference, cpu]
-FIELDS = tuple(Pages.__dataclass_fields__)
 RAGGED = [[0, 1, 15], [16, 17, 100], [333, 64, 31]]
 
 
@@ -19,7 +18,7 @@ def rows(pool: Pool) -> tuple[torch.Tensor, torch.Tensor]:
 def bits(pages: Pages, name: str) -> torch.Tensor:
     """A tensor's memory as integers, so that NaN equals itself."""
     storage = getattr(pages, name)
-    return storage.view({2: torch.int16, 4: torch.int32}[storage.itemsize])
+    return storage.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[storage.itemsize])
 
 
 def tokens(pages: Pages, name: str, row: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -38,14 +37,14 @@ def random_kept(lengths: torch.Tensor, share: float, seed: int = 0) -> tuple[tor
 
 
 def check(before: Pages, after: Pages, source, target, indices, counts) -> None:
-    written = {name: torch.zeros(after.position.shape, dtype=torch.bool) for name in FIELDS}
+    written = {name: torch.zeros(after.position.shape, dtype=torch.bool) for name in after.arrays}
     for row, count in enumerate(counts.tolist()):
         to = torch.arange(count)
-        for name in FIELDS:
+        for name in after.arrays:
             expected = tokens(before, name, source[row], indices[row, :count].long())
             assert torch.equal(tokens(after, name, target[row], to), expected)
             written[name][target[row][to // after.k.shape[1]].long(), to % after.k.shape[1]] = True
-    for name in FIELDS:
+    for name in after.arrays:
         untouched = ~written[name]
         assert torch.equal(bits(after, name)[untouched], bits(before, name)[untouched])
 
@@ -71,8 +70,8 @@ def test_shared_pages_are_copied_and_not_written(implementation):
     after = pool.copy().pages
     fresh = len(after.k) + torch.arange(table.numel(), dtype=torch.int32).view_as(table)
     after, before = (
-        Pages(*(torch.cat([x, x.new_zeros(table.numel(), *x.shape[1:])]) for x in fields))
-        for fields in ([getattr(p, name) for name in FIELDS] for p in (after, pool.pages))
+        Pages(**{n: torch.cat([x, x.new_zeros(table.numel(), *x.shape[1:])]) for n, x in p.arrays.items()})
+        for p in (after, pool.pages)
     )
     shared = torch.isin(table, table[2:]) & torch.isin(table, table[:2])
     assert shared.any()
@@ -88,7 +87,7 @@ def test_keeping_everything_changes_nothing(implementation):
     indices, counts = random_kept(lengths, 1.0)
     after = pool.copy().pages
     implementation.compact(after, table, table, indices, counts)
-    assert all(torch.equal(bits(after, name), bits(pool.pages, name)) for name in FIELDS)
+    assert all(torch.equal(bits(after, name), bits(pool.pages, name)) for name in after.arrays)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from curkv.kernels.paged_decode_attention import cpu, reference
-from tests.kernels.util import DTYPES, assert_close, make_pool
+from tests.kernels.util import DTYPES, assert_close, make_pool, relative_rms
 
 TOLERANCE = 2e-6  # both read the same rounded K and V and compute in float32
+INT8_TOLERANCE = 1e-4  # queries and weights are rounded to int16 besides: 1 / 65,534 of the largest each
 
 
 def check(lengths: list[list[int]], group: int, accumulate: bool = False, **options: object) -> None:
@@ -24,8 +25,9 @@ def check(lengths: list[list[int]], group: int, accumulate: bool = False, **opti
     expected = reference.paged_decode_attention(
         q, theirs.pages, pool.table, pool.lengths, pool.slots, scale, accumulate
     )
-    assert_close(actual, expected, TOLERANCE)
-    assert_close(mine.pages.attention, theirs.pages.attention, TOLERANCE)
+    tolerance = INT8_TOLERANCE if pool.pages.k.dtype == torch.int8 else TOLERANCE
+    assert_close(actual, expected, tolerance)
+    assert_close(mine.pages.attention, theirs.pages.attention, tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -43,13 +45,36 @@ def check(lengths: list[list[int]], group: int, accumulate: bool = False, **opti
     ],
 )
 def test_ragged_heads(dtype: torch.dtype, head_dim: int, page_size: int, group: int) -> None:
+    if dtype == torch.int8:
+        head_dim = -(-head_dim // 16) * 16
     lengths = [[1, page_size, page_size + 1], [700, 3, 1025], [page_size - 1, 512, 2 * page_size]]
     check(lengths, group, head_dim=head_dim, page_size=page_size, dtype=dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 @pytest.mark.parametrize("accumulate", [False, True])
-def test_pages_shared_between_sequences(accumulate: bool) -> None:
-    check([[600, 40], [900, 33], [64, 700]], 3, accumulate, shared_pages=8)
+def test_pages_shared_between_sequences(accumulate: bool, dtype: torch.dtype) -> None:
+    check([[600, 40], [900, 33], [64, 700]], 3, accumulate, shared_pages=8, dtype=dtype)
+
+
+def test_int8_is_as_far_from_float32_as_rounding_explains() -> None:
+    lengths, q = [[3000, 40]], torch.randn(1, 6, 64, generator=torch.Generator().manual_seed(1))
+    exact, rounded = (make_pool(lengths, dtype=dtype) for dtype in (torch.float32, torch.int8))
+    out, expected = (
+        kernel.paged_decode_attention(q, pool.pages, pool.table, pool.lengths, pool.slots, 0.125)
+        for kernel, pool in ((cpu, rounded), (reference, exact))
+    )
+    # An element is off by up to a 254th of the largest of 64 normal ones, about 2.4: a deviation of 0.0055.
+    # Values are off by that much, and scores of deviation 1 shift weights by as much again.
+    assert relative_rms(out, expected) < 2 * 0.0055
+
+
+def test_int8_with_an_odd_head_is_refused() -> None:
+    pool = make_pool([[5]], head_dim=72, dtype=torch.int8)
+    with pytest.raises(ValueError, match="multiple of 16"):
+        cpu.paged_decode_attention(
+            torch.randn(1, 2, 72), pool.pages, pool.table, pool.lengths, pool.slots, 1.0
+        )
 
 
 def test_head_without_tokens_gives_zeros() -> None:

@@ -10,7 +10,7 @@ from curkv.kernels.store_kv import cpu, reference
 from tests.kernels.util import DTYPES, Pool, assert_close, make_pool, query_start, rope_tables
 
 # A fused multiply-add may round a few rotated keys to the neighbouring 16-bit value.
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3}
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3, torch.int8: 1e-3}
 
 
 def store(kernel: object, pool: Pool, new_tokens: list[int], seed: int = 0) -> Pages:
@@ -28,12 +28,19 @@ def store(kernel: object, pool: Pool, new_tokens: list[int], seed: int = 0) -> P
     return pages
 
 
+def floats(storage: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    """What stored vectors stand for."""
+    return storage.float() if scales is None else storage * scales[..., None]
+
+
 def check(lengths: list[list[int]], new_tokens: list[int], **options: object) -> None:
     pool = make_pool(lengths, new_tokens=new_tokens, **options)  # type: ignore[arg-type]
     actual, expected = store(cpu, pool, new_tokens), store(reference, pool, new_tokens)
     tolerance = TOLERANCE[pool.pages.k.dtype]
-    assert_close(actual.k, expected.k, tolerance)
+    assert_close(*(floats(pages.k, pages.k_scale) for pages in (actual, expected)), tolerance)
     assert torch.equal(actual.v.nan_to_num(), expected.v.nan_to_num())
+    if expected.v_scale is not None:
+        assert torch.equal(actual.v_scale.nan_to_num(-1), expected.v_scale.nan_to_num(-1))
     assert torch.equal(actual.position, expected.position)
     assert torch.equal(actual.attention.nan_to_num(-1), expected.attention.nan_to_num(-1))
     assert_close(actual.k_sq, expected.k_sq, 1e-6)
@@ -47,6 +54,27 @@ def check(lengths: list[list[int]], new_tokens: list[int], **options: object) ->
 def test_ragged_heads(dtype: torch.dtype, head_dim: int, page_size: int) -> None:
     lengths = [[1, 1, 1], [100, 41, page_size + 41], [2 * page_size, 3 * page_size + 1, 7]]
     check(lengths, [1, 41, 7], head_dim=head_dim, page_size=page_size, dtype=dtype)
+
+
+def test_int8_is_within_half_a_step_of_the_vector_and_zeros_stay_zeros() -> None:
+    pool = make_pool([[40, 7]], new_tokens=[7], dtype=torch.int8)
+    heads, tokens = 2, 7
+    k, v = torch.randn(2, tokens, heads, 64, generator=torch.Generator().manual_seed(2))
+    v[3] = 0
+    still = torch.ones(9, 32), torch.zeros(9, 32)
+    starts, positions = query_start([tokens]), torch.arange(tokens, dtype=torch.int32)
+    for kernel in (cpu, reference):
+        pages = pool.copy().pages
+        kernel.store_kv(pages, k, v, *still, positions, pool.table, pool.lengths, pool.slots, starts)
+        assert pages.k_scale is not None and pages.v_scale is not None
+        for head in range(heads):
+            index = int(pool.lengths[pool.slots[0], head]) - tokens + torch.arange(tokens)
+            where = pool.table[pool.slots[0], head][index // 16].long(), index % 16
+            for storage, scales, x in ((pages.k, pages.k_scale, k), (pages.v, pages.v_scale, v)):
+                error = (storage[where] * scales[where][:, None] - x[:, head]).abs()
+                assert (error <= 0.5001 * scales[where][:, None]).all()
+                assert torch.allclose(127 * scales[where], x[:, head].abs().amax(-1))
+            assert torch.equal(pages.v_sq[where], v[:, head].square().sum(-1)) or kernel is cpu
 
 
 def test_decode_step_of_a_few_sequences() -> None:

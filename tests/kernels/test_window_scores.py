@@ -17,6 +17,7 @@ from tests.kernels.util import assert_close, make_pool, rows_of
         ([[40, 80]], 32, 4, 96, 32, torch.float16),
         ([[70, 131]], 7, 8, 128, 128, torch.bfloat16),
         ([[33]], 2, 16, 256, 64, torch.bfloat16),
+        ([[70, 131]], 7, 3, 64, 64, torch.int8),
     ],
 )
 def test_scores_like_the_reference(lengths, window, group, head_dim, page_size, dtype, reduction):

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curkv.kernels.pages import Pages
+from curkv.kernels.pages import Pages, rounded
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Pool:
     """A page pool and one layer's view of its tables.
 
     Attributes:
-        pages: The memory; whatever holds no token is NaN (position: -1).
+        pages: The memory; whatever holds no token is NaN (int8: 77, position: -1).
         table: int32 [max_sequences, H, max_pages], strided as a layer's slice is; unused entries are -1.
         lengths: int32 [max_sequences, H]; rows of no sequence are 0.
         slots: int32 [B], the row of each sequence.
@@ -31,8 +31,8 @@ class Pool:
 
     def copy(self) -> Pool:
         """Copy the memory that kernels write, so that two of them can be compared."""
-        fields = (getattr(self.pages, name).clone() for name in Pages.__dataclass_fields__)
-        return Pool(Pages(*fields), self.table, self.lengths, self.slots)
+        arrays = {name: array.clone() for name, array in self.pages.arrays.items()}
+        return Pool(Pages(**arrays), self.table, self.lengths, self.slots)
 
 
 def rows_of(pool: Pool) -> tuple[Tensor, Tensor]:
@@ -70,13 +70,17 @@ def make_pool(
     max_pages = int(-(-counts.max() // page_size)) + 1
     num_pages = int((-(-counts // page_size)).sum()) + 5
     free = torch.randperm(num_pages, generator=generator).tolist()
+    nothing = 77 if dtype == torch.int8 else torch.nan
+    scales = [torch.full((num_pages, page_size), torch.nan) if dtype == torch.int8 else None for _ in "kv"]
     pages = Pages(
-        k=torch.full((num_pages, page_size, head_dim), torch.nan, dtype=dtype),
-        v=torch.full((num_pages, page_size, head_dim), torch.nan, dtype=dtype),
+        k=torch.full((num_pages, page_size, head_dim), nothing, dtype=dtype),
+        v=torch.full((num_pages, page_size, head_dim), nothing, dtype=dtype),
         position=torch.full((num_pages, page_size), -1, dtype=torch.int32),
         k_sq=torch.full((num_pages, page_size), torch.nan),
         v_sq=torch.full((num_pages, page_size), torch.nan),
         attention=torch.full((num_pages, page_size), torch.nan),
+        k_scale=scales[0],
+        v_scale=scales[1],
     )
     max_sequences = batch + 2
     table = torch.full((max_sequences, 2, heads, max_pages), -1, dtype=torch.int32)[:, 1]
@@ -103,8 +107,10 @@ def _fill_page(pages: Pages, number: int, page: int, filled: int, generator: tor
     page_size, head_dim = pages.k.shape[1:]
     n = max(0, min(page_size, filled - page * page_size))
     k, v = torch.randn(2, n, head_dim, generator=generator)
-    pages.k[number, :n] = k.to(pages.k.dtype)
-    pages.v[number, :n] = v.to(pages.v.dtype)
+    for storage, scales, x in ((pages.k, pages.k_scale, k), (pages.v, pages.v_scale, v)):
+        storage[number, :n], scale = rounded(x, storage.dtype)
+        if scales is not None and scale is not None:
+            scales[number, :n] = scale
     pages.position[number, :n] = torch.arange(page * page_size, page * page_size + n, dtype=torch.int32)
     pages.k_sq[number, :n] = k.square().sum(-1)
     pages.v_sq[number, :n] = v.square().sum(-1)

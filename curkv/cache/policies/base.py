@@ -96,21 +96,23 @@ class CacheView:
         tokens = side.index_select(0, pages.flatten()).view(*pages.shape[:2], -1)
         return tokens[..., : self.width].masked_fill_(~self.stored, fill)
 
-    def vectors(self, storage: Tensor, layer: int) -> Tensor:
-        """Read a layer's keys or values.
+    def keys(self, layer: int) -> Tensor:
+        """A layer's keys: float32 [H, n_max, head_dim], 0 past a head's length."""
+        return self._vectors(self.pages.k, self.pages.k_scale, layer)
 
-        Args:
-            storage: `pages.k` or `pages.v`.
-            layer: Index of the layer.
+    def values(self, layer: int) -> Tensor:
+        """A layer's values: float32 [H, n_max, head_dim], 0 past a head's length."""
+        return self._vectors(self.pages.v, self.pages.v_scale, layer)
 
-        Returns:
-            float32 [H, n_max, head_dim], 0 past a head's length.
-        """
+    def _vectors(self, storage: Tensor, scales: Tensor | None, layer: int) -> Tensor:
         used = -(-self.width // storage.shape[1])
         pages = self.table[layer, :, :used].clamp(0, len(storage) - 1)
-        tokens = storage.index_select(0, pages.flatten()).view(len(pages), -1, storage.shape[2])
+        tokens = storage.index_select(0, pages.flatten()).float()
+        if scales is not None:
+            tokens *= scales.index_select(0, pages.flatten())[..., None]
         past = torch.arange(self.width, device=pages.device) >= self.lengths[layer, :, None]
-        return tokens[:, : self.width].float().masked_fill_(past[..., None], 0.0)
+        tokens = tokens.view(len(pages), -1, storage.shape[2])[:, : self.width]
+        return tokens.masked_fill_(past[..., None], 0.0)
 
     def newest(self, count: int) -> Tensor:
         """Tell the tokens of the newest `count` positions: bool [L, H, n_max]."""

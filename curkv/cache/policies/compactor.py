@@ -70,7 +70,7 @@ class Compactor(Policy):
 def unrotated(view: CacheView, layer: int) -> Tensor:
     """Keys before RoPE, float32 [H, n, head_dim], 0 past a head's length."""
     assert view.rope is not None
-    keys = view.vectors(view.pages.k, layer)
+    keys = view.keys(layer)
     position = view.position[layer].clamp_min(0).long()
     cos, sin = (table[position] for table in view.rope)
     first, second = keys.chunk(2, -1)

@@ -54,7 +54,7 @@ def projected_norms(view: CacheView) -> Tensor:
         raise ValueError("the cache was given no output projection; see `KVCache.output_projection`")
     layers = []
     for layer in range(view.num_layers):
-        values, weights = view.vectors(view.pages.v, layer), view.output_projection(layer)
+        values, weights = view.values(layer), view.output_projection(layer)
         group = len(weights) // len(values)
         norms = torch.zeros(values.shape[:2], device=values.device)
         for member in range(group):

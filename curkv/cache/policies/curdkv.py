@@ -67,8 +67,8 @@ def exact_leverage(view: CacheView, combine: str) -> Tensor:
     for layer in range(view.num_layers):
         length = view.lengths[layer]
         key, value = (
-            leverage(view.vectors(storage, layer), length) if combine not in skipped else None
-            for storage, skipped in ((view.pages.k, ("value",)), (view.pages.v, ("key",)))
+            leverage(read(layer), length) if combine != skipped else None
+            for read, skipped in ((view.keys, "value"), (view.values, "key"))
         )
         if key is None or value is None:
             layers.append(key if value is None else value)

@@ -53,7 +53,7 @@ class ExpectedAttention(Policy):
         self, view: CacheView, layer: int, mean: Tensor, covariance: Tensor, judged: Tensor
     ) -> Tensor:
         """Softmax of the expected logits, mean over the group: float32 [H, n]."""
-        keys = view.vectors(view.pages.k, layer)
+        keys = view.keys(layer)
         heads, _, dim = keys.shape
         mean, covariance = mean.view(heads, -1, dim), covariance.view(heads, -1, dim, dim)
         logits = mean @ keys.transpose(1, 2) * view.scale

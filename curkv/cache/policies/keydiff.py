@@ -29,7 +29,7 @@ class KeyDiff(Policy):
         """Score tokens by how unlike the mean key theirs is."""
         layers = []
         for layer in range(view.num_layers):
-            keys = F.normalize(view.vectors(view.pages.k, layer), dim=-1)
+            keys = F.normalize(view.keys(layer), dim=-1)
             anchor = F.normalize(keys.sum(1), dim=-1)
             layers.append(-(keys @ anchor[..., None])[..., 0])
         return torch.stack(layers).masked_fill_(~view.stored, -torch.inf)

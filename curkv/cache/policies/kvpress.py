@@ -33,7 +33,7 @@ class KVPress(Policy):
         """Score tokens head by head, each with its own length."""
         scores = torch.full(view.stored.shape, -torch.inf)
         for layer in range(view.num_layers):
-            keys, values = (view.vectors(storage, layer) for storage in (view.pages.k, view.pages.v))
+            keys, values = view.keys(layer), view.values(layer)
             for head, length in enumerate(view.lengths[layer].tolist()):
                 if length:
                     own = slice(head, head + 1), slice(length)

@@ -31,6 +31,7 @@ from curkv.kernels.simd import (
     matrix_tile,
     row_address,
     row_exp2,
+    scales_address,
     store,
     store_scalar,
 )
@@ -69,8 +70,9 @@ def column_sums(
     launch(
         _worker(dtype), threads,
         row_address(q, torch.float32), q.stride(0), address(lse, torch.float32), address(pages.k, dtype),
-        address(pages.attention, torch.float32), row_address(table, torch.int32), table.stride(0),
-        table.stride(1), row_address(lengths, torch.int32), lengths.stride(0), address(slots, torch.int32),
+        scales_address(pages.k_scale), address(pages.attention, torch.float32),
+        row_address(table, torch.int32), table.stride(0), table.stride(1),
+        row_address(lengths, torch.int32), lengths.stride(0), address(slots, torch.int32),
         address(query_start, torch.int32), slots.shape[0], heads, group, dim, page_size, block,
         bits_of_float(scale * math.log2(math.e)), counter.data_ptr(), scratch.data_ptr(),
         4 * scratch.stride(0),
@@ -94,7 +96,7 @@ def _work(kind: Any, arguments: int, worker: int) -> None:
     The arguments, addresses unless stated otherwise:
         q: float32 [T, H, group, dim], `q_stride` floats per token.
         lse: float32 [T, H, group].
-        k, attention: The pages of K and of sums.
+        k, k_scale, attention: The pages of K, of its scales (or 0) and of sums.
         table: The page table, `table_stride` and `head_stride` entries per sequence and head.
         lengths: The lengths, `lengths_stride` entries per sequence.
         slots, query_start: int32 [B] and [B + 1].
@@ -105,9 +107,10 @@ def _work(kind: Any, arguments: int, worker: int) -> None:
         scratch: `scratch_bytes` for each worker: queries, a block of keys, scores of a strip, sums.
     """
     (
-        q, q_stride, lse, k, attention, table, table_stride, head_stride, lengths, lengths_stride, slots,
-        query_start, batch, heads, group, dim, page_size, block, factor_bits, counter, scratch, scratch_bytes,
-    ) = read_arguments(arguments, 22)  # fmt: skip
+        q, q_stride, lse, k, k_scale, attention, table, table_stride, head_stride, lengths, lengths_stride,
+        slots, query_start, batch, heads, group, dim, page_size, block, factor_bits, counter, scratch,
+        scratch_bytes,
+    ) = read_arguments(arguments, 23)  # fmt: skip
     rows = (block * group + STRIP - 1) // STRIP * STRIP
     queries = scratch + worker * scratch_bytes
     keys = queries + 4 * rows * dim
@@ -132,7 +135,7 @@ def _work(kind: Any, arguments: int, worker: int) -> None:
         pages = table + 4 * (slot * table_stride + head * head_stride)
         start = (item - first_item) * KEY_BLOCK
         width = min(KEY_BLOCK, length - start)
-        load_keys(kind, dim, k, pages, page_size, start, width, keys)
+        load_keys(kind, dim, k, k_scale, pages, page_size, start, width, keys)
         _sum_block(
             q + 4 * (begin * q_stride + head * group * dim), q_stride,
             lse + 4 * (begin * heads + head) * group, heads * group, chunk, start - (length - chunk), width,

@@ -15,7 +15,9 @@ from curkv.kernels.triton_util import (
     find_slots,
     load_tokens,
     narrow,
+    operands,
     power_of_two,
+    scaled,
 )
 
 _MAX_BLOCK_N = 64
@@ -44,6 +46,7 @@ def column_sums(
         q,
         lse,
         pages.k,
+        pages.k_scale,
         pages.attention,
         table,
         lengths,
@@ -71,6 +74,7 @@ def _add_sums(
     q,
     lse,
     pages_k,
+    k_scale,
     attention,
     table,
     lengths,
@@ -106,7 +110,7 @@ def _add_sums(
     index = block + tl.arange(0, BLOCK_N)
     valid = index < length
     place = find_slots(table + slot * stride_table_slot + head * stride_table_head, index, valid, PAGE_SIZE)
-    keys = tl.trans(load_tokens(pages_k, place, valid, HEAD_DIM, BLOCK_D))
+    keys = tl.trans(operands(load_tokens(pages_k, place, valid, HEAD_DIM, BLOCK_D)))
     r = tl.arange(0, BLOCK_M)
     query_head = head * GROUP + r % GROUP
     sums = tl.zeros([BLOCK_N], tl.float32)
@@ -116,7 +120,8 @@ def _add_sums(
         reads = (r < TILE * GROUP) & (step < chunk)
         token = start + step
         queries = load_queries(q, token, query_head, stride_q_token, stride_q_head, reads, HEAD_DIM, BLOCK_D)
-        scores = dot(narrow(queries, keys.dtype), keys, tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * scale_log2
+        scores = dot(narrow(queries, keys.dtype), keys, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+        scores = scaled(scores * scale_log2, k_scale, place, valid)
         normaliser = tl.load(
             lse + token.to(tl.int64) * (tl.num_programs(1) * GROUP) + query_head, mask=reads, other=0.0
         )

@@ -14,8 +14,8 @@ from curkv.kernels.pages import Pages
 
 def compact(pages: Pages, source: Tensor, target: Tensor, indices: Tensor, counts: Tensor) -> None:
     """Move tokens of each row, with everything a page holds about them; see `reference.compact`."""
-    sides = (x.unsqueeze(-1) for x in (pages.position, pages.k_sq, pages.v_sq, pages.attention))
-    words = tuple(x.view(torch.int32).numpy() for x in (pages.k, pages.v, *sides))
+    arrays = (x if x.ndim == 3 else x.unsqueeze(-1) for x in pages.arrays.values())
+    words = tuple(x.view(torch.int32).numpy() for x in arrays)
     _move(words, *(x.contiguous().numpy() for x in (source, target, indices, counts)))
 
 

@@ -27,5 +27,5 @@ def compact(pages: Pages, source: Tensor, target: Tensor, indices: Tensor, count
     index = indices[row, to].long()
     read = source[row, index // page_size].long(), index % page_size
     write = target[row, to // page_size].long(), to % page_size
-    for storage in (pages.k, pages.v, pages.position, pages.k_sq, pages.v_sq, pages.attention):
+    for storage in pages.arrays.values():
         storage[write] = storage[read]

@@ -24,13 +24,15 @@ def compact(pages: Pages, source: Tensor, target: Tensor, indices: Tensor, count
         return
     k, v = (x.view(torch.int32) for x in (pages.k, pages.v))
     words = k.shape[2]
-    _move_rows[(rows, 6)](
+    _move_rows[(rows, len(pages.arrays))](
         k,
         v,
         pages.position,
         pages.k_sq,
         pages.v_sq,
         pages.attention,
+        pages.k_scale,
+        pages.v_scale,
         source,
         target,
         indices,
@@ -55,6 +57,8 @@ def _move_rows(
     k_sq,
     v_sq,
     attention,
+    k_scale,
+    v_scale,
     source,
     target,
     indices,
@@ -68,7 +72,7 @@ def _move_rows(
     BLOCK_N: tl.constexpr,
     BLOCK_SIDE: tl.constexpr,
 ):
-    """Program (row, one of the six arrays): no two programs touch the same memory."""
+    """Program (row, one of the arrays): no two programs touch the same memory."""
     row = tl.program_id(0).to(tl.int64)
     array = tl.program_id(1)
     count = tl.load(counts + row)
@@ -85,8 +89,13 @@ def _move_rows(
         _move(k_sq, source, target, indices, count, PAGE_SIZE, 1, 1, BLOCK_SIDE)
     elif array == 4:
         _move(v_sq, source, target, indices, count, PAGE_SIZE, 1, 1, BLOCK_SIDE)
-    else:
+    elif array == 5:
         _move(attention, source, target, indices, count, PAGE_SIZE, 1, 1, BLOCK_SIDE)
+    elif k_scale is not None:
+        if array == 6:
+            _move(k_scale, source, target, indices, count, PAGE_SIZE, 1, 1, BLOCK_SIDE)
+        else:
+            _move(v_scale, source, target, indices, count, PAGE_SIZE, 1, 1, BLOCK_SIDE)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from numba import njit, prange
 from torch import Tensor
 
 from curkv.kernels.pages import Pages
-from curkv.kernels.simd import KINDS, address, dot_rows
+from curkv.kernels.simd import FLOAT32, KINDS, address, dot_rows, load_scalar, scales_address
 
 _COMBINE = {"product": 0, "mean": 1, "key": 2, "value": 3}
 
@@ -36,9 +36,10 @@ def leverage_scores(
         _gather(pages.k_sq.numpy(), pages.v_sq.numpy(), rows, counts, key, value)
     else:
         columns = _in_threes(sketch.T)
-        for storage, energies in ((pages.k, key), (pages.v, value)):
+        for storage, scales, energies in ((pages.k, pages.k_scale, key), (pages.v, pages.v_scale, value)):
             kind, place = KINDS[storage.dtype], address(storage, storage.dtype)
-            _sketch(kind, place, storage.shape[1], columns, rows, counts, energies)
+            size, factors = storage.shape[1], scales_address(scales)
+            _sketch(kind, place, factors, size, columns, rows, counts, energies)
     span = window if normalization == "window" else 0
     _score(key, value, counts, span, partial == "left", partial == "corrected", _COMBINE[combine], out)
     return scores
@@ -67,13 +68,21 @@ def _in_threes(columns: Tensor) -> np.ndarray[Any, Any]:
 
 @njit(parallel=True, nogil=True, cache=True)
 def _sketch(
-    kind: Any, storage: int, page_size: int, columns: Any, table: Any, lengths: Any, energies: Any
+    kind: Any,
+    storage: int,
+    scales: int,
+    page_size: int,
+    columns: Any,
+    table: Any,
+    lengths: Any,
+    energies: Any,
 ) -> None:
     """Write ||x G||^2 of each row's tokens to `energies`, [N, width].
 
     Args:
         kind: Of the storage, see `simd`.
         storage: Address of K or V; page_size is a multiple of 4.
+        scales: Address of their scales, or 0.
         page_size: Tokens per page.
         columns: float32 [rank, head_dim], the columns of G; rank is a multiple of 3.
         table: int32 [N, max_pages].
@@ -89,6 +98,10 @@ def _sketch(
             place = storage + np.int64(table[row, page]) * page_values * kind.itemsize
             stored = energies[row, start : min(start + page_size, length)]
             _sketch_page(kind, place, columns, products, stored)
+            if scales:
+                factors = scales + 4 * np.int64(table[row, page]) * page_size
+                for token in range(len(stored)):
+                    stored[token] *= load_scalar(FLOAT32, factors + 4 * token) ** 2
 
 
 @njit(nogil=True, cache=True)

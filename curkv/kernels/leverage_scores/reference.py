@@ -48,7 +48,8 @@ def leverage_scores(
         key, value = (_gather(side, table, stored) for side in (pages.k_sq, pages.v_sq))
     else:
         key, value = (
-            (_gather(x, table, stored).float() @ sketch).square().sum(-1) for x in (pages.k, pages.v)
+            (_vectors(*x, table, stored) @ sketch).square().sum(-1)
+            for x in ((pages.k, pages.k_scale), (pages.v, pages.v_scale))
         )
     if normalization == "window":
         shift = -lengths[:, None] % window if partial == "left" else torch.zeros_like(lengths[:, None])
@@ -67,6 +68,12 @@ def _gather(storage: Tensor, table: Tensor, stored: Tensor) -> Tensor:
     tokens = storage.new_zeros(*stored.shape, *storage.shape[2:])
     tokens[row, index] = storage[table[row, index // page_size].long(), index % page_size]
     return tokens
+
+
+def _vectors(storage: Tensor, scales: Tensor | None, table: Tensor, stored: Tensor) -> Tensor:
+    """Read keys or values, float32 [N, width, head_dim]."""
+    vectors = _gather(storage, table, stored).float()
+    return vectors if scales is None else vectors * _gather(scales, table, stored)[..., None]
 
 
 def _share_of_window(energy: Tensor, stored: Tensor, number: Tensor, window: int, corrected: bool) -> Tensor:

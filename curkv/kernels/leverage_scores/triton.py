@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from curkv.kernels.pages import Pages
-from curkv.kernels.triton_util import attention_block, dot, find_slots, load_tokens, power_of_two
+from curkv.kernels.triton_util import attention_block, dot, find_slots, load_tokens, operands, power_of_two
 
 _BLOCK = 2048
 _MAX_BLOCK_N = 64
@@ -62,20 +62,23 @@ def _sketch(
 ) -> tuple[Tensor, Tensor]:
     """Energies float32 [N, width] of keys and of values projected by `sketch` [head_dim, rank]."""
     rows, rank = len(lengths), sketch.shape[1]
+    dtype = torch.bfloat16 if pages.k.dtype == torch.int8 else pages.k.dtype
     block_n = attention_block(pages.k, _MAX_BLOCK_N, _TILE_BYTES)
     key = torch.empty(rows, width, dtype=torch.float32, device=lengths.device)
     value = torch.empty_like(key)
     _sketch_rows[(triton.cdiv(width, block_n), rows)](
         pages.k,
         pages.v,
+        pages.k_scale,
+        pages.v_scale,
         table,
         lengths,
-        _parts(sketch, pages.k.dtype),
+        _parts(sketch, dtype),
         key,
         value,
         table.stride(0),
         width,
-        PARTS=1 if pages.k.dtype == torch.float32 else 2,
+        PARTS=1 if dtype == torch.float32 else 2,
         RANK=rank,
         HEAD_DIM=pages.k.shape[2],
         PAGE_SIZE=pages.k.shape[1],
@@ -116,10 +119,21 @@ def _energies(
     return tl.sum(product * product, 1)
 
 
+@triton.jit
+def _of_scaled(energies, scales, place, mask):
+    """Energies [tokens] of vectors that are multiplied by their scales, if there are any."""
+    if scales is not None:
+        scale = tl.load(scales + place, mask=mask, other=0.0)
+        energies = energies * scale * scale
+    return energies
+
+
 @triton.jit(do_not_specialize=["width"])
 def _sketch_rows(
     pages_k,
     pages_v,
+    k_scale,
+    v_scale,
     table,
     lengths,
     sketch,
@@ -145,11 +159,13 @@ def _sketch_rows(
     valid = index < length
     place = find_slots(table + row * stride_table, index, valid, PAGE_SIZE)
     out = row * width + index
-    keys = load_tokens(pages_k, place, valid, HEAD_DIM, BLOCK_D)
+    keys = operands(load_tokens(pages_k, place, valid, HEAD_DIM, BLOCK_D))
     key_energies = _energies(keys, sketch, PARTS, RANK, HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_R)
+    key_energies = _of_scaled(key_energies, k_scale, place, valid)
     tl.store(key + out, key_energies, mask=valid)
-    values = load_tokens(pages_v, place, valid, HEAD_DIM, BLOCK_D)
+    values = operands(load_tokens(pages_v, place, valid, HEAD_DIM, BLOCK_D))
     value_energies = _energies(values, sketch, PARTS, RANK, HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_R)
+    value_energies = _of_scaled(value_energies, v_scale, place, valid)
     tl.store(value + out, value_energies, mask=valid)
 
 

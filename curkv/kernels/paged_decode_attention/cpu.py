@@ -22,26 +22,39 @@ from curkv.kernels.pages import Pages
 from curkv.kernels.simd import (
     FLOAT32,
     KINDS,
+    absolute,
     address,
     broadcast,
     dot_rows,
+    dot_rows_int8,
     fetch_add,
     fma,
     inlined,
+    keep_first,
     kernel,
+    lane_max,
     load,
     load_int32,
+    load_int32s,
     load_scalar,
     matrix_tile,
+    maximum,
+    mul,
+    prefetch,
     row_address,
     row_exp2,
     row_max,
+    scales_address,
     store,
+    store_int16,
     store_scalar,
+    weigh_rows,
+    weigh_rows_int8,
 )
 from curkv.kernels.workers import bits_of_float, compile_worker, float_of_bits, launch, read_arguments
 
-SPLIT_TOKENS = 512
+SPLIT_TOKENS = 512  # 127 times as many int16 are less than an int32 holds
+_LARGEST_INT16 = np.float32(32767)
 
 
 def paged_decode_attention(
@@ -55,12 +68,14 @@ def paged_decode_attention(
 ) -> Tensor:
     """Attend with one query per sequence; see `reference.paged_decode_attention`.
 
-    head_dim and the page size are multiples of 8.
+    head_dim and the page size are multiples of 8, and head_dim of 16 with pages of int8.
     """
     batch, query_heads, dim = q.shape
     heads, page_size, dtype = table.shape[1], pages.k.shape[1], pages.k.dtype
     if dim % 8 or page_size % 8:
         raise ValueError(f"head_dim {dim} and page size {page_size} must be multiples of 8")
+    if dtype == torch.int8 and dim % 16:
+        raise ValueError(f"head_dim {dim} must be a multiple of 16 with a cache of int8")
     if q.stride()[1:] != (dim, 1):
         q = q.contiguous()
     group = query_heads // heads
@@ -74,12 +89,16 @@ def paged_decode_attention(
     out = torch.empty((batch, query_heads, dim))
     counters = torch.zeros(batch * heads + 1, dtype=torch.int64)
     partial = torch.empty((items, group, dim + 2))
+    scratch_bytes = group * (6 * dim + 2 * width + 4) if dtype == torch.int8 else 0
+    scratch = torch.empty(workers * scratch_bytes, dtype=torch.int8)
     scores = torch.empty(((items if accumulate else workers), group, width))
     launch(
         _worker(dtype), workers,
-        row_address(q, torch.float32), q.stride(0), address(pages.k, dtype), address(pages.v, dtype), *where,
+        row_address(q, torch.float32), q.stride(0), address(pages.k, dtype), address(pages.v, dtype),
+        scales_address(pages.k_scale), scales_address(pages.v_scale), *where,
         out.data_ptr(), batch, heads, group, dim, page_size, width, bits_of_float(scale * math.log2(math.e)),
-        counters.data_ptr(), partial.data_ptr(), scores.data_ptr(), accumulate,
+        counters.data_ptr(), partial.data_ptr(), scores.data_ptr(), scratch.data_ptr(), scratch_bytes,
+        accumulate,
     )  # fmt: skip
     if accumulate:
         _add_attention(
@@ -122,6 +141,7 @@ def _work(kind: Any, arguments: int, worker: int) -> None:
     The arguments, addresses unless stated otherwise:
         q: float32 [B, H, group, dim], `q_stride` floats per sequence.
         k, v: The pages of K and V.
+        k_scale, v_scale: The pages of their scales, or 0.
         table: The page table, `table_stride` and `head_stride` entries per sequence and head.
         lengths: The lengths, `lengths_stride` entries per sequence.
         slots: int32 [B].
@@ -133,12 +153,15 @@ def _work(kind: Any, arguments: int, worker: int) -> None:
         partial: float32 [splits, group, dim + 2], weighted values of each split, its largest score, and the
             sum of its exponentials relative to that.
         scores: float32 [splits or workers, group, width].
+        scratch: `scratch_bytes` for each worker, if there are scales: queries int16 [group, dim], weights
+            int16 [group, width], sums int32 [group, dim], float32 [group].
         keep: 1 to keep the exponentials of all splits in `scores`, 0 to keep those of each worker's last.
     """
     (
-        q, q_stride, k, v, table, table_stride, head_stride, lengths, lengths_stride, slots,
-        out, batch, heads, group, dim, page_size, width, factor_bits, counters, partial, scores, keep,
-    ) = read_arguments(arguments, 22)  # fmt: skip
+        q, q_stride, k, v, k_scale, v_scale, table, table_stride, head_stride, lengths, lengths_stride, slots,
+        out, batch, heads, group, dim, page_size, width, factor_bits, counters, partial, scores, scratch,
+        scratch_bytes, keep,
+    ) = read_arguments(arguments, 26)  # fmt: skip
     factor = float_of_bits(factor_bits)
     rows = batch * heads
     row, first_item, splits, slot, length = -1, 0, 0, 0, 0
@@ -154,12 +177,20 @@ def _work(kind: Any, arguments: int, worker: int) -> None:
         if row == rows:
             break
         split = item - first_item
-        _attend_split(
-            kind, group, dim, q + 4 * (row // heads * q_stride + row % heads * group * dim), k, v,
-            table + 4 * (slot * table_stride + row % heads * head_stride + split * (width // page_size)),
-            page_size, min(width, length - split * width), width, factor,
-            scores + 4 * (item if keep else worker) * group * width, partial + 4 * item * group * (dim + 2),
-        )  # fmt: skip
+        query = q + 4 * (row // heads * q_stride + row % heads * group * dim)
+        pages = table + 4 * (slot * table_stride + row % heads * head_stride + split * (width // page_size))
+        count = min(width, length - split * width)
+        exponentials = scores + 4 * (item if keep else worker) * group * width
+        mine = partial + 4 * item * group * (dim + 2)
+        if k_scale:
+            _attend_int8_split(
+                group, dim, query, k, v, k_scale, v_scale, pages, page_size, count, width, factor,
+                exponentials, scratch + worker * scratch_bytes, mine,
+            )  # fmt: skip
+        else:
+            _attend_split(
+                kind, group, dim, query, k, v, pages, page_size, count, width, factor, exponentials, mine
+            )
         if fetch_add(counters + 8 * row, 1) == splits - 1:
             stride = 4 * group * (dim + 2)
             _merge(out + 4 * row * group * dim, group, dim, factor, splits, partial + first_item * stride)
@@ -214,6 +245,155 @@ def _attend_split(
 
 
 @inlined
+def _attend_int8_split(
+    group: int,
+    dim: int,
+    q: int,
+    k: int,
+    v: int,
+    k_scale: int,
+    v_scale: int,
+    table: int,
+    page_size: int,
+    count: int,
+    width: int,
+    factor: float,
+    scores: int,
+    scratch: int,
+    partial: int,
+) -> None:
+    """`_attend_split` for pages of int8: a key's scale multiplies its scores, a value's its weights.
+
+    Queries and weights are rounded to int16, each row by its largest number. What a weight is off by is at
+    most a 65,534th of the largest weight of the split.
+    """
+    weights = scratch + 2 * group * dim
+    sums = weights + 2 * group * width
+    ranges = sums + 4 * group * dim
+    for g in range(group):
+        store_scalar(FLOAT32, ranges + 4 * g, _round_row(q + 4 * g * dim, dim, scratch + 2 * g * dim))
+        for d in range(0, dim, 8):
+            store(FLOAT32, sums + 4 * (g * dim + d), broadcast(np.float32(0.0)))
+    for start in range(0, count, page_size):
+        page = load_int32(table + 4 * (start // page_size))
+        tokens = min(page_size, count - start)
+        next_page, base = load_int32(table), v
+        if start + page_size < count:
+            next_page, base = load_int32(table + 4 * (start // page_size + 1)), k
+        keys = k + page * page_size * dim
+        ahead = base + next_page * page_size * dim - keys
+        _score_int8_page(group, dim, scratch, keys, tokens, scores + 4 * start, width, ahead)
+        for t in range(0, tokens, 8):
+            place = 4 * (page * page_size + t)
+            prefetch(v_scale + place)
+            prefetch(k_scale + 4 * (next_page * page_size + t))
+            scale = load(FLOAT32, k_scale + place)
+            for g in range(group):
+                score = scores + 4 * (g * width + start + t)
+                spread = broadcast(load_scalar(FLOAT32, ranges + 4 * g))
+                store(FLOAT32, score, mul(load(FLOAT32, score), mul(scale, spread)))
+    for g in range(group):
+        row = scores + 4 * g * width
+        top = row_max(row, count)
+        mine = partial + 4 * g * (dim + 2)
+        store_scalar(FLOAT32, mine + 4 * dim, top)
+        store_scalar(FLOAT32, mine + 4 * dim + 4, row_exp2(row, count, count, factor, top))
+        largest = _weigh_row(row, v_scale, table, page_size, count, weights + 2 * g * width)
+        store_scalar(FLOAT32, ranges + 4 * g, largest)
+    for start in range(0, count, page_size):
+        page = load_int32(table + 4 * (start // page_size))
+        tokens = min(page_size, count - start)
+        next_page = page
+        if start + page_size < count:
+            next_page = load_int32(table + 4 * (start // page_size + 1))
+        ahead = (next_page - page) * page_size * dim
+        values = v + page * page_size * dim
+        _weigh_int8_page(group, dim, weights + 2 * start, width, values, tokens, sums, ahead)
+    for g in range(group):
+        spread = broadcast(load_scalar(FLOAT32, ranges + 4 * g))
+        for d in range(0, dim, 8):
+            total = mul(load_int32s(sums + 4 * (g * dim + d)), spread)
+            store(FLOAT32, partial + 4 * (g * (dim + 2) + d), total)
+
+
+@inlined
+def _round_row(source: int, count: int, target: int) -> Any:
+    """Write float32 [count] as int16; returns what those must be multiplied with."""
+    largest = broadcast(np.float32(0.0))
+    for d in range(0, count, 8):
+        largest = maximum(absolute(load(FLOAT32, source + 4 * d)), largest)
+    most = lane_max(largest)
+    spread = broadcast(_LARGEST_INT16 / most if most > 0 else np.float32(0.0))
+    for d in range(0, count, 8):
+        store_int16(target + 2 * d, mul(load(FLOAT32, source + 4 * d), spread))
+    return most / _LARGEST_INT16
+
+
+@inlined
+def _weigh_row(row: int, v_scale: int, table: int, page_size: int, count: int, target: int) -> Any:
+    """Multiply exponentials float32 [count] by their values' scales; write int16, and zeros up to an eight.
+
+    Returns:
+        What those must be multiplied with.
+    """
+    zeros = broadcast(np.float32(0.0))
+    largest = zeros
+    for t in range(0, count, 8):
+        place = load_int32(table + 4 * (t // page_size)) * page_size + t % page_size
+        weight = mul(load(FLOAT32, row + 4 * t), load(FLOAT32, v_scale + 4 * place))
+        largest = maximum(keep_first(weight, count - t, zeros), largest)
+    most = lane_max(largest)
+    spread = broadcast(_LARGEST_INT16 / most if most > 0 else np.float32(0.0))
+    for t in range(0, count, 8):
+        place = load_int32(table + 4 * (t // page_size)) * page_size + t % page_size
+        weight = mul(load(FLOAT32, row + 4 * t), load(FLOAT32, v_scale + 4 * place))
+        store_int16(target + 2 * t, mul(keep_first(weight, count - t, zeros), spread))
+    return most / _LARGEST_INT16
+
+
+@inlined
+def _score_int8_page(
+    group: int, dim: int, q: int, k: int, tokens: int, scores: int, width: int, ahead: int
+) -> None:
+    """`_score_page` for int16 queries and int8 keys, without scales."""
+    g = 0
+    while g < group:
+        rows = _block(group - g)
+        query, target = q + 2 * g * dim, scores + 4 * g * width
+        if rows == 3:
+            dot_rows_int8(3, query, dim, k, tokens, target, width, ahead)
+        elif rows == 2:
+            dot_rows_int8(2, query, dim, k, tokens, target, width, ahead)
+        else:
+            dot_rows_int8(1, query, dim, k, tokens, target, width, ahead)
+        g += rows
+
+
+@inlined
+def _weigh_int8_page(
+    group: int, dim: int, weights: int, width: int, v: int, tokens: int, sums: int, ahead: int
+) -> None:
+    """Add a page's int8 values, weighted by int16 [group, width], to `sums`, int32 [group, dim]."""
+    body = dim - dim % 32
+    g = 0
+    while g < group:
+        rows = _block(group - g)
+        row, target = weights + 2 * g * width, sums + 4 * g * dim
+        for d in range(0, body, 32):
+            if rows == 3:
+                weigh_rows_int8(3, 4, row, width, v + d, dim, tokens, target + 4 * d, dim, ahead)
+            elif rows == 2:
+                weigh_rows_int8(2, 4, row, width, v + d, dim, tokens, target + 4 * d, dim, ahead)
+            else:
+                weigh_rows_int8(1, 4, row, width, v + d, dim, tokens, target + 4 * d, dim, ahead)
+        if body < dim:
+            for r in range(rows):
+                single, place = row + 2 * r * width, target + 4 * (r * dim + body)
+                weigh_rows_int8(1, 2, single, width, v + body, dim, tokens, place, dim, ahead)
+        g += rows
+
+
+@inlined
 def _block(rows: int) -> int:
     """How many of the query heads that are left to take together: 3 x 4 accumulators fit 16 registers."""
     return 3 if rows == 3 or rows >= 5 else min(rows, 2)
@@ -252,28 +432,16 @@ def _weigh_page(
         for d in range(0, body, wide):
             value, place = v + d * kind.itemsize, target + 4 * d
             if rows == 3:
-                matrix_tile(kind, 3, 4, 0, row, width, value, dim, tokens, place, stride, ahead)
+                weigh_rows(kind, 3, 4, row, width, value, dim, tokens, place, stride, ahead)
             elif rows == 2:
-                matrix_tile(kind, 2, 4, 0, row, width, value, dim, tokens, place, stride, ahead)
+                weigh_rows(kind, 2, 4, row, width, value, dim, tokens, place, stride, ahead)
             else:
-                matrix_tile(kind, 1, 8, 0, row, width, value, dim, tokens, place, stride, ahead)
+                weigh_rows(kind, 1, 8, row, width, value, dim, tokens, place, stride, ahead)
         for d in range(body, dim, 8):
             value, place = v + d * kind.itemsize, target + 4 * d
             for r in range(rows):
-                matrix_tile(
-                    kind,
-                    1,
-                    1,
-                    0,
-                    row + 4 * r * width,
-                    width,
-                    value,
-                    dim,
-                    tokens,
-                    place + 4 * r * stride,
-                    stride,
-                    ahead,
-                )
+                single, out_row = row + 4 * r * width, place + 4 * r * stride
+                weigh_rows(kind, 1, 1, single, width, value, dim, tokens, out_row, stride, ahead)
         g += rows
 
 

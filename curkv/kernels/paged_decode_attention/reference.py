@@ -23,6 +23,19 @@ def gather_tokens(storage: Tensor, row: Tensor, length: int) -> Tensor:
     return storage[row[:num_pages].long()].flatten(0, 1)[:length]
 
 
+def gather_vectors(storage: Tensor, scales: Tensor | None, row: Tensor, length: int) -> Tensor:
+    """Read the first `length` keys or values of one head: float32 [length, head_dim].
+
+    Args:
+        storage: `Pages.k` or `Pages.v`.
+        scales: `Pages.k_scale` or `Pages.v_scale`.
+        row: int32 [max_pages], the head's row of the page table.
+        length: Tokens of the head.
+    """
+    vectors = gather_tokens(storage, row, length).float()
+    return vectors if scales is None else vectors * gather_tokens(scales, row, length)[:, None]
+
+
 def paged_decode_attention(
     q: Tensor,
     pages: Pages,
@@ -56,8 +69,8 @@ def paged_decode_attention(
     for i, slot in enumerate(slots.tolist()):
         for head in range(num_heads):
             length, row = int(lengths[slot, head]), table[slot, head]
-            keys = gather_tokens(pages.k, row, length).float()
-            values = gather_tokens(pages.v, row, length).float()
+            keys = gather_vectors(pages.k, pages.k_scale, row, length)
+            values = gather_vectors(pages.v, pages.v_scale, row, length)
             heads = slice(head * group, (head + 1) * group)
             probabilities = torch.softmax(scale * (q[i, heads].float() @ keys.T), dim=-1)
             out[i, heads] = probabilities @ values

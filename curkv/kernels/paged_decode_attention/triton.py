@@ -15,8 +15,11 @@ from curkv.kernels.triton_util import (
     find_slots,
     load_tokens,
     narrow,
+    narrow_queries,
     num_processors,
+    operands,
     power_of_two,
+    scaled,
     softmax_step,
 )
 
@@ -64,6 +67,8 @@ def paged_decode_attention(
         q,
         pages.k,
         pages.v,
+        pages.k_scale,
+        pages.v_scale,
         *layout,
         partial,
         lse,
@@ -131,6 +136,8 @@ def _attend(
     q,
     pages_k,
     pages_v,
+    k_scale,
+    v_scale,
     table,
     lengths,
     slots,
@@ -174,7 +181,7 @@ def _attend(
     rows = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
     query_head = head * GROUP + g
     pointers = q + sequence * stride_q_sequence + query_head[:, None] * stride_q_head + d[None, :]
-    queries = narrow(tl.load(pointers, mask=rows, other=0.0), pages_k.dtype.element_ty)
+    queries = narrow_queries(tl.load(pointers, mask=rows, other=0.0), pages_k)
     row = table + slot * stride_table_slot + head * stride_table_head
     result = sequence * tl.num_programs(1) * GROUP + query_head
 
@@ -185,14 +192,15 @@ def _attend(
         index = block + n
         valid = index < end
         place = find_slots(row, index, valid, PAGE_SIZE)
-        keys = load_tokens(pages_k, place, valid, HEAD_DIM, BLOCK_D)
-        scores = dot(queries, tl.trans(keys), tl.zeros([BLOCK_G, BLOCK_N], tl.float32)) * scale_log2
+        keys = operands(load_tokens(pages_k, place, valid, HEAD_DIM, BLOCK_D))
+        scores = dot(queries, tl.trans(keys), tl.zeros([BLOCK_G, BLOCK_N], tl.float32))
+        scores = scaled(scores * scale_log2, k_scale, place, valid)
         scores = tl.where(valid[None, :], scores, float("-inf"))
         if KEEP_LOGITS:
             mask = (g < GROUP)[:, None] & valid[None, :]
             tl.store(logits + result[:, None] * max_tokens + index[None, :], scores, mask=mask)
-        values = load_tokens(pages_v, place, valid, HEAD_DIM, BLOCK_D)
-        peak, total, acc = softmax_step(scores, values, peak, total, acc)
+        values = operands(load_tokens(pages_v, place, valid, HEAD_DIM, BLOCK_D))
+        peak, total, acc = softmax_step(scores, values, v_scale, place, valid, peak, total, acc)
 
     out = result * splits + split
     acc /= tl.where(total > 0, total, 1.0)[:, None]

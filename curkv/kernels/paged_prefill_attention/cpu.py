@@ -35,6 +35,7 @@ from curkv.kernels.simd import (
     row_address,
     row_exp2,
     row_max,
+    scales_address,
     store,
     store_scalar,
     transpose_tile,
@@ -76,6 +77,7 @@ def paged_prefill_attention(
     launch(
         _worker(dtype), threads,
         row_address(q, torch.float32), q.stride(0), address(pages.k, dtype), address(pages.v, dtype),
+        scales_address(pages.k_scale), scales_address(pages.v_scale),
         row_address(table, torch.int32), table.stride(0), table.stride(1),
         row_address(lengths, torch.int32), lengths.stride(0),
         address(slots, torch.int32), address(query_start, torch.int32),
@@ -109,6 +111,7 @@ def _work(kind: Any, arguments: int, worker: int) -> None:
     The arguments, addresses unless stated otherwise:
         q: float32 [T, H, group, dim], `q_stride` floats per token.
         k, v: The pages of K and V.
+        k_scale, v_scale: The pages of their scales, or 0.
         table: The page table, `table_stride` and `head_stride` entries per sequence and head.
         lengths: The lengths, `lengths_stride` entries per sequence.
         slots, query_start: int32 [B] and [B + 1].
@@ -121,9 +124,10 @@ def _work(kind: Any, arguments: int, worker: int) -> None:
         scratch: `scratch_bytes` for each worker.
     """
     (
-        q, q_stride, k, v, table, table_stride, head_stride, lengths, lengths_stride, slots, query_start,
-        out, lse, batch, heads, group, dim, page_size, block, factor_bits, counter, scratch, scratch_bytes,
-    ) = read_arguments(arguments, 23)  # fmt: skip
+        q, q_stride, k, v, k_scale, v_scale, table, table_stride, head_stride, lengths, lengths_stride, slots,
+        query_start, out, lse, batch, heads, group, dim, page_size, block, factor_bits, counter, scratch,
+        scratch_bytes,
+    ) = read_arguments(arguments, 25)  # fmt: skip
     i, first_item, items, start, new_tokens = -1, 0, 0, 0, 0
     while True:
         item = fetch_add(counter, 1)
@@ -144,7 +148,7 @@ def _work(kind: Any, arguments: int, worker: int) -> None:
         row = ((start + first) * heads + head) * group
         _attend_block(
             kind, group, dim, q + 4 * ((start + first) * q_stride + head * group * dim), q_stride, count,
-            seen, k, v, table + 4 * (slot * table_stride + head * head_stride), page_size,
+            seen, k, v, k_scale, v_scale, table + 4 * (slot * table_stride + head * head_stride), page_size,
             float_of_bits(factor_bits), out + 4 * row * dim, lse + 4 * row if lse else 0, heads * group,
             scratch + worker * scratch_bytes,
         )  # fmt: skip
@@ -161,6 +165,8 @@ def _attend_block(
     seen: int,
     k: int,
     v: int,
+    k_scale: int,
+    v_scale: int,
     table: int,
     page_size: int,
     factor: float,
@@ -193,8 +199,8 @@ def _attend_block(
     length = seen + count - 1
     for first in range(0, length, KEY_BLOCK):
         tokens = min(KEY_BLOCK, length - first)
-        load_keys(kind, dim, k, table, page_size, first, tokens, keys)
-        _load_values(kind, dim, v, table, page_size, first, tokens, values)
+        load_keys(kind, dim, k, k_scale, table, page_size, first, tokens, keys)
+        _load_values(kind, dim, v, v_scale, table, page_size, first, tokens, values)
         for row in range(0, rows, STRIP):
             last = min(row + STRIP, rows) - 1
             width = min(tokens, seen + last // group - first)
@@ -240,30 +246,47 @@ def load_queries(target: int, q: int, q_stride: int, count: int, size: int, padd
 
 @inlined
 def load_keys(
-    kind: Any, dim: int, k: int, table: int, page_size: int, first: int, tokens: int, target: int
+    kind: Any,
+    dim: int,
+    k: int,
+    k_scale: int,
+    table: int,
+    page_size: int,
+    first: int,
+    tokens: int,
+    target: int,
 ) -> None:
     """Write keys `first ...` as panels float32 [tokens / 16, dim, 16], by eights: up to seven too many."""
     for t in range(0, tokens, 8):
         index = first + t
-        page = load_int32(table + 4 * (index // page_size))
-        source = k + (page * page_size + index % page_size) * dim * kind.itemsize
+        token = load_int32(table + 4 * (index // page_size)) * page_size + index % page_size
+        source, scales = k + token * dim * kind.itemsize, k_scale + 4 * token
         panel = target + 4 * (t // 16 * 16 * dim + t % 16)
         for d in range(0, dim, 8):
-            transpose_tile(kind, source + d * kind.itemsize, dim, panel + 64 * d, 16)
+            transpose_tile(kind, source + d * kind.itemsize, dim, scales, panel + 64 * d, 16)
 
 
 @inlined
 def _load_values(
-    kind: Any, dim: int, v: int, table: int, page_size: int, first: int, tokens: int, target: int
+    kind: Any,
+    dim: int,
+    v: int,
+    v_scale: int,
+    table: int,
+    page_size: int,
+    first: int,
+    tokens: int,
+    target: int,
 ) -> None:
     """Write values `first ...` as panels float32 [dim / 16, KEY_BLOCK, 16], padded with zeros."""
     for t in range(tokens):
         index = first + t
-        page = load_int32(table + 4 * (index // page_size))
-        source = v + (page * page_size + index % page_size) * dim * kind.itemsize
+        token = load_int32(table + 4 * (index // page_size)) * page_size + index % page_size
+        source = v + token * dim * kind.itemsize
+        scale = broadcast(load_scalar(FLOAT32, v_scale + 4 * token) if v_scale else np.float32(1.0))
         for d in range(0, dim, 8):
             place = target + 4 * (d // 16 * 16 * KEY_BLOCK + t * 16 + d % 16)
-            store(FLOAT32, place, load(kind, source + d * kind.itemsize))
+            store(FLOAT32, place, mul(load(kind, source + d * kind.itemsize), scale))
         if dim % 16:
             place = target + 4 * (dim // 16 * 16 * KEY_BLOCK + t * 16 + 8)
             store(FLOAT32, place, broadcast(np.float32(0.0)))

@@ -18,7 +18,10 @@ from curkv.kernels.triton_util import (
     is_older_cuda,
     load_tokens,
     narrow,
+    narrow_queries,
+    operands,
     power_of_two,
+    scaled,
     sequence_block,
     softmax_step,
 )
@@ -52,6 +55,8 @@ def paged_prefill_attention(
             q,
             pages.k,
             pages.v,
+            pages.k_scale,
+            pages.v_scale,
             table,
             lengths,
             slots,
@@ -103,6 +108,8 @@ def _attend_block(
     end,
     pages_k,
     pages_v,
+    k_scale,
+    v_scale,
     row,
     scale_log2,
     peak,
@@ -122,12 +129,13 @@ def _attend_block(
     index = block + tl.arange(0, BLOCK_N)
     valid = index < end
     place = find_slots(row, index, valid, PAGE_SIZE)
-    keys = load_tokens(pages_k, place, valid, HEAD_DIM, BLOCK_D)
-    scores = dot(queries, tl.trans(keys), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * scale_log2
+    keys = operands(load_tokens(pages_k, place, valid, HEAD_DIM, BLOCK_D))
+    scores = dot(queries, tl.trans(keys), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+    scores = scaled(scores * scale_log2, k_scale, place, valid)
     if CAUSAL:
         scores = tl.where(index[None, :] <= last[:, None], scores, float("-inf"))
-    values = load_tokens(pages_v, place, valid, HEAD_DIM, BLOCK_D)
-    return softmax_step(scores, values, peak, total, acc)
+    values = operands(load_tokens(pages_v, place, valid, HEAD_DIM, BLOCK_D))
+    return softmax_step(scores, values, v_scale, place, valid, peak, total, acc)
 
 
 @triton.jit(do_not_specialize=["num_sequences"])
@@ -135,6 +143,8 @@ def _attend(
     q,
     pages_k,
     pages_v,
+    k_scale,
+    v_scale,
     table,
     lengths,
     slots,
@@ -175,7 +185,7 @@ def _attend(
     query_head = head * GROUP + r % GROUP
     valid = (r < TILE * GROUP) & (first + r // GROUP < chunk)
     queries = load_queries(q, token, query_head, stride_q_token, stride_q_head, valid, HEAD_DIM, BLOCK_D)
-    queries = narrow(queries, pages_k.dtype.element_ty)
+    queries = narrow_queries(queries, pages_k)
     last = length - chunk + step
 
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -185,12 +195,12 @@ def _attend(
     seen_by_all = (length - chunk + first + 1) // BLOCK_N * BLOCK_N
     for block in range(0, seen_by_all, BLOCK_N):
         peak, total, acc = _attend_block(
-            block, queries, last, end, pages_k, pages_v, row, scale_log2, peak, total, acc,
+            block, queries, last, end, pages_k, pages_v, k_scale, v_scale, row, scale_log2, peak, total, acc,
             False, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     for block in range(seen_by_all, end, BLOCK_N):
         peak, total, acc = _attend_block(
-            block, queries, last, end, pages_k, pages_v, row, scale_log2, peak, total, acc,
+            block, queries, last, end, pages_k, pages_v, k_scale, v_scale, row, scale_log2, peak, total, acc,
             True, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 

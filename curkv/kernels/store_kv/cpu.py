@@ -10,21 +10,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curkv.kernels.pages import Pages
+from curkv.kernels.pages import LARGEST_INT8, Pages
 from curkv.kernels.rope.cpu import TOKENS_AT_ONCE, rotate
 from curkv.kernels.simd import (
     FLOAT32,
     KINDS,
+    absolute,
     address,
     broadcast,
     fetch_add,
     fma,
     inlined,
     kernel,
+    lane_max,
     lane_sum,
     load,
     load_int32,
+    maximum,
+    mul,
     row_address,
+    scales_address,
     store,
     store_int32,
     store_scalar,
@@ -61,7 +66,8 @@ def store_kv(
         address(slots, torch.int32), address(query_start, torch.int32),
         address(pages.k, dtype), address(pages.v, dtype), address(pages.position, torch.int32),
         address(pages.k_sq, torch.float32), address(pages.v_sq, torch.float32),
-        address(pages.attention, torch.float32), heads, dim, pages.k.shape[1],
+        address(pages.attention, torch.float32), scales_address(pages.k_scale), scales_address(pages.v_scale),
+        heads, dim, pages.k.shape[1],
     )  # fmt: skip
     if tokens <= TOKENS_AT_ONCE:
         _store_tokens(KINDS[dtype], 0, tokens, *arguments)
@@ -81,7 +87,7 @@ def _worker(dtype: torch.dtype) -> int:
             if first >= tokens:
                 break
             end = min(tokens, first + TOKENS_AT_ONCE)
-            _store_tokens(kind, first, end, *read_arguments(arguments + 16, 25))
+            _store_tokens(kind, first, end, *read_arguments(arguments + 16, 27))
 
     return compile_worker(work)
 
@@ -113,12 +119,16 @@ def _store_tokens(
     k_sq: int,
     v_sq: int,
     attention: int,
+    k_scale: int,
+    v_scale: int,
     heads: int,
     dim: int,
     page_size: int,
 ) -> None:
     """Write the tokens from `first` to `end`. Addresses, and strides in elements."""
     half = dim // 2
+    rotated = np.empty(dim, np.float32)
+    turned = rotated.ctypes.data
     i = 0
     for t in range(first, end):
         while load_int32(query_start + 4 * i + 4) <= t:
@@ -134,20 +144,35 @@ def _store_tokens(
             key = k + 4 * (t * k_token_stride + head * k_head_stride)
             value = v + 4 * (t * v_token_stride + head * v_head_stride)
             place = token * dim * kind.itemsize
-            store_scalar(
-                FLOAT32, k_sq + 4 * token, rotate(key, cos + row, sin + row, half, kind, k_pages + place)
-            )
-            store_scalar(FLOAT32, v_sq + 4 * token, _copy(value, dim, kind, v_pages + place))
+            store_scalar(FLOAT32, k_sq + 4 * token, rotate(key, cos + row, sin + row, half, FLOAT32, turned))
+            _write(turned, dim, kind, k_pages + place, k_scale + 4 * token if k_scale else 0)
+            store_scalar(FLOAT32, v_sq + 4 * token, _squares(value, dim))
+            _write(value, dim, kind, v_pages + place, v_scale + 4 * token if v_scale else 0)
             store_int32(position + 4 * token, where)
             store_scalar(FLOAT32, attention + 4 * token, np.float32(0.0))
 
 
 @inlined
-def _copy(source: int, dim: int, kind: Any, target: int) -> Any:
-    """Write float32 [dim] as `kind`; returns its squared norm."""
+def _write(source: int, dim: int, kind: Any, target: int, scale: int) -> None:
+    """Write float32 [dim] as `kind`; if `scale` is an address, divided by what is written there."""
+    factor = broadcast(np.float32(1.0))
+    if scale:
+        largest = broadcast(np.float32(0.0))
+        for d in range(0, dim, 8):
+            largest = maximum(absolute(load(FLOAT32, source + 4 * d)), largest)
+        most = lane_max(largest)
+        store_scalar(FLOAT32, scale, most / np.float32(LARGEST_INT8))
+        if most > 0:
+            factor = broadcast(np.float32(LARGEST_INT8) / most)
+    for d in range(0, dim, 8):
+        store(kind, target + kind.itemsize * d, mul(load(FLOAT32, source + 4 * d), factor))
+
+
+@inlined
+def _squares(source: int, dim: int) -> Any:
+    """The squared norm of float32 [dim]."""
     squares = broadcast(np.float32(0.0))
     for d in range(0, dim, 8):
         value = load(FLOAT32, source + 4 * d)
-        store(kind, target + kind.itemsize * d, value)
         squares = fma(value, value, squares)
     return lane_sum(squares)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from curkv.kernels.pages import Pages
+from curkv.kernels.pages import Pages, rounded
 from curkv.kernels.rope.reference import rope
 
 
@@ -49,8 +49,11 @@ def store_kv(
             index = int(lengths[slot, head]) - (end - start) + steps
             where = table[slot, head][index // page_size].long(), index % page_size
             keys, values = k[start:end, head], v[start:end, head]
-            pages.k[where] = keys.to(pages.k.dtype)
-            pages.v[where] = values.to(pages.v.dtype)
+            pages.k[where], k_scale = rounded(keys, pages.k.dtype)
+            pages.v[where], v_scale = rounded(values, pages.v.dtype)
+            for scales, new in ((pages.k_scale, k_scale), (pages.v_scale, v_scale)):
+                if scales is not None and new is not None:
+                    scales[where] = new
             pages.position[where] = positions[start:end]
             pages.k_sq[where] = keys.square().sum(-1)
             pages.v_sq[where] = values.square().sum(-1)

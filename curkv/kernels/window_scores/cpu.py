@@ -35,6 +35,7 @@ from curkv.kernels.simd import (
     row_address,
     row_exp2,
     row_max,
+    scales_address,
     store,
     store_scalar,
 )
@@ -72,8 +73,9 @@ def window_scores(
     scratch = torch.empty((workers, block * dim + KEY_BLOCK * dim + block * width))
     launch(
         _worker(dtype), workers,
-        address(queries, torch.float32), address(pages.k, dtype), address(pages.position, torch.int32),
-        row_address(table, torch.int32), table.stride(0), address(lengths, torch.int32),
+        address(queries, torch.float32), address(pages.k, dtype), scales_address(pages.k_scale),
+        address(pages.position, torch.int32), row_address(table, torch.int32), table.stride(0),
+        address(lengths, torch.int32),
         address(known, torch.float32) if known is not None else 0, scores.data_ptr(),
         rows, window, group, dim, page_size, width, block, bits_of_float(scale * math.log2(math.e)),
         reduction == "max", counter.data_ptr(), scratch.data_ptr(), 4 * scratch.stride(0),
@@ -97,7 +99,7 @@ def _work(kind: Any, arguments: int, worker: int) -> None:
 
     The arguments, addresses unless stated otherwise:
         queries: float32 [N, window, group, dim].
-        k, position: The pages of K and of positions.
+        k, k_scale, position: The pages of K, of its scales (or 0) and of positions.
         table: The rows' pages, `table_stride` entries per row.
         lengths: int32 [N].
         known: float32 [N, window, group], log-sum-exp of each query, or 0.
@@ -111,9 +113,9 @@ def _work(kind: Any, arguments: int, worker: int) -> None:
             [block, width].
     """
     (
-        queries, k, position, table, table_stride, lengths, known, scores, rows, window, group, dim,
+        queries, k, k_scale, position, table, table_stride, lengths, known, scores, rows, window, group, dim,
         page_size, width, block, factor_bits, largest, counter, scratch, scratch_bytes,
-    ) = read_arguments(arguments, 20)  # fmt: skip
+    ) = read_arguments(arguments, 21)  # fmt: skip
     factor = float_of_bits(factor_bits)
     pairs = window * group
     own = scratch + worker * scratch_bytes
@@ -131,8 +133,8 @@ def _work(kind: Any, arguments: int, worker: int) -> None:
             count = min(block, pairs - first)
             products = own + 4 * (block + KEY_BLOCK) * dim
             _multiply(
-                kind, queries + 4 * (row * pairs + first) * dim, count, k, pages, page_size, dim, length, own,
-                own + 4 * block * dim, products, width,
+                kind, queries + 4 * (row * pairs + first) * dim, count, k, k_scale, pages, page_size, dim,
+                length, own, own + 4 * block * dim, products, width,
             )  # fmt: skip
             for i in range(count):
                 late = window - 1 - (first + i) // group
@@ -158,6 +160,7 @@ def _multiply(
     queries: int,
     count: int,
     k: int,
+    k_scale: int,
     table: int,
     page_size: int,
     dim: int,
@@ -172,7 +175,7 @@ def _multiply(
     load_queries(rows, queries, dim, count, dim, padded * dim)
     for first in range(0, length, KEY_BLOCK):
         tokens = min(KEY_BLOCK, length - first)
-        load_keys(kind, dim, k, table, page_size, first, tokens, keys)
+        load_keys(kind, dim, k, k_scale, table, page_size, first, tokens, keys)
         for row in range(0, padded, STRIP):
             for t in range(0, tokens, 16):
                 matrix_tile(

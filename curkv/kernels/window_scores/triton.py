@@ -18,7 +18,9 @@ from curkv.kernels.triton_util import (
     load_tokens,
     narrow,
     num_processors,
+    operands,
     power_of_two,
+    scaled,
 )
 
 MIN_SPLIT = 512
@@ -50,6 +52,7 @@ def window_scores(
     layout = (
         queries.contiguous(),
         pages.k,
+        pages.k_scale,
         pages.position,
         table,
         lengths,
@@ -90,6 +93,7 @@ def _logits(
     length,
     queries,
     pages_k,
+    k_scale,
     pages_position,
     table,
     scale_log2,
@@ -105,7 +109,7 @@ def _logits(
     index = block + tl.arange(0, BLOCK_N)
     valid = index < length
     place = find_slots(table, index, valid, PAGE_SIZE)
-    keys = load_tokens(pages_k, place, valid, HEAD_DIM, BLOCK_D)
+    keys = operands(load_tokens(pages_k, place, valid, HEAD_DIM, BLOCK_D))
     position = tl.load(pages_position + place, mask=valid, other=2147483647)
     newest = tl.load(pages_position + find_slots(table, length - 1, length > 0, PAGE_SIZE))
     r = first + tl.arange(0, BLOCK_M)
@@ -113,13 +117,14 @@ def _logits(
     tile = load_tokens(queries, row * (WINDOW * GROUP) + r, r < WINDOW * GROUP, HEAD_DIM, BLOCK_D)
     scores = dot(narrow(tile, keys.dtype), tl.trans(keys), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
     read = (r < WINDOW * GROUP)[:, None] & valid[None, :] & (position[None, :] <= own[:, None])
-    return tl.where(read, scores * scale_log2, float("-inf"))
+    return tl.where(read, scaled(scores * scale_log2, k_scale, place, valid), float("-inf"))
 
 
 @triton.jit(do_not_specialize=["splits", "size"])
 def _normalisers(
     queries,
     pages_k,
+    k_scale,
     pages_position,
     table,
     lengths,
@@ -145,7 +150,7 @@ def _normalisers(
     total = tl.zeros([BLOCK_M], tl.float32)
     for block in range(split * size, tl.minimum((split + 1) * size, length), BLOCK_N):
         scores = _logits(
-            row, first, block, length, queries, pages_k, pages_position, table + row * stride_table,
+            row, first, block, length, queries, pages_k, k_scale, pages_position, table + row * stride_table,
             scale_log2, WINDOW, GROUP, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         new_peak = tl.maximum(peak, tl.max(scores, 1))
@@ -161,6 +166,7 @@ def _normalisers(
 def _sum_probabilities(
     queries,
     pages_k,
+    k_scale,
     pages_position,
     table,
     lengths,
@@ -199,8 +205,9 @@ def _sum_probabilities(
                 peak = new_peak
             whole = tl.where(total > 0, peak + tl.log2(total), 0.0)
             logits = _logits(
-                row, first, block, length, queries, pages_k, pages_position, table + row * stride_table,
-                scale_log2, WINDOW, GROUP, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
+                row, first, block, length, queries, pages_k, k_scale, pages_position,
+                table + row * stride_table, scale_log2,
+                WINDOW, GROUP, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
             paid = tl.exp2(logits - whole[:, None])
             if MEAN:

@@ -52,6 +52,9 @@ MUTATIONS = (
     Mutation("store_kv", "index off by one", "length - end + token", "length - end + token - 1"),
     Mutation("store_kv", "sequence off by one", "other=2147483647) <= token", "other=2147483647) < token"),
     Mutation("store_kv", "norm of half a key", "tl.sum(k1 * k1 + k2 * k2, 1)", "tl.sum(k1 * k1, 1)"),
+    Mutation("store_kv", "rounded down", "(fraction > 0.5)", "(fraction > 1.5)"),
+    Mutation("compact", "scales stay", "if array == 6:", "if array == 9:"),
+    util("paged_decode_attention", "int8 not scaled", "x = x * tl.load(scales", "x = x + 0 * tl.load(scales"),
     Mutation("paged_decode_attention", "mask off by one", "valid = index < end", "valid = index <= end"),
     Mutation(
         "paged_decode_attention",

@@ -43,7 +43,7 @@ def test_an_unknown_target_is_refused():
 
 @pytest.mark.parametrize("name", COSTS)
 def test_formulas_evaluate(name):
-    shapes = dict.fromkeys("BTcnkLHQGDPwrdIsaS", 2)
+    shapes = dict.fromkeys("BTcnkLHQGDPwrdIseaS", 2)
     cost = COSTS[name]
     assert evaluate(cost.moved, shapes) >= evaluate(cost.minimum, shapes) > 0
     assert evaluate(cost.flops, shapes) >= 0
@@ -65,7 +65,7 @@ def test_each_gate_breaks(monkeypatch, change, failure):
     report = aot.Report(
         registers=64, spills=0, shared=1024, occupancy=1, wide_loads=4, narrow_loads=0, tensor_ops=1
     )
-    shapes = dict.fromkeys("BTHLQdIsa", 1) | {"D": 64, "P": 64, "c": 64, "n": 4096}
+    shapes = dict.fromkeys("BTHLQdIsea", 1) | {"D": 64, "P": 64, "c": 64, "n": 4096}
     call = aot.Call("paged_prefill_attention", shapes, [])
     launch = SimpleNamespace(name="paged_prefill_attention.attend")
     entry = Entry("model", aot.TARGETS[0], call, [(launch, replace(report, **change))])

@@ -7,8 +7,6 @@ from curkv.kernels.compact import reference, triton
 from tests.kernels.triton.test_window_scores import rows_of
 from tests.kernels.util import make_pool
 
-FIELDS = ("k", "v", "position", "k_sq", "v_sq", "attention")
-
 
 def choose(lengths, share):
     """Ascending random indices [N, max_kept], -1 padded, and their counts."""
@@ -22,9 +20,9 @@ def choose(lengths, share):
 
 
 def assert_same(pages, expected):
-    for field in FIELDS:
-        a, e = getattr(pages, field), getattr(expected, field)
-        bits = torch.int16 if a.itemsize == 2 else torch.int32
+    for field, a in pages.arrays.items():
+        e = expected.arrays[field]
+        bits = {1: torch.int8, 2: torch.int16, 4: torch.int32}[a.itemsize]
         assert torch.equal(a.view(bits), e.view(bits)), field
 
 
@@ -35,6 +33,7 @@ def assert_same(pages, expected):
         (64, 16, torch.float32),
         (96, 32, torch.float16),
         (256, 128, torch.bfloat16),
+        (64, 64, torch.int8),
     ],
 )
 def test_moves_in_place_bit_for_bit(head_dim, page_size, dtype, share):

@@ -45,6 +45,7 @@ def test_zero_energies_score_zero():
         (96, 64, torch.float16, 16),
         (128, 128, torch.bfloat16, 20),
         (256, 32, torch.bfloat16, 1),
+        (64, 64, torch.int8, 20),
     ],
 )
 def test_sketches_score_like_the_reference(close, head_dim, page_size, dtype, rank):

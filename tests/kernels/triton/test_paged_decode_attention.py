@@ -17,6 +17,7 @@ from tests.kernels.util import make_pool
         ([[40, 80], [50, 33]], 2, 96, 32, torch.float16, 2),
         ([[90, 1], [129, 127]], 8, 128, 64, torch.bfloat16, 1),
         ([[35]], 16, 256, 16, torch.bfloat16, 0),
+        ([[90, 1], [129, 327]], 3, 64, 64, torch.int8, 1),
     ],
 )
 def test_attends_like_the_reference(

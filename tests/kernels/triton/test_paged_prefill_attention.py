@@ -16,6 +16,7 @@ from tests.kernels.util import make_pool, query_start
         ([[40, 80], [90, 50]], [5, 17], 2, 96, 32, torch.float16, 1),
         ([[70, 140]], [70], 4, 128, 128, torch.bfloat16, 0),
         ([[33]], [20], 16, 256, 64, torch.bfloat16, 0),
+        ([[40, 80], [190, 50]], [5, 17], 3, 64, 32, torch.int8, 1),
     ],
 )
 def test_attends_like_the_reference(

@@ -6,8 +6,6 @@ import torch
 from curkv.kernels.store_kv import reference, triton
 from tests.kernels.util import make_pool, query_start, rope_tables
 
-FIELDS = ("k", "v", "position", "k_sq", "v_sq", "attention")
-
 
 def store(kernel, pool, new_tokens, head_dim, slots=None, activations=torch.float32):
     tokens, heads = sum(new_tokens), pool.table.shape[1]
@@ -26,6 +24,7 @@ def store(kernel, pool, new_tokens, head_dim, slots=None, activations=torch.floa
         ([[19, 40, 18, 18, 33], [1, 1, 1, 1, 65]], [18, 1], 96, 32, torch.float16),
         ([[9, 64], [65, 128]], [9, 2], 128, 64, torch.bfloat16),
         ([[130, 7]], [6], 256, 128, torch.bfloat16),
+        ([[19, 40, 18], [1, 1, 65]], [18, 1], 96, 32, torch.int8),
         ([[n % 40 + 1] for n in range(64)], [1] * 64, 64, 16, torch.float32),
     ],
 )
@@ -36,7 +35,7 @@ def test_writes_what_the_reference_writes_and_nothing_else(
     expected = pool.copy()
     store(reference, expected, new_tokens, head_dim)
     store(triton, pool, new_tokens, head_dim)
-    for field in FIELDS:
+    for field in pool.pages.arrays:
         close(getattr(pool.pages, field), getattr(expected.pages, field), dtype)
 
 
@@ -44,7 +43,7 @@ def test_a_slot_below_zero_is_not_written():
     pool = make_pool([[4], [7]], new_tokens=[1, 1])
     before = pool.copy()
     store(triton, pool, [1, 1], 64, slots=torch.tensor([-1, -1], dtype=torch.int32))
-    for field in FIELDS:
+    for field in pool.pages.arrays:
         assert torch.equal(getattr(pool.pages, field).nan_to_num(), getattr(before.pages, field).nan_to_num())
 
 
@@ -53,5 +52,5 @@ def test_bfloat16_keys_and_values(close):
     expected = pool.copy()
     for kernel, where in ((reference, expected), (triton, pool)):
         store(kernel, where, [3], 64, activations=torch.bfloat16)
-    for field in FIELDS:
+    for field in pool.pages.arrays:
         close(getattr(pool.pages, field), getattr(expected.pages, field))
