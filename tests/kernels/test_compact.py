@@ -5,7 +5,7 @@ import torch
 
 from curkv.kernels.compact import cpu, reference
 from curkv.kernels.pages import Pages
-from tests.kernels.util import DTYPES, Pool, make_pool
+from tests.kernels.util import KV_DTYPES, Pool, make_pool
 
 IMPLEMENTATIONS = [reference, cpu]
 RAGGED = [[0, 1, 15], [16, 17, 100], [333, 64, 31]]
@@ -50,7 +50,7 @@ def check(before: Pages, after: Pages, source, target, indices, counts) -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KV_DTYPES)
 @pytest.mark.parametrize(("head_dim", "page_size"), [(64, 16), (96, 48), (128, 128)])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_in_place(implementation, dtype, head_dim, page_size, share):

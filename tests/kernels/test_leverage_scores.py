@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from curkv.kernels.leverage_scores import cpu, reference
-from tests.kernels.util import DTYPES, Pool, assert_close, make_pool
+from tests.kernels.util import KV_DTYPES, Pool, assert_close, make_pool
 
 RAGGED = [[0, 1, 15], [16, 17, 100], [333, 64, 31]]
 
@@ -61,7 +61,7 @@ def test_cpu_agrees_with_the_reference(combine, normalization, partial, page_siz
     assert_close(actual.clamp_min(0), expected.clamp_min(0), 1e-6)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KV_DTYPES)
 @pytest.mark.parametrize(
     ("head_dim", "rank", "page_size"), [(64, 20, 16), (96, 3, 32), (128, 21, 64), (256, 20, 128)]
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from curkv.kernels.paged_decode_attention import cpu, reference
-from tests.kernels.util import DTYPES, assert_close, make_pool, relative_rms
+from tests.kernels.util import KV_DTYPES, assert_close, make_pool, relative_rms
 
 TOLERANCE = 2e-6  # both read the same rounded K and V and compute in float32
 INT8_TOLERANCE = 1e-4  # queries and weights are rounded to int16 besides: 1 / 65,534 of the largest each
@@ -30,7 +30,7 @@ def check(lengths: list[list[int]], group: int, accumulate: bool = False, **opti
     assert_close(mine.pages.attention, theirs.pages.attention, tolerance)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KV_DTYPES)
 @pytest.mark.parametrize(
     ("head_dim", "page_size", "group"),
     [

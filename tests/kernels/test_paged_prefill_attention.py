@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from curkv.kernels.paged_prefill_attention import cpu, reference
-from tests.kernels.util import DTYPES, assert_close, make_pool, query_start
+from tests.kernels.util import KV_DTYPES, assert_close, make_pool, query_start
 
 TOLERANCE = 2e-6  # both read the same rounded K and V and compute in float32
 
@@ -24,7 +24,7 @@ def check(lengths: list[list[int]], new_tokens: list[int], group: int, **options
     assert_close(cpu.paged_prefill_attention(*args[:-1]), out, 0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KV_DTYPES)
 @pytest.mark.parametrize(
     ("head_dim", "page_size", "group"),
     [

@@ -7,7 +7,7 @@ import torch
 
 from curkv.kernels.pages import Pages
 from curkv.kernels.store_kv import cpu, reference
-from tests.kernels.util import DTYPES, Pool, assert_close, make_pool, query_start, rope_tables
+from tests.kernels.util import KV_DTYPES, Pool, assert_close, make_pool, query_start, rope_tables
 
 # A fused multiply-add may round a few rotated keys to the neighbouring 16-bit value.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3, torch.int8: 1e-3}
@@ -47,7 +47,7 @@ def check(lengths: list[list[int]], new_tokens: list[int], **options: object) ->
     assert_close(actual.v_sq, expected.v_sq, 1e-6)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KV_DTYPES)
 @pytest.mark.parametrize(
     ("head_dim", "page_size"), [(64, 16), (96, 64), (128, 128), (256, 8), (72, 24), (8, 16)]
 )

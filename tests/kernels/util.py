@@ -10,7 +10,8 @@ from torch import Tensor
 
 from curkv.kernels.pages import Pages, rounded
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KV_DTYPES = (*DTYPES, torch.int8)
 
 
 @dataclass(frozen=True)

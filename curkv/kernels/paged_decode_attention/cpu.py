@@ -338,16 +338,19 @@ def _weigh_row(row: int, v_scale: int, table: int, page_size: int, count: int, t
     """
     zeros = broadcast(np.float32(0.0))
     largest = zeros
-    for t in range(0, count, 8):
-        place = load_int32(table + 4 * (t // page_size)) * page_size + t % page_size
-        weight = mul(load(FLOAT32, row + 4 * t), load(FLOAT32, v_scale + 4 * place))
-        largest = maximum(keep_first(weight, count - t, zeros), largest)
+    for start in range(0, count, page_size):
+        scales = v_scale + 4 * load_int32(table + 4 * (start // page_size)) * page_size
+        for t in range(0, min(page_size, count - start), 8):
+            weight = mul(load(FLOAT32, row + 4 * (start + t)), load(FLOAT32, scales + 4 * t))
+            largest = maximum(keep_first(weight, count - start - t, zeros), largest)
     most = lane_max(largest)
     spread = broadcast(_LARGEST_INT16 / most if most > 0 else np.float32(0.0))
-    for t in range(0, count, 8):
-        place = load_int32(table + 4 * (t // page_size)) * page_size + t % page_size
-        weight = mul(load(FLOAT32, row + 4 * t), load(FLOAT32, v_scale + 4 * place))
-        store_int16(target + 2 * t, mul(keep_first(weight, count - t, zeros), spread))
+    for start in range(0, count, page_size):
+        scales = v_scale + 4 * load_int32(table + 4 * (start // page_size)) * page_size
+        for t in range(0, min(page_size, count - start), 8):
+            weight = mul(load(FLOAT32, row + 4 * (start + t)), load(FLOAT32, scales + 4 * t))
+            weight = mul(keep_first(weight, count - start - t, zeros), spread)
+            store_int16(target + 2 * (start + t), weight)
     return most / _LARGEST_INT16
 
 
