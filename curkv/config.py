@@ -65,7 +65,7 @@ class Settings(BaseSettings):
         None, ge=0, description="Most of it held for repeated prompts, 0 for none; an eighth if not given."
     )
     kv_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
-        "auto", description="Type of cached K, V."
+        "auto", description="Type of cached K, V; int8 has a scale per token and head."
     )
     page_size: int = Field(64, ge=8, le=256, description="Tokens of one KV head per page.")
     max_step_tokens: int = Field(512, ge=16, description="Most tokens per step; longer prompts go in chunks.")

@@ -88,8 +88,8 @@ def build_engine(options: EngineOptions) -> Engine:
 
     Raises:
         ModelError: the model cannot be found or is not supported.
-        ValueError: the cache cannot hold a single page per KV head, max_model_len exceeds the model's, or the
-            device has no weights of the type.
+        ValueError: the cache cannot hold a single page per KV head, max_model_len exceeds the model's, the
+            device has no weights of the type, or heads are too odd for a cache of int8.
     """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -108,7 +108,7 @@ def build_engine(options: EngineOptions) -> Engine:
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         page_size=options.page_size,
-        dtype=_kv_dtype(options.kv_dtype, on_gpu),
+        dtype=_kv_dtype(options.kv_dtype, on_gpu, config.head_dim),
         max_sequences=options.max_sequences,
         max_tokens=max_model_len,
     )
@@ -154,7 +154,11 @@ def _int8(wanted: Weights, on_gpu: bool) -> bool:
     return (CPU_WEIGHTS if wanted == "auto" else wanted) == "int8" and not on_gpu
 
 
-def _kv_dtype(wanted: KVDtype, on_gpu: bool) -> torch.dtype:
+def _kv_dtype(wanted: KVDtype, on_gpu: bool, head_dim: int) -> torch.dtype:
+    if wanted == "int8" and head_dim % 16:
+        raise ValueError(
+            f"--kv-dtype int8 needs heads of a multiple of 16 channels; the model's have {head_dim}"
+        )
     if wanted == "auto":
         wanted = GPU_KV_DTYPE if on_gpu else CPU_KV_DTYPE
     dtype: torch.dtype = getattr(torch, wanted)

@@ -659,7 +659,7 @@ def weigh_rows_int8(
                 ]
                 for half in range(2):
                     mixed = [i + of for i in range(LANES * half, LANES * (half + 1)) for of in (0, 2 * LANES)]
-                    numbers = builder.sext(_shuffle(builder, *of_both, mixed), _INT16S)
+                    numbers = builder.sext(_shuffle(builder, of_both[0], of_both[1], mixed), _INT16S)
                     for m in range(height):
                         slot = tile[m * width + n + half]
                         products = _pair_products(builder, pairs[m], numbers)

@@ -33,9 +33,14 @@ def model() -> Llama:
     return Llama(CONFIG, random_checkpoint(), get_kernels("cpu"))
 
 
-def make_engine(num_pages: int = 2000, max_prefix_pages: int = 0, max_step_tokens: int = 512) -> Engine:
+def make_engine(
+    num_pages: int = 2000,
+    max_prefix_pages: int = 0,
+    max_step_tokens: int = 512,
+    dtype: torch.dtype = torch.float16,
+) -> Engine:
     layout = CacheLayout(
-        CONFIG.num_layers, CONFIG.num_kv_heads, CONFIG.head_dim, PAGE, torch.float16, 8, CONFIG.max_positions
+        CONFIG.num_layers, CONFIG.num_kv_heads, CONFIG.head_dim, PAGE, dtype, 8, CONFIG.max_positions
     )
     kernels, rope = get_kernels("cpu"), rope_tables(CONFIG, CONFIG.max_positions)
     kv = KVCache(layout, num_pages, kernels, rope, max_prefix_pages=max_prefix_pages)
@@ -105,14 +110,15 @@ def questions(count: int, context: int = 300, **kv: str) -> list[Request]:
     ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
 @pytest.mark.parametrize("name", PLAIN)
-def test_a_shared_prompt_is_computed_once_and_answers_are_the_same(name: str) -> None:
+def test_a_shared_prompt_is_computed_once_and_answers_are_the_same(name: str, dtype: torch.dtype) -> None:
     items = questions(3, **PLAIN[name])
-    engine = make_engine(max_prefix_pages=PLENTY)
+    engine = make_engine(max_prefix_pages=PLENTY, dtype=dtype)
     shared = 96 if name == "streaming" else 288
     for i, item in enumerate(items):
         [found] = watched(engine, item).values()
-        [expected] = watched(make_engine(), item).values()
+        [expected] = watched(make_engine(dtype=dtype), item).values()
         assert same(found, expected)
         assert found[2][-1].cached_tokens == (shared if i else 0)
     [again] = watched(engine, items[2]).values()
@@ -143,13 +149,14 @@ def test_requests_that_arrive_together_share_what_the_first_one_computes() -> No
     assert computed < 2 * 330
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
 @pytest.mark.parametrize("name", CONTEXT)
-def test_a_compressed_context_is_used_again(name: str) -> None:
+def test_a_compressed_context_is_used_again(name: str, dtype: torch.dtype) -> None:
     items = questions(3, context_tokens="300", **CONTEXT[name])
-    engine = make_engine(max_prefix_pages=PLENTY)
+    engine = make_engine(max_prefix_pages=PLENTY, dtype=dtype)
     for i, item in enumerate(items):
         [found] = watched(engine, item).values()
-        [expected] = watched(make_engine(), item).values()
+        [expected] = watched(make_engine(dtype=dtype), item).values()
         assert same(found, expected)
         assert found[2][-1].cached_tokens == (300 if i else 0)
         kv, usual = found[2][-1].kv, expected[2][-1].kv

@@ -1,0 +1,49 @@
+"""Whole requests over a cache of int8."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from curkv.cache.parsing import parse_options
+from curkv.engine.engine import Engine
+
+from .conftest import Loaded, request, run, tokens
+
+MakeEngine = Callable[..., Engine]
+OPTIONS = {
+    "curdkv": {"policy": "curdkv", "budget": "25%"},
+    "sketch": {"policy": "curdkv", "budget": "25%", "leverage": "sketch", "decode_budget": "80"},
+    "snapcur": {"policy": "snapcur", "budget": "25%"},
+    "h2o": {"policy": "h2o", "budget": "25%", "decode_budget": "80", "decode_interval": "4"},
+    "compactor": {"policy": "compactor", "budget": "25%", "allocation": "adaptive"},
+    "merged": {"policy": "knorm", "budget": "25%", "merge": "nearest"},
+    "streaming": {"policy": "curdkv", "budget": "80", "prefill": "streaming", "prefill_chunk": "100"},
+    "kvpress": {"policy": "kvpress:KeyDiffPress", "budget": "25%"},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_policies_and_options_work_and_bytes_count_the_scales(
+    make_engine: MakeEngine, loaded: Loaded, name: str
+) -> None:
+    engine = make_engine(dtype=torch.int8)
+    item = request(loaded.prompt(320), 12, kv=parse_options(OPTIONS[name]), n=2)
+    outputs = run(engine, item)
+    layout = engine.kv.layout
+    assert layout.page_bytes == 32 * (2 * 64 + 2 * 4 + 16)
+    for choice in outputs.values():
+        report = choice[-1].kv
+        assert report is not None and report.kept_tokens <= 81
+        assert report.bytes % layout.page_bytes == 0
+        assert report.bytes <= layout.page_bytes * layout.num_heads * 5
+        assert len(tokens(choice)) == 12
+
+
+def test_answers_are_those_of_a_float_cache_almost_always(make_engine: MakeEngine, loaded: Loaded) -> None:
+    prompts = [request(loaded.prompt(200 + 31 * i, 50 * i), 8, f"r{i}") for i in range(6)]
+    exact, rounded = (run(make_engine(dtype=dtype), *prompts) for dtype in (torch.float32, torch.int8))
+    equal = sum(tokens(exact[key]) == tokens(rounded[key]) for key in exact)
+    assert equal >= 4
