@@ -82,6 +82,7 @@ class KVCache:
         self._cos, self._sin = (table.to(device) for table in rope)
         self._scale = layout.head_dim**-0.5
         self._observed: dict[int, Observations] = {}
+        self._watched_now: list[tuple[Observations, Segment]] = []
         self._active = [False] * layout.max_sequences
         self._free_slots = list(range(layout.max_sequences - 1, -1, -1))
         self._row_start = np.arange(0, self._table.size, layout.max_pages).reshape(heads)
@@ -341,7 +342,7 @@ class KVCache:
         """Stores one layer's new keys and values and attends over everything its heads hold.
 
         Args:
-            layer: index of the layer.
+            layer: index of the layer; a step begins with the first one.
             q: float32 [T, query heads, head_dim] before RoPE; rotated in place.
             k: float32 [T, KV heads, head_dim] before RoPE.
             v: float32 [T, KV heads, head_dim].
@@ -352,7 +353,9 @@ class KVCache:
         """
         table, lengths = self.page_table[:, layer], self.lengths[:, layer]
         cos, sin, decodes = self._cos, self._sin, batch.num_decodes
-        watched = self._watched(batch)
+        if layer == 0:
+            self._watched_now = self._watched(batch)
+        watched = self._watched_now
         for observations, segment in watched:
             observations.see_unrotated(layer, q[segment.start : segment.end], segment.position)
         self.kernels.rope(q, cos, sin, batch.positions)

@@ -30,8 +30,12 @@ def sequence_block(num_sequences: int) -> int:
 
 def attention_block(pages_k: Tensor, tokens: int, tile_bytes: int) -> int:
     """Tokens per block of keys: up to `tokens`, as many as keep a tile within `tile_bytes`."""
-    row = power_of_two(pages_k.shape[2]) * pages_k.element_size()
-    return max(16, min(tokens, tile_bytes // row))
+    return max(16, min(tokens, tile_bytes // operand_bytes(pages_k)))
+
+
+def operand_bytes(pages_k: Tensor) -> int:
+    """Bytes of a key as a dot takes it: int8 is widened to 16 bits."""
+    return power_of_two(pages_k.shape[2]) * max(2, pages_k.element_size())
 
 
 @cache

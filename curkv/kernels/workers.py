@@ -77,7 +77,8 @@ _keep: list[Any] = []
 
 
 @numba.njit(parallel=True, nogil=True, cache=True)
-def _launch(function: int, arguments: int, workers: int) -> None:
+def launch_packed(function: int, arguments: int, workers: int) -> None:
+    """`launch`, compiled, with the address of the arguments, int64."""
     for worker in prange(workers):
         _call_worker(function, arguments, np.int64(worker))
 
@@ -85,4 +86,4 @@ def _launch(function: int, arguments: int, workers: int) -> None:
 def launch(function: int, workers: int, *arguments: int) -> None:
     """Run `workers` workers, each on a thread of its own where there are as many, and wait for them."""
     packed = array("q", arguments)
-    _launch(function, packed.buffer_info()[0], workers)
+    launch_packed(function, packed.buffer_info()[0], workers)

@@ -51,7 +51,7 @@ from curkv.kernels.simd import (
     weigh_rows,
     weigh_rows_int8,
 )
-from curkv.kernels.workers import bits_of_float, compile_worker, float_of_bits, launch, read_arguments
+from curkv.kernels.workers import bits_of_float, compile_worker, float_of_bits, launch_packed, read_arguments
 
 SPLIT_TOKENS = 512  # 127 times as many int16 are less than an int32 holds
 _LARGEST_INT16 = np.float32(32767)
@@ -78,44 +78,83 @@ def paged_decode_attention(
         raise ValueError(f"head_dim {dim} must be a multiple of 16 with a cache of int8")
     if q.stride()[1:] != (dim, 1):
         q = q.contiguous()
-    group = query_heads // heads
-    width = max(1, SPLIT_TOKENS // page_size) * page_size
     where = (
         row_address(table, torch.int32), table.stride(0), table.stride(1),
         row_address(lengths, torch.int32), lengths.stride(0), address(slots, torch.int32),
     )  # fmt: skip
-    items = _count_items(*where[3:], batch, heads, width)
-    workers = min(numba.get_num_threads(), items)
     out = torch.empty((batch, query_heads, dim))
-    counters = torch.zeros(batch * heads + 1, dtype=torch.int64)
-    partial = torch.empty((items, group, dim + 2))
-    scratch_bytes = group * (6 * dim + 2 * width + 4) if dtype == torch.int8 else 0
-    scratch = torch.empty(workers * scratch_bytes, dtype=torch.int8)
-    scores = torch.empty(((items if accumulate else workers), group, width))
-    launch(
-        _worker(dtype), workers,
+    _run(
+        _worker(dtype), numba.get_num_threads(),
         row_address(q, torch.float32), q.stride(0), address(pages.k, dtype), address(pages.v, dtype),
         scales_address(pages.k_scale), scales_address(pages.v_scale), *where,
-        out.data_ptr(), batch, heads, group, dim, page_size, width, bits_of_float(scale * math.log2(math.e)),
-        counters.data_ptr(), partial.data_ptr(), scores.data_ptr(), scratch.data_ptr(), scratch_bytes,
-        accumulate,
+        out.data_ptr(), batch, heads, query_heads // heads, dim, page_size,
+        bits_of_float(scale * math.log2(math.e)),
+        address(pages.attention, torch.float32) if accumulate else 0,
     )  # fmt: skip
-    if accumulate:
-        _add_attention(
-            address(pages.attention, torch.float32), *where, batch, heads, group, dim, page_size, width,
-            scale * math.log2(math.e), partial.data_ptr(), scores.data_ptr(),
-        )  # fmt: skip
     return out
 
 
 @kernel
-def _count_items(lengths: int, lengths_stride: int, slots: int, batch: int, heads: int, width: int) -> int:
-    """How many splits of `width` tokens there are."""
+def _run(
+    worker: int,
+    threads: int,
+    q: int,
+    q_stride: int,
+    k: int,
+    v: int,
+    k_scale: int,
+    v_scale: int,
+    table: int,
+    table_stride: int,
+    head_stride: int,
+    lengths: int,
+    lengths_stride: int,
+    slots: int,
+    out: int,
+    batch: int,
+    heads: int,
+    group: int,
+    dim: int,
+    page_size: int,
+    factor_bits: int,
+    attention: int,
+) -> int:
+    """Allocate scratch memory and launch the workers; see `_work`. Compiled, for it runs in every layer.
+
+    Each token's probability is added to `attention`, the address of the pages' sums, unless that is 0.
+
+    Returns:
+        Bytes of scratch memory.
+    """
+    width = max(1, SPLIT_TOKENS // page_size) * page_size
     items = 0
     for row in range(batch * heads):
         slot = load_int32(slots + 4 * (row // heads))
         items += _splits(load_int32(lengths + 4 * (slot * lengths_stride + row % heads)), width)
-    return items
+    workers = min(threads, items)
+    keep = attention != 0
+    scratch_bytes = group * (6 * dim + 2 * width + 4) if k_scale else 0
+    counters = np.zeros(batch * heads + 1, np.int64)
+    partial = np.empty(items * group * (dim + 2), np.float32)
+    scores = np.empty((items if keep else workers) * group * width, np.float32)
+    scratch = np.empty(workers * scratch_bytes, np.int8)
+    values = (
+        q, q_stride, k, v, k_scale, v_scale, table, table_stride, head_stride, lengths, lengths_stride, slots,
+        out, batch, heads, group, dim, page_size, width, factor_bits,
+        np.int64(counters.ctypes.data), np.int64(partial.ctypes.data), np.int64(scores.ctypes.data),
+        np.int64(scratch.ctypes.data), scratch_bytes, np.int64(keep),
+    )  # fmt: skip
+    arguments = np.empty(len(values), np.int64)
+    for i in range(len(values)):
+        arguments[i] = values[i]
+    launch_packed(worker, arguments.ctypes.data, workers)
+    if keep:
+        _add_attention(
+            attention, table, table_stride, head_stride, lengths, lengths_stride, slots, batch, heads, group,
+            dim, page_size, width, float_of_bits(factor_bits), partial.ctypes.data, scores.ctypes.data,
+        )  # fmt: skip
+    # Addresses keep nothing alive: the arrays are used once more.
+    return counters.nbytes + partial.nbytes + scores.nbytes + scratch.nbytes + arguments.nbytes
 
 
 @inlined

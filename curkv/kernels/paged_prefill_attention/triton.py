@@ -19,6 +19,7 @@ from curkv.kernels.triton_util import (
     load_tokens,
     narrow,
     narrow_queries,
+    operand_bytes,
     operands,
     power_of_two,
     scaled,
@@ -87,7 +88,7 @@ def paged_prefill_attention(
 
 def query_rows(pages_k: Tensor) -> int:
     """Rows of a tile of queries, (token, head of the group) each."""
-    return 128 if power_of_two(pages_k.shape[2]) * pages_k.element_size() <= 256 else 64
+    return 128 if operand_bytes(pages_k) <= 256 else 64
 
 
 @triton.jit
