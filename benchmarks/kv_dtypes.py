@@ -1,0 +1,99 @@
+"""What the type of cached keys and values costs: perplexity and KL beside float32, kept sets, bytes.
+
+    python benchmarks/kv_dtypes.py [--windows 4] [--length 1024] [--decoded 128]
+
+Each window is a prompt in chunks of 512 and then, token by token, `--decoded` more. Kept sets are those of
+`curdkv` at 25 % after the whole window.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from curkv.cache.batch import Batch
+from curkv.cache.eviction import plan_kept
+from curkv.cache.kv_cache import KVCache
+from curkv.cache.layout import CacheLayout
+from curkv.cache.parsing import parse_options
+from curkv.cache.plan import resolve
+from curkv.evaluation.corpora import load_corpus
+from curkv.evaluation.perplexity import Logits, compare, token_windows
+from curkv.kernels.dispatch import get_kernels
+from curkv.models.llama import Llama, rope_tables
+from curkv.models.loading import Checkpoint, load_config, load_tokenizer, resolve_model
+
+CHUNK = 512
+
+
+def main() -> None:
+    """Compares every type with float32 and prints a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--corpus", default="documentation")
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--decoded", type=int, default=128)
+    args = parser.parse_args()
+
+    directory = resolve_model(args.model)
+    config = load_config(directory)
+    model = Llama(config, Checkpoint(directory, config), get_kernels("cpu"))
+    windows = token_windows(load_tokenizer(directory), load_corpus(args.corpus), args.length, args.windows)
+    print(f"{args.windows} windows of {args.length} tokens, the last {args.decoded} decoded one by one")
+    print("dtype       bytes  perplexity   ratio        KL   top-1   kept as with float32")
+    kept: dict[torch.dtype, list[Tensor]] = {}
+    exact = cached_logits(model, torch.float32, args.decoded, kept)
+    for dtype in (torch.float16, torch.bfloat16, torch.int8):
+        kept.clear()
+        found = compare(exact, cached_logits(model, dtype, args.decoded, kept), tqdm(windows, disable=None))
+        same = [(a & b).sum() / a.sum() for a, b in zip(kept[torch.float32], kept[dtype], strict=True)]
+        name = str(dtype).removeprefix("torch.")
+        print(
+            f"{name:<9} {layout_of(model, dtype).head_token_bytes:>7} {found.perplexity:>11.4f} "
+            f"{found.ratio:>7.4f} {found.kl:>9.6f} {found.top1:>7.2%} {torch.stack(same).mean():>22.2%}"
+        )
+
+
+def layout_of(model: Llama, dtype: torch.dtype) -> CacheLayout:
+    """A cache for one window."""
+    config = model.config
+    heads = config.num_layers, config.num_kv_heads, config.head_dim
+    return CacheLayout(*heads, 64, dtype, 1, config.max_positions)
+
+
+def cached_logits(
+    model: Llama, dtype: torch.dtype, decoded: int, kept: dict[torch.dtype, list[Tensor]]
+) -> Logits:
+    """The model over a cache of a dtype; adds what `curdkv` would keep of each window, bool [L, H, n]."""
+    layout, kernels = layout_of(model, dtype), get_kernels("cpu")
+    plan = parse_options({"policy": "curdkv", "budget": "25%"})
+
+    def logits(ids: Tensor) -> Tensor:
+        pages = layout.sequence_pages(len(ids))
+        kv = KVCache(layout, pages, kernels, rope_tables(model.config, layout.max_tokens))
+        slot, start, rows = kv.add_sequence(), 0, []
+        while start < len(ids):
+            end = min(start + CHUNK, len(ids) - decoded) if start < len(ids) - decoded else start + 1
+            batch = Batch.build([slot], [ids[start:end].tolist()], [start], [end - start])
+            kv.extend([slot], [end - start])
+            rows.append(model.forward(batch, kv))
+            start = end
+        view = kv.view(slot)
+        indices, counts = plan_kept(view, resolve(plan, range(len(ids)), layout), kernels)
+        chosen = torch.arange(indices.shape[-1]) < counts[..., None]
+        mask = torch.zeros(*counts.shape, len(ids) + 1, dtype=torch.bool)
+        mask.scatter_(-1, indices.long().where(chosen, len(ids)), True)
+        kept.setdefault(dtype, []).append(mask[..., :-1])
+        return torch.cat(rows)
+
+    return logits
+
+
+if __name__ == "__main__":
+    main()
