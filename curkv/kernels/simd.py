@@ -71,12 +71,6 @@ def inlined(function: F) -> F:
     return compiled
 
 
-def parallel_kernel(function: F) -> F:
-    """Compile a function called from Python that may use `prange`."""
-    compiled: F = numba.njit(nogil=True, cache=True, error_model="numpy", parallel=True)(function)
-    return compiled
-
-
 def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
     """Make a Numba intrinsic whose plain integer arguments arrive as literal types."""
     made: Callable[..., Any] = _intrinsic(prefer_literal=True)(function)
@@ -240,6 +234,16 @@ def load_int32(context: Any, location: Any) -> Any:
 
 
 @intrinsic
+def load_int64(context: Any, location: Any) -> Any:
+    """Load an int64."""
+
+    def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> ir.Value:
+        return builder.load(_pointer(builder, args[0], ir.IntType(64)), align=8)
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
 def store_int32(context: Any, location: Any, value: Any) -> Any:
     """Store the low half of an int64."""
 
@@ -247,6 +251,20 @@ def store_int32(context: Any, location: Any, value: Any) -> Any:
         builder.store(builder.trunc(args[1], _INT32), _pointer(builder, args[0], _INT32), align=4)
 
     return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def _float_pointer(context: Any, location: Any) -> Any:
+    def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> ir.Value:
+        return _pointer(builder, args[0], _FLOAT)
+
+    return types.CPointer(types.float32)(types.int64), generate
+
+
+@inlined
+def floats(location: int, count: int) -> Any:
+    """The `count` float32 at an address as an array."""
+    return numba.carray(_float_pointer(location), count)
 
 
 @intrinsic

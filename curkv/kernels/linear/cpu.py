@@ -11,11 +11,12 @@ scale per `BLOCK_DEPTH` columns, as fine as sums of so many products in an int32
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 import torch
-from numba import get_num_threads, prange
+from numba import get_num_threads
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -28,6 +29,7 @@ from curkv.kernels.simd import (
     absolute,
     address,
     broadcast,
+    floats,
     fma,
     inlined,
     kernel,
@@ -37,10 +39,10 @@ from curkv.kernels.simd import (
     maximum,
     mul,
     panel_tile,
-    parallel_kernel,
     store_int16,
     store_scalar,
 )
+from curkv.kernels.workers import compile_worker, empty, launch, read_arguments
 
 TILE_ROWS = 6
 """Rows of x in a tile."""
@@ -54,8 +56,10 @@ LARGEST = (2**31 - 1) // (127 * BLOCK_DEPTH)
 """Of the integers that stand for x: a block of products with weights up to 127 fits an int32."""
 SMALLEST = np.float32(1e-30)
 """Blocks of x whose largest value is below are taken for zeros."""
-PARALLEL_SIZE = 1 << 14
-"""Values of x that are worth several threads to be quantised."""
+PARTS_PER_THREAD = 4
+"""Into how many parts a product is cut, so that a thread that the machine runs slower does fewer."""
+QUANTISED_SIZE = 1 << 12
+"""Values of x that a thread takes to quantise; fewer are not worth a second thread."""
 PACKED_ROWS = 64 * PANEL
 """Rows quantised at a time, so that loading needs little memory."""
 
@@ -106,47 +110,88 @@ class _PackedLinear:
         self.nbytes = sum(part.nbytes for part in (weight, scales, self._bias) if part is not None)
 
     def __call__(self, x: Tensor) -> Tensor:
-        count, depth = len(x), self._depth
-        x = pad(x, (0, depth - x.shape[1])) if depth > x.shape[1] else x.contiguous()
-        out = torch.empty(count, self._panels * PANEL)
+        count, depth, panels = len(x), self._depth, self._panels
+        x = x if depth == x.shape[1] else _copy(x, depth)
+        out, parts = empty(count, panels * PANEL), min(panels, PARTS_PER_THREAD * get_num_threads())
         places = address(x, torch.float32), self._weight.data_ptr(), out.data_ptr()
-        sizes = count, depth, self._panels, get_num_threads()
         if self._scales is None:
-            _multiply(*places, *sizes)
+            launch(_worker(False), parts if count else 0, *places, 0, 0, count, depth, panels, parts)
         else:
-            integers = torch.empty(count * depth, dtype=torch.int16)
-            x_scales = torch.empty(count * -(-depth // BLOCK_DEPTH))
-            scales = x_scales.data_ptr(), self._scales.data_ptr()
-            _multiply_int8(*places, integers.data_ptr(), *scales, *sizes)
-        if out.shape[1] > self._rows:
-            out = out[:, : self._rows].contiguous()
-        return out if self._bias is None else out.add_(self._bias)
+            integers = empty(count, depth, dtype=torch.int16)
+            scales = empty(-(-depth // BLOCK_DEPTH), count)
+            rows = max(1, QUANTISED_SIZE // depth)
+            launch(
+                _quantiser(),
+                -(-count // rows),
+                places[0],
+                integers.data_ptr(),
+                scales.data_ptr(),
+                count,
+                depth,
+                rows,
+            )
+            launch(
+                _worker(True),
+                parts if count else 0,
+                integers.data_ptr(),
+                *places[1:],
+                scales.data_ptr(),
+                self._scales.data_ptr(),
+                count,
+                depth,
+                panels,
+                parts,
+            )
+        if self._bias is None and panels * PANEL == self._rows:
+            return out
+        return _copy(out, self._rows, self._bias)
 
 
-@parallel_kernel
-def _multiply(x: int, weight: int, out: int, count: int, depth: int, panels: int, parts: int) -> None:
-    """Multiply `count` rows of x with all panels; x, weight and out are addresses."""
-    for unsigned_part in prange(parts):
-        part: Any = np.int64(unsigned_part)
-        _multiply_part(FLOAT32, 4, x, 0, weight, 0, out, count, depth, panels, part, parts)
+def _copy(x: Tensor, width: int, bias: Tensor | None = None) -> Tensor:
+    """The rows of x, plus the bias, cut off or filled up with zeros to `width`."""
+    out = empty(len(x), width)
+    places = address(x, torch.float32), out.data_ptr(), 0 if bias is None else address(bias, torch.float32)
+    launch(_copier(), min(1, len(x)), *places, len(x), x.shape[1], width)
+    return out
 
 
-@parallel_kernel
-def _multiply_int8(
-    x: int, weight: int, out: int, integers: int, x_scales: int, scales: int,
-    count: int, depth: int, panels: int, parts: int,
-) -> None:  # fmt: skip
-    """Round the rows of x to `integers` with `x_scales` and multiply them with panels that have `scales`."""
-    if count * depth < PARALLEL_SIZE:
-        _quantise_rows(x, integers, x_scales, 0, count, count, depth)
-    else:
-        for unsigned_part in prange(parts):
-            part: Any = np.int64(unsigned_part)
-            first, end = count * part // parts, count * (part + 1) // parts
-            _quantise_rows(x, integers, x_scales, first, end, count, depth)
-    for unsigned_part in prange(parts):
-        part = np.int64(unsigned_part)
-        _multiply_part(INT8, 2, integers, x_scales, weight, scales, out, count, depth, panels, part, parts)
+@functools.cache
+def _copier() -> int:
+    def work(arguments: int, part: int) -> None:
+        x, out, bias, count, x_width, width = read_arguments(arguments, 6)
+        for row in range(count):
+            source, target = floats(x + 4 * row * x_width, x_width), floats(out + 4 * row * width, width)
+            for i in range(min(x_width, width)):
+                target[i] = source[i]
+            for i in range(x_width, width):
+                target[i] = 0
+            if bias:
+                offset = floats(bias, width)
+                for i in range(width):
+                    target[i] += offset[i]
+
+    return compile_worker(work)
+
+
+@functools.cache
+def _quantiser() -> int:
+    def work(arguments: int, part: int) -> None:
+        x, integers, scales, count, depth, rows = read_arguments(arguments, 6)
+        _quantise_rows(x, integers, scales, part * rows, min(count, (part + 1) * rows), count, depth)
+
+    return compile_worker(work)
+
+
+@functools.cache
+def _worker(int8: bool) -> int:
+    """Multiplies count rows of x [count, depth] with a share of the panels."""
+    kind, item = (INT8, 2) if int8 else (FLOAT32, 4)
+
+    def work(arguments: int, part: int) -> None:
+        x, weight, out, x_scales, scales, count, depth, panels, parts = read_arguments(arguments, 9)
+        _multiply_part(kind, item, x, x_scales, weight, scales, out, count, depth, panels, part, parts)
+
+    return compile_worker(work)
 
 
 @kernel

@@ -39,7 +39,15 @@ from curkv.kernels.simd import (
     store,
     store_scalar,
 )
-from curkv.kernels.workers import bits_of_float, compile_worker, float_of_bits, launch, read_arguments
+from curkv.kernels.workers import (
+    bits_of_float,
+    compile_worker,
+    counters,
+    empty,
+    float_of_bits,
+    launch,
+    read_arguments,
+)
 
 SPLIT_TOKENS = 512
 
@@ -69,17 +77,19 @@ def paged_decode_attention(
         row_address(table, torch.int32), table.stride(0), table.stride(1),
         row_address(lengths, torch.int32), lengths.stride(0), address(slots, torch.int32),
     )  # fmt: skip
-    items = _count_items(*where[3:], batch, heads, width)
+    items = batch * heads * -(-table.shape[2] * page_size // width)
     workers = min(numba.get_num_threads(), items)
-    out = torch.empty((batch, query_heads, dim))
-    counters = torch.zeros(batch * heads + 1, dtype=torch.int64)
-    partial = torch.empty((items, group, dim + 2))
-    scores = torch.empty(((items if accumulate else workers), group, width))
+    if accumulate:
+        items = _count_items(*where[3:], batch, heads, width)
+    out = empty(batch, query_heads, dim)
+    finished = counters(batch * heads + 1)
+    partial = empty(items, group, dim + 2)
+    scores = empty(items if accumulate else workers, group, width)
     launch(
         _worker(dtype), workers,
         row_address(q, torch.float32), q.stride(0), address(pages.k, dtype), address(pages.v, dtype), *where,
         out.data_ptr(), batch, heads, group, dim, page_size, width, bits_of_float(scale * math.log2(math.e)),
-        counters.data_ptr(), partial.data_ptr(), scores.data_ptr(), accumulate,
+        finished.data_ptr(), partial.data_ptr(), scores.data_ptr(), accumulate,
     )  # fmt: skip
     if accumulate:
         _add_attention(
@@ -129,7 +139,7 @@ def _work(kind: Any, arguments: int, worker: int) -> None:
         batch, heads, group, dim, page_size: Numbers: B, H, query heads per KV head, ...
         width: Number of tokens per split.
         factor: scale * log2(e), as bits.
-        counters: int64 [B * H + 1], splits finished of each (sequence, head); at the end: splits taken.
+        finished: int64 [B * H + 1], splits finished of each (sequence, head); at the end: splits taken.
         partial: float32 [splits, group, dim + 2], weighted values of each split, its largest score, and the
             sum of its exponentials relative to that.
         scores: float32 [splits or workers, group, width].
@@ -137,13 +147,13 @@ def _work(kind: Any, arguments: int, worker: int) -> None:
     """
     (
         q, q_stride, k, v, table, table_stride, head_stride, lengths, lengths_stride, slots,
-        out, batch, heads, group, dim, page_size, width, factor_bits, counters, partial, scores, keep,
+        out, batch, heads, group, dim, page_size, width, factor_bits, finished, partial, scores, keep,
     ) = read_arguments(arguments, 22)  # fmt: skip
     factor = float_of_bits(factor_bits)
     rows = batch * heads
     row, first_item, splits, slot, length = -1, 0, 0, 0, 0
     while True:
-        item = fetch_add(counters + 8 * rows, 1)
+        item = fetch_add(finished + 8 * rows, 1)
         while item >= first_item + splits and row < rows:
             row += 1
             if row < rows:
@@ -160,7 +170,7 @@ def _work(kind: Any, arguments: int, worker: int) -> None:
             page_size, min(width, length - split * width), width, factor,
             scores + 4 * (item if keep else worker) * group * width, partial + 4 * item * group * (dim + 2),
         )  # fmt: skip
-        if fetch_add(counters + 8 * row, 1) == splits - 1:
+        if fetch_add(finished + 8 * row, 1) == splits - 1:
             stride = 4 * group * (dim + 2)
             _merge(out + 4 * row * group * dim, group, dim, factor, splits, partial + first_item * stride)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,7 +16,6 @@ from curkv.kernels.simd import (
     KINDS,
     address,
     broadcast,
-    fetch_add,
     fma,
     inlined,
     kernel,
@@ -63,25 +61,17 @@ def store_kv(
         address(pages.k_sq, torch.float32), address(pages.v_sq, torch.float32),
         address(pages.attention, torch.float32), heads, dim, pages.k.shape[1],
     )  # fmt: skip
-    if tokens <= TOKENS_AT_ONCE:
-        _store_tokens(KINDS[dtype], 0, tokens, *arguments)
-        return
-    counter = torch.zeros(1, dtype=torch.int64)
-    launch(_worker(dtype), numba.get_num_threads(), counter.data_ptr(), tokens, *arguments)
+    launch(_worker(dtype), -(-tokens // TOKENS_AT_ONCE), tokens, *arguments)
 
 
 @functools.cache
 def _worker(dtype: torch.dtype) -> int:
     kind = KINDS[dtype]
 
-    def work(arguments: int, worker: int) -> None:
-        counter, tokens = read_arguments(arguments, 2)
-        while True:
-            first = fetch_add(counter, TOKENS_AT_ONCE)
-            if first >= tokens:
-                break
-            end = min(tokens, first + TOKENS_AT_ONCE)
-            _store_tokens(kind, first, end, *read_arguments(arguments + 16, 25))
+    def work(arguments: int, part: int) -> None:
+        first = part * TOKENS_AT_ONCE
+        end = min(read_arguments(arguments, 1)[0], first + TOKENS_AT_ONCE)
+        _store_tokens(kind, first, end, *read_arguments(arguments + 8, 25))
 
     return compile_worker(work)
 
