@@ -18,6 +18,7 @@ from curkv.cache.options import EvictionOptions
 from curkv.cache.sizing import default_cache_bytes, num_pages_for
 from curkv.engine.decode_graphs import DecodeGraphs
 from curkv.engine.engine import Engine
+from curkv.engine.recorded_decodes import RecordedDecodes
 from curkv.engine.types import Request, SamplingParams
 from curkv.kernels.dispatch import KernelsName, get_kernels
 from curkv.models.chat_template import load_chat_template
@@ -122,6 +123,7 @@ def build_engine(options: EngineOptions) -> Engine:
     num_pages, prefix_pages = num_pages_for(num_bytes, layout), prefix_bytes // layout.page_bytes
     kv = KVCache(layout, num_pages, kernels, rope, device, prefix_pages)
     graphs = DecodeGraphs(model, kv) if on_gpu else None
+    recorded = RecordedDecodes(model, kv) if not on_gpu and options.kernels in ("auto", "cpu") else None
     engine = Engine(
         model,
         kv,
@@ -129,7 +131,7 @@ def build_engine(options: EngineOptions) -> Engine:
         load_tokenizer(directory),
         options.max_step_tokens,
         max_model_len,
-        graphs,
+        graphs or recorded,
         load_chat_template(directory),
         load_pruning(directory),
         options.max_itl,

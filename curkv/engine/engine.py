@@ -22,6 +22,7 @@ from curkv.cache.plan import EvictionPlan, resolve
 from curkv.cache.prefixes import block_keys, context_digest
 from curkv.engine.decode_graphs import DecodeGraphs
 from curkv.engine.detokenizer import Detokenizer
+from curkv.engine.recorded_decodes import RecordedDecodes
 from curkv.engine.sampling import choice_seed, sample, token_logprobs
 from curkv.engine.scheduler import Schedule, Scheduler
 from curkv.engine.sequence import Sequence
@@ -61,7 +62,7 @@ class Engine:
         tokenizer: Tokenizer,
         max_step_tokens: int,
         max_model_len: int,
-        decode_graphs: DecodeGraphs | None = None,
+        decode_graphs: DecodeGraphs | RecordedDecodes | None = None,
         chat_template: ChatTemplate | None = None,
         pruning: Mapping[str, Any] | None = None,
         max_itl: float | None = None,

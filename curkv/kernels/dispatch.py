@@ -26,6 +26,7 @@ class Kernels:
     leverage_scores: Callable[..., Tensor]
     select: Callable[..., tuple[Tensor, Tensor]]
     compact: Callable[..., None]
+    gather_rows: Callable[..., Tensor]
     rms_norm: Callable[..., Any]
     silu_mul: Callable[..., Tensor]
     pack_linear: Callable[..., Any]

@@ -31,6 +31,7 @@ import numba
 import numpy as np
 import torch
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as _intrinsic
@@ -64,6 +65,11 @@ KINDS: dict[torch.dtype, np.ndarray[Any, Any]] = {
 }
 FLOAT32 = KINDS[torch.float32]
 INT8 = KINDS[torch.int8]
+_FEATURES = get_host_cpu_features()
+MULTIPLIES_QUADS = bool(
+    _FEATURES.get("avxvnni") or (_FEATURES.get("avx512vnni") and _FEATURES.get("avx512vl"))
+)
+"""Whether the machine multiplies bytes in fours and adds them up in an int32 (x86's vpdpbusd)."""
 
 
 def kernel(function: F) -> F:
@@ -75,12 +81,6 @@ def kernel(function: F) -> F:
 def inlined(function: F) -> F:
     """Make a function part of the kernels that call it, instead of compiling it on its own."""
     compiled: F = numba.njit(inline="always", error_model="numpy")(function)
-    return compiled
-
-
-def parallel_kernel(function: F) -> F:
-    """Compile a function called from Python that may use `prange`."""
-    compiled: F = numba.njit(nogil=True, cache=True, error_model="numpy", parallel=True)(function)
     return compiled
 
 
@@ -263,6 +263,16 @@ def load_int32(context: Any, location: Any) -> Any:
 
 
 @intrinsic
+def load_int64(context: Any, location: Any) -> Any:
+    """Load an int64."""
+
+    def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> ir.Value:
+        return builder.load(_pointer(builder, args[0], ir.IntType(64)), align=8)
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
 def store_int32(context: Any, location: Any, value: Any) -> Any:
     """Store the low half of an int64."""
 
@@ -280,6 +290,20 @@ def load_int32s(context: Any, location: Any) -> Any:
         return builder.sitofp(builder.load(_pointer(builder, args[0], _INT32S), align=4), _FLOATS)
 
     return float32x8(types.int64), generate
+
+
+@intrinsic
+def _float_pointer(context: Any, location: Any) -> Any:
+    def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> ir.Value:
+        return _pointer(builder, args[0], _FLOAT)
+
+    return types.CPointer(types.float32)(types.int64), generate
+
+
+@inlined
+def floats(location: int, count: int) -> Any:
+    """The `count` float32 at an address as an array."""
+    return numba.carray(_float_pointer(location), count)
 
 
 @intrinsic
@@ -363,6 +387,24 @@ def store_int16(context: Any, location: Any, value: Any) -> Any:
         builder.store(bits, _pointer(builder, args[0], short), align=2)
 
     return types.void(types.int64, float32x8), generate
+
+
+@intrinsic
+def store_int8(context: Any, location: Any, value: Any) -> Any:
+    """Store float32x8 as eight int8, rounded to nearest even; any int8 for what is NaN or too large.
+
+    Returns:
+        What was stored, as float32x8.
+    """
+
+    def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> ir.Value:
+        shifted = builder.fadd(args[1], _constant(_FLOATS, _ROUNDER))
+        short = _like(ir.IntType(8), _FLOATS)
+        bits = builder.trunc(builder.bitcast(shifted, _INT32S), short)
+        builder.store(bits, _pointer(builder, args[0], short), align=1)
+        return builder.fsub(shifted, _constant(_FLOATS, _ROUNDER))
+
+    return float32x8(types.int64, float32x8), generate
 
 
 @intrinsic
@@ -887,6 +929,86 @@ def _pair_products(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
     products = builder.mul(*(builder.sext(x, _like(_INT32, _INT16S)) for x in (a, b)))
     lanes = [list(range(first, 2 * LANES, 2)) for first in (0, 1)]
     return builder.add(*(_shuffle(builder, products, products, of_pair) for of_pair in lanes))
+
+
+QUAD_BLOCK = 32
+"""Values of a row of A in `quad_tile` that have a scale in common."""
+
+
+@intrinsic
+def quad_tile(
+    context: Any, rows: Any, a: Any, a_stride: Any, a_scales: Any, a_offsets: Any, scale_stride: Any,
+    b: Any, b_scales: Any, inner: Any, c: Any, c_stride: Any, ahead: Any,
+) -> Any:  # fmt: skip
+    """C = A B on a tile held in registers, B being a panel of 16 columns, by products of bytes in fours.
+
+    Only where `MULTIPLIES_QUADS`. That instruction takes one side without sign: B is stored plus 128.
+
+    Args:
+        context: Numba's.
+        rows: Literal, rows of A and C.
+        a: Address of int8 [rows, inner].
+        a_stride: Values from one row of A to the next.
+        a_scales: Address of float32 [inner / 32, rows], what the blocks of A are multiplied with.
+        a_offsets: Address of int32 [inner / 32, rows], -128 times the sums of the blocks of A.
+        scale_stride: Values from the scales and offsets of one block to those of the next.
+        b: Address of uint8 [inner / 4, 16, 4], packed.
+        b_scales: Address of float32 [16], what the columns of B are multiplied with.
+        inner: Length of the inner dimension, a multiple of 32.
+        c: Address of float32 [rows, 16].
+        c_stride: Floats from one row of C to the next.
+        ahead: Bytes from what is read of B to what is prefetched.
+    """
+    height = rows.literal_value
+
+    def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
+        _call_own(builder, f"quad_tile_{height}", args[1:], lambda own, args: _quad_tile(own, height, *args))
+
+    return types.void(rows, *[types.int64] * 11), generate
+
+
+def _quad_tile(builder: ir.IRBuilder, height: int, *args: ir.Value) -> None:
+    """The body of `quad_tile`: integers within a block of A, floats over the blocks."""
+    a, a_stride, a_scales, a_offsets, scale_stride, b, b_scales, inner, c, c_stride, ahead = args
+    totals = _accumulators(builder, 2 * height)
+    for slot in totals:
+        builder.store(_constant(_FLOATS, 0.0), slot)
+    starts = [_offset(builder, a, a_stride, m) for m in range(height)]
+    blocks = builder.udiv(inner, inner.type(QUAD_BLOCK))
+    with cgutils.for_range(builder, blocks) as loop:
+        scale_row = builder.mul(loop.index, scale_stride)
+
+        def of_row(base: ir.Value, m: int, item: ir.Type) -> ir.Value:
+            place = _offset(builder, _offset(builder, base, scale_row, 4), 4 * m)
+            return _splat(builder, builder.load(_pointer(builder, place, item), align=4))
+
+        sums = [offset for m in range(height) for offset in [of_row(a_offsets, m, _INT32)] * 2]
+        at = builder.mul(loop.index, inner.type(QUAD_BLOCK))
+        panel = _offset(builder, b, at, PANEL)
+        for quad in range(0, QUAD_BLOCK, 4):
+            row = _offset(builder, panel, PANEL * quad)
+            columns = [
+                builder.load(_pointer(builder, _offset(builder, row, 4 * LANES * n), _INT32S), align=1)
+                for n in range(2)
+            ]
+            for m in range(height):
+                place = _offset(builder, builder.add(starts[m], at), quad)
+                factor = _splat(builder, builder.load(_pointer(builder, place, _INT32), align=1))
+                for n in range(2):
+                    operands = [sums[2 * m + n], columns[n], factor]
+                    sums[2 * m + n] = _call(builder, "llvm.x86.avx512.vpdpbusd.256", _INT32S, operands)
+            _prefetch(builder, builder.add(row, ahead))
+        for m in range(height):
+            scale = of_row(a_scales, m, _FLOAT)
+            for slot, total in zip(totals[2 * m :], sums[2 * m : 2 * m + 2], strict=False):
+                floats = builder.sitofp(total, _FLOATS)
+                builder.store(_fma(builder, floats, scale, builder.load(slot)), slot)
+    for m in range(height):
+        for n in range(2):
+            place = _pointer(builder, _offset(builder, b_scales, 4 * LANES * n), _FLOATS)
+            target = _offset(builder, _offset(builder, c, c_stride, 4 * m), 4 * LANES * n)
+            product = builder.fmul(builder.load(totals[2 * m + n]), builder.load(place, align=4))
+            builder.store(product, _pointer(builder, target, _FLOATS), align=4)
 
 
 @intrinsic

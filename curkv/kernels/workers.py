@@ -1,39 +1,87 @@
-"""Running compiled workers on all threads.
+"""Running compiled workers on all threads, as they are launched or as a list that was recorded.
 
 Numba compiles and optimises the body of a `prange` loop, and all that it calls, four times over. Here the one
-parallel loop calls a function pointer instead: it is compiled once, and a kernel once per KV dtype.
+parallel loop calls function pointers instead: it is compiled once, and a kernel once per KV dtype.
 
-A worker is a function of (address of its arguments, number of the worker). All workers of a launch get the
-same arguments and take pieces of work from a shared counter (`simd.fetch_add`), so that a thread that the
-machine runs slower does less.
+A worker is a function of (address of its arguments, part). A launch names how many parts its work has, and
+threads take parts from a shared counter: one that the machine runs slower, or never starts, does fewer. A
+thread goes on to the next launch of a list when all parts of this one are finished, so it only ever waits for
+parts that others have begun.
+
+What a CUDA graph is to a GPU, a `Recording` is here: a decode step is some 400 launches, and Python takes
+longer to make one than most of them run.
 """
 
 from __future__ import annotations
 
+import ctypes
+import math
 import struct
+import weakref
 from array import array
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numba
-import numpy as np
+import torch
 from llvmlite import ir
 from numba import prange, types
+from torch import Tensor
 
-from curkv.kernels.simd import Args, intrinsic
+from curkv.kernels.simd import Args, fetch_add, intrinsic, kernel
+
+ENTRY = 16
+"""Words of a launch in a list: function, arguments, parts, and in two cache lines parts taken and ended."""
+TAKEN, FINISHED = 8 * 3, 8 * 8
+"""Bytes from a launch to its counters."""
+SPINS = 2000
+"""How often a thread looks whether the others have finished before it lets other processes run."""
 
 _INT64 = ir.IntType(64)
 
 
 @intrinsic
-def _call_worker(context: Any, function: Any, arguments: Any, worker: Any) -> Any:
-    """Call the function at an address."""
+def _call_worker(context: Any, function: Any, arguments: Any, part: Any) -> Any:
+    """Call the worker at an address."""
 
     def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
         function_type = ir.FunctionType(ir.VoidType(), [_INT64, _INT64])
         builder.call(builder.inttoptr(args[0], function_type.as_pointer()), args[1:])
 
     return types.void(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def _call_c(context: Any, function: Any) -> Any:
+    """Call the C function at an address, which takes nothing and returns an int."""
+
+    def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
+        function_type = ir.FunctionType(ir.IntType(32), [])
+        builder.call(builder.inttoptr(args[0], function_type.as_pointer()), [])
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
+def _read_shared(context: Any, location: Any) -> Any:
+    """An int64 that other threads write; what they wrote before it is seen afterwards."""
+
+    def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> ir.Value:
+        return builder.load_atomic(builder.inttoptr(args[0], _INT64.as_pointer()), "acquire", 8)
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def _write_word(context: Any, location: Any, value: Any) -> Any:
+    """Store an int64."""
+
+    def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
+        builder.store(args[1], builder.inttoptr(args[0], _INT64.as_pointer()))
+
+    return types.void(types.int64, types.int64), generate
 
 
 @intrinsic
@@ -74,16 +122,146 @@ def compile_worker(function: Callable[[int, int], None]) -> int:
 
 
 _keep: list[Any] = []
+_give_way: int = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
 
 
 @numba.njit(parallel=True, nogil=True, cache=True)
-def launch_packed(function: int, arguments: int, workers: int) -> None:
-    """`launch`, compiled, with the address of the arguments, int64."""
-    for worker in prange(workers):
-        _call_worker(function, arguments, np.int64(worker))
+def _run(launches: int, count: int, threads: int, cleared: int, words: int, give_way: int) -> None:
+    """Run a list of launches on several threads; `cleared` and the `words` behind it are set to 0 before."""
+    for i in range(words):
+        _write_word(cleared + 8 * i, 0)
+    for i in range(count):
+        _write_word(launches + 8 * ENTRY * i + TAKEN, 0)
+        _write_word(launches + 8 * ENTRY * i + FINISHED, 0)
+    for _ in prange(threads):
+        _work_through(launches, count, give_way)
 
 
-def launch(function: int, workers: int, *arguments: int) -> None:
-    """Run `workers` workers, each on a thread of its own where there are as many, and wait for them."""
+@kernel
+def _work_through(launches: int, count: int, give_way: int) -> None:
+    """Take parts of one launch after the other until all are finished."""
+    for i in range(count):
+        launch = launches + 8 * ENTRY * i
+        function, arguments, parts = read_arguments(launch, 3)
+        part = fetch_add(launch + TAKEN, 1)
+        while part < parts:
+            _call_worker(function, arguments, part)
+            fetch_add(launch + FINISHED, 1)
+            part = fetch_add(launch + TAKEN, 1)
+        spins = 0
+        while _read_shared(launch + FINISHED) < parts:
+            spins += 1
+            if spins > SPINS:
+                _call_c(give_way)
+
+
+@numba.njit(nogil=True, cache=True)
+def _run_alone(function: int, arguments: int) -> None:
+    _call_worker(function, arguments, 0)
+
+
+def launch(function: int, parts: int, *arguments: int) -> None:
+    """Run the parts 0 to `parts` - 1 of a worker, each on any thread, and wait for them."""
     packed = array("q", arguments)
-    launch_packed(function, packed.buffer_info()[0], workers)
+    place = packed.buffer_info()[0]
+    if _recording is not None:
+        _recording.launches.append((function, parts, packed))
+    if parts == 1:
+        _run_alone(function, place)
+    elif parts:
+        entry = array("q", (function, place, parts, *(0,) * (ENTRY - 3)))
+        _run(entry.buffer_info()[0], 1, min(parts, numba.get_num_threads()), 0, 0, _give_way)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory for what a launch writes; while recording, memory that the recording can use again."""
+    if _recording is None:
+        return torch.empty(shape, dtype=dtype)
+    return _recording.memory.take(shape, dtype)
+
+
+def counters(count: int) -> Tensor:
+    """int64 [count] zeros, which a recording sets to 0 again whenever it is run."""
+    if _recording is None:
+        return torch.zeros(count, dtype=torch.int64)
+    return _recording.take_counters(count)
+
+
+class Memory:
+    """Memory that recordings share, since one runs after the other.
+
+    A piece is given out again when the last tensor over it is gone. In a recording that is when the last
+    launch that reads it has been noted, so a launch that is given it again comes later in every run.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[Tensor]] = defaultdict(list)
+        self._lent: dict[int, Tensor] = {}
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor."""
+        size = math.prod(shape) * dtype.itemsize
+        room = max(64, 1 << (size - 1).bit_length())
+        piece = self._free[room].pop() if self._free[room] else torch.empty(room, dtype=torch.int8)
+        self._lent[piece.data_ptr()] = piece
+        lent = piece.numpy()[:size]  # lives as long as the storage of the tensors over it
+        weakref.finalize(lent, self._take_back, piece).atexit = False
+        return torch.from_numpy(lent).view(dtype).view(shape)
+
+    def unowned(self, tensor: Tensor) -> Tensor:
+        """A tensor over the same memory that does not keep it from being given out again."""
+        piece = self._lent[tensor.data_ptr()]
+        return piece[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+
+    def _take_back(self, piece: Tensor) -> None:
+        self._free[len(piece)].append(self._lent.pop(piece.data_ptr()))
+
+
+class Recording:
+    """The launches of some work, to be run again with whatever its inputs hold then.
+
+    All that the work does must be launches, and what they are told must depend on shapes alone: addresses
+    stay, contents change. The memory of its results is used again by whatever is recorded or run next.
+    """
+
+    def __init__(self, memory: Memory):
+        self.memory = memory
+        self.launches: list[tuple[int, int, array[int]]] = []
+        self._counters = torch.zeros(1 << 14, dtype=torch.int64)
+        self._counted = 0
+        self._list: array[int] = array("q")
+
+    def take_counters(self, count: int) -> Tensor:
+        """int64 [count] zeros.
+
+        Raises:
+            RuntimeError: the work needs more of them than a recording has.
+        """
+        first, self._counted = self._counted, self._counted + count
+        if self._counted > len(self._counters):
+            raise RuntimeError("the recorded work needs too many counters")
+        return self._counters[first : self._counted]
+
+    def run(self) -> None:
+        """Does the recorded work."""
+        if not self._list:
+            for function, parts, packed in self.launches:
+                self._list.extend((function, packed.buffer_info()[0], parts, *(0,) * (ENTRY - 3)))
+        place, cleared = self._list.buffer_info()[0], self._counters.data_ptr()
+        _run(place, len(self.launches), numba.get_num_threads(), cleared, self._counted, _give_way)
+
+
+_recording: Recording | None = None
+
+
+@contextmanager
+def recording(memory: Memory) -> Iterator[Recording]:
+    """Notes the launches made inside, which run as usual."""
+    global _recording
+    if _recording is not None:
+        raise RuntimeError("recordings do not nest")
+    _recording = made = Recording(memory)
+    try:
+        yield made
+    finally:
+        _recording = None

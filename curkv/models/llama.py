@@ -62,8 +62,12 @@ class ModelKernels(Protocol):
     """The operations of the forward outside attention; signatures in curkv/kernels/<op>/reference.py."""
 
     @property
+    def gather_rows(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """`gather_rows(source[N, d], rows[T]) -> [T, d]`."""
+
+    @property
     def rms_norm(self) -> Callable[..., Any]:
-        """`rms_norm(x[T, d], weight[d], eps, residual=None)`; with a residual, also its sum with x."""
+        """`rms_norm(x[..., d], weight[d], eps, residual=None)`; with a residual, also its sum with x."""
 
     @property
     def silu_mul(self) -> Callable[[Tensor], Tensor]:
@@ -131,7 +135,8 @@ class Llama:
             float32 [R, vocab_size], logits of `batch.logit_rows`.
         """
         eps, rms_norm, silu_mul = self.config.rms_norm_eps, self._kernels.rms_norm, self._kernels.silu_mul
-        residual = self._embedding[batch.token_ids]
+        gather_rows = self._kernels.gather_rows
+        residual = gather_rows(self._embedding, batch.token_ids)
         x = rms_norm(residual, self._layers[0].input_norm, eps)
         for index, layer in enumerate(self._layers):
             if index:
@@ -142,7 +147,7 @@ class Llama:
             x, residual = rms_norm(x, layer.post_attention_norm, eps, residual)
             x = layer.down(silu_mul(layer.gate_up(x)))
         rows = batch.logit_rows
-        x, _ = rms_norm(x[rows], self._final_norm, eps, residual[rows])
+        x, _ = rms_norm(gather_rows(x, rows), self._final_norm, eps, gather_rows(residual, rows))
         return self._head(x).float()
 
     def output_projection(self, index: int) -> Tensor:
@@ -156,13 +161,9 @@ class Llama:
         heads = qkv.view(len(qkv), -1, config.head_dim)
         q, k, v = torch.split(heads, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = self._norm_heads(q, layer.q_norm), self._norm_heads(k, layer.k_norm)
+            eps, rms_norm = config.rms_norm_eps, self._kernels.rms_norm
+            q, k = rms_norm(q, layer.q_norm, eps), rms_norm(k, layer.k_norm, eps)
         return q, k, v
-
-    def _norm_heads(self, heads: Tensor, weight: Tensor) -> Tensor:
-        rows = heads.reshape(-1, self.config.head_dim)
-        normed: Tensor = self._kernels.rms_norm(rows, weight, self.config.rms_norm_eps)
-        return normed.view(heads.shape)
 
     def _pack(self, weights: LayerWeights) -> Layer:
         q_norm, k_norm = weights.q_norm, weights.k_norm

@@ -15,6 +15,7 @@ from curkv.cache.kv_cache import KVCache
 from curkv.cache.layout import CacheLayout
 from curkv.cache.options import EvictionOptions
 from curkv.engine.engine import Engine
+from curkv.engine.recorded_decodes import RecordedDecodes
 from curkv.engine.types import Output, Request, SamplingParams
 from curkv.kernels.dispatch import Kernels, get_kernels
 from curkv.models.llama import Llama, rope_tables
@@ -40,6 +41,7 @@ class Loaded:
         max_sequences: int = 16,
         max_model_len: int = 8192,
         max_itl: float | None = None,
+        recorded: bool = True,
     ) -> Engine:
         config = self.model.config
         layout = CacheLayout(
@@ -55,6 +57,7 @@ class Loaded:
         return Engine(
             *(self.model, kv, self.kernels, self.tokenizer),
             *(max_step_tokens, max_model_len),
+            decode_graphs=RecordedDecodes(self.model, kv) if recorded else None,
             max_itl=max_itl,
         )
 

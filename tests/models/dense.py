@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from curkv.kernels.gather_rows import reference as gather_rows
 from curkv.kernels.linear import reference as linear
 from curkv.kernels.rms_norm import reference as rms_norm
 from curkv.kernels.silu_mul import reference as silu_mul
@@ -14,6 +15,7 @@ from curkv.models.config import ModelConfig
 from curkv.models.llama import rope_tables
 
 REFERENCE = SimpleNamespace(
+    gather_rows=gather_rows.gather_rows,
     rms_norm=rms_norm.rms_norm,
     silu_mul=silu_mul.silu_mul,
     pack_linear=linear.pack_linear,

@@ -5,17 +5,20 @@ which lets a decode step run at memory bandwidth, and a 6 x 16 tile of the resul
 registers busy, which lets a prefill chunk run at the arithmetic peak (Goto and van de Geijn, "Anatomy of
 high-performance matrix multiplication", 2008).
 
-Weights are float32, or int8 with a scale per row. Those are multiplied with int16: every row of x has one
+Weights are float32, or int8 with a scale per row. Where the machine multiplies bytes in fours, rows of x are
+rounded to 8 bits with a scale per 32 columns, as llama.cpp does. Elsewhere they are multiplied with int16: a
 scale per `BLOCK_DEPTH` columns, as fine as sums of so many products in an int32 allow, about 15 bits.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from numba import get_num_threads, prange
+from numba import get_num_threads
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -24,10 +27,14 @@ from curkv.kernels.simd import (
     FLOAT32,
     INT8,
     LANES,
+    MULTIPLIES_QUADS,
     PANEL,
+    QUAD_BLOCK,
     absolute,
+    add,
     address,
     broadcast,
+    floats,
     fma,
     inlined,
     kernel,
@@ -37,10 +44,13 @@ from curkv.kernels.simd import (
     maximum,
     mul,
     panel_tile,
-    parallel_kernel,
+    quad_tile,
+    store_int8,
     store_int16,
+    store_int32,
     store_scalar,
 )
+from curkv.kernels.workers import compile_worker, empty, launch, read_arguments
 
 TILE_ROWS = 6
 """Rows of x in a tile."""
@@ -54,8 +64,10 @@ LARGEST = (2**31 - 1) // (127 * BLOCK_DEPTH)
 """Of the integers that stand for x: a block of products with weights up to 127 fits an int32."""
 SMALLEST = np.float32(1e-30)
 """Blocks of x whose largest value is below are taken for zeros."""
-PARALLEL_SIZE = 1 << 14
-"""Values of x that are worth several threads to be quantised."""
+PARTS_PER_THREAD = 4
+"""Into how many parts a product is cut, so that a thread that the machine runs slower does fewer."""
+QUANTISED_SIZE = 1 << 12
+"""Values of x that a thread takes to quantise; fewer are not worth a second thread."""
 PACKED_ROWS = 64 * PANEL
 """Rows quantised at a time, so that loading needs little memory."""
 
@@ -66,7 +78,7 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None) -> _PackedLinear:
     packed = torch.zeros(_panels(rows) * PANEL, depth)
     packed[:rows] = weight
     packed = packed.view(-1, PANEL, depth).transpose(1, 2).contiguous()
-    return _PackedLinear(rows, packed, bias)
+    return _PackedLinear(rows, packed, bias, _multiply_floats)
 
 
 def pack_linear_int8(weight: Tensor, bias: Tensor | None = None) -> _PackedLinear:
@@ -74,17 +86,22 @@ def pack_linear_int8(weight: Tensor, bias: Tensor | None = None) -> _PackedLinea
 
     A row of x that has NaN or infinity gives a row of NaN.
     """
+    return _pack_int8(weight, bias, _multiply_quads if MULTIPLIES_QUADS else _multiply_pairs)
+
+
+def _pack_int8(weight: Tensor, bias: Tensor | None, multiply: Multiply) -> _PackedLinear:
+    together, multiple, zero = (4, QUAD_BLOCK, 128) if multiply is _multiply_quads else (2, LANES, 0)
     rows, depth = weight.shape
-    panels, depth = _panels(rows), depth + -depth % LANES
-    packed = torch.zeros(panels, depth // 2, PANEL, 2, dtype=torch.int8)
+    panels, depth = _panels(rows), depth + -depth % multiple
+    packed = torch.full((panels, depth // together, PANEL, together), zero, dtype=torch.uint8)
     scales = torch.zeros(panels * PANEL)
     for row in range(0, rows, PACKED_ROWS):
         part, scale = quantise(weight[row : row + PACKED_ROWS])
-        part = pad(part, (0, depth - part.shape[1], 0, -len(part) % PANEL))
-        part = part.view(-1, PANEL, depth // 2, 2).transpose(1, 2)
+        part = pad(part, (0, depth - part.shape[1], 0, -len(part) % PANEL)).view(torch.uint8) + zero
+        part = part.view(-1, PANEL, depth // together, together).transpose(1, 2)
         packed[row // PANEL :][: len(part)] = part
         scales[row : row + len(scale)] = scale
-    return _PackedLinear(rows, packed, bias, scales)
+    return _PackedLinear(rows, packed, bias, multiply, scales)
 
 
 def _panels(rows: int) -> int:
@@ -95,62 +112,148 @@ class _PackedLinear:
     """A linear layer, see `pack_linear`.
 
     Attributes:
+        weight: The panels.
+        scales: float32, one for each of their rows, of weights that are integers.
+        panels: How many.
+        depth: Columns of x that they are multiplied with.
         nbytes: Memory of the weights.
     """
 
-    def __init__(self, rows: int, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None):
-        self._rows = rows
-        self._panels, self._depth = len(weight), weight[0].numel() // PANEL
-        self._weight, self._scales = weight, scales
+    def __init__(
+        self,
+        rows: int,
+        weight: Tensor,
+        bias: Tensor | None,
+        multiply: Multiply,
+        scales: Tensor | None = None,
+    ):
+        self.weight, self.scales = weight, scales
+        self.panels, self.depth = len(weight), weight[0].numel() // PANEL
+        self._rows, self._multiply = rows, multiply
         self._bias = None if bias is None else bias.float()
         self.nbytes = sum(part.nbytes for part in (weight, scales, self._bias) if part is not None)
 
     def __call__(self, x: Tensor) -> Tensor:
-        count, depth = len(x), self._depth
-        x = pad(x, (0, depth - x.shape[1])) if depth > x.shape[1] else x.contiguous()
-        out = torch.empty(count, self._panels * PANEL)
-        places = address(x, torch.float32), self._weight.data_ptr(), out.data_ptr()
-        sizes = count, depth, self._panels, get_num_threads()
-        if self._scales is None:
-            _multiply(*places, *sizes)
-        else:
-            integers = torch.empty(count * depth, dtype=torch.int16)
-            x_scales = torch.empty(count * -(-depth // BLOCK_DEPTH))
-            scales = x_scales.data_ptr(), self._scales.data_ptr()
-            _multiply_int8(*places, integers.data_ptr(), *scales, *sizes)
-        if out.shape[1] > self._rows:
-            out = out[:, : self._rows].contiguous()
-        return out if self._bias is None else out.add_(self._bias)
+        x = x if self.depth == x.shape[1] else _copy(x, self.depth)
+        out = empty(len(x), self.panels * PANEL)
+        if len(x):
+            parts = min(self.panels, PARTS_PER_THREAD * get_num_threads())
+            self._multiply(self, x, out, parts)
+        if self._bias is None and self.panels * PANEL == self._rows:
+            return out
+        return _copy(out, self._rows, self._bias)
 
 
-@parallel_kernel
-def _multiply(x: int, weight: int, out: int, count: int, depth: int, panels: int, parts: int) -> None:
-    """Multiply `count` rows of x with all panels; x, weight and out are addresses."""
-    for unsigned_part in prange(parts):
-        part: Any = np.int64(unsigned_part)
-        _multiply_part(FLOAT32, 4, x, 0, weight, 0, out, count, depth, panels, part, parts)
+Multiply = Callable[[_PackedLinear, Tensor, Tensor, int], None]
+"""Writes the product of x with all panels to `out`, in parts."""
 
 
-@parallel_kernel
-def _multiply_int8(
-    x: int, weight: int, out: int, integers: int, x_scales: int, scales: int,
-    count: int, depth: int, panels: int, parts: int,
-) -> None:  # fmt: skip
-    """Round the rows of x to `integers` with `x_scales` and multiply them with panels that have `scales`."""
-    if count * depth < PARALLEL_SIZE:
-        _quantise_rows(x, integers, x_scales, 0, count, count, depth)
-    else:
-        for unsigned_part in prange(parts):
-            part: Any = np.int64(unsigned_part)
-            first, end = count * part // parts, count * (part + 1) // parts
-            _quantise_rows(x, integers, x_scales, first, end, count, depth)
-    for unsigned_part in prange(parts):
-        part = np.int64(unsigned_part)
-        _multiply_part(INT8, 2, integers, x_scales, weight, scales, out, count, depth, panels, part, parts)
+def _multiply_floats(layer: _PackedLinear, x: Tensor, out: Tensor, parts: int) -> None:
+    launch(
+        _worker(False), parts,
+        address(x, torch.float32), 0, layer.weight.data_ptr(), 0, out.data_ptr(),
+        len(x), layer.depth, layer.panels, parts,
+    )  # fmt: skip
+
+
+def _multiply_pairs(layer: _PackedLinear, x: Tensor, out: Tensor, parts: int) -> None:
+    count, depth = x.shape
+    integers = empty(count, depth, dtype=torch.int16)
+    scales = empty(-(-depth // BLOCK_DEPTH), count)
+    at_once = max(1, QUANTISED_SIZE // depth)
+    launch(
+        _quantiser(_quantise_for_pairs), -(-count // at_once),
+        count, at_once, address(x, torch.float32), integers.data_ptr(), scales.data_ptr(), 0, depth,
+    )  # fmt: skip
+    launch(
+        _worker(True), parts,
+        integers.data_ptr(), scales.data_ptr(), layer.weight.data_ptr(), _scales(layer), out.data_ptr(),
+        count, depth, layer.panels, parts,
+    )  # fmt: skip
+
+
+def _multiply_quads(layer: _PackedLinear, x: Tensor, out: Tensor, parts: int) -> None:
+    count, depth = x.shape
+    integers = empty(count, depth, dtype=torch.int8)
+    scales, offsets = empty(depth // QUAD_BLOCK, count), empty(depth // QUAD_BLOCK, count, dtype=torch.int32)
+    at_once = max(1, QUANTISED_SIZE // depth)
+    launch(
+        _quantiser(_quantise_for_quads), -(-count // at_once),
+        count, at_once, address(x, torch.float32), integers.data_ptr(), scales.data_ptr(),
+        offsets.data_ptr(), depth,
+    )  # fmt: skip
+    launch(
+        _quad_worker(), parts,
+        integers.data_ptr(), scales.data_ptr(), offsets.data_ptr(), layer.weight.data_ptr(), _scales(layer),
+        out.data_ptr(), count, depth, layer.panels, parts,
+    )  # fmt: skip
+
+
+def _scales(layer: _PackedLinear) -> int:
+    assert layer.scales is not None
+    return layer.scales.data_ptr()
+
+
+def _copy(x: Tensor, width: int, bias: Tensor | None = None) -> Tensor:
+    """The rows of x, plus the bias, cut off or filled up with zeros to `width`."""
+    out = empty(len(x), width)
+    places = address(x, torch.float32), out.data_ptr(), 0 if bias is None else address(bias, torch.float32)
+    launch(_copier(), min(1, len(x)), *places, len(x), x.shape[1], width)
+    return out
+
+
+@functools.cache
+def _copier() -> int:
+    def work(arguments: int, part: int) -> None:
+        x, out, bias, count, x_width, width = read_arguments(arguments, 6)
+        for row in range(count):
+            source, target = floats(x + 4 * row * x_width, x_width), floats(out + 4 * row * width, width)
+            for i in range(min(x_width, width)):
+                target[i] = source[i]
+            for i in range(x_width, width):
+                target[i] = 0
+            if bias:
+                offset = floats(bias, width)
+                for i in range(width):
+                    target[i] += offset[i]
+
+    return compile_worker(work)
+
+
+@functools.cache
+def _quantiser(quantise_rows: Any) -> int:
+    def work(arguments: int, part: int) -> None:
+        count, at_once = read_arguments(arguments, 2)
+        first = part * at_once
+        quantise_rows(first, min(count, first + at_once), count, *read_arguments(arguments + 16, 5))
+
+    return compile_worker(work)
+
+
+@functools.cache
+def _worker(int8: bool) -> int:
+    """Multiplies count rows of x [count, depth] with a share of the panels."""
+    kind, item = (INT8, 2) if int8 else (FLOAT32, 4)
+
+    def work(arguments: int, part: int) -> None:
+        x, x_scales, weight, scales, out, count, depth, panels, parts = read_arguments(arguments, 9)
+        _multiply_part(kind, item, x, x_scales, weight, scales, out, count, depth, panels, part, parts)
+
+    return compile_worker(work)
+
+
+@functools.cache
+def _quad_worker() -> int:
+    def work(arguments: int, part: int) -> None:
+        _multiply_quads_part(part, *read_arguments(arguments, 10))
+
+    return compile_worker(work)
 
 
 @kernel
-def _quantise_rows(x: int, integers: int, scales: int, first: int, end: int, count: int, depth: int) -> None:
+def _quantise_for_pairs(
+    first: int, end: int, count: int, x: int, integers: int, scales: int, offsets: int, depth: int
+) -> None:
     """Round the rows [first, end) of x [count, depth] to int16; scales are [blocks of the depth, count]."""
     for row in range(first, end):
         for start in range(0, depth, BLOCK_DEPTH):
@@ -160,9 +263,60 @@ def _quantise_rows(x: int, integers: int, scales: int, first: int, end: int, cou
             store_scalar(FLOAT32, scales + 4 * (start // BLOCK_DEPTH * count + row), scale)
 
 
+@kernel
+def _quantise_for_quads(
+    first: int, end: int, count: int, x: int, integers: int, scales: int, offsets: int, depth: int
+) -> None:
+    """Round the rows [first, end) of x [count, depth] to int8; see `quad_tile` for scales and offsets."""
+    zeros = broadcast(np.float32(0.0))
+    for row in range(first, end):
+        for block in range(depth // QUAD_BLOCK):
+            place = row * depth + block * QUAD_BLOCK
+            highest, wrong = _largest(x + 4 * place, QUAD_BLOCK)
+            inverse = broadcast(np.float32(127) / highest if highest > 0 else np.float32(0.0))
+            total = zeros
+            for i in range(0, QUAD_BLOCK, 8):
+                values = mul(load(FLOAT32, x + 4 * (place + i)), inverse)
+                total = add(total, store_int8(integers + place + i, values))
+            at = 4 * (block * count + row)
+            store_scalar(FLOAT32, scales + at, highest / np.float32(127) + wrong)
+            store_int32(offsets + at, -128 * np.int64(lane_sum(total)))
+
+
+@kernel
+def _multiply_quads_part(
+    part: int, x: int, x_scales: int, x_offsets: int, weight: int, scales: int, out: int,
+    count: int, depth: int, panels: int, parts: int,
+) -> None:  # fmt: skip
+    """Multiply x, int8 [count, depth], with one of `parts` shares of the panels."""
+    width = panels * PANEL
+    for row in range(0, count, BLOCK_ROWS):
+        rows = min(BLOCK_ROWS, count - row)
+        tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
+        for panel in range(panels * part // parts, panels * (part + 1) // parts):
+            b, b_scales = weight + panel * PANEL * depth, scales + 4 * PANEL * panel
+            for tile in range(tiles):
+                start = row + rows * tile // tiles
+                _multiply_quads_tile(
+                    row + rows * (tile + 1) // tiles - start,
+                    x + start * depth, depth, x_scales + 4 * start, x_offsets + 4 * start, count,
+                    b, b_scales, depth, out + 4 * (start * width + panel * PANEL), width,
+                )  # fmt: skip
+
+
 @inlined
 def _quantise_block(x: int, integers: int, size: int) -> Any:
     """Round `size` values to integers up to `LARGEST`; returns their scale, NaN if not all are finite."""
+    highest, wrong = _largest(x, size)
+    inverse = broadcast(np.float32(LARGEST) / highest if highest > 0 else np.float32(0.0))
+    for i in range(0, size, 8):
+        store_int16(integers + 2 * i, mul(load(FLOAT32, x + 4 * i), inverse))
+    return highest / np.float32(LARGEST) + wrong
+
+
+@inlined
+def _largest(x: int, size: int) -> tuple[Any, Any]:
+    """The largest of `size` absolute values, 0 if next to nothing; and 0, or NaN if not all are finite."""
     zeros = broadcast(np.float32(0.0))
     largest, wrong = zeros, zeros
     for i in range(0, size, 8):
@@ -170,14 +324,7 @@ def _quantise_block(x: int, integers: int, size: int) -> Any:
         largest = maximum(absolute(values), largest)
         wrong = fma(values, zeros, wrong)
     highest = lane_max(largest)
-    if highest < SMALLEST:
-        highest = np.float32(0.0)
-        inverse = broadcast(np.float32(0.0))
-    else:
-        inverse = broadcast(np.float32(LARGEST) / highest)
-    for i in range(0, size, 8):
-        store_int16(integers + 2 * i, mul(load(FLOAT32, x + 4 * i), inverse))
-    return highest / np.float32(LARGEST) + lane_sum(wrong)
+    return (highest if highest >= SMALLEST else np.float32(0.0)), lane_sum(wrong)
 
 
 @inlined
@@ -243,3 +390,22 @@ def _tiles(
             panel_tile(kind, 2, fresh, at, depth, scale, b, b_scales, size, to, width, AHEAD)
         else:
             panel_tile(kind, 1, fresh, at, depth, scale, b, b_scales, size, to, width, AHEAD)
+
+
+@inlined
+def _multiply_quads_tile(
+    height: int, a: int, a_stride: int, a_scales: int, a_offsets: int, scale_stride: int,
+    b: int, b_scales: int, depth: int, c: int, width: int,
+) -> None:  # fmt: skip
+    if height == 6:
+        quad_tile(6, a, a_stride, a_scales, a_offsets, scale_stride, b, b_scales, depth, c, width, AHEAD)
+    elif height == 5:
+        quad_tile(5, a, a_stride, a_scales, a_offsets, scale_stride, b, b_scales, depth, c, width, AHEAD)
+    elif height == 4:
+        quad_tile(4, a, a_stride, a_scales, a_offsets, scale_stride, b, b_scales, depth, c, width, AHEAD)
+    elif height == 3:
+        quad_tile(3, a, a_stride, a_scales, a_offsets, scale_stride, b, b_scales, depth, c, width, AHEAD)
+    elif height == 2:
+        quad_tile(2, a, a_stride, a_scales, a_offsets, scale_stride, b, b_scales, depth, c, width, AHEAD)
+    else:
+        quad_tile(1, a, a_stride, a_scales, a_offsets, scale_stride, b, b_scales, depth, c, width, AHEAD)

@@ -51,7 +51,15 @@ from curkv.kernels.simd import (
     weigh_rows,
     weigh_rows_int8,
 )
-from curkv.kernels.workers import bits_of_float, compile_worker, float_of_bits, launch_packed, read_arguments
+from curkv.kernels.workers import (
+    bits_of_float,
+    compile_worker,
+    counters,
+    empty,
+    float_of_bits,
+    launch,
+    read_arguments,
+)
 
 SPLIT_TOKENS = 512  # 127 times as many int16 are less than an int32 holds
 _LARGEST_INT16 = np.float32(32767)
@@ -82,79 +90,42 @@ def paged_decode_attention(
         row_address(table, torch.int32), table.stride(0), table.stride(1),
         row_address(lengths, torch.int32), lengths.stride(0), address(slots, torch.int32),
     )  # fmt: skip
-    out = torch.empty((batch, query_heads, dim))
-    _run(
-        _worker(dtype), numba.get_num_threads(),
+    group = query_heads // heads
+    width = max(1, SPLIT_TOKENS // page_size) * page_size
+    items = batch * heads * -(-table.shape[2] * page_size // width)
+    workers = min(numba.get_num_threads(), items)
+    if accumulate:
+        items = _count_items(*where[3:], batch, heads, width)
+    out = empty(batch, query_heads, dim)
+    finished = counters(batch * heads + 1)
+    partial = empty(items, group, dim + 2)
+    scores = empty(items if accumulate else workers, group, width)
+    scratch_bytes = group * (6 * dim + 2 * width + 4) if dtype == torch.int8 else 0
+    scratch = empty(workers, scratch_bytes, dtype=torch.int8) if scratch_bytes else partial
+    launch(
+        _worker(dtype), workers,
         row_address(q, torch.float32), q.stride(0), address(pages.k, dtype), address(pages.v, dtype),
         scales_address(pages.k_scale), scales_address(pages.v_scale), *where,
-        out.data_ptr(), batch, heads, query_heads // heads, dim, page_size,
-        bits_of_float(scale * math.log2(math.e)),
-        address(pages.attention, torch.float32) if accumulate else 0,
+        out.data_ptr(), batch, heads, group, dim, page_size, width, bits_of_float(scale * math.log2(math.e)),
+        finished.data_ptr(), partial.data_ptr(), scores.data_ptr(), scratch.data_ptr(), scratch_bytes,
+        accumulate,
     )  # fmt: skip
+    if accumulate:
+        _add_attention(
+            address(pages.attention, torch.float32), *where, batch, heads, group, dim, page_size, width,
+            scale * math.log2(math.e), partial.data_ptr(), scores.data_ptr(),
+        )  # fmt: skip
     return out
 
 
 @kernel
-def _run(
-    worker: int,
-    threads: int,
-    q: int,
-    q_stride: int,
-    k: int,
-    v: int,
-    k_scale: int,
-    v_scale: int,
-    table: int,
-    table_stride: int,
-    head_stride: int,
-    lengths: int,
-    lengths_stride: int,
-    slots: int,
-    out: int,
-    batch: int,
-    heads: int,
-    group: int,
-    dim: int,
-    page_size: int,
-    factor_bits: int,
-    attention: int,
-) -> int:
-    """Allocate scratch memory and launch the workers; see `_work`. Compiled, for it runs in every layer.
-
-    Each token's probability is added to `attention`, the address of the pages' sums, unless that is 0.
-
-    Returns:
-        Bytes of scratch memory.
-    """
-    width = max(1, SPLIT_TOKENS // page_size) * page_size
+def _count_items(lengths: int, lengths_stride: int, slots: int, batch: int, heads: int, width: int) -> int:
+    """How many splits of `width` tokens there are."""
     items = 0
     for row in range(batch * heads):
         slot = load_int32(slots + 4 * (row // heads))
         items += _splits(load_int32(lengths + 4 * (slot * lengths_stride + row % heads)), width)
-    workers = min(threads, items)
-    keep = attention != 0
-    scratch_bytes = group * (6 * dim + 2 * width + 4) if k_scale else 0
-    counters = np.zeros(batch * heads + 1, np.int64)
-    partial = np.empty(items * group * (dim + 2), np.float32)
-    scores = np.empty((items if keep else workers) * group * width, np.float32)
-    scratch = np.empty(workers * scratch_bytes, np.int8)
-    values = (
-        q, q_stride, k, v, k_scale, v_scale, table, table_stride, head_stride, lengths, lengths_stride, slots,
-        out, batch, heads, group, dim, page_size, width, factor_bits,
-        np.int64(counters.ctypes.data), np.int64(partial.ctypes.data), np.int64(scores.ctypes.data),
-        np.int64(scratch.ctypes.data), scratch_bytes, np.int64(keep),
-    )  # fmt: skip
-    arguments = np.empty(len(values), np.int64)
-    for i in range(len(values)):
-        arguments[i] = values[i]
-    launch_packed(worker, arguments.ctypes.data, workers)
-    if keep:
-        _add_attention(
-            attention, table, table_stride, head_stride, lengths, lengths_stride, slots, batch, heads, group,
-            dim, page_size, width, float_of_bits(factor_bits), partial.ctypes.data, scores.ctypes.data,
-        )  # fmt: skip
-    # Addresses keep nothing alive: the arrays are used once more.
-    return counters.nbytes + partial.nbytes + scores.nbytes + scratch.nbytes + arguments.nbytes
+    return items
 
 
 @inlined
@@ -188,7 +159,7 @@ def _work(kind: Any, arguments: int, worker: int) -> None:
         batch, heads, group, dim, page_size: Numbers: B, H, query heads per KV head, ...
         width: Number of tokens per split.
         factor: scale * log2(e), as bits.
-        counters: int64 [B * H + 1], splits finished of each (sequence, head); at the end: splits taken.
+        finished: int64 [B * H + 1], splits finished of each (sequence, head); at the end: splits taken.
         partial: float32 [splits, group, dim + 2], weighted values of each split, its largest score, and the
             sum of its exponentials relative to that.
         scores: float32 [splits or workers, group, width].
@@ -198,14 +169,14 @@ def _work(kind: Any, arguments: int, worker: int) -> None:
     """
     (
         q, q_stride, k, v, k_scale, v_scale, table, table_stride, head_stride, lengths, lengths_stride, slots,
-        out, batch, heads, group, dim, page_size, width, factor_bits, counters, partial, scores, scratch,
+        out, batch, heads, group, dim, page_size, width, factor_bits, finished, partial, scores, scratch,
         scratch_bytes, keep,
     ) = read_arguments(arguments, 26)  # fmt: skip
     factor = float_of_bits(factor_bits)
     rows = batch * heads
     row, first_item, splits, slot, length = -1, 0, 0, 0, 0
     while True:
-        item = fetch_add(counters + 8 * rows, 1)
+        item = fetch_add(finished + 8 * rows, 1)
         while item >= first_item + splits and row < rows:
             row += 1
             if row < rows:
@@ -230,7 +201,7 @@ def _work(kind: Any, arguments: int, worker: int) -> None:
             _attend_split(
                 kind, group, dim, query, k, v, pages, page_size, count, width, factor, exponentials, mine
             )
-        if fetch_add(counters + 8 * row, 1) == splits - 1:
+        if fetch_add(finished + 8 * row, 1) == splits - 1:
             stride = 4 * group * (dim + 2)
             _merge(out + 4 * row * group * dim, group, dim, factor, splits, partial + first_item * stride)
 

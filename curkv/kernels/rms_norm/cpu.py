@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, overload
 
 import numpy as np
-from numba import njit, prange
+import torch
+from numba import njit
 from numpy.typing import NDArray
-from torch import Tensor, from_numpy
+from torch import Tensor
 
-PARALLEL_SIZE = 1 << 16
-"""Elements from which several threads pay for their start (about 10 us)."""
+from curkv.kernels.simd import address, floats, kernel, row_address
+from curkv.kernels.workers import bits_of_float, compile_worker, empty, float_of_bits, launch, read_arguments
+
+PART_SIZE = 1 << 15
+"""Elements that a thread takes; fewer are not worth a second thread."""
 
 
 @overload
@@ -20,18 +25,52 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[T
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """See `reference.rms_norm`; float32, contiguous."""
-    rows, scales, epsilon = x.numpy(), weight.numpy(), np.float32(eps)
-    out = np.empty_like(rows)
-    parallel = rows.size >= PARALLEL_SIZE
-    if residual is None:
-        (_norm_parallel if parallel else _norm_serial)(rows, scales, epsilon, out)
-        return from_numpy(out)
-    total = np.empty_like(rows)
-    (_add_norm_parallel if parallel else _add_norm_serial)(
-        rows, residual.numpy(), scales, epsilon, total, out
-    )
-    return from_numpy(out), from_numpy(total)
+    """See `reference.rms_norm`; float32, the last dimension contiguous, a residual wholly."""
+    tokens, *heads, width = x.shape
+    rows = tokens * (heads[0] if heads else 1)
+    out = empty(*x.shape)
+    total = out if residual is None else empty(*x.shape)
+    rows_at_once = max(1, PART_SIZE // width)
+    launch(
+        _worker(), -(-rows // rows_at_once), rows, rows_at_once, row_address(x, torch.float32),
+        heads[0] if heads else 1, x.stride(0), x.stride(-2), width,
+        0 if residual is None else address(residual, torch.float32), address(weight, torch.float32),
+        bits_of_float(eps), total.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    return out if residual is None else (out, total)
+
+
+@functools.cache
+def _worker() -> int:
+    def work(arguments: int, part: int) -> None:
+        rows, rows_at_once = read_arguments(arguments, 2)
+        first = part * rows_at_once
+        _norm_rows(first, min(rows, first + rows_at_once), *read_arguments(arguments + 16, 10))
+
+    return compile_worker(work)
+
+
+@kernel
+def _norm_rows(
+    first: int, end: int, x: int, heads: int, token_stride: int, head_stride: int, width: int,
+    residual: int, weight: int, eps_bits: int, total: int, out: int,
+) -> None:  # fmt: skip
+    """Normalise the rows from `first` to `end`. Addresses; strides in floats; residual 0: there is none."""
+    eps, scales = np.float32(float_of_bits(eps_bits)), floats(weight, width)
+    for row in range(first, end):
+        values = floats(x + 4 * (row // heads * token_stride + row % heads * head_stride), width)
+        place = 4 * row * width
+        if residual:
+            sums = floats(total + place, width)
+            _add(values, floats(residual + place, width), sums)
+            values = sums
+        _norm_row(values, scales, eps, floats(out + place, width))
+
+
+@njit(nogil=True, cache=True)
+def _add(x: NDArray[Any], residual: NDArray[Any], total: NDArray[Any]) -> None:
+    for i in range(x.shape[0]):
+        total[i] = x[i] + residual[i]
 
 
 # The sum may be reordered, so that it vectorises; NaN and infinity keep their meaning.
@@ -48,55 +87,3 @@ def _norm_row(x: NDArray[Any], weight: NDArray[Any], eps: np.float32, out: NDArr
     scale = _inverse_rms(x, eps)
     for i in range(x.shape[0]):
         out[i] = x[i] * scale * weight[i]
-
-
-@njit(nogil=True, cache=True)
-def _add_norm_row(
-    x: NDArray[Any],
-    residual: NDArray[Any],
-    weight: NDArray[Any],
-    eps: np.float32,
-    total: NDArray[Any],
-    out: NDArray[Any],
-) -> None:
-    for i in range(x.shape[0]):
-        total[i] = x[i] + residual[i]
-    _norm_row(total, weight, eps, out)
-
-
-@njit(nogil=True, cache=True)
-def _norm_serial(x: NDArray[Any], weight: NDArray[Any], eps: np.float32, out: NDArray[Any]) -> None:
-    for row in range(x.shape[0]):
-        _norm_row(x[row], weight, eps, out[row])
-
-
-@njit(nogil=True, cache=True, parallel=True)
-def _norm_parallel(x: NDArray[Any], weight: NDArray[Any], eps: np.float32, out: NDArray[Any]) -> None:
-    for row in prange(x.shape[0]):
-        _norm_row(x[row], weight, eps, out[row])
-
-
-@njit(nogil=True, cache=True)
-def _add_norm_serial(
-    x: NDArray[Any],
-    residual: NDArray[Any],
-    weight: NDArray[Any],
-    eps: np.float32,
-    total: NDArray[Any],
-    out: NDArray[Any],
-) -> None:
-    for row in range(x.shape[0]):
-        _add_norm_row(x[row], residual[row], weight, eps, total[row], out[row])
-
-
-@njit(nogil=True, cache=True, parallel=True)
-def _add_norm_parallel(
-    x: NDArray[Any],
-    residual: NDArray[Any],
-    weight: NDArray[Any],
-    eps: np.float32,
-    total: NDArray[Any],
-    out: NDArray[Any],
-) -> None:
-    for row in prange(x.shape[0]):
-        _add_norm_row(x[row], residual[row], weight, eps, total[row], out[row])

@@ -17,13 +17,13 @@ def rms_norm(
     """Normalises rows: x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, https://arxiv.org/abs/1910.07467).
 
     Args:
-        x: [T, d].
+        x: [T, d], or [T, heads, d] without a residual.
         weight: [d].
         eps: Added to the mean square.
         residual: [T, d], added to x first.
 
     Returns:
-        [T, d]; with a residual, that and the sum x + residual, [T, d].
+        The shape of x; with a residual, that and the sum x + residual, [T, d].
     """
     total = x if residual is None else x + residual
     exact = total.float()

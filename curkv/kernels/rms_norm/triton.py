@@ -20,7 +20,9 @@ def rms_norm(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Normalise rows; see `reference.rms_norm`."""
-    rows, size = x.shape
+    size, shape = x.shape[-1], x.shape
+    x = x.reshape(-1, size)
+    rows = len(x)
     out = torch.empty(x.shape, dtype=torch.result_type(x, weight), device=x.device)
     total = x if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     if rows:
@@ -39,7 +41,7 @@ def rms_norm(
             BLOCK=block,
             num_warps=max(1, min(8, block // 512)),
         )
-    return out if residual is None else (out, total)
+    return out.view(shape) if residual is None else (out, total)
 
 
 @triton.jit

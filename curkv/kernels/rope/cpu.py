@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,7 +13,6 @@ from curkv.kernels.simd import (
     FLOAT32,
     address,
     broadcast,
-    fetch_add,
     fma,
     inlined,
     kernel,
@@ -29,7 +27,8 @@ from curkv.kernels.simd import (
 )
 from curkv.kernels.workers import compile_worker, launch, read_arguments
 
-TOKENS_AT_ONCE = 16  # that a thread takes from the shared counter; fewer tokens are not worth a second thread
+TOKENS_AT_ONCE = 16
+"""That a thread takes; fewer tokens are not worth a second thread."""
 
 
 def rope(q: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
@@ -39,25 +38,15 @@ def rope(q: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
         row_address(q, torch.float32), q.stride(0), q.stride(1), address(cos, torch.float32),
         address(sin, torch.float32), address(positions, torch.int32), heads, dim // 2,
     )  # fmt: skip
-    if tokens <= TOKENS_AT_ONCE:
-        _rotate_tokens(0, tokens, *arguments)
-        return
-    counter = torch.zeros(1, dtype=torch.int64)
-    launch(_worker(), numba.get_num_threads(), counter.data_ptr(), tokens, *arguments)
+    launch(_worker(), -(-tokens // TOKENS_AT_ONCE), tokens, *arguments)
 
 
 @functools.cache
 def _worker() -> int:
-    def work(arguments: int, worker: int) -> None:
-        (
-            counter, tokens, q, token_stride, head_stride, cos, sin, positions, heads, half,
-        ) = read_arguments(arguments, 10)  # fmt: skip
-        while True:
-            first = fetch_add(counter, TOKENS_AT_ONCE)
-            if first >= tokens:
-                break
-            end = min(tokens, first + TOKENS_AT_ONCE)
-            _rotate_tokens(first, end, q, token_stride, head_stride, cos, sin, positions, heads, half)
+    def work(arguments: int, part: int) -> None:
+        first = part * TOKENS_AT_ONCE
+        end = min(read_arguments(arguments, 1)[0], first + TOKENS_AT_ONCE)
+        _rotate_tokens(first, end, *read_arguments(arguments + 8, 8))
 
     return compile_worker(work)
 

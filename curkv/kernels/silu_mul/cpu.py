@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
-from torch import Tensor, from_numpy
+from torch import Tensor
 
-PARALLEL_SIZE = 1 << 15
-"""Results from which several threads pay for their start (about 10 us)."""
+from curkv.kernels.simd import address, floats
+from curkv.kernels.workers import compile_worker, empty, launch, read_arguments
+
+PART_SIZE = 1 << 12
+"""Results that a thread takes; fewer are not worth a second thread."""
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """See `reference.silu_mul`; float32, contiguous."""
-    source = gate_up.numpy()
-    out = np.empty((source.shape[0], source.shape[1] // 2), np.float32)
-    run = _silu_mul_parallel if out.size >= PARALLEL_SIZE else _silu_mul_serial
-    run(source, out)
-    return from_numpy(out)
+    tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
+    out = empty(tokens, size)
+    rows = max(1, PART_SIZE // max(size, 1))
+    launch(_worker(), -(-tokens // rows), tokens, rows, size, address(gate_up, torch.float32), out.data_ptr())
+    return out
+
+
+@functools.cache
+def _worker() -> int:
+    def work(arguments: int, part: int) -> None:
+        tokens, rows, size, gate_up, out = read_arguments(arguments, 5)
+        for row in range(part * rows, min(tokens, (part + 1) * rows)):
+            gate = gate_up + 8 * row * size
+            _silu_mul_row(
+                floats(gate, size), floats(gate + 4 * size, size), floats(out + 4 * row * size, size)
+            )
+
+    return compile_worker(work)
 
 
 def _type_power_of_two(typing_context: Any, exponent: Any) -> Any:
@@ -61,17 +79,3 @@ def _exp(z: np.float32) -> Any:
 def _silu_mul_row(gate: NDArray[Any], up: NDArray[Any], out: NDArray[Any]) -> None:
     for i in range(out.shape[0]):
         out[i] = gate[i] / (_ONE + _exp(-gate[i])) * up[i]
-
-
-@njit(nogil=True, cache=True)
-def _silu_mul_serial(gate_up: NDArray[Any], out: NDArray[Any]) -> None:
-    size = out.shape[1]
-    for row in range(out.shape[0]):
-        _silu_mul_row(gate_up[row, :size], gate_up[row, size:], out[row])
-
-
-@njit(nogil=True, cache=True, parallel=True)
-def _silu_mul_parallel(gate_up: NDArray[Any], out: NDArray[Any]) -> None:
-    size = out.shape[1]
-    for row in prange(out.shape[0]):
-        _silu_mul_row(gate_up[row, :size], gate_up[row, size:], out[row])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,7 +17,6 @@ from curkv.kernels.simd import (
     absolute,
     address,
     broadcast,
-    fetch_add,
     fma,
     inlined,
     kernel,
@@ -69,25 +67,17 @@ def store_kv(
         address(pages.attention, torch.float32), scales_address(pages.k_scale), scales_address(pages.v_scale),
         heads, dim, pages.k.shape[1],
     )  # fmt: skip
-    if tokens <= TOKENS_AT_ONCE:
-        _store_tokens(KINDS[dtype], 0, tokens, *arguments)
-        return
-    counter = torch.zeros(1, dtype=torch.int64)
-    launch(_worker(dtype), numba.get_num_threads(), counter.data_ptr(), tokens, *arguments)
+    launch(_worker(dtype), -(-tokens // TOKENS_AT_ONCE), tokens, *arguments)
 
 
 @functools.cache
 def _worker(dtype: torch.dtype) -> int:
     kind = KINDS[dtype]
 
-    def work(arguments: int, worker: int) -> None:
-        counter, tokens = read_arguments(arguments, 2)
-        while True:
-            first = fetch_add(counter, TOKENS_AT_ONCE)
-            if first >= tokens:
-                break
-            end = min(tokens, first + TOKENS_AT_ONCE)
-            _store_tokens(kind, first, end, *read_arguments(arguments + 16, 27))
+    def work(arguments: int, part: int) -> None:
+        first = part * TOKENS_AT_ONCE
+        end = min(read_arguments(arguments, 1)[0], first + TOKENS_AT_ONCE)
+        _store_tokens(kind, first, end, *read_arguments(arguments + 8, 27))
 
     return compile_worker(work)
 

@@ -1,0 +1,96 @@
+"""Recorded decode steps give bit for bit what the kernels give one by one."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+from curkv.cache.batch import Batch
+from curkv.cache.kv_cache import KVCache
+from curkv.cache.layout import CacheLayout
+from curkv.cache.parsing import parse_options
+from curkv.engine.recorded_decodes import RecordedDecodes
+from curkv.kernels.dispatch import get_kernels
+from curkv.models.llama import Llama, rope_tables
+from curkv.models.loading import Checkpoint, load_config
+
+from .conftest import Loaded, request, tokens
+
+SHAPE = {
+    "vocab_size": 131,
+    "hidden_size": 52,
+    "intermediate_size": 84,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "head_dim": 16,
+}
+FAMILIES = {
+    "llama": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
+    "qwen2": Qwen2Config(**SHAPE),
+    "qwen3": Qwen3Config(**SHAPE, attention_bias=True),
+}
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["float32", "int8"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_can_be_recorded(
+    family: str, int8: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(FAMILIES[family]).save_pretrained(tmp_path)
+    config, kernels = load_config(tmp_path), get_kernels("cpu")
+    model = Llama(config, Checkpoint(tmp_path, config), kernels, int8)
+    layout = CacheLayout(config.num_layers, config.num_kv_heads, config.head_dim, 16, torch.float16, 4, 128)
+    caches = [KVCache(layout, 64, kernels, rope_tables(config, 128)) for _ in range(2)]
+    slots = [[kv.add_sequence() for _ in range(3)] for kv in caches]
+    decodes = RecordedDecodes(model, caches[0])
+    for step in range(40):
+        count = 3 if step % 4 else 2
+        for kv, rows in zip(caches, slots, strict=True):
+            kv.extend(rows[:count], [1] * count)
+        ids = torch.randint(config.vocab_size, (count, 1)).tolist()
+        batch = Batch.build(slots[0][:count], ids, [step] * count)
+        expected = model.forward(Batch.build(slots[1][:count], ids, [step] * count), caches[1])
+        assert torch.equal(decodes.forward(batch), expected)
+    assert not caplog.records
+
+
+def test_an_engine_that_records_gives_the_same_tokens(loaded: Loaded) -> None:
+    """Sequences of different lengths come and go, evict, and share steps with prompts."""
+    choices = [{"policy": "full"}, {"policy": "curdkv", "budget": "50%"}, {"policy": "snapkv", "budget": 200}]
+
+    def produced(recorded: bool) -> dict[str, list[int]]:
+        engine = loaded.engine(recorded=recorded)
+        result: dict[str, list[int]] = {}
+        waiting = [
+            request(loaded.text_ids[100 * i :][: 90 + 211 * i], 6 + 5 * i, id=str(i), kv=parse_options(kv))
+            for i, kv in enumerate(choices)
+        ]
+        while waiting or engine.has_work:
+            if waiting:
+                item = waiting.pop()
+                engine.add(item, engine.plan(item))
+            for output in engine.step():
+                result.setdefault(output.request_id, []).extend(tokens([output]))
+        return result
+
+    assert produced(True) == produced(False)
+
+
+def test_what_cannot_be_recorded_is_run_kernel_by_kernel(caplog: pytest.LogCaptureFixture) -> None:
+    layout = CacheLayout(1, 1, 8, 16, torch.float32, 4, 64)
+    kv = KVCache(layout, 8, get_kernels("cpu"), (torch.ones(64, 4), torch.zeros(64, 4)))
+    computed = SimpleNamespace(forward=lambda batch, _: batch.token_ids[:, None].float() + 1)
+    decodes = RecordedDecodes(computed, kv)  # type: ignore[arg-type]
+    with caplog.at_level(logging.WARNING):
+        for token in (5, 7):
+            batch = Batch.build([0], [[token]], [0])
+            assert decodes.forward(batch).tolist() == [[token + 1]]
+    assert len(caplog.records) == 1
