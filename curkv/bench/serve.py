@@ -61,6 +61,10 @@ WORKLOADS = {
 }
 
 
+_WARM_UP_SEED = 1 << 32
+"""No run has that many repeats, so that no prompt of a measurement has been seen."""
+
+
 def parse_workload(text: str) -> Workload:
     """Reads a name from `WORKLOADS`, or requests x prompt + new tokens like `8x2000+64`.
 
@@ -206,7 +210,7 @@ def run(
 
 def warm_up(served: Served, tokenizer: Tokenizer) -> None:
     """Has a server do what it does at its first request only."""
-    measure(served, "", Workload(1, 128, 16), tokenizer, seed=0)
+    measure(served, "", Workload(1, 128, 16), tokenizer, seed=_WARM_UP_SEED)
 
 
 def measure(
@@ -255,7 +259,10 @@ async def _send(
     }
     if kv:
         body["kv"] = dict(kv)
-    async with httpx.AsyncClient(base_url=served.url, headers=_authorization(), timeout=None) as client:
+    limits = httpx.Limits(max_keepalive_connections=0)  # llama.cpp closes a connection after a stream
+    async with httpx.AsyncClient(
+        base_url=served.url, headers=_authorization(), timeout=None, limits=limits
+    ) as client:
         requests = [_stream(client, body | {"prompt": prompt}) for prompt in prompts]
         if workload.document_tokens:
             return [await request for request in requests]
