@@ -184,26 +184,35 @@ def bench_kernels() -> None:
 def bench_serve(
     model: Annotated[str, _setting("model")] = Settings.model_fields["model"].default,
     url: Annotated[str | None, typer.Option(help="A running server; without it one is started.")] = None,
-    users: Annotated[list[int] | None, typer.Option(help="Concurrent requests; repeatable. [1, 8]")] = None,
-    prompt_tokens: Annotated[
-        list[int] | None, typer.Option(help="Prompt lengths; repeatable. [128, 2000, 4000]")
+    workload: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="one-stream: a request of 128 tokens, 128 new ones; long: eight requests of 2,000 tokens at "
+            "once, 64 new ones each; longer: of 4,000; document: 8 questions in turn about 3,500 tokens; or "
+            "a load like 4x1000+32. Repeatable. [all four]",
+            show_default=False,
+        ),
     ] = None,
-    new_tokens: Annotated[int, typer.Option(help="Tokens generated per request.")] = 64,
     policy: Annotated[str, typer.Option(help="Eviction policy compared with the full cache.")] = "curdkv",
     budget: Annotated[str, typer.Option(help="Its budget.")] = "25%",
-    repeats: Annotated[int, typer.Option(help="Runs of each; the median is reported.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each; medians are reported.")] = 3,
     baseline: Annotated[bool, typer.Option(help="Measure transformers too.")] = True,
+    plot: Annotated[Path | None, typer.Option(help="Image to draw the figures into.")] = None,
 ) -> None:
-    """Measure TTFT, inter-token latency and throughput: full cache, a policy, and transformers."""
+    """Measure TTFT, inter-token latency and throughput: full cache, a policy, and transformers.
+
+    With --url, of any OpenAI-compatible server that takes prompts as token ids. Ratios are to the full cache.
+    """
     from curkv.bench import serve as bench
 
-    workloads = [
-        bench.Workload(concurrency, length, new_tokens)
-        for length in prompt_tokens or (128, 2000, 4000)
-        for concurrency in users or (1, 8)
-    ]
+    try:
+        workloads = [bench.parse_workload(text) for text in workload or bench.WORKLOADS]
+    except ValueError as error:
+        raise _fail(str(error), 2) from error
     results = bench.run(model, url, workloads, policy, budget, repeats, baseline)
-    typer.echo(bench.table(results))
+    typer.echo(bench.table(results, references=["full"]))
+    if plot is not None:
+        bench.plot(results, plot)
 
 
 if __name__ == "__main__":

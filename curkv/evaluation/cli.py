@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, cast, get_args
 
 import typer
 
@@ -35,6 +35,7 @@ def run(
     model: Annotated[str, typer.Option(help="As for `serve`; its tokenizer counts if --url is given.")] = (
         DEFAULT_MODEL
     ),
+    weights: Annotated[str, typer.Option(help="As for `serve`.")] = "auto",
     kv_dtype: Annotated[str, typer.Option(help="As for `serve`.")] = "auto",
     kernels: Annotated[str, typer.Option(help="As for `serve`.")] = "auto",
     url: Annotated[
@@ -47,7 +48,7 @@ def run(
 
     The full cache is always measured. Every result is a line in OUTPUT, and a run that was stopped goes on.
     """
-    from curkv.engine.build import EngineOptions
+    from curkv.engine.build import EngineOptions, KVDtype, Weights
     from curkv.evaluation.run import Plan, run_local, run_remote
     from curkv.evaluation.tasks import task_names
     from curkv.evaluation.variants import cross
@@ -62,7 +63,12 @@ def run(
             variants=cross(policy or [], budget or ["50%", "25%"]),
         )
         if url is None:
-            options = EngineOptions(model, kv_dtype=cast(Any, kv_dtype), kernels=cast(Any, kernels))
+            options = EngineOptions(
+                model,
+                weights=_one_of("--weights", weights, Weights),
+                kv_dtype=_one_of("--kv-dtype", kv_dtype, KVDtype),
+                kernels=cast(Any, kernels),
+            )
             run_local(plan, options, output, workers)
         else:
             run_remote(plan, _remote(url, model, served_model_name), output, workers)
@@ -104,6 +110,13 @@ def _protocols(names: list[str] | None, remote: bool) -> Any:
     if remote and "hidden" in (names or []):
         raise ValueError("--protocol hidden cannot be measured with --url")
     return names or (["visible"] if remote else ["visible", "hidden"])
+
+
+def _one_of(option: str, value: str, choices: Any) -> Any:
+    """Checks a value against a Literal, which is known only once the engine is imported."""
+    if value not in get_args(choices):
+        raise ValueError(f"unknown {option} {value}: {', '.join(get_args(choices))}")
+    return value
 
 
 def _remote(url: str, model: str, served_model_name: str | None) -> Any:

@@ -44,10 +44,11 @@ def write_plots(records: Sequence[Record], directory: Path) -> list[Path]:
 
 def _quality(records: Sequence[Record], measures: Sequence[Measure], path: Path) -> Path:
     """A panel per measure: its mean over the share kept, a line per policy, the full cache dashed."""
+    sources = {record.source for record in records}
     figure, axes = _figure(1, len(measures), 6, 4.5)
     for measure, axis in zip(measures, axes[0], strict=True):
-        for policy, found in group(records, lambda record: record.policy).items():
-            _line(axis, policy, found, measure)
+        for (policy, source), found in group(records, lambda r: (r.policy, r.source)).items():
+            _line(axis, policy, policy if len(sources) == 1 else f"{policy} ({source})", found, measure)
         axis.set(xlabel="share of the prompt kept", ylabel=measure.name, xscale="log")
         shares = sorted({round(record.kept_ratio, 3) for record in records if record.budget})
         axis.set_xticks(shares, [f"{share:.4g}" for share in shares])
@@ -57,7 +58,7 @@ def _quality(records: Sequence[Record], measures: Sequence[Measure], path: Path)
     return _save(figure, path)
 
 
-def _line(axis: Axes, policy: str, records: Sequence[Record], measure: Measure) -> None:
+def _line(axis: Axes, policy: str, label: str, records: Sequence[Record], measure: Measure) -> None:
     by_budget = group(records, lambda record: record.budget).values()
     points = []
     for found in by_budget:
@@ -67,14 +68,14 @@ def _line(axis: Axes, policy: str, records: Sequence[Record], measure: Measure) 
     points.sort(key=lambda point: point[0])
     if policy == "full":
         for _, result in points:
-            axis.axhline(result.mean, color="black", linestyle="--", linewidth=1, label=policy)
+            axis.axhline(result.mean, color="black", linestyle="--", linewidth=1, label=label)
         return
     means = [result.mean for _, result in points]
     errors = [
         [result.mean - result.low for _, result in points],
         [result.high - result.mean for _, result in points],
     ]
-    axis.errorbar([kept for kept, _ in points], means, errors, marker="o", capsize=2, label=policy)
+    axis.errorbar([kept for kept, _ in points], means, errors, marker="o", capsize=2, label=label)
 
 
 def _heat_maps(records: Sequence[Record], path: Path) -> Path:

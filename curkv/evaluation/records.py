@@ -18,7 +18,7 @@ class Record:
     """What one variant made of one sample.
 
     Attributes:
-        source: Model and KV dtype, or the server that was asked.
+        source: Model, its weights' type and the KV dtype, or the server that was asked.
         task: Name of the task.
         corpus: Text that tasks over real text are made from.
         length: Tokens asked for.

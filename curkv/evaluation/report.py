@@ -89,8 +89,32 @@ def markdown(records: Sequence[Record], plots: Sequence[Path] = ()) -> str:
         parts += _tables("Tasks with one repeated sentence", repeating, [SCORE, ANSWER_NLL])
         continuations = [record for record in found if record.kl is not None]
         parts += _tables("Continuation of real text", continuations, [KL, TOP1, TEXT_NLL])
+    parts += _sources(records)
     parts += [f"![{plot.stem}]({plot.name})" for plot in plots]
     return "\n\n".join(parts) + "\n"
+
+
+def _sources(records: Sequence[Record]) -> list[str]:
+    """Tables of several sources beside each other, over the samples that all of them have."""
+    sources = list(dict.fromkeys(record.source for record in records))
+    if len(sources) == 1:
+        return []
+    counted = answered(records) + [record for record in records if record.kl is not None]
+    variants = group(counted, lambda r: (r.task, r.corpus, r.length, r.seed, r.protocol, r.policy, r.budget))
+    common = [r for found in variants.values() if len(found) == len(sources) for r in found]
+    parts = ["## Sources beside each other"]
+    for (protocol, length), found in group(common, lambda r: (r.protocol, r.length)).items():
+        measures = [KL, TOP1, TEXT_NLL] if protocol == "continuation" else [SCORE, ANSWER_NLL]
+        for measure in measures:
+            rows = []
+            for (policy, budget), cells in group(found, lambda r: (r.policy, r.budget)).items():
+                by_source = group(cells, lambda r: r.source)
+                kept = budget or "100%"
+                estimates = [_cell(by_source[source], measure) for source in sources]
+                rows.append([f"`{policy}`", kept, *estimates, str(len(by_source[sources[0]]))])
+            title = f"### {measure.name}, {protocol}, {length} tokens"
+            parts.append(f"{title}\n\n{table(['policy', 'kept', *sources, 'n'], rows)}")
+    return parts
 
 
 def _tasks(records: Sequence[Record]) -> str:

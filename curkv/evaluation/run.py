@@ -91,7 +91,7 @@ def run_local(plan: Plan, options: EngineOptions, path: Path, workers: int) -> N
         path: JSON lines; what they hold already is not measured again.
         workers: Processes.
     """
-    source = f"{options.model} {options.kv_dtype}"
+    source = f"{options.model}, weights {options.weights}, KV {options.kv_dtype}"
     jobs = plan.jobs(source, read_records(path) if path.exists() else [])
     if workers == 1:
         evaluator = Evaluator(build_engine(options), source)

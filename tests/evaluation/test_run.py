@@ -149,6 +149,15 @@ def test_report_of_a_real_run(make_engine: MakeEngine, tmp_path: Path) -> None:
     assert all(f"({name})" in report for name in images)
 
 
+def test_sources_are_compared_over_the_samples_they_share() -> None:
+    records = [replace(RECORD, source=source, nll=nll) for source, nll in (("float", 0.1), ("int8", 0.2))]
+    only_one_has_it = replace(RECORD, source="float", seed=1, nll=0.7)
+    report = markdown([*records, only_one_has_it])
+    assert "| policy | kept | float | int8 | n |" in report
+    assert "| `full` | 100% | 0.100 | 0.200 | 1 |" in report
+    assert "beside each other" not in markdown(records[:1])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -156,6 +165,8 @@ def test_report_of_a_real_run(make_engine: MakeEngine, tmp_path: Path) -> None:
         (["--policy", "nope"], "policy"),
         (["--policy", "curdkv", "--budget", "101%"], "budget"),
         (["--protocol", "nope"], "visible or hidden"),
+        (["--weights", "nope"], "auto, float32, int8"),
+        (["--kv-dtype", "nope"], "auto, float32"),
         (["--url", "http://x", "--protocol", "hidden"], "--url"),
     ],
 )

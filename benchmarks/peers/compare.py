@@ -1,0 +1,157 @@
+"""curkv beside other servers for CPUs, in one run: a table, a plot, and the ratios to the best of the others.
+
+    benchmarks/peers/openvino.sh install && benchmarks/peers/llama.sh install      # once
+    python benchmarks/peers/compare.py results.jsonl --plot peers.png
+
+Contenders take turns: each workload of each repeat starts a server of its own, so that no cache and no memory
+is left of what came before. All serve the default model on all cores. OUTPUT gets a line per measurement; a
+run that was stopped goes on, and what is there already is not measured again. The servers write to a log
+beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import psutil
+from tqdm import tqdm
+
+from curkv.bench.serve import (
+    WORKLOADS,
+    Measurement,
+    Served,
+    Workload,
+    measure,
+    medians,
+    plot,
+    running,
+    table,
+    warm_up,
+)
+from curkv.models.loading import load_tokenizer, resolve_model
+
+HERE = Path(__file__).parent
+MODEL = "smollm2-135m-instruct"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A server and how it is asked.
+
+    Attributes:
+        command: starts it; `{port}` is its port.
+        kv: eviction controls of every request.
+        workloads: what it takes part in.
+    """
+
+    command: Sequence[str]
+    kv: dict[str, str] = field(default_factory=dict)
+    workloads: Sequence[str] = tuple(WORKLOADS)
+
+
+def contenders(curkv_options: Sequence[str]) -> dict[str, Contender]:
+    """All of them; the names of curkv's begin with it."""
+    curkv = [sys.executable, "-m", "curkv.cli", "serve", "--model", MODEL, "--port", "{port}", *curkv_options]
+    openvino = [str(HERE / "openvino.sh"), "serve", "{port}"]
+    llama = [str(HERE / "llama.sh"), "serve", "{port}"]
+    loads = ("one-stream", "long", "longer")
+    snapcur = {"policy": "snapcur", "budget": "25%"}
+    compactor = {"policy": "compactor", "allocation": "adaptive", "budget": "25%"}
+    steps = ["--max-batched-tokens", "1024"]
+    return {
+        "curkv, full cache": Contender(curkv),
+        "curkv, snapcur 25%": Contender(curkv, snapcur, ("long", "longer")),
+        "curkv, compactor 25%": Contender(curkv, compactor, ("document",)),
+        "OpenVINO int8, u8 KV": Contender([*openvino, *steps], workloads=loads),
+        "OpenVINO int8, u8 KV, evicts to 512": Contender(
+            [*openvino, *steps, "--evict-to", "512"], workloads=("long", "longer")
+        ),
+        "OpenVINO int8, u8 KV, prefix cache": Contender(
+            [*openvino, "--prefix-caching"], workloads=("document",)
+        ),
+        "llama.cpp Q4_1, f16 KV": Contender(llama),
+        "llama.cpp Q4_1, q8 KV": Contender(
+            [*llama, "--cache-type-k", "q8_0", "--cache-type-v", "q8_0", "--flash-attn", "on"]
+        ),
+    }
+
+
+def main() -> None:
+    """Measures what is missing, then prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("output", type=Path, help="JSON lines")
+    parser.add_argument("--contender", action="append", help="only those with this in their name; repeatable")
+    parser.add_argument("--workload", action="append", choices=WORKLOADS, help="only this one; repeatable")
+    parser.add_argument("--repeats", type=int, default=3, help="the median is reported")
+    parser.add_argument("--curkv-options", default="--weights int8", help="of curkv serve")
+    parser.add_argument("--plot", type=Path, help="image to draw the figures into")
+    args = parser.parse_args()
+    field = {
+        name: contender
+        for name, contender in contenders(shlex.split(args.curkv_options)).items()
+        if not args.contender or any(part in name for part in args.contender)
+    }
+    done = read(args.output)
+    turns = [
+        (repeat, workload, name)
+        for repeat in range(args.repeats)
+        for workload in args.workload or WORKLOADS
+        for name, contender in field.items()
+        if workload in contender.workloads and (repeat, WORKLOADS[workload], name) not in done
+    ]
+    for repeat, workload, name in (bar := tqdm(turns, unit="measurement")):
+        bar.set_postfix_str(f"{name}, {workload}")
+        result = run(name, field[name], WORKLOADS[workload], repeat, args.output.with_suffix(".log"))
+        with args.output.open("a") as file:
+            file.write(json.dumps({"repeat": repeat, **asdict(result)}) + "\n")
+    results = medians(list(read(args.output).values()))
+    peers = {m.contender for m in results if not m.contender.startswith("curkv")}
+    order = {workload: i for i, workload in enumerate(WORKLOADS.values())}
+    results.sort(key=lambda m: (order[m.workload], list(contenders([])).index(m.contender)))
+    print(table(results, sorted(peers)))
+    for script in sorted(HERE.glob("*.sh")):
+        print(subprocess.run([script, "version"], capture_output=True, text=True).stdout.strip())
+    if args.plot:
+        plot(results, args.plot)
+
+
+def read(path: Path) -> dict[tuple[int, Workload, str], Measurement]:
+    """What is measured already, by repeat, workload and contender."""
+    results = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        record = json.loads(line)
+        repeat = record.pop("repeat")
+        m = Measurement(**record | {"workload": Workload(**record["workload"])})
+        results[repeat, m.workload, m.contender] = m
+    return results
+
+
+def run(name: str, contender: Contender, workload: Workload, repeat: int, log: Path) -> Measurement:
+    """Starts a server, measures it once and stops it."""
+    tokenizer = load_tokenizer(resolve_model(MODEL))
+    with log.open("w") as file, running(contender.command, file) as (url, process):
+        served = Served.at(url)
+        warm_up(served, tokenizer)
+        result = measure(served, name, workload, tokenizer, repeat, contender.kv)
+        return replace(result, peak_bytes=sum(peak_bytes(psutil.Process(process.pid))))
+
+
+def peak_bytes(process: psutil.Process) -> Iterator[int]:
+    """Most memory that a process and its children held so far, each."""
+    for member in [process, *process.children(recursive=True)]:
+        status = Path(f"/proc/{member.pid}/status").read_text()
+        (line,) = [line for line in status.splitlines() if line.startswith("VmHWM")]
+        yield 1024 * int(line.split()[1])
+
+
+if __name__ == "__main__":
+    main()
