@@ -19,6 +19,8 @@ from curkv.models.pruning.source import Source
 
 BATCH = 4
 """Sequences that go through a layer at once."""
+HELD_BYTES = 1 << 30
+"""Weight files up to this size are read once for writing text, larger ones for each token."""
 SCORE_DAMPING = 1e-2
 """Of the second moments by which rows are chosen, as a share of their mean."""
 
@@ -71,6 +73,8 @@ class SelfCalibrated(Method):
         if self._reused:
             return load_text(self._reused, source.config.vocab_size)
         model = Model.mapped(source.checkpoint)
+        if source.bytes <= HELD_BYTES:
+            model.layers = list(model.layers)
         return write_text(
             model, self._writing, self._seed, lambda done, total: progress("Writing text", done, total)
         )
@@ -103,7 +107,6 @@ class SelfCalibrated(Method):
     def _compensated(self, weights: LayerWeights, kept: int) -> LayerCut:
         hidden_size, rows = weights.down.shape
         seen, held_out = Moments.zeros(rows, hidden_size), Moments.zeros(rows, hidden_size)
-        inputs = []
         for index, (dense, pruned) in enumerate(zip(self._dense, self._pruned, strict=True)):
             self._dense[index] = self._forward(dense, weights)
             after = self._forward.attention(pruned, weights)
@@ -113,12 +116,12 @@ class SelfCalibrated(Method):
                 wanted = wanted - weights.down_bias
             weight = self._dense[index].square().mean(-1, keepdim=True).rsqrt()
             (seen if index < self._calibrating else held_out).add(weight * hidden, weight * wanted)
-            inputs.append((after, hidden))
+            self._pruned[index] = after
         best = self._choose(seen, held_out, weights.down, kept)
-        kept_down = best.replaced[DOWN]
-        self._pruned = [
-            after + F.linear(hidden[..., best.rows], kept_down, weights.down_bias) for after, hidden in inputs
-        ]
+        cut = best.apply(weights)  # its activations are computed again: kept for all texts, they are large
+        for index, after in enumerate(self._pruned):
+            hidden = self._forward.activations(after, cut)
+            self._pruned[index] = after + F.linear(hidden, cut.down, cut.down_bias)
         return best
 
     def _choose(self, seen: Moments, held_out: Moments, down: Tensor, kept: int) -> LayerCut:
