@@ -2,6 +2,7 @@
 
 python benchmarks/pruning.py methods WORK
 python benchmarks/pruning.py frontier WORK
+python benchmarks/pruning.py speed BASE PRUNED
 python benchmarks/pruning.py train SMALL
 python benchmarks/pruning.py methods WORK --model SMALL --corpus mansfield-park --corpus persuasion
 
@@ -17,7 +18,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import torch
 import typer
@@ -70,6 +71,8 @@ SMALL: dict[str, Any] = {
 }
 ROUNDS, STEPS = 5, 8
 """Of the timing of decode steps."""
+
+Key = TypeVar("Key")
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False)
 
@@ -271,7 +274,7 @@ def frontier(
             ]
     engines = {key: build_engine(engine_options) for key, engine_options in options.items()}
     speeds = _speeds(
-        {key: (engines[key[:2]], _kept_tokens(found)) for key, found in records.items()}, sequences
+        {key: (engines[key[:2]], _kept_tokens(found)) for key, found in records.items()}, sequences, ROUNDS
     )
     points = [_point(*key, found, engines[key[:2]], speeds[key], sequences) for key, found in records.items()]
     print(_frontier_table(points))
@@ -307,15 +310,12 @@ def _point(
     )
 
 
-Key = tuple[Weights, float, Variant]
-
-
-def _speeds(cases: dict[Key, tuple[Engine, int]], sequences: int) -> dict[Key, float]:
+def _speeds(cases: dict[Key, tuple[Engine, int]], sequences: int, rounds: int) -> dict[Key, float]:
     """Tokens per second of each case; rounds alternate, so that other load on the machine falls on all."""
-    rounds = [
-        {key: _decode_seconds(*case, sequences) for key, case in cases.items()} for _ in range(ROUNDS + 1)
+    seconds = [
+        {key: _decode_seconds(*case, sequences) for key, case in cases.items()} for _ in range(rounds + 1)
     ][1:]
-    return {key: sequences / statistics.median(times[key] for times in rounds) for key in cases}
+    return {key: sequences / statistics.median(times[key] for times in seconds) for key in cases}
 
 
 def _decode_seconds(engine: Engine, tokens: int, sequences: int) -> float:
@@ -380,6 +380,46 @@ def _plot(points: Sequence[Point], path: Path) -> None:
     speed.set(xlabel="tokens per second", yscale="log")
     speed.legend(fontsize="small")
     figure.savefig(path, dpi=130)
+
+
+@app.command()
+def speed(
+    base: str,
+    pruned: str,
+    sequences: Annotated[list[int] | None, typer.Option(help="Repeatable. [1, 8]")] = None,
+    tokens: Annotated[int, typer.Option(help="Cached tokens of each.")] = 500,
+    rounds: int = 15,
+) -> None:
+    """Time decode steps of a model and of what pruning left of it, with float32 and int8 weights."""
+    kinds: list[Weights] = ["float32", "int8"]
+    engines = {
+        (kind, model): build_engine(EngineOptions(model, weights=kind, kv_cache_bytes=512 * MIB))
+        for kind in kinds
+        for model in (base, pruned)
+    }
+    rows = []
+    for count in sequences or [1, 8]:
+        speeds = _speeds({key: (engine, tokens) for key, engine in engines.items()}, count, rounds)
+        for kind in kinds:
+            before, after = speeds[kind, base], speeds[kind, pruned]
+            bound = _bytes_read(engines[kind, base]) / _bytes_read(engines[kind, pruned])
+            rows.append(
+                [
+                    kind,
+                    str(count),
+                    f"{before:.1f}",
+                    f"{after:.1f}",
+                    f"{after / before:.2f}",
+                    f"{bound:.2f}",
+                ]
+            )
+    print(table(["weights", "sequences", "base, tokens/s", "pruned, tokens/s", "gain", "bound"], rows))
+
+
+def _bytes_read(engine: Engine) -> int:
+    """Weights that a decode step reads; of the embedding it reads a row."""
+    kinds = engine.model.weights_bytes
+    return sum(kinds.values()) - kinds["embedding"]
 
 
 @app.command()
