@@ -61,7 +61,7 @@ def write_text(
     if writing.diverse:
         ids[:, 1] = torch.randint(model.config.vocab_size, (sequences,), generator=generator)
         begun = 2
-    groups = ids.split(texts_at_once(model.config, tokens, CACHE_BYTES))
+    groups = torch.split(ids, texts_at_once(model.config, tokens, CACHE_BYTES))
     for number, group in enumerate(groups):
         cache = DenseCache(model.config, len(group), tokens, model.embedding.dtype)
         new = group[:, :begun]

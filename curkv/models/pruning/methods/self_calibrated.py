@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from curkv.models.loading import LayerWeights
+from curkv.models.pruning.distil import distil, trained_tensors
 from curkv.models.pruning.forward import LayerForward, Model
 from curkv.models.pruning.methods.base import DOWN, LayerCut, Method, Progress, best_rows
 from curkv.models.pruning.second_order import refit, surgeon
@@ -49,11 +50,15 @@ class SelfCalibrated(Method):
         compensate: bool = True,
         text: Path | None = None,
         writing: Writing = Writing(),  # noqa: B008
+        distil_steps: int = 0,
     ):
         self._seed = seed
         self._compensate = compensate
         self._reused = text
         self._writing = writing
+        self._distil_steps = distil_steps
+        self._distilled: list[LayerCut] = []
+        self._losses: list[float] = []
         self._dampings: list[float] = []
         self._errors: list[float] = []
 
@@ -68,6 +73,8 @@ class SelfCalibrated(Method):
         self._calibrating = len(seen)
         self._dense = [embedding[batch] for batch in (*seen, *unseen)]
         self._pruned = list(self._dense)
+        if self._distil_steps:
+            self._distilled = self._distil(source, kept, progress)
 
     def _read_or_write(self, source: Source, progress: Progress) -> Tensor:
         if self._reused:
@@ -82,6 +89,8 @@ class SelfCalibrated(Method):
     @torch.inference_mode()
     def cut(self, layer: int, weights: LayerWeights, kept: int) -> LayerCut:
         """Runs the text through the layer and decides on what it sees."""
+        if self._distilled:
+            return self._distilled[layer]
         return self._compensated(weights, kept) if self._compensate else self._scored(weights, kept)
 
     def save(self, directory: Path) -> None:
@@ -93,7 +102,37 @@ class SelfCalibrated(Method):
         """Returns the text's size and what the refit of each layer cost."""
         text = {"text": str(self._reused)} if self._reused else {"writing": asdict(self._writing)}
         compensation = {"dampings": self._dampings, "output_errors": self._errors} if self._compensate else {}
-        return {**text, "compensate": self._compensate, **compensation}
+        distillation = {"distil_steps": self._distil_steps, "losses": self._losses}
+        return {
+            **text,
+            "compensate": self._compensate,
+            **compensation,
+            **(distillation if self._distil_steps else {}),
+        }
+
+    def _distil(self, source: Source, kept: int, progress: Progress) -> list[LayerCut]:
+        """Decides about all layers, trains what is left of them together and returns that."""
+        cuts, left = [], []
+        for layer in range(source.config.num_layers):
+            weights = source.checkpoint.layer(layer)
+            cuts.append(self.cut(layer, weights, kept))
+            left.append(cuts[-1].apply(weights))
+            progress("Choosing rows", layer + 1, source.config.num_layers)
+        checkpoint = source.checkpoint
+        model = Model(source.config, checkpoint.embedding, left, checkpoint.final_norm, checkpoint.head)
+        dense = [states for batch in self._dense for states in batch]
+        self._losses = distil(
+            model,
+            self._text,
+            dense,
+            self._distil_steps,
+            self._seed,
+            lambda done, total: progress("Distilling", done, total),
+        )
+        return [
+            LayerCut(cut.rows, trained_tensors(weights, source.config))
+            for cut, weights in zip(cuts, model.layers, strict=True)
+        ]
 
     def _scored(self, weights: LayerWeights, kept: int) -> LayerCut:
         energy = torch.zeros(weights.down.shape[1])
