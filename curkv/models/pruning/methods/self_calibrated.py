@@ -66,12 +66,12 @@ class SelfCalibrated(Method):
         """Writes the text, or reads that of an earlier run, and embeds it."""
         self._text = self._read_or_write(source, progress)
         self._forward = LayerForward(source.config, self._text.shape[1])
-        embedding = source.checkpoint.embedding
+        embedding = source.tensor("model.embed_tokens.weight")
         held_out = max(1, round(HELD_OUT * len(self._text)))
         parts = torch.split(self._text, [len(self._text) - held_out, held_out])
         seen, unseen = (torch.split(part, BATCH) for part in parts)
         self._calibrating = len(seen)
-        self._dense = [embedding[batch] for batch in (*seen, *unseen)]
+        self._dense = [embedding[batch].float() for batch in (*seen, *unseen)]
         self._pruned = list(self._dense)
         if self._distil_steps:
             self._distilled = self._distil(source, kept, progress)
