@@ -2,6 +2,7 @@
 
 python benchmarks/pruning.py methods WORK
 python benchmarks/pruning.py frontier WORK
+python benchmarks/pruning.py speed BASE PRUNED
 python benchmarks/pruning.py train SMALL
 python benchmarks/pruning.py methods WORK --model SMALL --corpus mansfield-park --corpus persuasion
 
@@ -17,7 +18,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar, cast
 
 import torch
 import typer
@@ -27,7 +28,7 @@ from tqdm import trange
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from curkv.cache.batch import Batch
-from curkv.engine.build import EngineOptions, build_engine
+from curkv.engine.build import EngineOptions, Weights, build_engine
 from curkv.engine.engine import Engine
 from curkv.evaluation.corpora import load_corpus
 from curkv.evaluation.perplexity import Logits, compare, dense_logits, token_windows
@@ -70,6 +71,8 @@ SMALL: dict[str, Any] = {
 }
 ROUNDS, STEPS = 5, 8
 """Of the timing of decode steps."""
+
+Key = TypeVar("Key")
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False)
 
@@ -204,6 +207,7 @@ class Point:
 
     Attributes:
         ratio: Share of the MLP rows asked to be removed.
+        weights: Their type.
         policy: With its options.
         budget: "" for the full cache.
         perplexity: Of the text that follows a prompt.
@@ -214,6 +218,7 @@ class Point:
     """
 
     ratio: float
+    weights: Weights
     policy: str
     budget: str
     perplexity: float
@@ -230,14 +235,15 @@ def frontier(
     ratio: Annotated[list[float] | None, typer.Option(help="Repeatable. [0, 0.2, 0.25, 0.3]")] = None,
     policy: Annotated[list[str] | None, typer.Option(help="As for `curkv eval`. [adacurdkv]")] = None,
     budget: Annotated[list[str] | None, typer.Option(help="Repeatable. [50%, 25%]")] = None,
+    weights: Annotated[list[str] | None, typer.Option(help="Repeatable. [float32, int8]")] = None,
     corpus: str = "mansfield-park",
     prompt_tokens: int = 1000,
     samples: Annotated[int, typer.Option(help="Of each task.")] = 4,
     sequences: Annotated[int, typer.Option(help="Whose memory and decoding is measured.")] = 8,
     plot: Annotated[Path | None, typer.Option(help="Draw the table into this file.")] = None,
 ) -> None:
-    """Measure quality, memory and speed at every pruning ratio and KV budget."""
-    base, path = Source(resolve_model(model)), work / "frontier.jsonl"
+    """Measure quality, memory and speed at every pruning ratio, type of weights and KV budget."""
+    base = Source(resolve_model(model))
     plan = Plan(
         tasks=["continuation", "qa_fact"],
         lengths=[prompt_tokens],
@@ -251,29 +257,26 @@ def frontier(
         for share in ratio or [0, 0.2, 0.25, 0.3]
     }
     options = {
-        share: EngineOptions(str(directory), kv_cache_bytes=512 * MIB)
+        (kind, share): EngineOptions(str(directory), weights=kind, kv_cache_bytes=512 * MIB)
+        for kind in cast(list[Weights], weights or ["float32", "int8"])
         for share, directory in directories.items()
     }
-    for engine_options in options.values():
+    records = {}
+    for (kind, share), engine_options in options.items():
+        path = work / f"frontier-{kind}.jsonl"
         run_local(plan, engine_options, path, workers=1)
-    records = {
-        (share, variant): [
-            record
-            for record in read_records(path)
-            if record.source.startswith(f"{directories[share]} ")
-            and (record.policy, record.budget) == (variant.policy, variant.budget)
-        ]
-        for share in directories
-        for variant in plan.variants
-    }
-    engines = {share: build_engine(engine_options) for share, engine_options in options.items()}
+        for variant in plan.variants:
+            records[kind, share, variant] = [
+                record
+                for record in read_records(path)
+                if record.source.startswith(f"{directories[share]} ")
+                and (record.policy, record.budget) == (variant.policy, variant.budget)
+            ]
+    engines = {key: build_engine(engine_options) for key, engine_options in options.items()}
     speeds = _speeds(
-        {key: (engines[key[0]], _kept_tokens(found)) for key, found in records.items()}, sequences
+        {key: (engines[key[:2]], _kept_tokens(found)) for key, found in records.items()}, sequences, ROUNDS
     )
-    points = [
-        _point(share, variant, found, engines[share], speeds[share, variant], sequences)
-        for (share, variant), found in records.items()
-    ]
+    points = [_point(*key, found, engines[key[:2]], speeds[key], sequences) for key, found in records.items()]
     print(_frontier_table(points))
     if plot:
         _plot(points, plot)
@@ -285,11 +288,18 @@ def _kept_tokens(records: Iterable[Record]) -> int:
 
 
 def _point(
-    ratio: float, variant: Variant, records: Sequence[Record], engine: Engine, speed: float, sequences: int
+    weights: Weights,
+    ratio: float,
+    variant: Variant,
+    records: Sequence[Record],
+    engine: Engine,
+    speed: float,
+    sequences: int,
 ) -> Point:
     layout = engine.kv.layout
     return Point(
         ratio,
+        weights,
         variant.policy,
         variant.budget,
         perplexity=math.exp(statistics.fmean(r.nll or 0.0 for r in records if r.kl is not None)),
@@ -300,14 +310,12 @@ def _point(
     )
 
 
-def _speeds(
-    cases: dict[tuple[float, Variant], tuple[Engine, int]], sequences: int
-) -> dict[tuple[float, Variant], float]:
+def _speeds(cases: dict[Key, tuple[Engine, int]], sequences: int, rounds: int) -> dict[Key, float]:
     """Tokens per second of each case; rounds alternate, so that other load on the machine falls on all."""
-    rounds = [
-        {key: _decode_seconds(*case, sequences) for key, case in cases.items()} for _ in range(ROUNDS + 1)
+    seconds = [
+        {key: _decode_seconds(*case, sequences) for key, case in cases.items()} for _ in range(rounds + 1)
     ][1:]
-    return {key: sequences / statistics.median(times[key] for times in rounds) for key in cases}
+    return {key: sequences / statistics.median(times[key] for times in seconds) for key in cases}
 
 
 def _decode_seconds(engine: Engine, tokens: int, sequences: int) -> float:
@@ -325,9 +333,19 @@ def _decode_seconds(engine: Engine, tokens: int, sequences: int) -> float:
 
 
 def _frontier_table(points: Iterable[Point]) -> str:
-    header = ["rows removed", "cache", "perplexity", "right answers", "weights", "caches", "tokens/s"]
+    header = [
+        "weights",
+        "rows removed",
+        "cache",
+        "perplexity",
+        "right answers",
+        "weights",
+        "caches",
+        "tokens/s",
+    ]
     rows = [
         [
+            point.weights,
             f"{point.ratio:.0%}",
             f"`{point.policy}` {point.budget}",
             f"{point.perplexity:.1f}",
@@ -346,13 +364,15 @@ def _plot(points: Sequence[Point], path: Path) -> None:
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     memory, speed = figure.subplots(1, 2)
-    for ratio, found in group(points, lambda point: point.ratio).items():
-        label = f"{ratio:.0%} of the rows removed" if ratio else "not pruned"
+    colours: dict[float, str] = {}
+    for (ratio, weights), found in group(points, lambda point: (point.ratio, point.weights)).items():
+        label = (f"{ratio:.0%} of the rows removed" if ratio else "not pruned") + f", {weights}"
+        colour = colours.setdefault(ratio, f"C{len(colours)}")
+        style: dict[str, Any] = {"color": colour, "label": label}
+        style |= {"linestyle": "--", "marker": "s"} if weights == "int8" else {"marker": "o"}
         perplexities = [point.perplexity for point in found]
-        memory.plot(
-            [(point.weights_bytes + point.kv_bytes) / MIB for point in found], perplexities, "o-", label=label
-        )
-        speed.plot([point.speed for point in found], perplexities, "o-", label=label)
+        memory.plot([(point.weights_bytes + point.kv_bytes) / MIB for point in found], perplexities, **style)
+        speed.plot([point.speed for point in found], perplexities, **style)
         for point, name in ((point, point.budget or "full cache") for point in found):
             spot = ((point.weights_bytes + point.kv_bytes) / MIB, point.perplexity)
             memory.annotate(name, spot, fontsize="x-small", xytext=(4, 4), textcoords="offset points")
@@ -360,6 +380,46 @@ def _plot(points: Sequence[Point], path: Path) -> None:
     speed.set(xlabel="tokens per second", yscale="log")
     speed.legend(fontsize="small")
     figure.savefig(path, dpi=130)
+
+
+@app.command()
+def speed(
+    base: str,
+    pruned: str,
+    sequences: Annotated[list[int] | None, typer.Option(help="Repeatable. [1, 8]")] = None,
+    tokens: Annotated[int, typer.Option(help="Cached tokens of each.")] = 500,
+    rounds: int = 15,
+) -> None:
+    """Time decode steps of a model and of what pruning left of it, with float32 and int8 weights."""
+    kinds: list[Weights] = ["float32", "int8"]
+    engines = {
+        (kind, model): build_engine(EngineOptions(model, weights=kind, kv_cache_bytes=512 * MIB))
+        for kind in kinds
+        for model in (base, pruned)
+    }
+    rows = []
+    for count in sequences or [1, 8]:
+        speeds = _speeds({key: (engine, tokens) for key, engine in engines.items()}, count, rounds)
+        for kind in kinds:
+            before, after = speeds[kind, base], speeds[kind, pruned]
+            bound = _bytes_read(engines[kind, base]) / _bytes_read(engines[kind, pruned])
+            rows.append(
+                [
+                    kind,
+                    str(count),
+                    f"{before:.1f}",
+                    f"{after:.1f}",
+                    f"{after / before:.2f}",
+                    f"{bound:.2f}",
+                ]
+            )
+    print(table(["weights", "sequences", "base, tokens/s", "pruned, tokens/s", "gain", "bound"], rows))
+
+
+def _bytes_read(engine: Engine) -> int:
+    """Weights that a decode step reads; of the embedding it reads a row."""
+    kinds = engine.model.weights_bytes
+    return sum(kinds.values()) - kinds["embedding"]
 
 
 @app.command()

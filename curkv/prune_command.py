@@ -66,15 +66,31 @@ def main(
         bool | None,
         typer.Option(help="Let the remaining weights make up for the removed rows (self-calibrated; on)."),
     ] = None,
+    distil_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Then train what is left for so many steps to predict that text as the whole model does: "
+            "better, but seconds a step, and memory for the weights in float32 four times over "
+            "(self-calibrated; none).",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier result in the output.")] = False,
 ) -> None:
-    """Remove rows from every MLP of a model and save the rest as an ordinary checkpoint."""
+    """Remove rows from every MLP of a model and save the rest as an ordinary checkpoint.
+
+    Nothing but the model is needed. The default method takes 6 to 10 minutes for 135 M parameters on two
+    cores; random and magnitude take seconds. Layers are read and written one by one: beside the weights,
+    memory is needed for one layer in float32 and, by the default method, for its activations and for up to
+    4 GiB of keys and values while text is written.
+    """
     from curkv.models.errors import ModelError
     from curkv.models.loading import resolve_model
     from curkv.models.pruning.prune import PruneOptions, prune
     from curkv.models.pruning.source import Source
 
-    options = PruneOptions(method, ratio, seed, align, _settings(method, policy, text, sequences, compensate))
+    settings = _settings(method, policy, text, sequences, compensate, distil_steps)
+    options = PruneOptions(method, ratio, seed, align, settings)
     try:
         source = Source(resolve_model(model))
         if source.provenance:
@@ -131,14 +147,21 @@ def _settings(
     text: Path | None,
     sequences: int | None,
     compensate: bool | None,
+    distil_steps: int | None,
 ) -> dict[str, Any]:
     """Returns the options that are the method's own; those of another method are refused."""
-    given = {"policy": policy, "text": text, "sequences": sequences, "compensate": compensate}
+    given = {
+        "policy": policy,
+        "text": text,
+        "sequences": sequences,
+        "compensate": compensate,
+        "distil_steps": distil_steps,
+    }
     own = dict.fromkeys(given, MethodName.self_calibrated) | {"policy": MethodName.prunenet}
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     for name in settings:
         if own[name] != method:
-            _fail(f"--{name} belongs to --method {own[name].value}")
+            _fail(f"--{name.replace('_', '-')} belongs to --method {own[name].value}")
     if text and sequences:
         _fail("--text is text written before: --sequences has nothing to say about it")
     if "sequences" in settings:

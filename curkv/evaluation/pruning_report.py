@@ -128,13 +128,14 @@ def write_plot(report: PruningReport, path: Path) -> Path:
     ratios, spectra = figure.subplots(1, 2)
     for offset, (name, quality) in enumerate(report.qualities.items()):
         places = [place + 0.4 * offset for place in range(len(report.options.corpora))]
-        ratios.bar(places, _ratios(quality, report), 0.4, label=name)
+        bars = ratios.bar(places, _ratios(quality, report), 0.4, label=name)
+        ratios.bar_label(bars, fmt="%.2f")
         spectra.plot(quality.ks, marker="o", markersize=3, label=name)
     ratios.axhline(1, color="black", linestyle="--", linewidth=1)
     ratios.set(ylabel="perplexity over that of the base", yscale="log")
     ratios.set_xticks([place + 0.2 for place in range(len(report.options.corpora))], report.options.corpora)
     spectra.set(xlabel="layer", ylabel="KS distance of gate_proj's spectrum", ylim=(0, None))
-    ratios.legend()
+    spectra.legend(loc="lower left")
     figure.savefig(path, dpi=150)
     return path
 

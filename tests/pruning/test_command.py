@@ -46,6 +46,7 @@ def test_a_model_is_pruned_and_the_result_stated(model: Path, tmp_path: Path) ->
         (["--method", "random", "--text", "t"], "--text belongs to --method self-calibrated"),
         (["--method", "prunenet", "--no-compensate"], "--compensate belongs to --method self-calibrated"),
         (["--method", "random", "--sequences", "9"], "--sequences belongs to --method self-calibrated"),
+        (["--method", "random", "--distil-steps", "9"], "--distil-steps belongs to --method self-calibrated"),
         (["--text", "t", "--sequences", "9"], "--text is text written before"),
         (["--align", "1", "--method", "prunenet", "--policy", "missing"], "no PruneNet policy"),
         (["--align", "1", "--text", "missing"], "no text of this model"),

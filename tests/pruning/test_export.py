@@ -131,6 +131,12 @@ def test_an_existing_directory_is_not_replaced_without_force(base: Source, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "pruned"]
 
 
+def test_a_place_that_cannot_be_written_is_told(base: Source, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(PruningError, match="file/pruned cannot be written"):
+        run(base, tmp_path / "file/pruned")
+
+
 def test_an_interrupted_run_leaves_nothing(
     base: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,10 +5,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from curkv.models.pruning import self_text
 from curkv.models.pruning.forward import DenseCache, Model
 from curkv.models.pruning.methods.self_calibrated import DOWN, SelfCalibrated
 from curkv.models.pruning.plan import PruningError
-from curkv.models.pruning.self_text import TEXT_FILE, Writing, load_text, write_text
+from curkv.models.pruning.self_text import TEXT_FILE, Writing, load_text, texts_at_once, write_text
 from curkv.models.pruning.source import Source
 from tests.pruning.conftest import FAMILIES, ignore_progress, save_model
 
@@ -44,6 +45,19 @@ def test_text_is_seeded_begins_with_the_start_token_and_follows_the_model(base: 
     assert (text[:, 0] == 1).all() and len(text[:, 1].unique()) > 32
     cold = write_text(model, Writing(4, 20, diverse=False, temperature=1e-4), seed=0)
     assert torch.equal(cold[:, 1:], model.logits(cold).argmax(-1)[:, :-1])
+
+
+def test_texts_whose_cache_would_be_too_large_are_written_one_group_after_another(
+    base: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert texts_at_once(base.config, tokens=24, cache_bytes=1) == 1
+    per_text = 2 * 4 * 3 * 2 * 8 * 24  # keys and values, float32, layers, KV heads, head_dim, tokens
+    assert texts_at_once(base.config, tokens=24, cache_bytes=5 * per_text) == 5
+    steps: list[tuple[int, int]] = []
+    monkeypatch.setattr(self_text, "CACHE_BYTES", 5 * per_text)
+    text = write_text(load(base), Writing(12, 24), 3, lambda done, total: steps.append((done, total)))
+    assert steps[-1] == (3 * 24, 3 * 24) and steps == sorted(steps)
+    assert all(len(part.unique(dim=0)) == len(part) for part in text.split(5))
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely(base: Source) -> None:

@@ -40,11 +40,14 @@ def new_directory(final: Path, force: bool) -> Iterator[Path]:
     """Yields an empty directory that becomes `final` if the block succeeds and disappears if it does not.
 
     Raises:
-        PruningError: `final` may not be replaced, or the disk is full.
+        PruningError: `final` cannot be written or may not be replaced, or the disk is full.
     """
     check_output(final, force)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent))
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent))
+    except OSError as error:
+        raise PruningError(f"{final} cannot be written: {error.strerror}") from error
     try:
         new = scratch / "new"
         new.mkdir()

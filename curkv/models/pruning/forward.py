@@ -19,6 +19,14 @@ from curkv.models.llama import rope_tables
 from curkv.models.loading import Checkpoint, LayerWeights
 
 
+def fast_products() -> torch.autocast:
+    """Lets the block multiply matrices in bfloat16 if the CPU has instructions for that, else as it is."""
+    # Newer than the oldest torch that is supported.
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = any(known.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return torch.autocast("cpu", torch.bfloat16, enabled=fast)
+
+
 class DenseCache:
     """Keys and values of B sequences that grow in lockstep.
 
@@ -96,7 +104,7 @@ class LayerForward:
         return F.linear(self._norm(x, final_norm), head).float()
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
+        return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), self.config.rms_norm_eps)
 
     def _rotate(self, heads: Tensor, start: int) -> Tensor:
         """Applies RoPE to [B, heads, T, head_dim], whose first token has position `start`."""

@@ -30,15 +30,15 @@ def surgeon(gram: Tensor, down: Tensor, kept: int, damping: float) -> tuple[Tens
         [hidden, kept].
     """
     inverse = torch.linalg.inv(damped(gram.double(), damping))
-    weights = down.double()
+    weights = down.to(torch.float64, copy=True)
     alive = torch.ones(len(gram), dtype=torch.bool)
     while (excess := int(alive.sum()) - kept) > 0:
         loss = weights.square().sum(0) / inverse.diagonal()
         removed = loss.masked_fill(~alive, torch.inf).topk(min(BLOCK, excess), largest=False).indices
         columns = inverse[:, removed]
         update = torch.linalg.solve(columns[removed], columns.T)
-        weights = weights - weights[:, removed] @ update
-        inverse = inverse - columns @ update
+        weights.addmm_(weights[:, removed], update, alpha=-1)
+        inverse.addmm_(columns, update, alpha=-1)
         alive[removed] = False
         weights[:, removed] = 0
         inverse[removed, removed] = 1  # keeps later divisions finite; masked by `alive`
@@ -65,7 +65,7 @@ def refit(gram: Tensor, cross: Tensor, down: Tensor, damping: float) -> Tensor:
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:
-    """Adds a share of the mean of the diagonal to it."""
-    return gram + torch.diag_embed(
-        torch.full((len(gram),), damping * float(gram.diagonal().mean()), dtype=gram.dtype)
-    )
+    """Returns the matrix with a share of the mean of its diagonal added to that."""
+    result = gram.clone()
+    result.diagonal().add_(damping * gram.diagonal().mean())
+    return result

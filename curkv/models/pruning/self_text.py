@@ -16,6 +16,9 @@ from curkv.models.pruning.plan import PruningError
 
 TEXT_FILE = "self_text.json"
 
+CACHE_BYTES = 4 << 30
+"""Most that the keys and values of texts written at once may take; the others wait."""
+
 
 @dataclass(frozen=True, slots=True)
 class Writing:
@@ -45,7 +48,7 @@ def write_text(
         model: The model.
         writing: How many, how long, how.
         seed: Of the sampling.
-        progress: Called with the tokens written of each text, and with all of them.
+        progress: Called with the steps done, and with all of them.
 
     Returns:
         int64 [sequences, tokens].
@@ -58,13 +61,20 @@ def write_text(
     if writing.diverse:
         ids[:, 1] = torch.randint(model.config.vocab_size, (sequences,), generator=generator)
         begun = 2
-    cache = DenseCache(model.config, sequences, tokens, model.embedding.dtype)
-    new = ids[:, :begun]
-    for index in range(begun, tokens):
-        new = _draw(model.logits(new, cache, last=True)[:, 0] / writing.temperature, generator)
-        ids[:, index : index + 1] = new
-        progress(index + 1, tokens)
+    groups = torch.split(ids, texts_at_once(model.config, tokens, CACHE_BYTES))
+    for number, group in enumerate(groups):
+        cache = DenseCache(model.config, len(group), tokens, model.embedding.dtype)
+        new = group[:, :begun]
+        for index in range(begun, tokens):
+            new = _draw(model.logits(new, cache, last=True)[:, 0] / writing.temperature, generator)
+            group[:, index : index + 1] = new
+            progress(number * tokens + index + 1, len(groups) * tokens)
     return ids
+
+
+def texts_at_once(config: ModelConfig, tokens: int, cache_bytes: int) -> int:
+    """Returns for how many texts of so many tokens float32 keys and values fit, at least one."""
+    return max(1, cache_bytes // (8 * config.num_layers * config.kv_size * tokens))
 
 
 def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from curkv.models.loading import LayerWeights
+from curkv.models.pruning.distil import distil, trained_tensors
 from curkv.models.pruning.forward import LayerForward, Model
 from curkv.models.pruning.methods.base import DOWN, LayerCut, Method, Progress, best_rows
 from curkv.models.pruning.second_order import refit, surgeon
@@ -19,6 +20,8 @@ from curkv.models.pruning.source import Source
 
 BATCH = 4
 """Sequences that go through a layer at once."""
+HELD_BYTES = 1 << 30
+"""Weight files up to this size are read once for writing text, larger ones for each token."""
 SCORE_DAMPING = 1e-2
 """Of the second moments by which rows are chosen, as a share of their mean."""
 
@@ -47,11 +50,15 @@ class SelfCalibrated(Method):
         compensate: bool = True,
         text: Path | None = None,
         writing: Writing = Writing(),  # noqa: B008
+        distil_steps: int = 0,
     ):
         self._seed = seed
         self._compensate = compensate
         self._reused = text
         self._writing = writing
+        self._distil_steps = distil_steps
+        self._distilled: list[LayerCut] = []
+        self._losses: list[float] = []
         self._dampings: list[float] = []
         self._errors: list[float] = []
 
@@ -59,18 +66,22 @@ class SelfCalibrated(Method):
         """Writes the text, or reads that of an earlier run, and embeds it."""
         self._text = self._read_or_write(source, progress)
         self._forward = LayerForward(source.config, self._text.shape[1])
-        embedding = source.checkpoint.embedding
+        embedding = source.tensor("model.embed_tokens.weight")
         held_out = max(1, round(HELD_OUT * len(self._text)))
         parts = torch.split(self._text, [len(self._text) - held_out, held_out])
         seen, unseen = (torch.split(part, BATCH) for part in parts)
         self._calibrating = len(seen)
-        self._dense = [embedding[batch] for batch in (*seen, *unseen)]
+        self._dense = [embedding[batch].float() for batch in (*seen, *unseen)]
         self._pruned = list(self._dense)
+        if self._distil_steps:
+            self._distilled = self._distil(source, kept, progress)
 
     def _read_or_write(self, source: Source, progress: Progress) -> Tensor:
         if self._reused:
             return load_text(self._reused, source.config.vocab_size)
         model = Model.mapped(source.checkpoint)
+        if source.bytes <= HELD_BYTES:
+            model.layers = list(model.layers)
         return write_text(
             model, self._writing, self._seed, lambda done, total: progress("Writing text", done, total)
         )
@@ -78,6 +89,8 @@ class SelfCalibrated(Method):
     @torch.inference_mode()
     def cut(self, layer: int, weights: LayerWeights, kept: int) -> LayerCut:
         """Runs the text through the layer and decides on what it sees."""
+        if self._distilled:
+            return self._distilled[layer]
         return self._compensated(weights, kept) if self._compensate else self._scored(weights, kept)
 
     def save(self, directory: Path) -> None:
@@ -89,7 +102,37 @@ class SelfCalibrated(Method):
         """Returns the text's size and what the refit of each layer cost."""
         text = {"text": str(self._reused)} if self._reused else {"writing": asdict(self._writing)}
         compensation = {"dampings": self._dampings, "output_errors": self._errors} if self._compensate else {}
-        return {**text, "compensate": self._compensate, **compensation}
+        distillation = {"distil_steps": self._distil_steps, "losses": self._losses}
+        return {
+            **text,
+            "compensate": self._compensate,
+            **compensation,
+            **(distillation if self._distil_steps else {}),
+        }
+
+    def _distil(self, source: Source, kept: int, progress: Progress) -> list[LayerCut]:
+        """Decides about all layers, trains what is left of them together and returns that."""
+        cuts, left = [], []
+        for layer in range(source.config.num_layers):
+            weights = source.checkpoint.layer(layer)
+            cuts.append(self.cut(layer, weights, kept))
+            left.append(cuts[-1].apply(weights))
+            progress("Choosing rows", layer + 1, source.config.num_layers)
+        checkpoint = source.checkpoint
+        model = Model(source.config, checkpoint.embedding, left, checkpoint.final_norm, checkpoint.head)
+        dense = [states for batch in self._dense for states in batch]
+        self._losses = distil(
+            model,
+            self._text,
+            dense,
+            self._distil_steps,
+            self._seed,
+            lambda done, total: progress("Distilling", done, total),
+        )
+        return [
+            LayerCut(cut.rows, trained_tensors(weights, source.config))
+            for cut, weights in zip(cuts, model.layers, strict=True)
+        ]
 
     def _scored(self, weights: LayerWeights, kept: int) -> LayerCut:
         energy = torch.zeros(weights.down.shape[1])
@@ -103,7 +146,6 @@ class SelfCalibrated(Method):
     def _compensated(self, weights: LayerWeights, kept: int) -> LayerCut:
         hidden_size, rows = weights.down.shape
         seen, held_out = Moments.zeros(rows, hidden_size), Moments.zeros(rows, hidden_size)
-        inputs = []
         for index, (dense, pruned) in enumerate(zip(self._dense, self._pruned, strict=True)):
             self._dense[index] = self._forward(dense, weights)
             after = self._forward.attention(pruned, weights)
@@ -113,12 +155,12 @@ class SelfCalibrated(Method):
                 wanted = wanted - weights.down_bias
             weight = self._dense[index].square().mean(-1, keepdim=True).rsqrt()
             (seen if index < self._calibrating else held_out).add(weight * hidden, weight * wanted)
-            inputs.append((after, hidden))
+            self._pruned[index] = after
         best = self._choose(seen, held_out, weights.down, kept)
-        kept_down = best.replaced[DOWN]
-        self._pruned = [
-            after + F.linear(hidden[..., best.rows], kept_down, weights.down_bias) for after, hidden in inputs
-        ]
+        cut = best.apply(weights)  # its activations are computed again: kept for all texts, they are large
+        for index, after in enumerate(self._pruned):
+            hidden = self._forward.activations(after, cut)
+            self._pruned[index] = after + F.linear(hidden, cut.down, cut.down_bias)
         return best
 
     def _choose(self, seen: Moments, held_out: Moments, down: Tensor, kept: int) -> LayerCut:
