@@ -98,7 +98,7 @@ class Request:
         prompt_token_ids: at least one id of the model's vocabulary.
         sampling: sampling parameters.
         eviction: what the request's KV cache may keep.
-        explain: options to be asked, after the prompt, what they would keep of it.
+        explain: options to be asked, after the prompt, what they would keep of it; nothing is generated then.
         cache_salt: prompts share prefixes only with those of the same salt.
         priority: lower runs first; equal priorities run in order of arrival.
         arrival_time: `time.monotonic()` in seconds.

@@ -142,6 +142,8 @@ BAD_INPUT: list[tuple[dict[str, Any], dict[str, str], int, str | None]] = [
     ({"prompt": [[1], [10**20]]}, {}, 400, "prompt"),
     ({"max_tokens": "many"}, {}, 400, "max_tokens"),
     ({"logit_bias": {"49152": 1}}, {}, 400, "logit_bias"),
+    ({"stop_token_ids": [49152], "min_tokens": 1}, {}, 400, "stop_token_ids"),
+    ({"stop_token_ids": [-1]}, {}, 400, "stop_token_ids"),
     ({"model": "gpt-5"}, {}, 404, "model"),
 ]
 
