@@ -28,7 +28,7 @@ def tokenize(body: CompletionRequest, client: EngineClient) -> list[Prompt]:
     """
     choices = len(body.prompts) * body.choices_per_prompt
     if choices > MAX_ALL_CHOICES:
-        raise InvalidRequest(f"all prompts have {choices} choices, at most {MAX_ALL_CHOICES} may be asked", "n")
+        raise InvalidRequest(f"{choices} choices in one request, at most {MAX_ALL_CHOICES} are allowed", "n")
     return [
         Prompt(client.tokenizer.encode(prompt).ids, prompt) if isinstance(prompt, str) else Prompt(prompt)
         for prompt in body.prompts
