@@ -3,9 +3,9 @@
     .venv/bin/curkv serve --port 8010 --kv-cache-memory 600MiB &
     .venv/bin/python benchmarks/soak.py --url http://127.0.0.1:8010 --requests 1000 --disconnects 0.3
 
-Prints what was sent and answered, and fails unless running, waiting, used bytes and, once they are dropped, bytes
-held for repeated prompts are 0 at the end and the server's resident memory grew by less than `--growth` after the
-first tenth of the requests.
+Prints what was sent and answered. Fails unless running, waiting, used bytes and, once they are dropped, bytes
+held for repeated prompts are 0 at the end, and the server's resident memory grew by less than `--growth`
+after the first tenth of the requests.
 """
 
 from __future__ import annotations
