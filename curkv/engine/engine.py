@@ -103,8 +103,10 @@ class Engine:
         bad = next((i for i in prompt if not 0 <= i < vocab), None)
         if bad is not None:
             raise InvalidRequest(f"token id {bad} is outside the vocabulary 0..{vocab - 1}", "prompt")
-        no_room = request.sampling.max_tokens is None and max_tokens < 1
-        if len(prompt) + max_tokens > self.max_model_len or no_room:
+        if request.sampling.max_tokens is None and max_tokens < 1:
+            message = f"{len(prompt)} tokens leave no room in the context of {self.max_model_len} tokens"
+            raise InvalidRequest(message, "prompt")
+        if len(prompt) + max_tokens > self.max_model_len:
             raise InvalidRequest(
                 f"prompt ({len(prompt)} tokens) + max_tokens ({max_tokens}) exceeds the context of "
                 f"{self.max_model_len} tokens",
@@ -429,6 +431,7 @@ class Engine:
             prompt_logprobs=sequence.reported_prompt_logprobs if len(sequence.output) == 1 else None,
             finish_reason=ended,
             stop_reason=reason,
+            problem=_structure_problem(sequence) if ended == "error" else None,
             kv=self._finish(sequence, ended) if ended is not None else None,
             cached_tokens=sequence.cached_tokens,
         )
@@ -504,6 +507,14 @@ class Engine:
             held_bytes=held,
             peak_bytes=max(sequence.peak_bytes, held),
         )
+
+
+def _structure_problem(sequence: Sequence) -> InvalidRequest:
+    """Why the output of a sequence cannot go on as its structure wants."""
+    structure, matcher = sequence.request.sampling.structure, sequence.matcher
+    assert structure is not None and matcher is not None
+    reason = matcher.get_error().partition("\n")[0]
+    return InvalidRequest(f"the output cannot be continued: {reason}", structure.param)
 
 
 def _request_stats(sequence: Sequence, reason: FinishReason, report: KVReport | None) -> RequestStats:

@@ -168,6 +168,7 @@ class Output:
         explanations: on the last output, one of each option in `explain`.
         finish_reason: None while the choice runs.
         stop_reason: the stop string or token id that ended the choice, if one did.
+        problem: what of the request made the choice end in an error; None: the engine did.
         kv: eviction report, on the choice's last output.
         cached_tokens: prompt tokens that were not computed, for they were held of an earlier prompt.
     """
@@ -181,5 +182,6 @@ class Output:
     explanations: list[Explanation] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    problem: InvalidRequest | None = None
     kv: KVReport | None = None
     cached_tokens: int = 0

@@ -171,7 +171,7 @@ def documented(response: type[BaseModel]) -> dict[str, Any]:
                 "content": {"text/event-stream": {"schema": {"type": "string"}}},
                 "headers": OPENAPI_RESPONSE_HEADERS,
             },
-            **error_responses(400, 404, 408, 413, 429, 500, 503, 504),
+            **error_responses(400, 404, 408, 413, 429, 500, 503),
         },
         "openapi_extra": {"parameters": [*headers.OPENAPI_PARAMETERS, *limits.OPENAPI_PARAMETERS]},
     }

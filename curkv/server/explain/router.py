@@ -20,7 +20,7 @@ router = APIRouter(tags=["eviction"])
     "/v1/kv/explain",
     summary="What policies would keep of a prompt",
     response_model=ExplainResponse,
-    responses=error_responses(400, 404, 408, 413, 429, 500, 503, 504),
+    responses=error_responses(400, 404, 408, 413, 429, 500, 503),
     openapi_extra={"parameters": [*headers.OPENAPI_PARAMETERS, *limits.OPENAPI_PARAMETERS]},
 )
 async def explain_eviction(body: ExplainRequest, request: Request) -> Response:
