@@ -252,9 +252,10 @@ async def a_killed_replica_costs_only_its_own_requests(
             assert time.monotonic() - ended < 300, f"{session} is not served: {status}"
             refused.append(status)
             await asyncio.sleep(0.5)
+    seconds = time.monotonic() - ended
     say(
-        "a killed replica costs only its own requests: its stream broke, the other's was whole; then both "
-        f"sessions were served within {time.monotonic() - ended:.1f} s, after {len(refused)} failures {refused}"
+        "a killed replica costs only its own requests: its stream broke, the other was whole; both sessions "
+        f"were served within {seconds:.1f} s, after {len(refused)} refusals {refused}"
     )
 
 
