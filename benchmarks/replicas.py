@@ -48,8 +48,8 @@ class Fleet:
 
     Attributes:
         url: what clients talk to.
-        direct: URLs of the replicas themselves; empty if they have none (Ray), where `/metrics` is asked with
-            the session's header instead.
+        direct: URLs of the replicas themselves; empty if they have none (Ray), where the process that is busy
+            tells them apart.
         processes: gives the replicas' process ids.
     """
 
@@ -105,7 +105,8 @@ def on_ray() -> Iterator[Fleet]:
 
 def ray_replicas() -> list[int]:
     """Process ids of the replicas on Ray."""
-    return [p.pid for p in psutil.process_iter() if " ".join(p.cmdline()).startswith("ray::ServeReplica:")]
+    processes = psutil.process_iter(["cmdline"])
+    return [p.pid for p in processes if " ".join(p.info["cmdline"] or ()).startswith("ray::ServeReplica:")]
 
 
 def free_port() -> int:
@@ -161,17 +162,22 @@ async def sessions_stick(fleet: Fleet, client: httpx.AsyncClient) -> dict[str, s
 
 
 async def replica_of(fleet: Fleet, client: httpx.AsyncClient, session: str) -> str:
-    """Sends one request and finds out which replica answered it: its URL, or when it was started."""
+    """Sends one request and finds out which replica answered it: its URL, or the process that was busy."""
     before = {url: await answered(url) for url in fleet.direct}
+    busy_before = {pid: cpu_seconds(pid) for pid in fleet.processes()}
     headers = {"X-Session-Id": session}
     answer = await client.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 2}, headers=headers)
     assert answer.status_code == 200, answer.text
     if fleet.direct:
         [home] = [url for url in fleet.direct if await answered(url) > before[url]]
         return home
-    metrics = (await client.get("/metrics", headers=headers)).text
-    [started] = re.findall(r"^process_start_time_seconds (\S+)", metrics, re.M)
-    return str(started)
+    return str(max(busy_before, key=lambda pid: cpu_seconds(pid) - busy_before[pid]))
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time that a process has taken."""
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
 
 
 async def answered(url: str) -> float:
