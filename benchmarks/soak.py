@@ -3,14 +3,16 @@
     .venv/bin/curkv serve --port 8010 --kv-cache-memory 600MiB &
     .venv/bin/python benchmarks/soak.py --url http://127.0.0.1:8010 --requests 1000 --disconnects 0.3
 
-Prints what was sent and answered, and fails unless running, waiting and used bytes are 0 at the end and the
-server's resident memory grew by less than `--growth` after the first tenth of the requests.
+Prints what was sent and answered. Fails unless running, waiting, used bytes and, once they are dropped, bytes
+held for repeated prompts are 0 at the end, and the server's resident memory grew by less than `--growth`
+after the first tenth of the requests.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import random
 import sys
 import time
@@ -26,6 +28,12 @@ POLICIES: tuple[dict[str, str], ...] = (
     {"policy": "snapkv", "budget": "50%"},
     {"policy": "adacurdkv", "budget": "64tok"},
     {"policy": "streaming-llm", "budget": "50%", "decode_budget": "128tok"},
+)
+ZERO_AT_THE_END = (
+    "curkv:num_requests_running",
+    "curkv:num_requests_waiting",
+    "curkv:kv_cache_used_bytes",
+    "curkv:prefix_cache_held_bytes",
 )
 
 
@@ -69,11 +77,19 @@ async def send(http: httpx.AsyncClient, rng: random.Random, disconnects: float, 
         seen["abandoned"] += 1
 
 
+async def ready(http: httpx.AsyncClient) -> None:
+    """Waits for a server that may be about to start."""
+    while True:
+        with contextlib.suppress(httpx.TransportError):
+            if (await http.get("/health")).status_code == 200:
+                return
+        await asyncio.sleep(1)
+
+
 async def metrics(http: httpx.AsyncClient) -> dict[str, float]:
     """The gauges that have to return to zero, and the server's memory."""
-    names = ("curkv:num_requests_running", "curkv:num_requests_waiting", "curkv:kv_cache_used_bytes")
     lines = (await http.get("/metrics")).text.splitlines()
-    pairs = (line.rsplit(" ", 1) for line in lines if line.startswith((*names, "process_resident")))
+    pairs = (line.rsplit(" ", 1) for line in lines if line.startswith((*ZERO_AT_THE_END, "process_resident")))
     return {name.split("{")[0]: float(value) for name, value in pairs}
 
 
@@ -92,10 +108,10 @@ async def soak(options: argparse.Namespace) -> bool:
                     memory.append((await metrics(http))["process_resident_memory_bytes"])
                     print(f"{done} done, {memory[-1] / 2**20:.0f} MiB resident", flush=True)
 
-        while (await http.get("/health")).status_code != 200:
-            await asyncio.sleep(1)
+        await ready(http)
         await asyncio.gather(*(one(index) for index in range(options.requests)))
         for _ in range(600):
+            await http.delete("/v1/kv/prefixes")
             left = await metrics(http)
             memory.append(left.pop("process_resident_memory_bytes"))
             if not any(left.values()):
@@ -105,7 +121,8 @@ async def soak(options: argparse.Namespace) -> bool:
     print(f"{options.requests} requests in {time.monotonic() - started:.0f} s: {dict(seen)}")
     print(f"left: {left}; memory grew by {grown:.0f} MiB after the first tenth")
     failed = any(int(status) >= 500 for status in seen if status.isdigit()) or seen["error in a stream"]
-    return len(left) == 3 and not any(left.values()) and grown < options.growth and not failed
+    nothing_left = len(left) == len(ZERO_AT_THE_END) and not any(left.values())
+    return nothing_left and grown < options.growth and not failed
 
 
 def main() -> None:

@@ -100,7 +100,7 @@ class Settings(BaseSettings):
     )
     max_waiting: int = Field(1024, ge=1, description="Most sequences in the queue; above it a 429.")
     request_timeout: float | None = Field(
-        None, gt=0, description="Seconds after which a request is ended with a 504; none if not given."
+        None, gt=0, description="Seconds after which a request is ended with a 408; none if not given."
     )
     receive_timeout: float = Field(
         30.0, gt=0, description="Seconds in which a request's header, and then its body, have to arrive."

@@ -103,16 +103,19 @@ class Engine:
         bad = next((i for i in prompt if not 0 <= i < vocab), None)
         if bad is not None:
             raise InvalidRequest(f"token id {bad} is outside the vocabulary 0..{vocab - 1}", "prompt")
-        no_room = request.sampling.max_tokens is None and max_tokens < 1
-        if len(prompt) + max_tokens > self.max_model_len or no_room:
+        if request.sampling.max_tokens is None and max_tokens < 1:
+            message = f"{len(prompt)} tokens leave no room in the context of {self.max_model_len} tokens"
+            raise InvalidRequest(message, "prompt")
+        if len(prompt) + max_tokens > self.max_model_len:
             raise InvalidRequest(
                 f"prompt ({len(prompt)} tokens) + max_tokens ({max_tokens}) exceeds the context of "
                 f"{self.max_model_len} tokens",
                 "max_tokens" if len(prompt) < self.max_model_len else "prompt",
             )
-        unknown = [i for i in request.sampling.logit_bias if not 0 <= i < vocab]
-        if unknown:
-            raise InvalidRequest(f"token id {unknown[0]} is outside the vocabulary of {vocab}", "logit_bias")
+        for field in ("logit_bias", "stop_token_ids"):
+            unknown = next((i for i in getattr(request.sampling, field) if not 0 <= i < vocab), None)
+            if unknown is not None:
+                raise InvalidRequest(f"token id {unknown} is outside the vocabulary 0..{vocab - 1}", field)
         if request.sampling.structure is not None:
             if request.sampling.min_tokens:
                 raise InvalidRequest("a structured output ends where its structure does", "min_tokens")
@@ -193,6 +196,7 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Advances every scheduled sequence by its tokens and returns what is new."""
+        self._explain_next()
         started = time.perf_counter()
         schedule = self.scheduler.schedule()
         if schedule.sequences:
@@ -295,12 +299,19 @@ class Engine:
 
     def _end_prompt(self, sequence: Sequence) -> None:
         sequence.kept_tokens = self._mean_length(sequence)
-        view = self.kv.view(sequence.slot)
-        sequence.explanations = [
-            explain(view, plan, self.kernels, self.kv.page_bytes) for plan in sequence.candidates
-        ]
-        if sequence.plan.decode_budget_tokens is None:
+        if sequence.plan.decode_budget_tokens is None and not sequence.candidates:
             self.kv.stop_observing(sequence.slot)
+
+    def _explain_next(self) -> None:
+        """Asks one plan what it would keep of a prompt: one per step, so that decodes do not wait for all."""
+        sequence = next((s for s in self.scheduler.running if s.remaining == 0), None)
+        if sequence is None:
+            return
+        plan = sequence.candidates[len(sequence.explanations)]
+        view = self.kv.view(sequence.slot)
+        sequence.explanations.append(explain(view, plan, self.kernels, self.kv.page_bytes))
+        if len(sequence.explanations) == len(sequence.candidates):
+            self._end_without_token(sequence)
 
     def _evict(self, sequence: Sequence, phase: Literal["prefill", "decode"]) -> None:
         """Evicts as the sequence's plan says; if pages that others share cannot be copied, it starts anew."""
@@ -366,28 +377,35 @@ class Engine:
         fork.kept_tokens, fork.evicted_tokens = parent.kept_tokens, parent.evicted_tokens
         fork.evictions, fork.cached_tokens = parent.evictions, parent.cached_tokens
         fork.peak_bytes = self.kv.sequence_bytes(fork.slot)
-        fork.prompt_logprobs, fork.explanations = parent.prompt_logprobs, parent.explanations
+        fork.prompt_logprobs = parent.prompt_logprobs
         self.scheduler.adopt(fork)
         return True
 
     def _end_without_tokens(self, ready: list[tuple[Sequence, int]]) -> list[tuple[Sequence, int]]:
-        """Ends the sequences that were to compute their prompt and generate nothing; returns the others."""
-        ended = [sequence for sequence, _ in ready if self.max_tokens(sequence.request) == 0]
-        for sequence in ended:
-            self._outputs.append(
-                Output(
-                    request_id=sequence.request.id,
-                    index=sequence.index,
-                    text="",
-                    token_ids=[],
-                    prompt_logprobs=sequence.reported_prompt_logprobs,
-                    explanations=sequence.explanations,
-                    finish_reason="length",
-                    kv=self._finish(sequence, "length"),
-                    cached_tokens=sequence.cached_tokens,
-                )
+        """Ends the sequences that were to compute their prompt and generate nothing; returns the others.
+
+        A sequence that is to be explained ends later, see `_explain_next`.
+        """
+        silent = [sequence for sequence, _ in ready if self.max_tokens(sequence.request) == 0]
+        for sequence in silent:
+            if not sequence.candidates:
+                self._end_without_token(sequence)
+        return [(sequence, row) for sequence, row in ready if sequence not in silent] if silent else ready
+
+    def _end_without_token(self, sequence: Sequence) -> None:
+        self._outputs.append(
+            Output(
+                request_id=sequence.request.id,
+                index=sequence.index,
+                text="",
+                token_ids=[],
+                prompt_logprobs=sequence.reported_prompt_logprobs,
+                explanations=sequence.explanations,
+                finish_reason="length",
+                kv=self._finish(sequence, "length"),
+                cached_tokens=sequence.cached_tokens,
             )
-        return [(sequence, row) for sequence, row in ready if sequence not in ended] if ended else ready
+        )
 
     def _sample(self, ready: list[tuple[Sequence, int]], logits: Tensor) -> None:
         if not ready:
@@ -413,6 +431,7 @@ class Engine:
             prompt_logprobs=sequence.reported_prompt_logprobs if len(sequence.output) == 1 else None,
             finish_reason=ended,
             stop_reason=reason,
+            problem=_structure_problem(sequence) if ended == "error" else None,
             kv=self._finish(sequence, ended) if ended is not None else None,
             cached_tokens=sequence.cached_tokens,
         )
@@ -488,6 +507,14 @@ class Engine:
             held_bytes=held,
             peak_bytes=max(sequence.peak_bytes, held),
         )
+
+
+def _structure_problem(sequence: Sequence) -> InvalidRequest:
+    """Why the output of a sequence cannot go on as its structure wants."""
+    structure, matcher = sequence.request.sampling.structure, sequence.matcher
+    assert structure is not None and matcher is not None
+    reason = matcher.get_error().partition("\n")[0]
+    return InvalidRequest(f"the output cannot be continued: {reason}", structure.param)
 
 
 def _request_stats(sequence: Sequence, reason: FinishReason, report: KVReport | None) -> RequestStats:

@@ -13,6 +13,9 @@ from curkv.engine.sequence import Sequence
 from curkv.engine.structure import rule_out
 from curkv.engine.types import SamplingParams, TokenLogprob
 
+GREEDY_BELOW = 1e-5
+"""A lower temperature is 0, as in vLLM: quotients of logits would leave the range of float32."""
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -46,7 +49,7 @@ def sample(logits: Tensor, sequences: list[Sequence], stop_ids: frozenset[int]) 
         _adjust(row, sequence, stop_ids)
     rule_out(logits, [sequence.matcher for sequence in sequences])
     tokens = logits.argmax(dim=-1)
-    drawn = [i for i, p in enumerate(params) if p.temperature > 0]
+    drawn = [i for i, p in enumerate(params) if p.temperature >= GREEDY_BELOW]
     if drawn:
         tokens[drawn] = _draw(logits[drawn], [sequences[i] for i in drawn])
     ids: list[int] = tokens.tolist()
@@ -60,7 +63,7 @@ def _takes_the_best(p: SamplingParams) -> bool:
     """Whether the token is simply the one with the highest logit."""
     adjusted = p.repetition_penalty != 1.0 or p.presence_penalty or p.frequency_penalty or p.logit_bias
     free = p.structure is None and not p.min_tokens
-    return p.temperature == 0 and not adjusted and free and p.logprobs is None
+    return p.temperature < GREEDY_BELOW and not adjusted and free and p.logprobs is None
 
 
 def uniform(seeds: list[int], counters: list[int]) -> NDArray[np.float64]:

@@ -85,7 +85,7 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-        """Known tokens not yet computed; a decode step has exactly one."""
+        """Known tokens not yet computed: one in a decode step, none while the prompt is being explained."""
         return self.num_tokens - self.computed
 
     @property

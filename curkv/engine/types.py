@@ -98,7 +98,7 @@ class Request:
         prompt_token_ids: at least one id of the model's vocabulary.
         sampling: sampling parameters.
         eviction: what the request's KV cache may keep.
-        explain: options to be asked, after the prompt, what they would keep of it.
+        explain: options to be asked, after the prompt, what they would keep of it; nothing is generated then.
         cache_salt: prompts share prefixes only with those of the same salt.
         priority: lower runs first; equal priorities run in order of arrival.
         arrival_time: `time.monotonic()` in seconds.
@@ -168,6 +168,7 @@ class Output:
         explanations: on the last output, one of each option in `explain`.
         finish_reason: None while the choice runs.
         stop_reason: the stop string or token id that ended the choice, if one did.
+        problem: what of the request made the choice end in an error; None: the engine did.
         kv: eviction report, on the choice's last output.
         cached_tokens: prompt tokens that were not computed, for they were held of an earlier prompt.
     """
@@ -181,5 +182,6 @@ class Output:
     explanations: list[Explanation] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    problem: InvalidRequest | None = None
     kv: KVReport | None = None
     cached_tokens: int = 0

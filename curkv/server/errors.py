@@ -130,6 +130,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
 def _http_message(error: StarletteHTTPException) -> str:
     hints = {
+        400: "the body cannot be read as JSON",
         404: "there is no such path; GET /openapi.json lists them",
         405: "the path does not take this method",
     }

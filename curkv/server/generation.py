@@ -42,6 +42,15 @@ logger = logging.getLogger(__name__)
 
 CLIENT_CLOSED_REQUEST = 499
 
+_EVENT = {
+    "type": "object",
+    "description": "One server-sent event.",
+    "properties": {
+        "data": {"type": "string", "description": "A chunk or an error as JSON; at the end [DONE]."}
+    },
+    "required": ["data"],
+}
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -168,10 +177,10 @@ def documented(response: type[BaseModel]) -> dict[str, Any]:
         "responses": {
             200: {
                 "description": "The answer; with `stream: true`, chunks of it ending in `data: [DONE]`.",
-                "content": {"text/event-stream": {"schema": {"type": "string"}}},
+                "content": {"text/event-stream": {"schema": _EVENT}},
                 "headers": OPENAPI_RESPONSE_HEADERS,
             },
-            **error_responses(400, 404, 408, 413, 429, 500, 503, 504),
+            **error_responses(400, 404, 408, 413, 429, 500, 503),
         },
         "openapi_extra": {"parameters": [*headers.OPENAPI_PARAMETERS, *limits.OPENAPI_PARAMETERS]},
     }

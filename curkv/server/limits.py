@@ -26,7 +26,7 @@ OPENAPI_PARAMETERS: list[dict[str, Any]] = [
         "name": TIMEOUT,
         "in": "header",
         "required": False,
-        "description": "Seconds after which the request ends with a 504; at most the server's limit.",
+        "description": "Seconds after which the request ends with a 408; at most the server's limit.",
         "schema": {"type": "number", "exclusiveMinimum": 0},
     },
 ]

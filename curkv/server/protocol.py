@@ -56,7 +56,7 @@ class GenerationFields(StructureFields):
 
     model: str | None = Field(None, description="A name from GET /v1/models; absent: the one served.")
     n: int | None = Field(1, ge=1, le=MAX_CHOICES, description="Choices per prompt.")
-    temperature: float | None = Field(1.0, ge=0, description="0 is greedy.")
+    temperature: float | None = Field(1.0, ge=0, le=100, description="0 is greedy.")
     top_p: float | None = Field(1.0, gt=0, le=1)
     top_k: int | None = Field(0, ge=-1, lt=2**31, description="0 or -1: all tokens.")
     min_p: float | None = Field(0.0, ge=0, le=1)

@@ -35,7 +35,7 @@ class OutputStream:
     Args:
         client: the engine.
         requests: requests with ids of their own.
-        timeout: seconds after which a 504 is raised instead of further outputs; None: never.
+        timeout: seconds after which a 408 is raised instead of further outputs; None: never.
     """
 
     def __init__(self, client: EngineClient, requests: Sequence[Request], timeout: float | None):
@@ -46,7 +46,7 @@ class OutputStream:
         self._tasks = [asyncio.create_task(self._run(i, request)) for i, request in enumerate(requests)]
         self._timer: asyncio.TimerHandle | None = None
         if timeout is not None:
-            error = APIError(504, f"the request was not finished after {timeout:g} s", code="timeout")
+            error = APIError(408, f"the request was not finished after {timeout:g} s", code="timeout")
             self._timer = asyncio.get_running_loop().call_later(timeout, self._news.put_nowait, error)
 
     async def _run(self, index: int, request: Request) -> None:
@@ -71,6 +71,7 @@ class OutputStream:
 
         Raises:
             APIError: the engine gave a choice up, or the time is over.
+            InvalidRequest: what was asked turned out to be impossible on the way.
             EngineUnavailable: the engine takes no requests.
         """
         if self._first is not None:
@@ -97,6 +98,8 @@ class OutputStream:
 
 
 def _raise_failure(output: Output) -> None:
+    if output.problem is not None:
+        raise output.problem
     if output.finish_reason == "error":
         raise APIError(
             500, "the engine failed on this request; the server's log says more", code="engine_error"

@@ -12,8 +12,11 @@ from curkv.engine.types import InvalidRequest, Structure
 MAX_SOURCE = 100_000
 """Characters of a schema or of an expression, and of all choices together."""
 
+MAX_CHOICES = 1000
+"""Texts to choose from; llguidance follows at most 2,000 items side by side."""
+
 Expression = Annotated[str, StringConstraints(min_length=1, max_length=MAX_SOURCE)]
-Choices = Annotated[list[Expression], Field(min_length=1, max_length=10_000)]
+Choices = Annotated[list[Expression], Field(min_length=1, max_length=MAX_CHOICES)]
 Schema = dict[str, Any] | Expression
 _STRICT = ConfigDict(strict=True, protected_namespaces=())
 

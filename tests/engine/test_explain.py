@@ -62,6 +62,32 @@ def test_explained_is_what_would_be_kept(
         assert (found.ranks[found.kept].mean() > found.ranks[~found.kept].mean()) and found.ranks.max() == 255
 
 
+def test_others_generate_between_two_policies(make_engine: MakeEngine, loaded: Loaded) -> None:
+    engine, options = make_engine(), tuple(parse_options(policy) for policy in POLICIES)
+    running = request(loaded.prompt(40), 50)
+    engine.add(running, engine.plan(running))
+    asked = replace(request(loaded.prompt(60), 0), id="asked", explain=options)
+    engine.add(asked, engine.plan(asked))
+    tokens: list[int] = []
+    ended = False
+    while not ended:
+        news = engine.step()
+        tokens.append(sum(output.request_id == running.id for output in news))
+        ended = any(output.request_id == asked.id for output in news)
+    assert tokens == [1] * (1 + len(options)), "of the running request, in each step that asks a policy"
+
+
+def test_an_abandoned_explanation_leaves_nothing(make_engine: MakeEngine, loaded: Loaded) -> None:
+    engine, options = make_engine(), tuple(parse_options(policy) for policy in POLICIES)
+    asked = replace(request(loaded.prompt(60), 0), explain=options)
+    engine.add(asked, engine.plan(asked))
+    for _ in range(3):
+        assert not engine.step()
+    engine.abort(asked.id)
+    assert not engine.has_work and engine.kv.used_pages == 0
+    engine.check_integrity()
+
+
 def test_output_errors_are_those_of_attention_over_the_kept_tokens(
     make_engine: MakeEngine, loaded: Loaded
 ) -> None:

@@ -25,8 +25,10 @@ def draws(logits: list[float], count: int = 4000, **params: Any) -> torch.Tensor
     return torch.bincount(torch.tensor(tokens), minlength=len(logits)) / count
 
 
-def test_temperature_zero_takes_the_likeliest() -> None:
-    assert sample(torch.tensor([[0.0, 3.0, 1.0]]), [sequence(temperature=0.0)], NO_STOP).token_ids == [1]
+@pytest.mark.parametrize("temperature", [0.0, 1e-300, 1e-6, 1e-5])
+def test_temperature_zero_or_next_to_it_takes_the_likeliest(temperature: float) -> None:
+    logits = torch.tensor([[0.0, 30.0, 29.0]])
+    assert sample(logits, [sequence(temperature=temperature)], NO_STOP).token_ids == [1]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

@@ -48,6 +48,17 @@ def test_structured_and_free_choices_in_one_batch(make_engine: MakeEngine, loade
     assert tokens(outputs["free", 0]) == tokens(run(engine, request(prompt, 8, "free"))["free", 0])
 
 
+def test_a_structure_that_gets_too_complex_is_the_fault_of_the_request(
+    make_engine: MakeEngine, loaded: Loaded
+) -> None:
+    structure = Structure("choice", [f"choice {i}" for i in range(4000)], "structured_outputs.choice")
+    [outputs] = run(make_engine(), request(loaded.prompt(9), 9, structure=structure)).values()
+    assert outputs[-1].finish_reason == "error"
+    problem = outputs[-1].problem
+    assert problem is not None and problem.param == "structured_outputs.choice"
+    assert "4001 items" in problem.message
+
+
 def test_an_output_that_may_go_on_ends_with_end_of_sequence(make_engine: MakeEngine, loaded: Loaded) -> None:
     structure = Structure("regex", "a{1,3}", "p")
     eos = loaded.model.config.eos_token_ids[0]

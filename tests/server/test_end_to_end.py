@@ -68,6 +68,18 @@ async def until_idle(engine: EngineClient) -> None:
     )
 
 
+async def test_every_example_of_the_openapi_document_works(http: httpx.AsyncClient) -> None:
+    paths = (await http.get("/openapi.json")).json()["paths"]
+    tried = 0
+    for path, methods in paths.items():
+        content = methods.get("post", {}).get("requestBody", {}).get("content", {})
+        for example in content.get("application/json", {}).get("examples", {}).values():
+            response = await http.post(path, json=example["value"])
+            assert response.status_code == 200, (path, example, response.text)
+            tried += 1
+    assert tried == 7
+
+
 async def test_answers_and_what_they_keep(openai: AsyncOpenAI, engine: EngineClient) -> None:
     kept = {}
     for policy, budget in (("full", None), ("curdkv", "50%"), ("curdkv", "25%"), ("adacurdkv", "25%")):
@@ -142,6 +154,8 @@ BAD_INPUT: list[tuple[dict[str, Any], dict[str, str], int, str | None]] = [
     ({"prompt": [[1], [10**20]]}, {}, 400, "prompt"),
     ({"max_tokens": "many"}, {}, 400, "max_tokens"),
     ({"logit_bias": {"49152": 1}}, {}, 400, "logit_bias"),
+    ({"stop_token_ids": [49152], "min_tokens": 1}, {}, 400, "stop_token_ids"),
+    ({"stop_token_ids": [-1]}, {}, 400, "stop_token_ids"),
     ({"model": "gpt-5"}, {}, 404, "model"),
 ]
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, PlainValidator, ValidationInfo, field_val
 from curkv.server.protocol import MAX_LOGPROBS, FinishReason, GenerationFields, Usage
 
 MAX_PROMPTS = 1024
+MAX_ALL_CHOICES = 1024
 DEFAULT_MAX_TOKENS = 16
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
-from curkv.engine.types import Output, SamplingParams, TokenLogprob
+from curkv.engine.types import InvalidRequest, Output, SamplingParams, TokenLogprob
 from curkv.server.completions.protocol import (
+    MAX_ALL_CHOICES,
     CompletionChoice,
     CompletionRequest,
     CompletionResponse,
@@ -20,7 +21,14 @@ if TYPE_CHECKING:
 
 
 def tokenize(body: CompletionRequest, client: EngineClient) -> list[Prompt]:
-    """The prompts in tokens; texts get the special tokens that the tokenizer begins a text with."""
+    """The prompts in tokens; texts get the special tokens that the tokenizer begins a text with.
+
+    Raises:
+        InvalidRequest: prompts and `n` make more choices than one request may have.
+    """
+    choices = len(body.prompts) * body.choices_per_prompt
+    if choices > MAX_ALL_CHOICES:
+        raise InvalidRequest(f"{choices} choices in one request, at most {MAX_ALL_CHOICES} are allowed", "n")
     return [
         Prompt(client.tokenizer.encode(prompt).ids, prompt) if isinstance(prompt, str) else Prompt(prompt)
         for prompt in body.prompts

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request, Response
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Request, Response
 from fastapi.responses import JSONResponse
 
 from curkv.server import headers, limits
@@ -15,15 +17,30 @@ from curkv.server.streaming import ClientDisconnected, unless_disconnected
 
 router = APIRouter(tags=["eviction"])
 
+EXAMPLES: dict[str, Any] = {
+    "two policies": {
+        "summary": "Two policies at half of the cache",
+        "value": {
+            "prompt": "The tide turned shortly after six. The code of the vault is 4711. The code is",
+            "policies": [
+                {"policy": "snapcur", "budget": "50%", "recent_tokens": 4},
+                {"policy": "streaming-llm", "budget": "50%", "recent_tokens": 4},
+            ],
+        },
+    }
+}
+
 
 @router.post(
     "/v1/kv/explain",
     summary="What policies would keep of a prompt",
     response_model=ExplainResponse,
-    responses=error_responses(400, 404, 408, 413, 429, 500, 503, 504),
+    responses=error_responses(400, 404, 408, 413, 429, 500, 503),
     openapi_extra={"parameters": [*headers.OPENAPI_PARAMETERS, *limits.OPENAPI_PARAMETERS]},
 )
-async def explain_eviction(body: ExplainRequest, request: Request) -> Response:
+async def explain_eviction(
+    body: Annotated[ExplainRequest, Body(openapi_examples=EXAMPLES)], request: Request
+) -> Response:
     """Computes the prompt once, asks every policy what it would keep, and generates nothing."""
     state = server_state(request)
     asked, treated = await prepare(body, request.headers, state)

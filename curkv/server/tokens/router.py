@@ -25,7 +25,9 @@ async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeResponse:
     client = state.ready_client()
     state.check_model(body.model)
     ids = await run_in_threadpool(body.token_ids, client, body.add_special_tokens)
-    names = [client.tokenizer.id_to_token(i) for i in ids] if body.return_token_strs else None
+    names = None
+    if body.return_token_strs:
+        names = await run_in_threadpool(lambda: [client.tokenizer.id_to_token(i) for i in ids])
     return TokenizeResponse(count=len(ids), max_model_len=client.max_model_len, tokens=ids, token_strs=names)
 
 
