@@ -64,6 +64,8 @@ LARGEST = (2**31 - 1) // (127 * BLOCK_DEPTH)
 """Of the integers that stand for x: a block of products with weights up to 127 fits an int32."""
 SMALLEST = np.float32(1e-30)
 """Blocks of x whose largest value is below are taken for zeros."""
+QUAD_UNIT = 1 << 14
+"""By which the scales of x are divided and those of weights multiplied, so that no sum between overflows."""
 PARTS_PER_THREAD = 4
 """Into how many parts a product is cut, so that a thread that the machine runs slower does fewer."""
 QUANTISED_SIZE = 1 << 12
@@ -90,7 +92,8 @@ def pack_linear_int8(weight: Tensor, bias: Tensor | None = None) -> _PackedLinea
 
 
 def _pack_int8(weight: Tensor, bias: Tensor | None, multiply: Multiply) -> _PackedLinear:
-    together, multiple, zero = (4, QUAD_BLOCK, 128) if multiply is _multiply_quads else (2, LANES, 0)
+    quads = multiply is _multiply_quads
+    together, multiple, zero, unit = (4, QUAD_BLOCK, 128, QUAD_UNIT) if quads else (2, LANES, 0, 1)
     rows, depth = weight.shape
     panels, depth = _panels(rows), depth + -depth % multiple
     packed = torch.full((panels, depth // together, PANEL, together), zero, dtype=torch.uint8)
@@ -100,7 +103,7 @@ def _pack_int8(weight: Tensor, bias: Tensor | None, multiply: Multiply) -> _Pack
         part = pad(part, (0, depth - part.shape[1], 0, -len(part) % PANEL)).view(torch.uint8) + zero
         part = part.view(-1, PANEL, depth // together, together).transpose(1, 2)
         packed[row // PANEL :][: len(part)] = part
-        scales[row : row + len(scale)] = scale
+        scales[row : row + len(scale)] = scale * unit
     return _PackedLinear(rows, packed, bias, multiply, scales)
 
 
@@ -279,7 +282,7 @@ def _quantise_for_quads(
                 values = mul(load(FLOAT32, x + 4 * (place + i)), inverse)
                 total = add(total, store_int8(integers + place + i, values))
             at = 4 * (block * count + row)
-            store_scalar(FLOAT32, scales + at, highest / np.float32(127) + wrong)
+            store_scalar(FLOAT32, scales + at, highest / np.float32(127 * QUAD_UNIT) + wrong)
             store_int32(offsets + at, -128 * np.int64(lane_sum(total)))
 
 
