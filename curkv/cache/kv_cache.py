@@ -281,15 +281,17 @@ class KVCache:
         """
         return self._start_from(prefix.table, prefix.lengths, prefix.lengths // self.layout.page_size, needs)
 
-    def keep_blocks(self, slot: int, keys: Sequence[Hashable]) -> None:
+    def keep_blocks(self, slot: int, keys: Sequence[Hashable], tokens: Sequence[int] = ()) -> None:
         """Holds the first pages of a sequence for prompts to come.
 
         Args:
             slot: the sequence, of whose first `len(keys)` pages per head nothing was evicted.
             keys: of its first blocks, in their order.
+            tokens: its prompt, so that a block can be found by its first tokens.
         """
         if keys:
-            self.prefixes.insert_blocks(keys, self._table[slot][..., : len(keys)], self.layout.page_size)
+            table = self._table[slot][..., : len(keys)]
+            self.prefixes.insert_blocks(keys, table, self.layout.page_size, tokens)
 
     def keep(self, slot: int, key: Hashable, tokens: int, evictions: int) -> None:
         """Holds all that a sequence holds for prompts to come; without room for its partial pages, nothing.

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from curkv.cache.page_pool import Ids, PagePool
 
+Tokens = NDArray[np.int64]
+
 
 @dataclass(frozen=True)
 class Prefix:
@@ -21,7 +23,7 @@ class Prefix:
     Attributes:
         table: int32 [L, H, n], pages of each head.
         lengths: int32 [L, H], tokens of each head.
-        pages: int32 [pages], those of the table that hold tokens.
+        pages: int32 [pages], those of the table that are held.
         tokens: prompt tokens that it stands for, kept or not.
         evictions: how often its tokens have been evicted from.
     """
@@ -37,9 +39,10 @@ class PrefixCache:
     """Pages held for prompts to come, by keys that stand for their tokens and all that has shaped them.
 
     Plain prefixes are held in blocks: a page of every head, with the K and V of `page_size` tokens whose key
-    depends on all tokens before them. Compressed prefixes are held as a whole. A page that a sequence owns as
-    well is held in name only. What is held gives way, least recently used first, where sequences need pages
-    and where it exceeds its limit; a block is always dropped before those that it continues.
+    depends on all tokens before them. Of the block behind the last one that fits, a prompt gets those first
+    tokens that do. Compressed prefixes are held as a whole. A page that a sequence owns as well is held in
+    name only. What is held gives way, least recently used first, where sequences need pages and where it
+    exceeds its limit; a block is always dropped before those that it continues.
 
     Attributes:
         max_pages: most pages held; 0: nothing is.
@@ -51,6 +54,8 @@ class PrefixCache:
         self.held_pages = 0
         self._pool = pool
         self._entries: OrderedDict[Hashable, Prefix] = OrderedDict()
+        self._following: dict[Hashable, dict[Hashable, Tokens]] = {}
+        self._before: dict[Hashable, Hashable] = {}
 
     @property
     def all(self) -> list[Prefix]:
@@ -64,26 +69,42 @@ class PrefixCache:
         self._entries.move_to_end(key)
         return self._entries[key]
 
-    def find_blocks(self, keys: Sequence[Hashable]) -> Prefix | None:
+    def find_blocks(self, keys: Sequence[Hashable], tokens: Sequence[int] = ()) -> Prefix | None:
         """Gives the longest plain prefix.
 
         Args:
             keys: of the blocks of a prompt, in their order; see `block_keys`.
+            tokens: the prompt as far as it may be that of others; without it whole blocks are found.
 
         Returns:
-            The blocks held from the first one on, put together; None if not even the first one is held.
+            The blocks held from the first one on, put together, and the first tokens of one more; None if not
+            even the first block is held. Its pages are those of whole blocks.
         """
         found = [block for block in takewhile(lambda b: b is not None, map(self._entries.get, keys)) if block]
         for key in reversed(keys[: len(found)]):
             self._entries.move_to_end(key)
         if not found:
             return None
+        whole = found[0].tokens * len(found)
+        next_key, common = self._closest(keys[len(found) - 1], tokens[whole:][: found[0].tokens])
+        further = [self._entries[next_key]] if common else []
         return Prefix(
-            table=np.concatenate([block.table for block in found], axis=-1),
-            lengths=found[0].lengths * len(found),
+            table=np.concatenate([block.table for block in [*found, *further]], axis=-1),
+            lengths=found[0].lengths * len(found) + np.int32(common),
             pages=np.concatenate([block.pages for block in found]),
-            tokens=found[0].tokens * len(found),
+            tokens=whole + common,
         )
+
+    def _closest(self, key: Hashable, tokens: Sequence[int]) -> tuple[Hashable, int]:
+        """The block held behind one that begins with most of the tokens, and with how many."""
+        wanted = np.asarray(tokens, dtype=np.int64)
+        best: tuple[Hashable, int] = (None, 0)
+        for block, held in self._following.get(key, {}).items():
+            different = np.flatnonzero(held[: len(wanted)] != wanted)
+            common = int(different[0]) if len(different) else len(wanted)
+            if common > best[1]:
+                best = block, common
+        return best
 
     def insert(self, key: Hashable, prefix: Prefix) -> None:
         """Holds a prefix, whose pages are in use; one that is larger than the limit is left alone."""
@@ -94,13 +115,16 @@ class PrefixCache:
         self.held_pages += len(prefix.pages)
         self._shrink()
 
-    def insert_blocks(self, keys: Sequence[Hashable], table: Ids, page_size: int) -> None:
+    def insert_blocks(
+        self, keys: Sequence[Hashable], table: Ids, page_size: int, tokens: Sequence[int] = ()
+    ) -> None:
         """Holds the first blocks of a prompt, as many as the limit allows.
 
         Args:
             keys: of the blocks, in their order.
             table: int32 [L, H, len(keys)], full pages in use.
             page_size: tokens of a page.
+            tokens: the prompt; without it the blocks are found whole or not at all.
         """
         keys = keys[: self.max_pages // table[..., 0].size]
         new = [i for i, key in enumerate(keys) if key not in self._entries]
@@ -110,6 +134,10 @@ class PrefixCache:
         for i in new:
             block = table[..., i : i + 1].copy()
             self._entries[keys[i]] = Prefix(block, lengths, block.reshape(-1), page_size)
+            if i and tokens:
+                held = np.asarray(tokens[i * page_size :][:page_size], dtype=np.int64)
+                self._following.setdefault(keys[i - 1], {})[keys[i]] = held
+                self._before[keys[i]] = keys[i - 1]
         for key in reversed(keys):
             self._entries.move_to_end(key)
         self._shrink()
@@ -141,6 +169,11 @@ class PrefixCache:
 
     def _remove(self, key: Hashable) -> int:
         prefix = self._entries.pop(key)
+        before = self._before.pop(key, None)
+        if before is not None:
+            self._following[before].pop(key)
+            if not self._following[before]:
+                del self._following[before]
         self.held_pages -= len(prefix.pages)
         return self._pool.release(prefix.pages, held=True)
 

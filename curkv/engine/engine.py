@@ -295,7 +295,7 @@ class Engine:
             return
         if last - chunk < sequence.lent_tokens:
             blocks = min(last, sequence.lent_tokens) // size
-            self.kv.keep_blocks(sequence.slot, sequence.block_keys[:blocks])
+            self.kv.keep_blocks(sequence.slot, sequence.block_keys[:blocks], sequence.prompt)
 
     def _end_prompt(self, sequence: Sequence) -> None:
         sequence.kept_tokens = self._mean_length(sequence)

@@ -160,8 +160,9 @@ class Scheduler:
         """What is held of a sequence's prompt: its compressed context, or blocks of it."""
         prefixes = self.kv.prefixes
         prefix = prefixes.find(sequence.context_key) if sequence.context_key is not None else None
-        blocks = sequence.borrowed_tokens // self.kv.layout.page_size
-        return prefix or prefixes.find_blocks(sequence.block_keys[:blocks])
+        most = sequence.borrowed_tokens
+        keys = sequence.block_keys[: most // self.kv.layout.page_size]
+        return prefix or prefixes.find_blocks(keys, sequence.prompt[:most])
 
     def _start(self, sequence: Sequence, prefix: Prefix | None) -> None:
         """Gives a sequence a slot, with what its prefix holds unless partial pages cannot be copied."""

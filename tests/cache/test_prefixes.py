@@ -37,6 +37,27 @@ def test_the_longest_run_of_blocks_is_found() -> None:
     assert cache.prefixes.find_blocks(["other", *keys]) is None
 
 
+def test_of_the_block_behind_the_last_one_the_first_tokens_are_found() -> None:
+    cache = make_cache(max_prefix_pages=100)
+    texts = {"a": [1, 2, 3, 4, 5, 6, 7, 8], "b": [1, 2, 3, 4, 5, 6, 9, 9]}
+    for name, text in texts.items():
+        slot = cache.add_sequence()
+        cache.extend([slot], [8])
+        cache.keep_blocks(slot, ["both", name], text)
+        cache.free(slot)
+    for text, common, page in (([5, 6, 7, 0], 3, "a"), ([5, 6, 9, 0], 3, "b"), ([5, 6], 2, "a")):
+        found = cache.prefixes.find_blocks(["both"], [1, 2, 3, 4, *text])
+        assert found is not None and found.tokens == 4 + common and (found.lengths == found.tokens).all()
+        assert (found.table[..., 1:] == cache.prefixes.find(page).table).all()
+        slot = cache.adopt(found)
+        cache.free(slot)
+    for text in ([], [1, 2, 3, 4], [1, 2, 3, 4, 6]):
+        whole = cache.prefixes.find_blocks(["both"], text)
+        assert whole is not None and whole.tokens == 4
+    cache.prefixes.drop()
+    assert cache.prefixes.find_blocks(["both"], texts["a"]) is None
+
+
 def test_the_least_recently_used_gives_way_and_a_prefix_from_its_end() -> None:
     cache = make_cache(num_pages=8 * HEADS, max_prefix_pages=6 * HEADS)
     first, second = held_blocks(cache, "a", 3), held_blocks(cache, "b", 3)
