@@ -70,6 +70,7 @@ def contenders(curkv_options: Sequence[str]) -> dict[str, Contender]:
         "curkv, snapcur 25%": Contender(curkv, snapcur, ("long", "longer")),
         "curkv, compactor 25%": Contender(curkv, compactor, ("document",)),
         "OpenVINO int8, u8 KV": Contender([*openvino, *steps], workloads=loads),
+        "OpenVINO int8, u8 KV, steps of 256": Contender(openvino, workloads=("long",)),
         "OpenVINO int8, u8 KV, evicts to 512": Contender(
             [*openvino, *steps, "--evict-to", "512"], workloads=("long", "longer")
         ),

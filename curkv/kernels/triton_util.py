@@ -29,8 +29,13 @@ def sequence_block(num_sequences: int) -> int:
 
 
 def attention_block(pages_k: Tensor, tokens: int, tile_bytes: int) -> int:
-    """Tokens per block of keys: up to `tokens`, as many as keep a tile within `tile_bytes`."""
-    return max(16, min(tokens, tile_bytes // operand_bytes(pages_k)))
+    """Tokens per block of keys, a power of two up to `tokens`: as many as keep a tile within `tile_bytes`.
+
+    Keys of int8 are held as they were read and widened.
+    """
+    widened = power_of_two(pages_k.shape[2]) if pages_k.element_size() == 1 else 0
+    fitting = tile_bytes // (operand_bytes(pages_k) + widened)
+    return max(16, min(tokens, power_of_two(fitting + 1) // 2))
 
 
 def operand_bytes(pages_k: Tensor) -> int:

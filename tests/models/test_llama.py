@@ -15,6 +15,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from curkv.kernels.gather_rows import cpu as gather_rows
 from curkv.kernels.rms_norm import cpu as rms_norm
 from curkv.kernels.silu_mul import cpu as silu_mul
 from curkv.models.llama import Llama, rope_tables
@@ -22,7 +23,10 @@ from curkv.models.loading import Checkpoint, load_config, load_tokenizer
 from tests.models.dense import REFERENCE, DenseAttention, DenseBatch
 
 CPU = SimpleNamespace(
-    rms_norm=rms_norm.rms_norm, silu_mul=silu_mul.silu_mul, pack_linear=REFERENCE.pack_linear
+    gather_rows=gather_rows.gather_rows,
+    rms_norm=rms_norm.rms_norm,
+    silu_mul=silu_mul.silu_mul,
+    pack_linear=REFERENCE.pack_linear,
 )
 SHAPE: dict[str, Any] = {
     "vocab_size": 131,

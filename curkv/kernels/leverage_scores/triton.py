@@ -85,7 +85,7 @@ def _sketch(
         BLOCK_N=block_n,
         BLOCK_D=power_of_two(pages.k.shape[2]),
         BLOCK_R=max(16, power_of_two(rank)),
-        num_warps=8,
+        num_warps=4 if pages.k.dtype == torch.int8 else 8,
     )
     return key, value
 

@@ -87,8 +87,8 @@ def paged_prefill_attention(
 
 
 def query_rows(pages_k: Tensor) -> int:
-    """Rows of a tile of queries, (token, head of the group) each."""
-    return 128 if operand_bytes(pages_k) <= 256 else 64
+    """Rows of a tile of queries, (token, head of the group) each; fewer where widened keys take registers."""
+    return 128 if operand_bytes(pages_k) <= 256 and pages_k.element_size() > 1 else 64
 
 
 @triton.jit
