@@ -392,12 +392,13 @@ def plot(results: Sequence[Measurement], path: Path) -> None:
 
     compared = [figure for figure in FIGURES if figure.better and any(figure.value(m) for m in results)]
     workloads = list(dict.fromkeys(m.workload for m in results))
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(m.contender for m in results))}
     picture = Picture((4 * len(compared), 2.6 * len(workloads)), layout="constrained")
     axes = picture.subplots(len(workloads), len(compared), squeeze=False)
     for row, workload in zip(axes, workloads, strict=True):
         found = [m for m in results if m.workload == workload]
         for axis, figure in zip(row, compared, strict=True):
-            _bars(axis, figure, found)
+            _bars(axis, figure, found, colours)
         row[0].set_ylabel(str(workload))
     for row in axes:
         for axis in row[1:]:
@@ -405,13 +406,18 @@ def plot(results: Sequence[Measurement], path: Path) -> None:
     picture.savefig(path, dpi=110)
 
 
-def _bars(axis: Axes, figure: Figure, results: Sequence[Measurement]) -> None:
+def _bars(axis: Axes, figure: Figure, results: Sequence[Measurement], colours: dict[str, str]) -> None:
     names = [m.contender for m in results]
     values = [figure.value(m) or 0.0 for m in results]
-    bars = axis.barh(names, values, color=[f"C{i}" for i in range(len(names))])
-    axis.bar_label(bars, [f"{v:{figure.format}}" if v else "-" for v in values], padding=2, fontsize="small")
+    bars = axis.barh(names, values, color=[colours[name] for name in names])
     axis.invert_yaxis()
     axis.margins(x=0.2)
+    axis.spines[["top", "right"]].set_visible(False)
+    if not any(values):
+        axis.set_xticks([])
+        axis.set_title("not measured by this workload", fontsize="small", color="gray")
+        return
+    axis.bar_label(bars, [f"{v:{figure.format}}" if v else "-" for v in values], padding=2, fontsize="small")
     axis.set_title(f"{figure.name}, {figure.better} is better", fontsize="small")
 
 
