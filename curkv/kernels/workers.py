@@ -36,6 +36,8 @@ ENTRY = 16
 """Words of a launch in a list: function, arguments, parts, and in two cache lines parts taken and ended."""
 TAKEN, FINISHED = 8 * 3, 8 * 8
 """Bytes from a launch to its counters."""
+MOST_COUNTERS = 1 << 20
+"""Of one recording: a thousand sequences of Llama-3.1-8B need a quarter. Memory is taken as they are used."""
 SPINS = 2000
 """How often a thread looks whether the others have finished before it lets other processes run."""
 
@@ -227,7 +229,7 @@ class Recording:
     def __init__(self, memory: Memory):
         self.memory = memory
         self.launches: list[tuple[int, int, array[int]]] = []
-        self._counters = torch.zeros(1 << 14, dtype=torch.int64)
+        self._counters = torch.zeros(MOST_COUNTERS, dtype=torch.int64)
         self._counted = 0
         self._list: array[int] = array("q")
 
