@@ -58,6 +58,7 @@ class KVCache:
         rope: tuple[Tensor, Tensor],
         device: str | torch.device = "cpu",
         max_prefix_pages: int = 0,
+        prefill_dtype: torch.dtype | None = None,
     ) -> None:
         """Allocates the pool; its memory is touched only when tokens are stored.
 
@@ -68,6 +69,7 @@ class KVCache:
             rope: cos and sin, float32 [positions, head_dim / 2] each.
             device: where everything lies.
             max_prefix_pages: most pages held for prefixes; 0: none are.
+            prefill_dtype: what queries are rounded to before chunks attend; None: not at all.
         """
         heads = (layout.max_sequences, layout.num_layers, layout.num_kv_heads)
         self.layout = layout
@@ -81,6 +83,7 @@ class KVCache:
         self.kernels = kernels
         self._cos, self._sin = (table.to(device) for table in rope)
         self._scale = layout.head_dim**-0.5
+        self._prefill_dtype = prefill_dtype
         self._observed: dict[int, Observations] = {}
         self._watched_now: list[tuple[Observations, Segment]] = []
         self._active = [False] * layout.max_sequences
@@ -415,10 +418,11 @@ class KVCache:
         heads = self.page_table[:, layer], self.lengths[:, layer]
         place = self.pages, *heads, batch.prefill_slots, batch.prefill_query_start, self._scale
         summed = [s for o, s in watched if o.needs.column_sums and s.index >= batch.num_decodes]
+        queries = q if self._prefill_dtype is None else q.to(self._prefill_dtype)
         if not summed:
-            out: Tensor = self.kernels.paged_prefill_attention(q, *place)
+            out: Tensor = self.kernels.paged_prefill_attention(queries, *place)
             return out
-        out, lse = self.kernels.paged_prefill_attention(q, *place, return_lse=True)
+        out, lse = self.kernels.paged_prefill_attention(queries, *place, return_lse=True)
         for segment in summed:
             rows = slice(segment.start - batch.num_decodes, segment.end - batch.num_decodes)
             index = slice(segment.index, segment.index + 1)

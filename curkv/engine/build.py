@@ -55,7 +55,8 @@ class EngineOptions:
 
     Attributes:
         model: directory, Hub id, GGUF file or built-in name.
-        weights: type of the linear layers' weights; "auto" is float32 on CPU and bfloat16 on a GPU.
+        weights: type of the linear layers' weights; "auto" is float32 on CPU, bfloat16 on a GPU. With int8,
+            which rounds anyway, chunks attend in bfloat16 on a CPU that multiplies in it.
         kv_cache_bytes: size of the page pool; None takes a share of the memory that is free after loading.
         prefix_cache_bytes: most of the pool that is held for repeated prompts; None takes a share of it.
         kv_dtype: type of cached keys and values.
@@ -121,7 +122,8 @@ def build_engine(options: EngineOptions) -> Engine:
     if prefix_bytes is None:
         prefix_bytes = int(num_bytes * PREFIX_SHARE)
     num_pages, prefix_pages = num_pages_for(num_bytes, layout), prefix_bytes // layout.page_bytes
-    kv = KVCache(layout, num_pages, kernels, rope, device, prefix_pages)
+    prefill_dtype = torch.bfloat16 if int8 else None
+    kv = KVCache(layout, num_pages, kernels, rope, device, prefix_pages, prefill_dtype)
     graphs = DecodeGraphs(model, kv) if on_gpu else None
     recorded = RecordedDecodes(model, kv) if not on_gpu and options.kernels in ("auto", "cpu") else None
     engine = Engine(

@@ -54,6 +54,22 @@ _INT32S = ir.VectorType(_INT32, LANES)
 _INT16S = ir.VectorType(_INT16, 2 * LANES)
 _BYTES = ir.VectorType(_INT8, 2 * LANES)
 
+
+class _Bfloat16Type(ir.Type):
+    """LLVM's bfloat, which llvmlite has no name for."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Bfloat16Type)
+
+    def __hash__(self) -> int:
+        return hash(_Bfloat16Type)
+
+
+_BFLOAT16S = ir.VectorType(_Bfloat16Type(), 2 * LANES)
+
 # OpenMP starts a parallel region in 2 us, Numba's own pool in 60. The first one that can be loaded is taken.
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
@@ -65,11 +81,14 @@ KINDS: dict[torch.dtype, np.ndarray[Any, Any]] = {
 }
 FLOAT32 = KINDS[torch.float32]
 INT8 = KINDS[torch.int8]
+BFLOAT16 = KINDS[torch.bfloat16]
 _FEATURES = get_host_cpu_features()
 MULTIPLIES_QUADS = bool(
     _FEATURES.get("avxvnni") or (_FEATURES.get("avx512vnni") and _FEATURES.get("avx512vl"))
 )
 """Whether the machine multiplies bytes in fours and adds them up in an int32 (x86's vpdpbusd)."""
+MULTIPLIES_BFLOAT16 = bool(_FEATURES.get("avx512bf16") and _FEATURES.get("avx512vl"))
+"""Whether the machine multiplies bfloat16 in pairs and adds them up in a float32 (x86's vdpbf16ps)."""
 
 
 def kernel(function: F) -> F:
@@ -191,6 +210,8 @@ def _narrow(builder: ir.IRBuilder, kind: Any, location: ir.Value, value: ir.Valu
     short = _like(_INT16, shape)
     if kind.dtype == types.uint16:
         bits = builder.bitcast(builder.fptrunc(value, _like(ir.HalfType(), shape)), short)
+    elif MULTIPLIES_BFLOAT16 and shape == _FLOATS:
+        bits = _bfloat16_bits(builder, value)
     else:
         wide = _like(_INT32, shape)
         word = builder.bitcast(value, wide)
@@ -200,6 +221,13 @@ def _narrow(builder: ir.IRBuilder, kind: Any, location: ir.Value, value: ir.Valu
         rounded = builder.select(is_nan, _constant(wide, 0x7FC00000), rounded)
         bits = builder.trunc(builder.lshr(rounded, _constant(wide, 16)), short)
     builder.store(bits, _pointer(builder, location, short), align=2)
+
+
+def _bfloat16_bits(builder: ir.IRBuilder, floats: ir.Value) -> ir.Value:
+    """Eight floats as bfloat16, by the machine's own instruction, in eight int16."""
+    name = "llvm.x86.avx512bf16.cvtneps2bf16.256"
+    rounded = _call(builder, name, ir.VectorType(_Bfloat16Type(), LANES), [floats])
+    return builder.bitcast(rounded, _like(_INT16, _FLOATS))
 
 
 def _splat(builder: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
@@ -713,40 +741,6 @@ def weigh_rows_int8(
 
 
 @intrinsic
-def matrix_tile(
-    context: Any, kind: Any, rows: Any, vectors: Any, fresh: Any,
-    a: Any, a_stride: Any, b: Any, b_stride: Any, inner: Any, c: Any, c_stride: Any, ahead: Any,
-) -> Any:  # fmt: skip
-    """C += A B (or C = A B) on a tile held in registers.
-
-    Args:
-        context: Numba's.
-        kind: Of B.
-        rows: Literal, rows of A and C.
-        vectors: Literal, columns of B and C in eights.
-        fresh: Literal, 1 to write A B, 0 to add it.
-        a: Address of float32 [rows, inner].
-        a_stride: Floats from one row of A to the next.
-        b: Address of [inner, 8 * vectors] of `kind`.
-        b_stride: Values from one row of B to the next.
-        inner: Length of the inner dimension.
-        c: Address of float32 [rows, 8 * vectors].
-        c_stride: Floats from one row of C to the next.
-        ahead: Bytes from B to the matrix that will be read next, to be prefetched.
-    """
-    height, width, replace = rows.literal_value, vectors.literal_value, bool(fresh.literal_value)
-
-    def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
-        kind = signature.args[0]
-        name = f"matrix_tile_{height}_{width}_{int(replace)}_{kind.dtype}"
-        _call_own(
-            builder, name, args[4:], lambda inner, own: _float_tile(inner, kind, height, width, replace, *own)
-        )
-
-    return types.void(kind, rows, vectors, fresh, *[types.int64] * 8), generate
-
-
-@intrinsic
 def weigh_rows(
     context: Any, kind: Any, rows: Any, vectors: Any,
     weights: Any, weights_stride: Any, v: Any, dim: Any, values: Any, out: Any, out_stride: Any, ahead: Any,
@@ -789,7 +783,7 @@ def _float_tile(
     *args: ir.Value,
     cache: int = _L1,
 ) -> None:
-    """The body of `matrix_tile` and `weigh_rows`."""
+    """The float32 body of `panel_tile`, and that of `weigh_rows`."""
     a, a_stride, b, b_stride, inner, c, c_stride, ahead = args
     size = _item_size(kind)
     tile = _accumulators(builder, height * width)
@@ -848,16 +842,17 @@ def panel_tile(
 
     Args:
         context: Numba's.
-        kind: Of B, float32 or int8; with int8, A is int16 and both have scales.
+        kind: Of B, float32, bfloat16 (only where `MULTIPLIES_BFLOAT16`) or int8. A is of the same kind; with
+            int8 it is int16 and both have scales.
         rows: Literal, rows of A and C.
         fresh: Literal, 1 to write A B, 0 to add it.
-        a: Address of float32 or int16 [rows, inner].
+        a: Address of [rows, inner].
         a_stride: Values from one row of A to the next.
         a_scales: Address of float32 [rows], what the rows of an int16 A are multiplied with.
-        b: Address of float32 [inner, 16] or int8 [inner / 2, 16, 2], packed.
+        b: Address of float32 [inner, 16], or of bfloat16 or int8 [inner / 2, 16, 2], packed.
         b_scales: Address of float32 [16], what the columns of an int8 B are multiplied with.
-        inner: Length of the inner dimension; with int8 a multiple of 4, and no sum of `inner` products may
-            exceed an int32.
+        inner: Length of the inner dimension; with bfloat16 even, with int8 a multiple of 4, and no sum of
+            `inner` products may exceed an int32.
         c: Address of float32 [rows, 16].
         c_stride: Floats from one row of C to the next.
         ahead: Bytes from what is read of B to what is prefetched.
@@ -871,6 +866,10 @@ def panel_tile(
             _call_own(builder, name, args[3:], lambda own, args: _int8_tile(own, height, replace, *args))
             return
         a, a_stride, _a_scales, b, _b_scales, *others = args[3:]
+        if kind.dtype == types.int16:
+            arguments = [a, a_stride, b, *others]
+            _call_own(builder, name, arguments, lambda own, args: _bfloat16_tile(own, height, replace, *args))
+            return
         arguments = [a, a_stride, b, b.type(PANEL), *others]
         _call_own(
             builder, name, arguments, lambda own, args: _float_tile(own, kind, height, 2, replace, *args)
@@ -913,6 +912,36 @@ def _int8_tile(builder: ir.IRBuilder, height: int, replace: bool, *args: ir.Valu
                 builder.store(builder.fmul(total, scale), target, align=4)
             else:
                 builder.store(_fma(builder, total, scale, builder.load(target, align=4)), target, align=4)
+
+
+def _bfloat16_tile(builder: ir.IRBuilder, height: int, replace: bool, *args: ir.Value) -> None:
+    """The bfloat16 body of `panel_tile`: neighbours of the inner dimension are multiplied in pairs."""
+    a, a_stride, b, inner, c, c_stride, ahead = args
+    tile = _accumulators(builder, 2 * height)
+    starts = [_offset(builder, a, a_stride, 2 * m) for m in range(height)]
+    targets = [
+        _pointer(builder, _offset(builder, _offset(builder, c, c_stride, 4 * m), 4 * LANES * n), _FLOATS)
+        for m in range(height)
+        for n in range(2)
+    ]
+    for slot, target in zip(tile, targets, strict=True):
+        builder.store(_constant(_FLOATS, 0.0) if replace else builder.load(target, align=4), slot)
+    with cgutils.for_range(builder, builder.lshr(inner, inner.type(1))) as loop:
+        row = _offset(builder, b, loop.index, 4 * PANEL)
+        _prefetch(builder, builder.add(row, ahead))
+        columns = [
+            builder.load(_pointer(builder, _offset(builder, row, 4 * LANES * n), _BFLOAT16S), align=2)
+            for n in range(2)
+        ]
+        for m in range(height):
+            place = _pointer(builder, _offset(builder, starts[m], loop.index, 4), _INT32)
+            factor = builder.bitcast(_splat(builder, builder.load(place, align=2)), _BFLOAT16S)
+            for slot, column in zip(tile[2 * m : 2 * m + 2], columns, strict=True):
+                operands = [builder.load(slot), column, factor]
+                sums = _call(builder, "llvm.x86.avx512bf16.dpbf16ps.256", _FLOATS, operands)
+                builder.store(sums, slot)
+    for slot, target in zip(tile, targets, strict=True):
+        builder.store(builder.load(slot), target, align=4)
 
 
 def _int16s(builder: ir.IRBuilder, location: ir.Value) -> ir.Value:
@@ -1012,45 +1041,76 @@ def _quad_tile(builder: ir.IRBuilder, height: int, *args: ir.Value) -> None:
 
 
 @intrinsic
-def transpose_tile(
-    context: Any, kind: Any, source: Any, source_stride: Any, scales: Any, target: Any, target_stride: Any
+def store_panel_rows(context: Any, kind: Any, location: Any, first: Any, second: Any) -> Any:
+    """Store eight columns of two rows of a B of `panel_tile`, float32x8 each, at the first one's address."""
+
+    def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
+        kind, place, *rows = signature.args[0], *args[1:]
+        if kind.dtype == types.int16:
+            bits = [_bfloat16_bits(builder, row) for row in rows]
+            pairs = [i + of for i in range(LANES) for of in (0, LANES)]
+            builder.store(
+                _shuffle(builder, bits[0], bits[1], pairs), _pointer(builder, place, _INT16S), align=2
+            )
+            return
+        for i, row in enumerate(rows):
+            builder.store(row, _pointer(builder, _offset(builder, place, 4 * PANEL * i), _FLOATS), align=4)
+
+    return types.void(kind, types.int64, float32x8, float32x8), generate
+
+
+def _transposed(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
+    """The columns of an 8 x 8 block: three rounds of exchanges, of single lanes, pairs and halves."""
+    for low, high, step in (
+        ([0, 8, 2, 10, 4, 12, 6, 14], [1, 9, 3, 11, 5, 13, 7, 15], 1),
+        ([0, 1, 8, 9, 4, 5, 12, 13], [2, 3, 10, 11, 6, 7, 14, 15], 2),
+        ([0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15], 4),
+    ):
+        for i in (i for i in range(LANES) if not i & step):
+            a, b = rows[i], rows[i + step]
+            rows[i], rows[i + step] = _shuffle(builder, a, b, low), _shuffle(builder, a, b, high)
+    return rows
+
+
+@intrinsic
+def store_panel_columns(
+    context: Any, kind: Any, location: Any, source_kind: Any, source: Any, source_stride: Any, scales: Any
 ) -> Any:
-    """Widen an 8 x 8 block and write its transpose.
+    """Store eight columns of 8 rows (bfloat16: 16) of a B of `panel_tile`, whose transpose is read.
 
     Args:
         context: Numba's.
-        kind: Of the source.
-        source: Address of [8, 8] of `kind`.
+        kind: Of B, float32 or bfloat16.
+        location: Address in the panel.
+        source_kind: Of the source.
+        source: Address of [8, 8] of `source_kind`; bfloat16: [8, 16].
         source_stride: Values from one row of the source to the next.
         scales: Address of float32 [8], what the rows of an int8 source are multiplied with.
-        target: Address of float32 [8, 8].
-        target_stride: Floats from one row of the target to the next.
     """
 
     def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
-        kind, source, source_stride, scales, target, target_stride = signature.args[0], *args[1:]
+        pairs, kind = signature.args[0].dtype == types.int16, signature.args[2]
+        _kind, location, _source_kind, source, source_stride, scales = args
         size = _item_size(kind)
-        rows = [
-            _widen(builder, kind, _offset(builder, source, source_stride, size * i), _FLOATS)
-            for i in range(LANES)
-        ]
-        # Three rounds of exchanges: single lanes, pairs, halves.
-        for low, high, step in (
-            ([0, 8, 2, 10, 4, 12, 6, 14], [1, 9, 3, 11, 5, 13, 7, 15], 1),
-            ([0, 1, 8, 9, 4, 5, 12, 13], [2, 3, 10, 11, 6, 7, 14, 15], 2),
-            ([0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15], 4),
-        ):
-            for i in (i for i in range(LANES) if not i & step):
-                a, b = rows[i], rows[i + step]
-                rows[i], rows[i + step] = _shuffle(builder, a, b, low), _shuffle(builder, a, b, high)
-        if kind.dtype == types.int8:
-            scale = builder.load(_pointer(builder, scales, _FLOATS), align=4)
-            rows = [builder.fmul(row, scale) for row in rows]
-        for i, row in enumerate(rows):
-            place = _offset(builder, target, target_stride, 4 * i)
-            builder.store(row, _pointer(builder, place, _FLOATS), align=4)
 
-    return types.void(kind, *[types.int64] * 5), generate
+        def eight(row: int, first: int) -> ir.Value:
+            start = _offset(builder, _offset(builder, source, source_stride, size * row), size * first)
+            values = _widen(builder, kind, start, _FLOATS)
+            if kind.dtype != types.int8:
+                return values
+            scale = builder.load(_pointer(builder, _offset(builder, scales, 4 * row), _FLOAT), align=4)
+            return builder.fmul(values, _splat(builder, scale))
+
+        def sixteen(row: int) -> ir.Value:
+            bits = [_bfloat16_bits(builder, eight(row, first)) for first in (0, LANES)]
+            return builder.bitcast(_shuffle(builder, bits[0], bits[1], list(range(2 * LANES))), _FLOATS)
+
+        rows = [sixteen(row) if pairs else eight(row, 0) for row in range(LANES)]
+        for i, column in enumerate(_transposed(builder, rows)):
+            place = _offset(builder, location, 4 * PANEL * i)
+            builder.store(column, _pointer(builder, place, _FLOATS), align=4)
+
+    return types.void(kind, types.int64, source_kind, *[types.int64] * 3), generate
 
 
 @inlined
@@ -1067,8 +1127,10 @@ def row_max(scores: int, count: int) -> Any:
 
 
 @inlined
-def row_exp2(scores: int, count: int, width: int, factor: float, highest: float) -> Any:
+def row_exp2(kind: Any, scores: int, count: int, width: int, factor: float, highest: float) -> Any:
     """Replace `count` floats x by 2^(factor (x - highest)), and those up to `width`, a multiple of 8, by 0.
+
+    They are written as `kind`, from the same address on.
 
     Returns:
         The sum of the powers.
@@ -1080,14 +1142,14 @@ def row_exp2(scores: int, count: int, width: int, factor: float, highest: float)
     body = count - count % 8
     for j in range(0, body, 8):
         power = exp2(fma(load(FLOAT32, scores + 4 * j), spread, shift))
-        store(FLOAT32, scores + 4 * j, power)
+        store(kind, scores + kind.itemsize * j, power)
         total = add(total, power)
     if body < count:
         power = exp2(fma(load(FLOAT32, scores + 4 * body), spread, shift))
         power = keep_first(power, count - body, zeros)
-        store(FLOAT32, scores + 4 * body, power)
+        store(kind, scores + kind.itemsize * body, power)
         total = add(total, power)
         body += 8
     for j in range(body, width, 8):
-        store(FLOAT32, scores + 4 * j, zeros)
+        store(kind, scores + kind.itemsize * j, zeros)
     return lane_sum(total)

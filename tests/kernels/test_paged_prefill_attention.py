@@ -9,18 +9,28 @@ from curkv.kernels.paged_prefill_attention import cpu, reference
 from tests.kernels.util import KV_DTYPES, assert_close, make_pool, query_start
 
 TOLERANCE = 2e-6  # both read the same rounded K and V and compute in float32
+BFLOAT16_TOLERANCE = 2e-2  # keys, values and weights of up to 4 are rounded to 8 bits
 
 
-def check(lengths: list[list[int]], new_tokens: list[int], group: int, **options: object) -> None:
+def check(
+    lengths: list[list[int]],
+    new_tokens: list[int],
+    group: int,
+    q_dtype: torch.dtype = torch.float32,
+    **options: object,
+) -> None:
     """Compare outputs and log-sum-exps on a random pool whose sequences end in new tokens."""
     pool = make_pool(lengths, **options)  # type: ignore[arg-type]
     heads, dim = len(lengths[0]), pool.pages.k.shape[2]
     q = torch.randn(sum(new_tokens), heads * group, dim, generator=torch.Generator().manual_seed(1))
+    q = q.to(q_dtype)
+    tolerance = TOLERANCE if q_dtype is torch.float32 else BFLOAT16_TOLERANCE
     args = (q, pool.pages, pool.table, pool.lengths, pool.slots, query_start(new_tokens), dim**-0.5, True)
     out, lse = cpu.paged_prefill_attention(*args)
     expected_out, expected_lse = reference.paged_prefill_attention(*args)
-    assert_close(out, expected_out, TOLERANCE)
-    assert_close(lse, expected_lse, TOLERANCE)
+    assert out.dtype is lse.dtype is torch.float32
+    assert_close(out, expected_out, tolerance)
+    assert_close(lse, expected_lse, tolerance)
     assert_close(cpu.paged_prefill_attention(*args[:-1]), out, 0)
 
 
@@ -41,6 +51,25 @@ def check(lengths: list[list[int]], new_tokens: list[int], group: int, **options
 def test_ragged_heads_and_chunks(dtype: torch.dtype, head_dim: int, page_size: int, group: int) -> None:
     lengths = [[1, 1, 1], [300, 77, 129], [page_size + 1, 2 * page_size, 40], [65, 64, 500]]
     check(lengths, [1, 77, 9, 17], group, head_dim=head_dim, page_size=page_size, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+@pytest.mark.parametrize(
+    ("head_dim", "page_size", "group"), [(64, 64, 3), (96, 24, 2), (256, 16, 5), (72, 8, 1)]
+)
+def test_queries_of_bfloat16(dtype: torch.dtype, head_dim: int, page_size: int, group: int) -> None:
+    lengths = [[1, 1, 1], [300, 77, 129], [65, 64, 501]]
+    check(lengths, [1, 77, 17], group, torch.bfloat16, head_dim=head_dim, page_size=page_size, dtype=dtype)
+
+
+def test_queries_of_bfloat16_are_widened_where_they_are_not_multiplied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpu, "MULTIPLIES_BFLOAT16", False)
+    pool = make_pool([[300, 77]])
+    q = torch.randn(30, 6, 64).bfloat16()
+    args = (pool.pages, pool.table, pool.lengths, pool.slots, query_start([30]), 0.125)
+    assert torch.equal(cpu.paged_prefill_attention(q, *args), cpu.paged_prefill_attention(q.float(), *args))
 
 
 @pytest.mark.parametrize("new_tokens", [1, 2, 63, 64, 65, 127, 128, 129, 200])

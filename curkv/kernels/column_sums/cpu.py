@@ -28,7 +28,7 @@ from curkv.kernels.simd import (
     load,
     load_int32,
     load_scalar,
-    matrix_tile,
+    panel_tile,
     row_address,
     row_exp2,
     scales_address,
@@ -135,7 +135,7 @@ def _work(kind: Any, arguments: int, worker: int) -> None:
         pages = table + 4 * (slot * table_stride + head * head_stride)
         start = (item - first_item) * KEY_BLOCK
         width = min(KEY_BLOCK, length - start)
-        load_keys(kind, dim, k, k_scale, pages, page_size, start, width, keys)
+        load_keys(kind, FLOAT32, dim, k, k_scale, pages, page_size, start, width, keys)
         _sum_block(
             q + 4 * (begin * q_stride + head * group * dim), q_stride,
             lse + 4 * (begin * heads + head) * group, heads * group, chunk, start - (length - chunk), width,
@@ -192,18 +192,18 @@ def _sum_block(
         count = min(block, chunk - first)
         rows = count * group
         whole = (rows + STRIP - 1) // STRIP * STRIP
-        load_queries(queries, q + 4 * first * q_stride, q_stride, count, group * dim, whole * dim)
+        load_queries(FLOAT32, queries, q + 4 * first * q_stride, q_stride, count, group * dim, whole * dim)
         for row in range(0, rows, STRIP):
             for t in range(0, width, 16):
-                matrix_tile(
-                    FLOAT32, 6, 2, 1, queries + 4 * row * dim, dim, keys + 4 * t * dim, 16, dim,
+                panel_tile(
+                    FLOAT32, 6, 1, queries + 4 * row * dim, dim, 0, keys + 4 * t * dim, 0, dim,
                     scores + 4 * t, KEY_BLOCK, 64 * dim,
                 )  # fmt: skip
             for r in range(min(STRIP, rows - row)):
                 token, line = first + (row + r) // group, scores + 4 * r * KEY_BLOCK
                 natural = load_scalar(FLOAT32, lse + 4 * (token * lse_stride + (row + r) % group))
                 seen = min(width, token - offset + 1)
-                row_exp2(line, seen, padded, factor, natural * math.log2(math.e) / factor)
+                row_exp2(FLOAT32, line, seen, padded, factor, natural * math.log2(math.e) / factor)
                 for j in range(0, padded, 8):
                     place = sums + 4 * j
                     store(FLOAT32, place, add(load(FLOAT32, place), load(FLOAT32, line + 4 * j)))

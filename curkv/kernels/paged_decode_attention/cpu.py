@@ -37,7 +37,6 @@ from curkv.kernels.simd import (
     load_int32,
     load_int32s,
     load_scalar,
-    matrix_tile,
     maximum,
     mul,
     prefetch,
@@ -241,7 +240,7 @@ def _attend_split(
         top = row_max(row, count)
         mine = partial + 4 * g * (dim + 2)
         store_scalar(FLOAT32, mine + 4 * dim, top)
-        store_scalar(FLOAT32, mine + 4 * dim + 4, row_exp2(row, count, count, factor, top))
+        store_scalar(FLOAT32, mine + 4 * dim + 4, row_exp2(FLOAT32, row, count, count, factor, top))
         for d in range(0, dim, 8):
             store(FLOAT32, mine + 4 * d, broadcast(np.float32(0.0)))
     for start in range(0, count, page_size):
@@ -307,7 +306,7 @@ def _attend_int8_split(
         top = row_max(row, count)
         mine = partial + 4 * g * (dim + 2)
         store_scalar(FLOAT32, mine + 4 * dim, top)
-        store_scalar(FLOAT32, mine + 4 * dim + 4, row_exp2(row, count, count, factor, top))
+        store_scalar(FLOAT32, mine + 4 * dim + 4, row_exp2(FLOAT32, row, count, count, factor, top))
         largest = _weigh_row(row, v_scale, table, page_size, count, weights + 2 * g * width)
         store_scalar(FLOAT32, ranges + 4 * g, largest)
     for start in range(0, count, page_size):
@@ -551,4 +550,4 @@ def _add_split(
     for t in range(0, count, 8):
         page = load_int32(table + 4 * ((start + t) // page_size))
         place = attention + 4 * (page * page_size + (start + t) % page_size)
-        matrix_tile(FLOAT32, 1, 1, 0, scale.ctypes.data, 0, scores + 4 * t, width, group, place, 0, 0)
+        weigh_rows(FLOAT32, 1, 1, scale.ctypes.data, 0, scores + 4 * t, width, group, place, 0, 0)

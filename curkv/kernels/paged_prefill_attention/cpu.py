@@ -23,6 +23,7 @@ from curkv.kernels.pages import Pages
 from curkv.kernels.simd import (
     FLOAT32,
     KINDS,
+    MULTIPLIES_BFLOAT16,
     address,
     broadcast,
     fetch_add,
@@ -30,15 +31,16 @@ from curkv.kernels.simd import (
     load,
     load_int32,
     load_scalar,
-    matrix_tile,
     mul,
+    panel_tile,
     row_address,
     row_exp2,
     row_max,
     scales_address,
     store,
+    store_panel_columns,
+    store_panel_rows,
     store_scalar,
-    transpose_tile,
 )
 from curkv.kernels.workers import bits_of_float, compile_worker, float_of_bits, launch, read_arguments
 
@@ -59,12 +61,15 @@ def paged_prefill_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend with a chunk of queries per sequence; see `reference.paged_prefill_attention`.
 
-    head_dim and the page size are multiples of 8.
+    head_dim and the page size are multiples of 8. Queries of bfloat16 are widened where the machine does not
+    multiply in it.
     """
     tokens, query_heads, dim = q.shape
     heads, page_size, dtype = table.shape[1], pages.k.shape[1], pages.k.dtype
     if dim % 8 or page_size % 8:
         raise ValueError(f"head_dim {dim} and page size {page_size} must be multiples of 8")
+    if not (MULTIPLIES_BFLOAT16 and dim % 16 == 0):
+        q = q.float()
     if q.stride()[1:] != (dim, 1):
         q = q.contiguous()
     group = query_heads // heads
@@ -75,8 +80,8 @@ def paged_prefill_attention(
     counter = torch.zeros(1, dtype=torch.int64)
     scratch = torch.empty((threads, _scratch_size(block * group, dim)))
     launch(
-        _worker(dtype), threads,
-        row_address(q, torch.float32), q.stride(0), address(pages.k, dtype), address(pages.v, dtype),
+        _worker(dtype, q.dtype), threads,
+        row_address(q, q.dtype), q.stride(0), address(pages.k, dtype), address(pages.v, dtype),
         scales_address(pages.k_scale), scales_address(pages.v_scale),
         row_address(table, torch.int32), table.stride(0), table.stride(1),
         row_address(lengths, torch.int32), lengths.stride(0),
@@ -95,21 +100,21 @@ def _scratch_size(rows: int, dim: int) -> int:
 
 
 @functools.cache
-def _worker(dtype: torch.dtype) -> int:
-    kind = KINDS[dtype]
+def _worker(dtype: torch.dtype, operands: torch.dtype) -> int:
+    kind, operand = KINDS[dtype], KINDS[operands]
 
     def work(arguments: int, worker: int) -> None:
-        _work(kind, arguments, worker)
+        _work(kind, operand, arguments, worker)
 
     return compile_worker(work)
 
 
 @inlined
-def _work(kind: Any, arguments: int, worker: int) -> None:
+def _work(kind: Any, operand: Any, arguments: int, worker: int) -> None:
     """Take blocks of queries until none is left.
 
     The arguments, addresses unless stated otherwise:
-        q: float32 [T, H, group, dim], `q_stride` floats per token.
+        q: [T, H, group, dim] of the kind `operand`, `q_stride` values per token.
         k, v: The pages of K and V.
         k_scale, v_scale: The pages of their scales, or 0.
         table: The page table, `table_stride` and `head_stride` entries per sequence and head.
@@ -147,8 +152,9 @@ def _work(kind: Any, arguments: int, worker: int) -> None:
         seen = load_int32(lengths + 4 * (slot * lengths_stride + head)) - new_tokens + first + 1
         row = ((start + first) * heads + head) * group
         _attend_block(
-            kind, group, dim, q + 4 * ((start + first) * q_stride + head * group * dim), q_stride, count,
-            seen, k, v, k_scale, v_scale, table + 4 * (slot * table_stride + head * head_stride), page_size,
+            kind, operand, group, dim,
+            q + operand.itemsize * ((start + first) * q_stride + head * group * dim), q_stride, count, seen,
+            k, v, k_scale, v_scale, table + 4 * (slot * table_stride + head * head_stride), page_size,
             float_of_bits(factor_bits), out + 4 * row * dim, lse + 4 * row if lse else 0, heads * group,
             scratch + worker * scratch_bytes,
         )  # fmt: skip
@@ -157,6 +163,7 @@ def _work(kind: Any, arguments: int, worker: int) -> None:
 @inlined
 def _attend_block(
     kind: Any,
+    operand: Any,
     group: int,
     dim: int,
     q: int,
@@ -179,7 +186,8 @@ def _attend_block(
 
     Scratch: queries [rows, dim] and outputs [rows, padded], where rows = count * group and head_dim are
     padded to whole tiles, then a row's largest score and its sum of exponentials, K and V in panels of 16
-    columns, and the scores of a strip.
+    columns, and the scores of a strip, whose exponentials take their place. What is multiplied is of the kind
+    `operand`: float32, or bfloat16 in half of the room.
     """
     rows = count * group
     padded_rows = (rows + STRIP - 1) // STRIP * STRIP
@@ -189,7 +197,7 @@ def _attend_block(
     keys = states + 8 * padded_rows
     values = keys + 4 * KEY_BLOCK * dim
     scores = values + 4 * KEY_BLOCK * padded
-    load_queries(scratch, q, q_stride, count, group * dim, padded_rows * dim)
+    load_queries(operand, scratch, q, q_stride, count, group * dim, padded_rows * dim)
     zeros = broadcast(np.float32(0.0))
     for d in range(0, padded_rows * padded, 8):
         store(FLOAT32, outputs + 4 * d, zeros)
@@ -199,29 +207,29 @@ def _attend_block(
     length = seen + count - 1
     for first in range(0, length, KEY_BLOCK):
         tokens = min(KEY_BLOCK, length - first)
-        load_keys(kind, dim, k, k_scale, table, page_size, first, tokens, keys)
-        _load_values(kind, dim, v, v_scale, table, page_size, first, tokens, values)
+        load_keys(kind, operand, dim, k, k_scale, table, page_size, first, tokens, keys)
+        _load_values(kind, operand, dim, v, v_scale, table, page_size, first, tokens, values)
         for row in range(0, rows, STRIP):
             last = min(row + STRIP, rows) - 1
             width = min(tokens, seen + last // group - first)
             if width > 0:
-                query = scratch + 4 * row * dim
+                query = scratch + operand.itemsize * row * dim
                 for t in range(0, width, 16):
-                    panel = keys + 4 * t * dim
-                    matrix_tile(
-                        FLOAT32, 6, 2, 1, query, dim, panel, 16, dim, scores + 4 * t, KEY_BLOCK, 64 * dim
-                    )
+                    panel, ahead = keys + operand.itemsize * t * dim, 16 * operand.itemsize * dim
+                    panel_tile(operand, 6, 1, query, dim, 0, panel, 0, dim, scores + 4 * t, KEY_BLOCK, ahead)
                 for r in range(STRIP):
                     visible = min(tokens, seen + min(row + r, last) // group - first)
                     _update_row(
-                        scores + 4 * r * KEY_BLOCK, visible, width, factor,
+                        operand, scores + 4 * r * KEY_BLOCK, visible, width, factor,
                         states + 8 * (row + r), outputs + 4 * (row + r) * padded, padded,
                     )  # fmt: skip
+                weights_stride, ahead = 4 * KEY_BLOCK // operand.itemsize, 16 * operand.itemsize * KEY_BLOCK
                 for d in range(0, padded, 16):
-                    panel, target = values + 4 * d * KEY_BLOCK, outputs + 4 * (row * padded + d)
-                    matrix_tile(
-                        FLOAT32, 6, 2, 0, scores, KEY_BLOCK, panel, 16, width, target, padded, 64 * KEY_BLOCK
-                    )
+                    panel = values + operand.itemsize * d * KEY_BLOCK
+                    panel_tile(
+                        operand, 6, 0, scores, weights_stride, 0, panel, 0, width + width % 2,
+                        outputs + 4 * (row * padded + d), padded, ahead,
+                    )  # fmt: skip
     for row in range(rows):
         place = row // group * out_heads + row % group
         top, total = load_scalar(FLOAT32, states + 8 * row), load_scalar(FLOAT32, states + 8 * row + 4)
@@ -235,18 +243,22 @@ def _attend_block(
 
 
 @inlined
-def load_queries(target: int, q: int, q_stride: int, count: int, size: int, padded_size: int) -> None:
-    """Copy `count` tokens' queries, `size` floats each, and fill up with zeros to `padded_size` floats."""
+def load_queries(
+    kind: Any, target: int, q: int, q_stride: int, count: int, size: int, padded_size: int
+) -> None:
+    """Copy `count` tokens' queries, `size` values each, and fill up with zeros to `padded_size` values."""
     for i in range(count):
         for d in range(0, size, 8):
-            store(FLOAT32, target + 4 * (i * size + d), load(FLOAT32, q + 4 * (i * q_stride + d)))
+            value = load(kind, q + kind.itemsize * (i * q_stride + d))
+            store(kind, target + kind.itemsize * (i * size + d), value)
     for d in range(count * size, padded_size, 8):
-        store(FLOAT32, target + 4 * d, broadcast(np.float32(0.0)))
+        store(kind, target + kind.itemsize * d, broadcast(np.float32(0.0)))
 
 
 @inlined
 def load_keys(
     kind: Any,
+    operand: Any,
     dim: int,
     k: int,
     k_scale: int,
@@ -256,19 +268,24 @@ def load_keys(
     tokens: int,
     target: int,
 ) -> None:
-    """Write keys `first ...` as panels float32 [tokens / 16, dim, 16], by eights: up to seven too many."""
+    """Write keys `first ...` as panels [tokens / 16, dim, 16] of `operand`, by eights: up to seven too many.
+
+    How a panel is packed is told at `panel_tile`.
+    """
     for t in range(0, tokens, 8):
         index = first + t
         token = load_int32(table + 4 * (index // page_size)) * page_size + index % page_size
         source, scales = k + token * dim * kind.itemsize, k_scale + 4 * token
-        panel = target + 4 * (t // 16 * 16 * dim + t % 16)
-        for d in range(0, dim, 8):
-            transpose_tile(kind, source + d * kind.itemsize, dim, scales, panel + 64 * d, 16)
+        panel = target + operand.itemsize * (t // 16 * 16 * dim) + 4 * (t % 16)
+        for d in range(0, dim, 32 // operand.itemsize):
+            place = panel + 16 * operand.itemsize * d
+            store_panel_columns(operand, place, kind, source + d * kind.itemsize, dim, scales)
 
 
 @inlined
 def _load_values(
     kind: Any,
+    operand: Any,
     dim: int,
     v: int,
     v_scale: int,
@@ -278,32 +295,40 @@ def _load_values(
     tokens: int,
     target: int,
 ) -> None:
-    """Write values `first ...` as panels float32 [dim / 16, KEY_BLOCK, 16], padded with zeros."""
-    for t in range(tokens):
+    """Write values `first ...` as panels [dim / 16, KEY_BLOCK, 16] of `operand`, padded with zeros.
+
+    An odd number of tokens is followed by a row of zeros.
+    """
+    zeros = broadcast(np.float32(0.0))
+    for t in range(0, tokens, 2):
         index = first + t
         token = load_int32(table + 4 * (index // page_size)) * page_size + index % page_size
         source = v + token * dim * kind.itemsize
+        single = t + 1 == tokens
         scale = broadcast(load_scalar(FLOAT32, v_scale + 4 * token) if v_scale else np.float32(1.0))
+        next_scale = broadcast(load_scalar(FLOAT32, v_scale + 4 * token + 4) if v_scale else np.float32(1.0))
         for d in range(0, dim, 8):
-            place = target + 4 * (d // 16 * 16 * KEY_BLOCK + t * 16 + d % 16)
-            store(FLOAT32, place, mul(load(kind, source + d * kind.itemsize), scale))
+            place = target + operand.itemsize * 16 * (d // 16 * KEY_BLOCK + t) + 4 * (d % 16)
+            value = mul(load(kind, source + d * kind.itemsize), scale)
+            after = zeros if single else mul(load(kind, source + (dim + d) * kind.itemsize), next_scale)
+            store_panel_rows(operand, place, value, after)
         if dim % 16:
-            place = target + 4 * (dim // 16 * 16 * KEY_BLOCK + t * 16 + 8)
-            store(FLOAT32, place, broadcast(np.float32(0.0)))
+            place = target + operand.itemsize * 16 * (dim // 16 * KEY_BLOCK + t) + 4 * 8
+            store_panel_rows(operand, place, zeros, zeros)
 
 
 @inlined
 def _update_row(
-    scores: int, visible: int, width: int, factor: float, state: int, output: int, padded: int
+    operand: Any, scores: int, visible: int, width: int, factor: float, state: int, output: int, padded: int
 ) -> None:
-    """Turn a row's first `visible` scores into exponentials, the rest up to `width` into zeros.
+    """Turn a row's first `visible` scores into exponentials of `operand`, the rest up to `width` into zeros.
 
     Updates the row's largest score and sum of exponentials at `state`, and rescales its output when the
     largest score has grown.
     """
     if visible <= 0:
         for t in range(0, width, 8):
-            store(FLOAT32, scores + 4 * t, broadcast(np.float32(0.0)))
+            store(operand, scores + operand.itemsize * t, broadcast(np.float32(0.0)))
     else:
         top, total = load_scalar(FLOAT32, state), load_scalar(FLOAT32, state + 4)
         highest = row_max(scores, visible)
@@ -315,5 +340,5 @@ def _update_row(
                 store(FLOAT32, output + 4 * d, value)
             top = highest
             store_scalar(FLOAT32, state, top)
-        total += row_exp2(scores, visible, width, factor, top)
+        total += row_exp2(operand, scores, visible, width, factor, top)
         store_scalar(FLOAT32, state + 4, total)

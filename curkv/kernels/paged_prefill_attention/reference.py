@@ -26,7 +26,8 @@ def paged_prefill_attention(
     KV head i // (Hq / H).
 
     Args:
-        q: float32 [T, Hq, head_dim], after RoPE; any stride over tokens and heads.
+        q: float32 or bfloat16 [T, Hq, head_dim], after RoPE; any stride over tokens and heads. With bfloat16,
+            kernels may round K, V and the softmax to it before they multiply.
         pages: The page pool.
         table: int32 [max_sequences, H, max_pages], page of each (sequence, head, page index).
         lengths: int32 [max_sequences, H], tokens of each head, the chunk included.

@@ -29,9 +29,9 @@ from curkv.kernels.simd import (
     load,
     load_int32,
     load_scalar,
-    matrix_tile,
     maximum,
     mul,
+    panel_tile,
     row_address,
     row_exp2,
     row_max,
@@ -142,13 +142,12 @@ def _work(kind: Any, arguments: int, worker: int) -> None:
                 line = products + 4 * i * width
                 if read > 0:
                     share = 1.0 if largest else 1.0 / pairs
+                    padded = (read + 7) // 8 * 8
                     if known:
                         natural = load_scalar(FLOAT32, known + 4 * (row * pairs + first + i))
-                        row_exp2(
-                            line, read, (read + 7) // 8 * 8, factor, natural * math.log2(math.e) / factor
-                        )
+                        row_exp2(FLOAT32, line, read, padded, factor, natural * math.log2(math.e) / factor)
                     else:
-                        share /= row_exp2(line, read, (read + 7) // 8 * 8, factor, row_max(line, read))
+                        share /= row_exp2(FLOAT32, line, read, padded, factor, row_max(line, read))
                     _gather(line, read, share, largest, target)
         for j in range(length, width):
             store_scalar(FLOAT32, target + 4 * j, np.float32(-np.inf))
@@ -172,14 +171,14 @@ def _multiply(
 ) -> None:
     """Write the products of `count` queries and all keys; `rows` and `keys` are scratch."""
     padded = (count + STRIP - 1) // STRIP * STRIP
-    load_queries(rows, queries, dim, count, dim, padded * dim)
+    load_queries(FLOAT32, rows, queries, dim, count, dim, padded * dim)
     for first in range(0, length, KEY_BLOCK):
         tokens = min(KEY_BLOCK, length - first)
-        load_keys(kind, dim, k, k_scale, table, page_size, first, tokens, keys)
+        load_keys(kind, FLOAT32, dim, k, k_scale, table, page_size, first, tokens, keys)
         for row in range(0, padded, STRIP):
             for t in range(0, tokens, 16):
-                matrix_tile(
-                    FLOAT32, 6, 2, 1, rows + 4 * row * dim, dim, keys + 4 * t * dim, 16, dim,
+                panel_tile(
+                    FLOAT32, 6, 1, rows + 4 * row * dim, dim, 0, keys + 4 * t * dim, 0, dim,
                     products + 4 * (row * width + first + t), width, 64 * dim,
                 )  # fmt: skip
 
