@@ -20,7 +20,7 @@ from curkv.engine.engine import Engine
 from curkv.engine.types import Request, SamplingParams
 from curkv.kernels.dispatch import Kernels, get_kernels
 
-NAMES = {"pack_linear": "linear layers", "pack_linear_int8": "linear layers"}
+NAMES = dict.fromkeys(("pack_linear", "pack_linear_int8", "pack_linear_int4"), "linear layers")
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--weights", default="int8", choices=["float32", "int8"])
+    parser.add_argument("--weights", default="int8", choices=["float32", "int8", "int4"])
     parser.add_argument("--kv-dtype", default="auto")
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=2000)

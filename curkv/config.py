@@ -55,7 +55,7 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 opens it to the network.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
 
-    weights: Literal["auto", "float32", "int8"] = Field(
+    weights: Literal["auto", "float32", "int8", "int4"] = Field(
         "auto", description="Type of the linear layers' weights: float32 on CPU, bfloat16 on a GPU, if auto."
     )
     kv_cache_memory: Size | None = Field(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ LINEAR = (  # [out, in] of a layer: qkv, o, gate and up, down
     (HIDDEN, INTERMEDIATE),
 )
 LONG = 8 * (4000,)
+WEIGHTS = ("float32", "int8", "int4")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 READ, MATMUL = "streaming read", "matmul"
 
@@ -50,7 +52,7 @@ class Case:
 
     kernel: str
     shape: str
-    dtype: torch.dtype
+    dtype: torch.dtype | str
     run: Callable[[], object]
     calls: int = 1
     bytes: int = 0
@@ -139,12 +141,17 @@ def limits() -> Iterator[Case]:
     yield Case(MATMUL, f"{n}^3", torch.float32, lambda: a @ b, flops=2 * n**3)
 
 
-def linear(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
+def linear(kernels: Kernels, weights: str) -> Iterator[Case]:
     """All linear layers of the model, for one token, eight, and a chunk of one prompt."""
-    pack = kernels.pack_linear_int8 if dtype is torch.int8 else kernels.pack_linear
+    packs = {
+        "float32": kernels.pack_linear,
+        "int8": kernels.pack_linear_int8,
+        "int4": kernels.pack_linear_int4,
+    }
+    pack = packs[weights]
     layers = [pack(torch.randn(shape)) for _ in range(MODEL_LAYERS) for shape in LINEAR]
-    head = pack(torch.randn(VOCABULARY, HIDDEN))
-    weights = MODEL_LAYERS * sum(rows * columns for rows, columns in LINEAR)
+    head = packs[weights.replace("4", "8")](torch.randn(VOCABULARY, HIDDEN))
+    count = MODEL_LAYERS * sum(rows * columns for rows, columns in LINEAR)
     for tokens, sampled in ((1, 1), (8, 8), (CHUNK, 1)):
         inputs = MODEL_LAYERS * [torch.randn(tokens, columns) for _, columns in LINEAR]
         last = torch.randn(sampled, HIDDEN)
@@ -155,8 +162,8 @@ def linear(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
             head(last)
 
         read = head.nbytes + sum(layer.nbytes for layer in layers)
-        flops = 2 * (tokens * weights + sampled * VOCABULARY * HIDDEN)
-        yield Case("linear, the whole model", f"{tokens} tokens", dtype, run, bytes=read, flops=flops)
+        flops = 2 * (tokens * count + sampled * VOCABULARY * HIDDEN)
+        yield Case("linear, the whole model", f"{tokens} tokens", weights, run, bytes=read, flops=flops)
 
 
 def decode(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
@@ -183,14 +190,16 @@ def prefill(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
         q = torch.randn(CHUNK, HEADS * GROUP, HEAD_DIM)
         starts = torch.tensor([0, CHUNK], dtype=torch.int32)
 
-        def run(cache: Layers = cache, q: Tensor = q, starts: Tensor = starts) -> None:
+        def run(q: Tensor, cache: Layers = cache, starts: Tensor = starts) -> None:
             kernels.paged_prefill_attention(q, *cache.layer(0), starts, HEAD_DIM**-0.5)
 
         pairs = HEADS * GROUP * CHUNK * (before + (CHUNK + 1) / 2)
         flops = int(4 * HEAD_DIM * pairs)
         shape = f"{CHUNK} after {before:,} tokens"
         bytes_read = cache.tokens * cache.token_bytes
-        yield Case("paged_prefill_attention", shape, dtype, run, bytes=bytes_read, flops=flops)
+        for name, queries in (("", q), (", bfloat16 queries", q.bfloat16())):
+            attend = partial(run, queries)
+            yield Case(f"paged_prefill_attention{name}", shape, dtype, attend, bytes=bytes_read, flops=flops)
         if dtype is torch.float32:
             queries = q.transpose(0, 1)[None].contiguous()
             keys = torch.randn(1, HEADS * GROUP, before + CHUNK, HEAD_DIM)
@@ -269,7 +278,7 @@ def run(rounds: int = 15) -> list[Measurement]:
         rounds: Runs of each case; the best one counts.
     """
     kernels = get_kernels("cpu")
-    cases = [*limits(), *linear(kernels, torch.float32), *linear(kernels, torch.int8)]
+    cases = [*limits(), *(case for weights in WEIGHTS for case in linear(kernels, weights))]
     for make in (decode, prefill, store, evict):
         cases += [case for dtype in DTYPES for case in make(kernels, dtype)]
     best = [float("inf")] * len(cases)

@@ -23,17 +23,14 @@ from curkv.engine.types import Request, SamplingParams
 from curkv.kernels.dispatch import KernelsName, get_kernels
 from curkv.models.chat_template import load_chat_template
 from curkv.models.config import ModelConfig
-from curkv.models.llama import Llama, rope_tables
+from curkv.models.llama import Llama, Rounding, rope_tables
 from curkv.models.loading import Checkpoint, load_config, load_pruning, load_tokenizer, resolve_model
 
 logger = logging.getLogger(__name__)
 
 KVDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
-Weights = Literal["auto", "float32", "int8"]
+Weights = Literal["auto", "float32", "int8", "int4"]
 Device = Literal["auto", "cpu", "cuda"]
-CPU_WEIGHTS: Weights = "float32"
-"""Default on CPU; a GPU has bfloat16."""
-
 CPU_KV_DTYPE: KVDtype = "float16"
 """Default on CPU: half the bytes of float32, eight times the precision of bfloat16 (docs/benchmarks.md)."""
 
@@ -55,8 +52,8 @@ class EngineOptions:
 
     Attributes:
         model: directory, Hub id, GGUF file or built-in name.
-        weights: type of the linear layers' weights; "auto" is float32 on CPU, bfloat16 on a GPU. With int8,
-            which rounds anyway, chunks attend in bfloat16 on a CPU that multiplies in it.
+        weights: type of the linear layers' weights; "auto" is float32 on CPU, bfloat16 on a GPU. With int8
+            and int4, which round anyway, chunks attend in bfloat16 on a CPU that multiplies in it.
         kv_cache_bytes: size of the page pool; None takes a share of the memory that is free after loading.
         prefix_cache_bytes: most of the pool that is held for repeated prompts; None takes a share of it.
         kv_dtype: type of cached keys and values.
@@ -101,9 +98,9 @@ def build_engine(options: EngineOptions) -> Engine:
     device = torch.device(_device(options.device))
     on_gpu = device.type == "cuda"
     kernels = get_kernels(options.kernels, device)
-    int8 = _int8(options.weights, on_gpu)
+    rounding = _rounding(options.weights, on_gpu)
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    model = Llama(config, Checkpoint(directory, config, dtype, device), kernels, int8)
+    model = Llama(config, Checkpoint(directory, config, dtype, device), kernels, rounding)
     max_model_len = _max_model_len(options.max_model_len, config)
     layout = CacheLayout(
         num_layers=config.num_layers,
@@ -122,7 +119,7 @@ def build_engine(options: EngineOptions) -> Engine:
     if prefix_bytes is None:
         prefix_bytes = int(num_bytes * PREFIX_SHARE)
     num_pages, prefix_pages = num_pages_for(num_bytes, layout), prefix_bytes // layout.page_bytes
-    prefill_dtype = torch.bfloat16 if int8 else None
+    prefill_dtype = torch.bfloat16 if rounding else None
     kv = KVCache(layout, num_pages, kernels, rope, device, prefix_pages, prefill_dtype)
     graphs = DecodeGraphs(model, kv) if on_gpu else None
     recorded = RecordedDecodes(model, kv) if not on_gpu and options.kernels in ("auto", "cpu") else None
@@ -152,10 +149,10 @@ def _device(wanted: Device) -> str:
     return wanted
 
 
-def _int8(wanted: Weights, on_gpu: bool) -> bool:
+def _rounding(wanted: Weights, on_gpu: bool) -> Rounding | None:
     if on_gpu and wanted != "auto":
         raise ValueError(f"--weights {wanted} is for the CPU; weights on a GPU are bfloat16")
-    return (CPU_WEIGHTS if wanted == "auto" else wanted) == "int8" and not on_gpu
+    return wanted if wanted in ("int8", "int4") else None
 
 
 def _kv_dtype(wanted: KVDtype, on_gpu: bool, head_dim: int) -> torch.dtype:

@@ -31,9 +31,10 @@ class Kernels:
     silu_mul: Callable[..., Tensor]
     pack_linear: Callable[..., Any]
     pack_linear_int8: Callable[..., Any]
+    pack_linear_int4: Callable[..., Any]
 
 
-_MODULES = {"pack_linear": "linear", "pack_linear_int8": "linear"}
+_MODULES = dict.fromkeys(("pack_linear", "pack_linear_int8", "pack_linear_int4"), "linear")
 _BACKENDS = ("cpu", "triton", "reference")
 _AUTO = {"cpu": "cpu", "cuda": "triton"}
 

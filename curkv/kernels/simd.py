@@ -87,6 +87,10 @@ MULTIPLIES_QUADS = bool(
     _FEATURES.get("avxvnni") or (_FEATURES.get("avx512vnni") and _FEATURES.get("avx512vl"))
 )
 """Whether the machine multiplies bytes in fours and adds them up in an int32 (x86's vpdpbusd)."""
+BYTES, NIBBLES, NIBBLES_BY_AVX2, NIBBLES_BY_ANY = range(4)
+"""What the B of `quad_tile` is made of, and for which machines it multiplies."""
+OWN_NIBBLES = NIBBLES if MULTIPLIES_QUADS else NIBBLES_BY_AVX2 if _FEATURES.get("avx2") else NIBBLES_BY_ANY
+"""The one for this machine."""
 MULTIPLIES_BFLOAT16 = bool(_FEATURES.get("avx512bf16") and _FEATURES.get("avx512vl"))
 """Whether the machine multiplies bfloat16 in pairs and adds them up in a float32 (x86's vdpbf16ps)."""
 
@@ -961,44 +965,52 @@ def _pair_products(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
 
 
 QUAD_BLOCK = 32
-"""Values of a row of A in `quad_tile` that have a scale in common."""
+"""Values of a row of A in `quad_tile` that have a scale in common, and of a column of nibbles."""
+NIBBLE_BLOCK_BYTES = 16 * QUAD_BLOCK // 2 + 2 * 2 * 16
+"""Of a block of a panel of nibbles: 16 columns of 32, a step and a lowest value in float16 for each."""
 
 
 @intrinsic
 def quad_tile(
-    context: Any, rows: Any, a: Any, a_stride: Any, a_scales: Any, a_offsets: Any, scale_stride: Any,
-    b: Any, b_scales: Any, inner: Any, c: Any, c_stride: Any, ahead: Any,
+    context: Any, weights: Any, rows: Any, a: Any, a_stride: Any, a_scales: Any, a_sums: Any,
+    scale_stride: Any, b: Any, b_scales: Any, inner: Any, c: Any, c_stride: Any, ahead: Any,
 ) -> Any:  # fmt: skip
     """C = A B on a tile held in registers, B being a panel of 16 columns, by products of bytes in fours.
 
-    Only where `MULTIPLIES_QUADS`. That instruction takes one side without sign: B is stored plus 128.
+    `BYTES` and `NIBBLES` only where `MULTIPLIES_QUADS`. That instruction takes one side without sign: bytes
+    are stored plus 128.
 
     Args:
         context: Numba's.
+        weights: Literal, `BYTES` or one of the `NIBBLES`, of 4 bits without sign.
         rows: Literal, rows of A and C.
         a: Address of int8 [rows, inner].
         a_stride: Values from one row of A to the next.
         a_scales: Address of float32 [inner / 32, rows], what the blocks of A are multiplied with.
-        a_offsets: Address of int32 [inner / 32, rows], -128 times the sums of the blocks of A.
-        scale_stride: Values from the scales and offsets of one block to those of the next.
-        b: Address of uint8 [inner / 4, 16, 4], packed.
-        b_scales: Address of float32 [16], what the columns of B are multiplied with.
+        a_sums: Address of [inner / 32, rows], what the blocks of A sum up to: with bytes int32 and times
+            -128, with nibbles float32 and times the block's scale.
+        scale_stride: Values from the scales and sums of one block to those of the next.
+        b: Address of the panel. Bytes: uint8 [inner / 4, 16, 4]. Nibbles: blocks of `NIBBLE_BLOCK_BYTES`,
+            each uint8 [4, 16, 4] with the quads 2 i in the low halves and 2 i + 1 in the high ones, and
+            float16 [2, 16], steps and lowest values.
+        b_scales: Address of float32 [16], what columns of bytes are multiplied with.
         inner: Length of the inner dimension, a multiple of 32.
         c: Address of float32 [rows, 16].
         c_stride: Floats from one row of C to the next.
         ahead: Bytes from what is read of B to what is prefetched.
     """
-    height = rows.literal_value
+    form, height = weights.literal_value, rows.literal_value
 
     def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
-        _call_own(builder, f"quad_tile_{height}", args[1:], lambda own, args: _quad_tile(own, height, *args))
+        name = f"quad_tile_{form}_{height}"
+        _call_own(builder, name, args[2:], lambda own, args: _quad_tile(own, form, height, *args))
 
-    return types.void(rows, *[types.int64] * 11), generate
+    return types.void(weights, rows, *[types.int64] * 11), generate
 
 
-def _quad_tile(builder: ir.IRBuilder, height: int, *args: ir.Value) -> None:
+def _quad_tile(builder: ir.IRBuilder, form: int, height: int, *args: ir.Value) -> None:
     """The body of `quad_tile`: integers within a block of A, floats over the blocks."""
-    a, a_stride, a_scales, a_offsets, scale_stride, b, b_scales, inner, c, c_stride, ahead = args
+    a, a_stride, a_scales, a_sums, scale_stride, b, b_scales, inner, c, c_stride, ahead = args
     totals = _accumulators(builder, 2 * height)
     for slot in totals:
         builder.store(_constant(_FLOATS, 0.0), slot)
@@ -1006,38 +1018,111 @@ def _quad_tile(builder: ir.IRBuilder, height: int, *args: ir.Value) -> None:
     blocks = builder.udiv(inner, inner.type(QUAD_BLOCK))
     with cgutils.for_range(builder, blocks) as loop:
         scale_row = builder.mul(loop.index, scale_stride)
+        at = builder.mul(loop.index, inner.type(QUAD_BLOCK))
 
         def of_row(base: ir.Value, m: int, item: ir.Type) -> ir.Value:
             place = _offset(builder, _offset(builder, base, scale_row, 4), 4 * m)
             return _splat(builder, builder.load(_pointer(builder, place, item), align=4))
 
-        sums = [offset for m in range(height) for offset in [of_row(a_offsets, m, _INT32)] * 2]
-        at = builder.mul(loop.index, inner.type(QUAD_BLOCK))
-        panel = _offset(builder, b, at, PANEL)
-        for quad in range(0, QUAD_BLOCK, 4):
-            row = _offset(builder, panel, PANEL * quad)
-            columns = [
-                builder.load(_pointer(builder, _offset(builder, row, 4 * LANES * n), _INT32S), align=1)
-                for n in range(2)
-            ]
-            for m in range(height):
-                place = _offset(builder, builder.add(starts[m], at), quad)
-                factor = _splat(builder, builder.load(_pointer(builder, place, _INT32), align=1))
-                for n in range(2):
-                    operands = [sums[2 * m + n], columns[n], factor]
-                    sums[2 * m + n] = _call(builder, "llvm.x86.avx512.vpdpbusd.256", _INT32S, operands)
-            _prefetch(builder, builder.add(row, ahead))
+        def quad(m: int, index: int) -> ir.Value:
+            place = _offset(builder, builder.add(starts[m], at), 4 * index)
+            return _splat(builder, builder.load(_pointer(builder, place, _INT32), align=1))
+
+        def of_panel(offset: int, shape: ir.Type) -> list[ir.Value]:
+            size = 32 if shape == _INT32S else 16
+            places = [_offset(builder, block, offset + size * n) for n in range(2)]
+            return [builder.load(_pointer(builder, place, shape), align=1) for place in places]
+
+        if form == BYTES:
+            block = _offset(builder, b, at, PANEL)
+            sums = [offset for m in range(height) for offset in [of_row(a_sums, m, _INT32)] * 2]
+            for index in range(QUAD_BLOCK // 4):
+                columns = of_panel(4 * PANEL * index, _INT32S)
+                _prefetch(builder, _offset(builder, builder.add(block, ahead), 4 * PANEL * index))
+                for m in range(height):
+                    factor = quad(m, index)
+                    for n in range(2):
+                        sums[2 * m + n] = _quad_products(builder, sums[2 * m + n], columns[n], factor)
+        else:
+            block = _offset(builder, b, loop.index, NIBBLE_BLOCK_BYTES)
+            sums = _nibble_sums(builder, form, height, of_panel, quad)
+            for line in range(0, NIBBLE_BLOCK_BYTES, _LINE):
+                _prefetch(builder, _offset(builder, builder.add(block, ahead), line))
+            halves = ir.VectorType(ir.HalfType(), LANES)
+            steps, lows = (
+                [builder.fpext(part, _FLOATS) for part in of_panel(QUAD_BLOCK * 8 + 32 * i, halves)]
+                for i in range(2)
+            )
         for m in range(height):
             scale = of_row(a_scales, m, _FLOAT)
-            for slot, total in zip(totals[2 * m :], sums[2 * m : 2 * m + 2], strict=False):
-                floats = builder.sitofp(total, _FLOATS)
-                builder.store(_fma(builder, floats, scale, builder.load(slot)), slot)
+            for n, slot in enumerate(totals[2 * m : 2 * m + 2]):
+                floats, total = builder.sitofp(sums[2 * m + n], _FLOATS), builder.load(slot)
+                if form == BYTES:
+                    total = _fma(builder, floats, scale, total)
+                else:
+                    total = _fma(builder, floats, builder.fmul(scale, steps[n]), total)
+                    total = _fma(builder, of_row(a_sums, m, _FLOAT), lows[n], total)
+                builder.store(total, slot)
     for m in range(height):
         for n in range(2):
             place = _pointer(builder, _offset(builder, b_scales, 4 * LANES * n), _FLOATS)
             target = _offset(builder, _offset(builder, c, c_stride, 4 * m), 4 * LANES * n)
-            product = builder.fmul(builder.load(totals[2 * m + n]), builder.load(place, align=4))
+            product = builder.load(totals[2 * m + n])
+            if form == BYTES:
+                product = builder.fmul(product, builder.load(place, align=4))
             builder.store(product, _pointer(builder, target, _FLOATS), align=4)
+
+
+def _quad_products(builder: ir.IRBuilder, sums: ir.Value, b: ir.Value, a: ir.Value) -> ir.Value:
+    """`sums`, eight int32, plus products in fours of bytes b without sign and a with sign."""
+    return _call(builder, "llvm.x86.avx512.vpdpbusd.256", _INT32S, [sums, b, a])
+
+
+def _nibble_sums(
+    builder: ir.IRBuilder,
+    form: int,
+    height: int,
+    of_panel: Callable[[int, ir.Type], list[ir.Value]],
+    quad: Callable[[int, int], ir.Value],
+) -> list[ir.Value]:
+    """The products of a block of nibbles and of A, summed up as int32: [rows, 2], eight columns each."""
+    bytes_ = ir.VectorType(_INT8, 4 * LANES)
+    wide = form == NIBBLES_BY_AVX2
+    sums = [_constant(_INT16S if wide else _INT32S, 0)] * (2 * height)
+    for pair in range(QUAD_BLOCK // 8):
+        columns = [builder.bitcast(part, bytes_) for part in of_panel(4 * PANEL * pair, _INT32S)]
+        low = [builder.and_(part, _constant(bytes_, 15)) for part in columns]
+        high = [builder.lshr(part, _constant(bytes_, 4)) for part in columns]
+        for index, nibbles in ((2 * pair, low), (2 * pair + 1, high)):
+            for m in range(height):
+                factor = quad(m, index)
+                for n in range(2):
+                    total, at = sums[2 * m + n], 2 * m + n
+                    if form == NIBBLES:
+                        sums[at] = _quad_products(
+                            builder, total, builder.bitcast(nibbles[n], _INT32S), factor
+                        )
+                    elif wide:
+                        # Pairs of products, at most 2 * 15 * 127 each: sums of eight fit an int16.
+                        operands = [nibbles[n], builder.bitcast(factor, bytes_)]
+                        products = _call(builder, "llvm.x86.avx2.pmadd.ub.sw", _INT16S, operands)
+                        sums[at] = builder.add(total, products)
+                    else:
+                        sums[at] = builder.add(total, _plain_quads(builder, nibbles[n], factor))
+    if not wide:
+        return sums
+    return [_pair_products(builder, part, _constant(_INT16S, 1)) for part in sums]
+
+
+def _plain_quads(builder: ir.IRBuilder, b: ir.Value, a: ir.Value) -> ir.Value:
+    """Products in fours of bytes b without sign and a with sign, eight int32, on any machine."""
+    shorts = ir.VectorType(_INT16, 4 * LANES)
+    products = builder.mul(builder.zext(b, shorts), builder.sext(builder.bitcast(a, b.type), shorts))
+    parts = [
+        builder.sext(_shuffle(builder, products, products, list(range(i, 4 * LANES, 4))), _INT32S)
+        for i in range(4)
+    ]
+    return builder.add(builder.add(parts[0], parts[1]), builder.add(parts[2], parts[3]))
 
 
 @intrinsic

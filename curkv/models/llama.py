@@ -6,13 +6,16 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from curkv.models.config import Llama3Scaling, ModelConfig
 from curkv.models.loading import Checkpoint, LayerWeights
+
+Rounding = Literal["int8", "int4"]
+"""What the weights of linear layers may be rounded to."""
 
 
 class Linear(Protocol):
@@ -81,6 +84,10 @@ class ModelKernels(Protocol):
     def pack_linear_int8(self) -> Callable[[Tensor, Tensor | None], Linear]:
         """The same with weights rounded to int8."""
 
+    @property
+    def pack_linear_int4(self) -> Callable[[Tensor, Tensor | None], Linear]:
+        """The same with weights rounded to 4 bits."""
+
 
 @dataclass(frozen=True, slots=True)
 class Layer:
@@ -105,11 +112,15 @@ class Llama:
     """
 
     def __init__(
-        self, config: ModelConfig, checkpoint: Checkpoint, kernels: ModelKernels, int8: bool = False
+        self,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        kernels: ModelKernels,
+        rounding: Rounding | None = None,
     ):
-        """Reads the weights; with `int8` those of the linear layers are rounded."""
+        """Reads the weights; those of the linear layers are rounded as told, but the head's never to int4."""
         self.config = config
-        self._int8 = int8
+        self._rounding = rounding
         self._kernels = kernels
         self._checkpoint = checkpoint
         self.weights_bytes: Counter[str] = Counter()
@@ -121,7 +132,7 @@ class Llama:
     @property
     def weights(self) -> str:
         """Type of the linear layers' weights."""
-        return "int8" if self._int8 else str(self._final_norm.dtype).removeprefix("torch.")
+        return self._rounding or str(self._final_norm.dtype).removeprefix("torch.")
 
     @torch.no_grad()
     def forward(self, batch: Batch, kv: Attention) -> Tensor:
@@ -179,8 +190,12 @@ class Llama:
         )
 
     def _linear(self, kind: str, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        pack = self._kernels.pack_linear_int8 if self._int8 else self._kernels.pack_linear
-        linear = pack(weight, bias)
+        if self._rounding is None:
+            linear = self._kernels.pack_linear(weight, bias)
+        elif self._rounding == "int8" or kind == "head":
+            linear = self._kernels.pack_linear_int8(weight, bias)
+        else:
+            linear = self._kernels.pack_linear_int4(weight, bias)
         self.weights_bytes[kind] += linear.nbytes
         return linear
 

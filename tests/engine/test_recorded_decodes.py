@@ -16,7 +16,7 @@ from curkv.cache.layout import CacheLayout
 from curkv.cache.parsing import parse_options
 from curkv.engine.recorded_decodes import RecordedDecodes
 from curkv.kernels.dispatch import get_kernels
-from curkv.models.llama import Llama, rope_tables
+from curkv.models.llama import Llama, Rounding, rope_tables
 from curkv.models.loading import Checkpoint, load_config
 
 from .conftest import Loaded, request, tokens
@@ -38,15 +38,15 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("int8", [False, True], ids=["float32", "int8"])
+@pytest.mark.parametrize("rounding", [None, "int8", "int4"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_can_be_recorded(
-    family: str, int8: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    family: str, rounding: Rounding | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(FAMILIES[family]).save_pretrained(tmp_path)
     config, kernels = load_config(tmp_path), get_kernels("cpu")
-    model = Llama(config, Checkpoint(tmp_path, config), kernels, int8)
+    model = Llama(config, Checkpoint(tmp_path, config), kernels, rounding)
     layout = CacheLayout(config.num_layers, config.num_kv_heads, config.head_dim, 16, torch.float16, 4, 128)
     caches = [KVCache(layout, 64, kernels, rope_tables(config, 128)) for _ in range(2)]
     slots = [[kv.add_sequence() for _ in range(3)] for kv in caches]

@@ -9,22 +9,44 @@ from llvmlite import binding
 from torch import Tensor
 
 from curkv.kernels.linear import cpu, reference
-from curkv.kernels.simd import INT8, MULTIPLIES_QUADS, panel_tile
+from curkv.kernels.simd import (
+    INT8,
+    MULTIPLIES_QUADS,
+    NIBBLES,
+    NIBBLES_BY_ANY,
+    NIBBLES_BY_AVX2,
+    OWN_NIBBLES,
+    panel_tile,
+)
 
-TOLERANCE = {"float32": 1e-5, "pairs": 1e-4, "quads": 1e-2}
-"""Relative RMS error to the same weights in torch; int8 ones are multiplied with x in 15 bits or in 8."""
+FEATURES = binding.get_host_cpu_features()
+NIBBLE_FORMS = {"nibbles": NIBBLES, "nibbles by AVX2": NIBBLES_BY_AVX2, "nibbles by any": NIBBLES_BY_ANY}
+RUNNING = {
+    "pairs": True,
+    "quads": MULTIPLIES_QUADS,
+    "nibbles": MULTIPLIES_QUADS,
+    "nibbles by AVX2": FEATURES.get("avx2"),
+    "nibbles by any": True,
+}
+TOLERANCE = {"float32": 1e-5, "pairs": 1e-4} | dict.fromkeys(("quads", *NIBBLE_FORMS), 1e-2)
+"""Relative RMS error to the same weights in torch; integers are multiplied with x in 15 bits or in 8."""
 
-INTEGERS = ("pairs", "quads") if MULTIPLIES_QUADS else ("pairs",)
+INTEGERS = tuple(name for name, runs in RUNNING.items() if runs)
 PACKS = ("float32", *INTEGERS)
 
 
 def pack_cpu(name: str, weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
     if name == "float32":
         return cpu.pack_linear(weight, bias)
+    if name in NIBBLE_FORMS:
+        form = NIBBLE_FORMS[name]
+        return cpu._pack_int4(weight, bias, lambda *args: cpu._multiply_blocks(*args, form))
     return cpu._pack_int8(weight, bias, getattr(cpu, f"_multiply_{name}"))
 
 
 def pack_reference(name: str, weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    if name in NIBBLE_FORMS:
+        return reference.pack_linear_int4(weight, bias)
     pack = reference.pack_linear if name == "float32" else reference.pack_linear_int8
     return pack(weight, bias)
 
@@ -60,6 +82,29 @@ def test_rows_are_rounded_in_steps_of_a_127th_of_their_largest_value(rows: int) 
     assert ((weight - integers * scales[:, None]).abs() <= 0.501 * scales[:, None]).all()
 
 
+def test_weights_on_a_grid_of_16_values_are_not_changed_by_int4() -> None:
+    steps, lows = torch.rand(24, 3).half().float(), -torch.rand(24, 3).half().float()
+    grid = torch.randint(0, 16, (24, 3, 32))
+    grid[..., 0], grid[..., 1] = 0, 15
+    weight = (grid * steps[..., None] + lows[..., None]).flatten(1)
+    integers, found_steps, found_lows = reference.quantise_int4(weight)
+    assert torch.equal(integers, grid.flatten(1).to(torch.uint8))
+    assert torch.equal(found_steps.float(), steps)
+    assert torch.equal(found_lows.float(), lows)
+
+
+def test_int4_is_no_worse_than_the_whole_range_in_15_steps() -> None:
+    weight = torch.randn(64, 50)
+    integers, steps, lows = reference.quantise_int4(weight)
+    assert integers.shape == (64, 64)
+    assert integers.max() == 15
+    rounded = integers.view(64, 2, 32) * steps.float()[..., None] + lows.float()[..., None]
+    error = (rounded.flatten(1)[:, :50] - weight).square().sum()
+    groups = torch.nn.functional.pad(weight, (0, 14)).view(64, 2, 32)
+    plain = (groups.amax(-1) - groups.amin(-1)) / 15
+    assert error < (plain.square().sum() * 32 / 12)
+
+
 @pytest.mark.parametrize("pack", INTEGERS)
 def test_rows_of_zeros_give_zeros(pack: str) -> None:
     weight, x = torch.randn(20, 24), torch.randn(7, 24)
@@ -91,7 +136,7 @@ def without(rows: Tensor, index: int) -> Tensor:
 @pytest.mark.parametrize("size", [1e-38, 1e-20, 1e20, 1e36])
 def test_rows_of_any_size_are_multiplied(size: float, pack: str) -> None:
     weight, x = torch.randn(16, 64), torch.randn(1, 64)
-    expected = reference.pack_linear_int8(weight)(x)
+    expected = pack_reference(pack, weight)(x)
     error = pack_cpu(pack, weight)(x * size) / size - expected
     assert (
         error.norm() <= (TOLERANCE[pack] if size > 1e-29 else 1) * expected.norm()
@@ -112,15 +157,25 @@ def test_the_largest_sums_fit(pack: str) -> None:
 def test_bytes_are_those_of_the_padded_weight(pack: str) -> None:
     weight, bias = torch.randn(20, 12), torch.randn(20)
     expected = {"float32": 4 * 32 * 12, "pairs": 32 * 16 + 4 * 32, "quads": 32 * 32 + 4 * 32}
-    assert pack_cpu(pack, weight, bias).nbytes == expected[pack] + 4 * 20
+    nibbles = 32 * (16 + 2 * 2)
+    assert pack_cpu(pack, weight, bias).nbytes == expected.get(pack, nibbles) + 4 * 20
 
 
-def test_int8_weights_are_multiplied_as_the_machine_can() -> None:
+def test_weights_are_multiplied_as_the_machine_can() -> None:
     weight, x = torch.randn(16, 64), torch.randn(3, 64)
-    assert torch.equal(cpu.pack_linear_int8(weight)(x), pack_cpu(INTEGERS[-1], weight)(x))
+    by_bytes = "quads" if MULTIPLIES_QUADS else "pairs"
+    assert torch.equal(cpu.pack_linear_int8(weight)(x), pack_cpu(by_bytes, weight)(x))
+    own = next(name for name, form in NIBBLE_FORMS.items() if form == OWN_NIBBLES)
+    assert torch.equal(cpu.pack_linear_int4(weight)(x), pack_cpu(own, weight)(x))
 
 
-@pytest.mark.skipif(not binding.get_host_cpu_features().get("avx2"), reason="the instruction is x86's")
+def test_nibbles_give_the_same_on_all_machines() -> None:
+    weight, x = torch.randn(48, 100), torch.randn(7, 100)
+    outs = [pack_cpu(name, weight)(x) for name in NIBBLE_FORMS if name in INTEGERS]
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+@pytest.mark.skipif(not FEATURES.get("avx2"), reason="the instruction is x86's")
 def test_pairs_are_multiplied_by_one_instruction() -> None:
     @numba.njit("void(int64)")  # not cached: code from the cache cannot be looked at
     def tile(place: int) -> None:

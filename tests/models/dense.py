@@ -20,6 +20,7 @@ REFERENCE = SimpleNamespace(
     silu_mul=silu_mul.silu_mul,
     pack_linear=linear.pack_linear,
     pack_linear_int8=linear.pack_linear_int8,
+    pack_linear_int4=linear.pack_linear_int4,
 )
 
 

@@ -5,9 +5,10 @@ which lets a decode step run at memory bandwidth, and a 6 x 16 tile of the resul
 registers busy, which lets a prefill chunk run at the arithmetic peak (Goto and van de Geijn, "Anatomy of
 high-performance matrix multiplication", 2008).
 
-Weights are float32, or int8 with a scale per row. Where the machine multiplies bytes in fours, rows of x are
-rounded to 8 bits with a scale per 32 columns, as llama.cpp does. Elsewhere they are multiplied with int16: a
-scale per `BLOCK_DEPTH` columns, as fine as sums of so many products in an int32 allow, about 15 bits.
+Weights are float32, int8 with a scale per row, or int4 with a step and a lowest value per row and 32 columns.
+Where the machine multiplies bytes in fours, rows of x are rounded to 8 bits with a scale per 32 columns, as
+llama.cpp does; for int4 weights everywhere. Elsewhere int8 weights are multiplied with int16: a scale per
+`BLOCK_DEPTH` columns, as fine as sums of so many products in an int32 allow, about 15 bits.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ from numba import get_num_threads
 from torch import Tensor
 from torch.nn.functional import pad
 
-from curkv.kernels.linear.reference import quantise
+from curkv.kernels.linear.reference import quantise, quantise_int4
 from curkv.kernels.simd import (
+    BYTES,
     FLOAT32,
     INT8,
     LANES,
     MULTIPLIES_QUADS,
+    NIBBLE_BLOCK_BYTES,
+    OWN_NIBBLES,
     PANEL,
     QUAD_BLOCK,
     absolute,
@@ -107,6 +111,30 @@ def _pack_int8(weight: Tensor, bias: Tensor | None, multiply: Multiply) -> _Pack
     return _PackedLinear(rows, packed, bias, multiply, scales)
 
 
+def pack_linear_int4(weight: Tensor, bias: Tensor | None = None) -> _PackedLinear:
+    """Makes a linear layer, see `reference.pack_linear_int4`; `weight` may be freed afterwards.
+
+    A row of x that has NaN or infinity gives a row of NaN.
+    """
+    return _pack_int4(weight, bias, _multiply_nibbles)
+
+
+def _pack_int4(weight: Tensor, bias: Tensor | None, multiply: Multiply) -> _PackedLinear:
+    rows, depth = weight.shape
+    panels, blocks = _panels(rows), -(-depth // QUAD_BLOCK)
+    packed = torch.zeros((panels, blocks, NIBBLE_BLOCK_BYTES), dtype=torch.uint8)
+    for row in range(0, rows, PACKED_ROWS):
+        integers, *sides = quantise_int4(weight[row : row + PACKED_ROWS])
+        missing = -len(integers) % PANEL
+        quads = pad(integers, (0, 0, 0, missing)).view(-1, PANEL, blocks, 4, 2, 4)  # low and high quads
+        nibbles = (quads[..., 0, :] + 16 * quads[..., 1, :]).permute(0, 2, 3, 1, 4)
+        values = [pad(side, (0, 0, 0, missing)).view(-1, PANEL, blocks).transpose(1, 2) for side in sides]
+        part = packed[row // PANEL :][: len(nibbles)]
+        part[..., : PANEL * QUAD_BLOCK // 2] = nibbles.reshape(*part.shape[:2], -1)
+        part[..., PANEL * QUAD_BLOCK // 2 :] = torch.cat(values, 2).contiguous().view(torch.uint8)
+    return _PackedLinear(rows, packed, bias, multiply, depth=blocks * QUAD_BLOCK)
+
+
 def _panels(rows: int) -> int:
     return -(-rows // PANEL)
 
@@ -129,9 +157,10 @@ class _PackedLinear:
         bias: Tensor | None,
         multiply: Multiply,
         scales: Tensor | None = None,
+        depth: int | None = None,
     ):
         self.weight, self.scales = weight, scales
-        self.panels, self.depth = len(weight), weight[0].numel() // PANEL
+        self.panels, self.depth = len(weight), depth or weight[0].numel() // PANEL
         self._rows, self._multiply = rows, multiply
         self._bias = None if bias is None else bias.float()
         self.nbytes = sum(part.nbytes for part in (weight, scales, self._bias) if part is not None)
@@ -176,18 +205,28 @@ def _multiply_pairs(layer: _PackedLinear, x: Tensor, out: Tensor, parts: int) ->
 
 
 def _multiply_quads(layer: _PackedLinear, x: Tensor, out: Tensor, parts: int) -> None:
+    _multiply_blocks(layer, x, out, parts, BYTES)
+
+
+def _multiply_nibbles(layer: _PackedLinear, x: Tensor, out: Tensor, parts: int) -> None:
+    _multiply_blocks(layer, x, out, parts, OWN_NIBBLES)
+
+
+def _multiply_blocks(layer: _PackedLinear, x: Tensor, out: Tensor, parts: int, weights: int) -> None:
     count, depth = x.shape
     integers = empty(count, depth, dtype=torch.int8)
-    scales, offsets = empty(depth // QUAD_BLOCK, count), empty(depth // QUAD_BLOCK, count, dtype=torch.int32)
+    scales, sums = (empty(depth // QUAD_BLOCK, count) for _ in range(2))
     at_once = max(1, QUANTISED_SIZE // depth)
+    quantise = _quantise_for_quads if weights == BYTES else _quantise_for_nibbles
     launch(
-        _quantiser(_quantise_for_quads), -(-count // at_once),
+        _quantiser(quantise), -(-count // at_once),
         count, at_once, address(x, torch.float32), integers.data_ptr(), scales.data_ptr(),
-        offsets.data_ptr(), depth,
+        sums.data_ptr(), depth,
     )  # fmt: skip
     launch(
-        _quad_worker(), parts,
-        integers.data_ptr(), scales.data_ptr(), offsets.data_ptr(), layer.weight.data_ptr(), _scales(layer),
+        _quad_worker(weights), parts,
+        integers.data_ptr(), scales.data_ptr(), sums.data_ptr(), layer.weight.data_ptr(),
+        layer.weight[0].nbytes, _scales(layer) if weights == BYTES else 0,
         out.data_ptr(), count, depth, layer.panels, parts,
     )  # fmt: skip
 
@@ -246,9 +285,14 @@ def _worker(int8: bool) -> int:
 
 
 @functools.cache
-def _quad_worker() -> int:
+def _quad_worker(weights: int) -> int:
     def work(arguments: int, part: int) -> None:
-        _multiply_quads_part(part, *read_arguments(arguments, 10))
+        x, x_scales, x_sums, weight, panel_bytes, scales, out, count, depth, panels, parts = read_arguments(
+            arguments, 11
+        )
+        _multiply_quads_part(
+            weights, part, x, x_scales, x_sums, weight, panel_bytes, scales, out, count, depth, panels, parts
+        )
 
     return compile_worker(work)
 
@@ -268,28 +312,45 @@ def _quantise_for_pairs(
 
 @kernel
 def _quantise_for_quads(
-    first: int, end: int, count: int, x: int, integers: int, scales: int, offsets: int, depth: int
+    first: int, end: int, count: int, x: int, integers: int, scales: int, sums: int, depth: int
 ) -> None:
-    """Round the rows [first, end) of x [count, depth] to int8; see `quad_tile` for scales and offsets."""
-    zeros = broadcast(np.float32(0.0))
+    """Round the rows [first, end) of x [count, depth] to int8; see `quad_tile` for scales and sums."""
     for row in range(first, end):
         for block in range(depth // QUAD_BLOCK):
-            place = row * depth + block * QUAD_BLOCK
-            highest, wrong = _largest(x + 4 * place, QUAD_BLOCK)
-            inverse = broadcast(np.float32(127) / highest if highest > 0 else np.float32(0.0))
-            total = zeros
-            for i in range(0, QUAD_BLOCK, 8):
-                values = mul(load(FLOAT32, x + 4 * (place + i)), inverse)
-                total = add(total, store_int8(integers + place + i, values))
-            at = 4 * (block * count + row)
-            store_scalar(FLOAT32, scales + at, highest / np.float32(127 * QUAD_UNIT) + wrong)
-            store_int32(offsets + at, -128 * np.int64(lane_sum(total)))
+            place, at = row * depth + block * QUAD_BLOCK, 4 * (block * count + row)
+            scale, total = _quantise_quads(x + 4 * place, integers + place)
+            store_scalar(FLOAT32, scales + at, scale / np.float32(QUAD_UNIT))
+            store_int32(sums + at, -128 * np.int64(total))
 
 
 @kernel
+def _quantise_for_nibbles(
+    first: int, end: int, count: int, x: int, integers: int, scales: int, sums: int, depth: int
+) -> None:
+    """The same for nibbles."""
+    for row in range(first, end):
+        for block in range(depth // QUAD_BLOCK):
+            place, at = row * depth + block * QUAD_BLOCK, 4 * (block * count + row)
+            scale, total = _quantise_quads(x + 4 * place, integers + place)
+            store_scalar(FLOAT32, scales + at, scale)
+            store_scalar(FLOAT32, sums + at, scale * total)
+
+
+@inlined
+def _quantise_quads(x: int, integers: int) -> tuple[Any, Any]:
+    """Round a block of x to int8; returns its scale, NaN if not all are finite, and the integers' sum."""
+    highest, wrong = _largest(x, QUAD_BLOCK)
+    inverse = broadcast(np.float32(127) / highest if highest > 0 else np.float32(0.0))
+    total = broadcast(np.float32(0.0))
+    for i in range(0, QUAD_BLOCK, 8):
+        total = add(total, store_int8(integers + i, mul(load(FLOAT32, x + 4 * i), inverse)))
+    return highest / np.float32(127) + wrong, lane_sum(total)
+
+
+@inlined
 def _multiply_quads_part(
-    part: int, x: int, x_scales: int, x_offsets: int, weight: int, scales: int, out: int,
-    count: int, depth: int, panels: int, parts: int,
+    weights: Any, part: int, x: int, x_scales: int, x_sums: int, weight: int, panel_bytes: int, scales: int,
+    out: int, count: int, depth: int, panels: int, parts: int,
 ) -> None:  # fmt: skip
     """Multiply x, int8 [count, depth], with one of `parts` shares of the panels."""
     width = panels * PANEL
@@ -297,12 +358,12 @@ def _multiply_quads_part(
         rows = min(BLOCK_ROWS, count - row)
         tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
         for panel in range(panels * part // parts, panels * (part + 1) // parts):
-            b, b_scales = weight + panel * PANEL * depth, scales + 4 * PANEL * panel
+            b, b_scales = weight + panel * panel_bytes, scales + 4 * PANEL * panel
             for tile in range(tiles):
                 start = row + rows * tile // tiles
                 _multiply_quads_tile(
-                    row + rows * (tile + 1) // tiles - start,
-                    x + start * depth, depth, x_scales + 4 * start, x_offsets + 4 * start, count,
+                    weights, row + rows * (tile + 1) // tiles - start,
+                    x + start * depth, depth, x_scales + 4 * start, x_sums + 4 * start, count,
                     b, b_scales, depth, out + 4 * (start * width + panel * PANEL), width,
                 )  # fmt: skip
 
@@ -397,18 +458,30 @@ def _tiles(
 
 @inlined
 def _multiply_quads_tile(
-    height: int, a: int, a_stride: int, a_scales: int, a_offsets: int, scale_stride: int,
-    b: int, b_scales: int, depth: int, c: int, width: int,
+    weights: Any, height: int, a: int, a_stride: int, a_scales: int, a_sums: int, scale_stride: int, b: int,
+    b_scales: int, depth: int, c: int, width: int,
 ) -> None:  # fmt: skip
     if height == 6:
-        quad_tile(6, a, a_stride, a_scales, a_offsets, scale_stride, b, b_scales, depth, c, width, AHEAD)
+        quad_tile(
+            weights, 6, a, a_stride, a_scales, a_sums, scale_stride, b, b_scales, depth, c, width, AHEAD
+        )
     elif height == 5:
-        quad_tile(5, a, a_stride, a_scales, a_offsets, scale_stride, b, b_scales, depth, c, width, AHEAD)
+        quad_tile(
+            weights, 5, a, a_stride, a_scales, a_sums, scale_stride, b, b_scales, depth, c, width, AHEAD
+        )
     elif height == 4:
-        quad_tile(4, a, a_stride, a_scales, a_offsets, scale_stride, b, b_scales, depth, c, width, AHEAD)
+        quad_tile(
+            weights, 4, a, a_stride, a_scales, a_sums, scale_stride, b, b_scales, depth, c, width, AHEAD
+        )
     elif height == 3:
-        quad_tile(3, a, a_stride, a_scales, a_offsets, scale_stride, b, b_scales, depth, c, width, AHEAD)
+        quad_tile(
+            weights, 3, a, a_stride, a_scales, a_sums, scale_stride, b, b_scales, depth, c, width, AHEAD
+        )
     elif height == 2:
-        quad_tile(2, a, a_stride, a_scales, a_offsets, scale_stride, b, b_scales, depth, c, width, AHEAD)
+        quad_tile(
+            weights, 2, a, a_stride, a_scales, a_sums, scale_stride, b, b_scales, depth, c, width, AHEAD
+        )
     else:
-        quad_tile(1, a, a_stride, a_scales, a_offsets, scale_stride, b, b_scales, depth, c, width, AHEAD)
+        quad_tile(
+            weights, 1, a, a_stride, a_scales, a_sums, scale_stride, b, b_scales, depth, c, width, AHEAD
+        )

@@ -27,7 +27,7 @@ class ModelCard(BaseModel):
     Attributes:
         root: what was loaded: built-in name, path or Hub id.
         max_model_len: most tokens of prompt and output together.
-        weights: type of its linear layers' weights: float32, int8 or bfloat16.
+        weights: type of its linear layers' weights: float32, int8, int4 or bfloat16.
         weights_bytes: memory of all its weights.
         pruning: null if it was not pruned.
     """
