@@ -87,6 +87,7 @@ MULTIPLIES_QUADS = bool(
     _FEATURES.get("avxvnni") or (_FEATURES.get("avx512vnni") and _FEATURES.get("avx512vl"))
 )
 """Whether the machine multiplies bytes in fours and adds them up in an int32 (x86's vpdpbusd)."""
+_QUAD_LANES = 2 * LANES if _FEATURES.get("avx512vnni") else LANES  # columns in a register of `quad_tile`
 BYTES, NIBBLES, NIBBLES_BY_AVX2, NIBBLES_BY_ANY = range(4)
 """What the B of `quad_tile` is made of, and for which machines it multiplies."""
 OWN_NIBBLES = NIBBLES if MULTIPLIES_QUADS else NIBBLES_BY_AVX2 if _FEATURES.get("avx2") else NIBBLES_BY_ANY
@@ -180,7 +181,7 @@ def _call(builder: ir.IRBuilder, name: str, returns: ir.Type, args: Args, **flag
 
 
 def _fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-    return _call(builder, "llvm.fmuladd.v8f32", _FLOATS, [a, b, c])
+    return _call(builder, f"llvm.fmuladd.v{a.type.count}f32", a.type, [a, b, c])
 
 
 def _widen(builder: ir.IRBuilder, kind: Any, location: ir.Value, shape: ir.Type) -> ir.Value:
@@ -234,10 +235,11 @@ def _bfloat16_bits(builder: ir.IRBuilder, floats: ir.Value) -> ir.Value:
     return builder.bitcast(rounded, _like(_INT16, _FLOATS))
 
 
-def _splat(builder: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
-    lanes = ir.VectorType(scalar.type, LANES)
-    first = builder.insert_element(ir.Constant(lanes, ir.Undefined), scalar, _INT32(0))
-    return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(_INT32, LANES), [0] * LANES))
+def _splat(builder: ir.IRBuilder, scalar: ir.Value, count: int = LANES) -> ir.Value:
+    first = builder.insert_element(
+        ir.Constant(ir.VectorType(scalar.type, count), ir.Undefined), scalar, _INT32(0)
+    )
+    return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(_INT32, count), [0] * count))
 
 
 def _shuffle(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, lanes: list[int]) -> ir.Value:
@@ -1011,9 +1013,12 @@ def quad_tile(
 def _quad_tile(builder: ir.IRBuilder, form: int, height: int, *args: ir.Value) -> None:
     """The body of `quad_tile`: integers within a block of A, floats over the blocks."""
     a, a_stride, a_scales, a_sums, scale_stride, b, b_scales, inner, c, c_stride, ahead = args
-    totals = _accumulators(builder, 2 * height)
+    lanes = LANES if form in (NIBBLES_BY_AVX2, NIBBLES_BY_ANY) else _QUAD_LANES
+    width = PANEL // lanes
+    int32s, float32s = ir.VectorType(_INT32, lanes), ir.VectorType(_FLOAT, lanes)
+    totals = [cgutils.alloca_once(builder, float32s) for _ in range(width * height)]
     for slot in totals:
-        builder.store(_constant(_FLOATS, 0.0), slot)
+        builder.store(_constant(float32s, 0.0), slot)
     starts = [_offset(builder, a, a_stride, m) for m in range(height)]
     blocks = builder.udiv(inner, inner.type(QUAD_BLOCK))
     with cgutils.for_range(builder, blocks) as loop:
@@ -1022,41 +1027,41 @@ def _quad_tile(builder: ir.IRBuilder, form: int, height: int, *args: ir.Value) -
 
         def of_row(base: ir.Value, m: int, item: ir.Type) -> ir.Value:
             place = _offset(builder, _offset(builder, base, scale_row, 4), 4 * m)
-            return _splat(builder, builder.load(_pointer(builder, place, item), align=4))
+            return _splat(builder, builder.load(_pointer(builder, place, item), align=4), lanes)
 
         def quad(m: int, index: int) -> ir.Value:
             place = _offset(builder, builder.add(starts[m], at), 4 * index)
-            return _splat(builder, builder.load(_pointer(builder, place, _INT32), align=1))
+            return _splat(builder, builder.load(_pointer(builder, place, _INT32), align=1), lanes)
 
-        def of_panel(offset: int, shape: ir.Type) -> list[ir.Value]:
-            size = 32 if shape == _INT32S else 16
-            places = [_offset(builder, block, offset + size * n) for n in range(2)]
+        def of_panel(offset: int, item: ir.Type, size: int) -> list[ir.Value]:
+            places = [_offset(builder, block, offset + size * lanes * n) for n in range(width)]
+            shape = ir.VectorType(item, lanes)
             return [builder.load(_pointer(builder, place, shape), align=1) for place in places]
 
         if form == BYTES:
             block = _offset(builder, b, at, PANEL)
-            sums = [offset for m in range(height) for offset in [of_row(a_sums, m, _INT32)] * 2]
+            sums = [offset for m in range(height) for offset in [of_row(a_sums, m, _INT32)] * width]
             for index in range(QUAD_BLOCK // 4):
-                columns = of_panel(4 * PANEL * index, _INT32S)
+                columns = of_panel(4 * PANEL * index, _INT32, 4)
                 _prefetch(builder, _offset(builder, builder.add(block, ahead), 4 * PANEL * index))
                 for m in range(height):
                     factor = quad(m, index)
-                    for n in range(2):
-                        sums[2 * m + n] = _quad_products(builder, sums[2 * m + n], columns[n], factor)
+                    for n, at_n in enumerate(range(width * m, width * m + width)):
+                        sums[at_n] = _quad_products(builder, sums[at_n], columns[n], factor)
         else:
             block = _offset(builder, b, loop.index, NIBBLE_BLOCK_BYTES)
-            sums = _nibble_sums(builder, form, height, of_panel, quad)
+            sums = _nibble_sums(builder, form, height, lanes, of_panel, quad)
             for line in range(0, NIBBLE_BLOCK_BYTES, _LINE):
                 _prefetch(builder, _offset(builder, builder.add(block, ahead), line))
-            halves = ir.VectorType(ir.HalfType(), LANES)
+            sides = QUAD_BLOCK // 2 * PANEL
             steps, lows = (
-                [builder.fpext(part, _FLOATS) for part in of_panel(QUAD_BLOCK * 8 + 32 * i, halves)]
-                for i in range(2)
+                [builder.fpext(part, float32s) for part in of_panel(place, ir.HalfType(), 2)]
+                for place in (sides, sides + 2 * PANEL)
             )
         for m in range(height):
             scale = of_row(a_scales, m, _FLOAT)
-            for n, slot in enumerate(totals[2 * m : 2 * m + 2]):
-                floats, total = builder.sitofp(sums[2 * m + n], _FLOATS), builder.load(slot)
+            for n, slot in enumerate(totals[width * m : width * m + width]):
+                floats, total = builder.sitofp(sums[width * m + n], float32s), builder.load(slot)
                 if form == BYTES:
                     total = _fma(builder, floats, scale, total)
                 else:
@@ -1064,44 +1069,45 @@ def _quad_tile(builder: ir.IRBuilder, form: int, height: int, *args: ir.Value) -
                     total = _fma(builder, of_row(a_sums, m, _FLOAT), lows[n], total)
                 builder.store(total, slot)
     for m in range(height):
-        for n in range(2):
-            place = _pointer(builder, _offset(builder, b_scales, 4 * LANES * n), _FLOATS)
-            target = _offset(builder, _offset(builder, c, c_stride, 4 * m), 4 * LANES * n)
-            product = builder.load(totals[2 * m + n])
+        for n in range(width):
+            place = _pointer(builder, _offset(builder, b_scales, 4 * lanes * n), float32s)
+            target = _offset(builder, _offset(builder, c, c_stride, 4 * m), 4 * lanes * n)
+            product = builder.load(totals[width * m + n])
             if form == BYTES:
                 product = builder.fmul(product, builder.load(place, align=4))
-            builder.store(product, _pointer(builder, target, _FLOATS), align=4)
+            builder.store(product, _pointer(builder, target, float32s), align=4)
 
 
 def _quad_products(builder: ir.IRBuilder, sums: ir.Value, b: ir.Value, a: ir.Value) -> ir.Value:
-    """`sums`, eight int32, plus products in fours of bytes b without sign and a with sign."""
-    return _call(builder, "llvm.x86.avx512.vpdpbusd.256", _INT32S, [sums, b, a])
+    """`sums`, int32, plus products in fours of bytes b without sign and a with sign."""
+    name = f"llvm.x86.avx512.vpdpbusd.{32 * sums.type.count}"
+    return _call(builder, name, sums.type, [sums, b, a])
 
 
 def _nibble_sums(
     builder: ir.IRBuilder,
     form: int,
     height: int,
-    of_panel: Callable[[int, ir.Type], list[ir.Value]],
+    lanes: int,
+    of_panel: Callable[[int, ir.Type, int], list[ir.Value]],
     quad: Callable[[int, int], ir.Value],
 ) -> list[ir.Value]:
-    """The products of a block of nibbles and of A, summed up as int32: [rows, 2], eight columns each."""
-    bytes_ = ir.VectorType(_INT8, 4 * LANES)
+    """The products of a block of nibbles and of A, summed up as int32: [rows, 16 / lanes], `lanes` each."""
+    width, bytes_, int32s = PANEL // lanes, ir.VectorType(_INT8, 4 * lanes), ir.VectorType(_INT32, lanes)
     wide = form == NIBBLES_BY_AVX2
-    sums = [_constant(_INT16S if wide else _INT32S, 0)] * (2 * height)
+    sums = [_constant(_INT16S if wide else int32s, 0)] * (width * height)
     for pair in range(QUAD_BLOCK // 8):
-        columns = [builder.bitcast(part, bytes_) for part in of_panel(4 * PANEL * pair, _INT32S)]
+        columns = [builder.bitcast(part, bytes_) for part in of_panel(4 * PANEL * pair, _INT32, 4)]
         low = [builder.and_(part, _constant(bytes_, 15)) for part in columns]
         high = [builder.lshr(part, _constant(bytes_, 4)) for part in columns]
         for index, nibbles in ((2 * pair, low), (2 * pair + 1, high)):
             for m in range(height):
                 factor = quad(m, index)
-                for n in range(2):
-                    total, at = sums[2 * m + n], 2 * m + n
+                for n, at in enumerate(range(width * m, width * m + width)):
+                    total = sums[at]
                     if form == NIBBLES:
-                        sums[at] = _quad_products(
-                            builder, total, builder.bitcast(nibbles[n], _INT32S), factor
-                        )
+                        quads = builder.bitcast(nibbles[n], int32s)
+                        sums[at] = _quad_products(builder, total, quads, factor)
                     elif wide:
                         # Pairs of products, at most 2 * 15 * 127 each: sums of eight fit an int16.
                         operands = [nibbles[n], builder.bitcast(factor, bytes_)]

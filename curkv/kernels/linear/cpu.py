@@ -72,7 +72,7 @@ QUAD_UNIT = 1 << 14
 """By which the scales of x are divided and those of weights multiplied, so that no sum between overflows."""
 PARTS_PER_THREAD = 4
 """Into how many parts a product is cut, so that a thread that the machine runs slower does fewer."""
-QUANTISED_SIZE = 1 << 12
+QUANTISED_SIZE = 1 << 13
 """Values of x that a thread takes to quantise; fewer are not worth a second thread."""
 PACKED_ROWS = 64 * PANEL
 """Rows quantised at a time, so that loading needs little memory."""
