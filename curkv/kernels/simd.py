@@ -68,8 +68,6 @@ class _Bfloat16Type(ir.Type):
         return hash(_Bfloat16Type)
 
 
-_BFLOAT16S = ir.VectorType(_Bfloat16Type(), 2 * LANES)
-
 # OpenMP starts a parallel region in 2 us, Numba's own pool in 60. The first one that can be loaded is taken.
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
@@ -789,7 +787,7 @@ def _float_tile(
     *args: ir.Value,
     cache: int = _L1,
 ) -> None:
-    """The float32 body of `panel_tile`, and that of `weigh_rows`."""
+    """The float32 body of `panel_tile` and `strip_tile`, and that of `weigh_rows`."""
     a, a_stride, b, b_stride, inner, c, c_stride, ahead = args
     size = _item_size(kind)
     tile = _accumulators(builder, height * width)
@@ -848,17 +846,16 @@ def panel_tile(
 
     Args:
         context: Numba's.
-        kind: Of B, float32, bfloat16 (only where `MULTIPLIES_BFLOAT16`) or int8. A is of the same kind; with
-            int8 it is int16 and both have scales.
+        kind: Of B, float32 or int8; with int8, A is int16 and both have scales.
         rows: Literal, rows of A and C.
         fresh: Literal, 1 to write A B, 0 to add it.
-        a: Address of [rows, inner].
+        a: Address of float32 or int16 [rows, inner].
         a_stride: Values from one row of A to the next.
         a_scales: Address of float32 [rows], what the rows of an int16 A are multiplied with.
-        b: Address of float32 [inner, 16], or of bfloat16 or int8 [inner / 2, 16, 2], packed.
+        b: Address of float32 [inner, 16] or int8 [inner / 2, 16, 2], packed.
         b_scales: Address of float32 [16], what the columns of an int8 B are multiplied with.
-        inner: Length of the inner dimension; with bfloat16 even, with int8 a multiple of 4, and no sum of
-            `inner` products may exceed an int32.
+        inner: Length of the inner dimension; with int8 a multiple of 4, and no sum of `inner` products may
+            exceed an int32.
         c: Address of float32 [rows, 16].
         c_stride: Floats from one row of C to the next.
         ahead: Bytes from what is read of B to what is prefetched.
@@ -920,36 +917,6 @@ def _int8_tile(builder: ir.IRBuilder, height: int, replace: bool, *args: ir.Valu
                 builder.store(_fma(builder, total, scale, builder.load(target, align=4)), target, align=4)
 
 
-def _bfloat16_tile(builder: ir.IRBuilder, height: int, replace: bool, *args: ir.Value) -> None:
-    """The bfloat16 body of `panel_tile`: neighbours of the inner dimension are multiplied in pairs."""
-    a, a_stride, b, inner, c, c_stride, ahead = args
-    tile = _accumulators(builder, 2 * height)
-    starts = [_offset(builder, a, a_stride, 2 * m) for m in range(height)]
-    targets = [
-        _pointer(builder, _offset(builder, _offset(builder, c, c_stride, 4 * m), 4 * LANES * n), _FLOATS)
-        for m in range(height)
-        for n in range(2)
-    ]
-    for slot, target in zip(tile, targets, strict=True):
-        builder.store(_constant(_FLOATS, 0.0) if replace else builder.load(target, align=4), slot)
-    with cgutils.for_range(builder, builder.lshr(inner, inner.type(1))) as loop:
-        row = _offset(builder, b, loop.index, 4 * PANEL)
-        _prefetch(builder, builder.add(row, ahead))
-        columns = [
-            builder.load(_pointer(builder, _offset(builder, row, 4 * LANES * n), _BFLOAT16S), align=2)
-            for n in range(2)
-        ]
-        for m in range(height):
-            place = _pointer(builder, _offset(builder, starts[m], loop.index, 4), _INT32)
-            factor = builder.bitcast(_splat(builder, builder.load(place, align=2)), _BFLOAT16S)
-            for slot, column in zip(tile[2 * m : 2 * m + 2], columns, strict=True):
-                operands = [builder.load(slot), column, factor]
-                sums = _call(builder, "llvm.x86.avx512bf16.dpbf16ps.256", _FLOATS, operands)
-                builder.store(sums, slot)
-    for slot, target in zip(tile, targets, strict=True):
-        builder.store(builder.load(slot), target, align=4)
-
-
 def _int16s(builder: ir.IRBuilder, location: ir.Value) -> ir.Value:
     """Load sixteen int8 as int16."""
     return builder.sext(builder.load(_pointer(builder, location, _BYTES), align=1), _INT16S)
@@ -964,6 +931,78 @@ def _pair_products(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
     products = builder.mul(*(builder.sext(x, _like(_INT32, _INT16S)) for x in (a, b)))
     lanes = [list(range(first, 2 * LANES, 2)) for first in (0, 1)]
     return builder.add(*(_shuffle(builder, products, products, of_pair) for of_pair in lanes))
+
+
+STRIP, BFLOAT16_STRIP = 6, 12
+"""Rows of a `strip_tile`; machines that multiply bfloat16 have 32 registers of 16 floats."""
+
+
+@intrinsic
+def strip_rows(context: Any, kind: Any) -> Any:
+    """Rows of a `strip_tile` of a kind."""
+
+    def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> ir.Value:
+        return ir.IntType(64)(BFLOAT16_STRIP if signature.args[0].dtype == types.int16 else STRIP)
+
+    return types.int64(kind), generate
+
+
+@intrinsic
+def strip_tile(
+    context: Any, kind: Any, fresh: Any, a: Any, a_stride: Any, b: Any, inner: Any, c: Any, c_stride: Any,
+    ahead: Any,
+) -> Any:  # fmt: skip
+    """C += A B (or C = A B) on a tile held in registers, as many rows as those can take.
+
+    Args:
+        context: Numba's.
+        kind: Of A and B, float32 (6 rows) or, where `MULTIPLIES_BFLOAT16`, bfloat16 (12 rows).
+        fresh: Literal, 1 to write A B, 0 to add it.
+        a: Address of [rows, inner].
+        a_stride: Values from one row of A to the next.
+        b: Address of a panel, float32 [inner, 16] or bfloat16 [inner / 2, 16, 2].
+        inner: Length of the inner dimension; with bfloat16 even.
+        c: Address of float32 [rows, 16].
+        c_stride: Floats from one row of C to the next.
+        ahead: Bytes from B to the panel that will be read next, to be prefetched.
+    """
+    replace = bool(fresh.literal_value)
+
+    def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
+        kind = signature.args[0]
+        name = f"strip_tile_{int(replace)}_{kind.dtype}"
+        a, a_stride, b, *others = args[2:]
+        if kind.dtype == types.int16:
+            _call_own(builder, name, args[2:], lambda own, args: _bfloat16_tile(own, replace, *args))
+            return
+        _call_own(
+            builder, name, [a, a_stride, b, b.type(PANEL), *others],
+            lambda own, args: _float_tile(own, kind, STRIP, 2, replace, *args),
+        )  # fmt: skip
+
+    return types.void(kind, fresh, *[types.int64] * 7), generate
+
+
+def _bfloat16_tile(builder: ir.IRBuilder, replace: bool, *args: ir.Value) -> None:
+    """The bfloat16 body of `strip_tile`: neighbours of the inner dimension are multiplied in pairs."""
+    a, a_stride, b, inner, c, c_stride, ahead = args
+    floats, pairs = ir.VectorType(_FLOAT, PANEL), ir.VectorType(_Bfloat16Type(), 2 * PANEL)
+    tile = [cgutils.alloca_once(builder, floats) for _ in range(BFLOAT16_STRIP)]
+    starts = [_offset(builder, a, a_stride, 2 * m) for m in range(BFLOAT16_STRIP)]
+    targets = [_pointer(builder, _offset(builder, c, c_stride, 4 * m), floats) for m in range(BFLOAT16_STRIP)]
+    for slot, target in zip(tile, targets, strict=True):
+        builder.store(_constant(floats, 0.0) if replace else builder.load(target, align=4), slot)
+    with cgutils.for_range(builder, builder.lshr(inner, inner.type(1))) as loop:
+        row = _offset(builder, b, loop.index, 4 * PANEL)
+        _prefetch(builder, builder.add(row, ahead))
+        columns = builder.load(_pointer(builder, row, pairs), align=2)
+        for m, slot in enumerate(tile):
+            place = _pointer(builder, _offset(builder, starts[m], loop.index, 4), _INT32)
+            factor = builder.bitcast(_splat(builder, builder.load(place, align=2), PANEL), pairs)
+            operands = [builder.load(slot), columns, factor]
+            builder.store(_call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", floats, operands), slot)
+    for slot, target in zip(tile, targets, strict=True):
+        builder.store(builder.load(slot), target, align=4)
 
 
 QUAD_BLOCK = 32
@@ -1015,7 +1054,7 @@ def _quad_tile(builder: ir.IRBuilder, form: int, height: int, *args: ir.Value) -
     a, a_stride, a_scales, a_sums, scale_stride, b, b_scales, inner, c, c_stride, ahead = args
     lanes = LANES if form in (NIBBLES_BY_AVX2, NIBBLES_BY_ANY) else _QUAD_LANES
     width = PANEL // lanes
-    int32s, float32s = ir.VectorType(_INT32, lanes), ir.VectorType(_FLOAT, lanes)
+    float32s = ir.VectorType(_FLOAT, lanes)
     totals = [cgutils.alloca_once(builder, float32s) for _ in range(width * height)]
     for slot in totals:
         builder.store(_constant(float32s, 0.0), slot)
@@ -1133,7 +1172,7 @@ def _plain_quads(builder: ir.IRBuilder, b: ir.Value, a: ir.Value) -> ir.Value:
 
 @intrinsic
 def store_panel_rows(context: Any, kind: Any, location: Any, first: Any, second: Any) -> Any:
-    """Store eight columns of two rows of a B of `panel_tile`, float32x8 each, at the first one's address."""
+    """Store eight columns of two rows of a B of `strip_tile`, float32x8 each, at the first one's address."""
 
     def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
         kind, place, *rows = signature.args[0], *args[1:]
@@ -1167,7 +1206,7 @@ def _transposed(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
 def store_panel_columns(
     context: Any, kind: Any, location: Any, source_kind: Any, source: Any, source_stride: Any, scales: Any
 ) -> Any:
-    """Store eight columns of 8 rows (bfloat16: 16) of a B of `panel_tile`, whose transpose is read.
+    """Store eight columns of 8 rows (bfloat16: 16) of a B of `strip_tile`, whose transpose is read.
 
     Args:
         context: Numba's.

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curkv.kernels.paged_prefill_attention.cpu import KEY_BLOCK, STRIP, load_keys, load_queries
+from curkv.kernels.paged_prefill_attention.cpu import KEY_BLOCK, load_keys, load_queries
 from curkv.kernels.pages import Pages
 from curkv.kernels.simd import (
     FLOAT32,
     KINDS,
+    STRIP,
     add,
     address,
     broadcast,
@@ -28,12 +29,12 @@ from curkv.kernels.simd import (
     load,
     load_int32,
     load_scalar,
-    panel_tile,
     row_address,
     row_exp2,
     scales_address,
     store,
     store_scalar,
+    strip_tile,
 )
 from curkv.kernels.workers import bits_of_float, compile_worker, float_of_bits, launch, read_arguments
 
@@ -195,8 +196,8 @@ def _sum_block(
         load_queries(FLOAT32, queries, q + 4 * first * q_stride, q_stride, count, group * dim, whole * dim)
         for row in range(0, rows, STRIP):
             for t in range(0, width, 16):
-                panel_tile(
-                    FLOAT32, 6, 1, queries + 4 * row * dim, dim, 0, keys + 4 * t * dim, 0, dim,
+                strip_tile(
+                    FLOAT32, 1, queries + 4 * row * dim, dim, keys + 4 * t * dim, dim,
                     scores + 4 * t, KEY_BLOCK, 64 * dim,
                 )  # fmt: skip
             for r in range(min(STRIP, rows - row)):

@@ -1,8 +1,8 @@
 """Attention of chunks of new tokens over ragged pages, with Numba.
 
 Threads take blocks of queries of one (sequence, KV head) from a shared counter, those with the most keys
-first. For each block of keys, K is widened and transposed and V is widened into scratch memory, once for all
-query heads of the group and all queries of the block; then strips of six query rows go through scores,
+first. For each block of keys, K is transposed and K and V are converted into scratch memory, once for all
+query heads of the group and all queries of the block; then strips of query rows go through scores,
 exponentials and weighted values with a running maximum (FlashAttention-2, https://arxiv.org/abs/2307.08691,
 section 3.1). A strip stops at the last key that one of its queries may see. No score beyond a query's last
 key is used and no V beyond the length is read: unused memory may hold NaN.
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from curkv.kernels.pages import Pages
 from curkv.kernels.simd import (
+    BFLOAT16_STRIP,
     FLOAT32,
     KINDS,
     MULTIPLIES_BFLOAT16,
@@ -32,7 +33,6 @@ from curkv.kernels.simd import (
     load_int32,
     load_scalar,
     mul,
-    panel_tile,
     row_address,
     row_exp2,
     row_max,
@@ -41,12 +41,13 @@ from curkv.kernels.simd import (
     store_panel_columns,
     store_panel_rows,
     store_scalar,
+    strip_rows,
+    strip_tile,
 )
 from curkv.kernels.workers import bits_of_float, compile_worker, float_of_bits, launch, read_arguments
 
 KEY_BLOCK = 128  # keys in scratch at once: K and V of head_dim 64 take 64 KiB, which stays in the L2 cache
 QUERY_ROWS = 192  # (query, query head) pairs that share them
-STRIP = 6  # rows of a register tile, which is 6 x 16
 
 
 def paged_prefill_attention(
@@ -95,8 +96,8 @@ def paged_prefill_attention(
 
 def _scratch_size(rows: int, dim: int) -> int:
     """Floats of scratch per worker; see `_attend_block`."""
-    padded_rows, padded_dim = rows + STRIP, dim + 8
-    return padded_rows * (dim + padded_dim + 2) + KEY_BLOCK * (dim + padded_dim) + STRIP * KEY_BLOCK
+    padded_rows, padded_dim = rows + BFLOAT16_STRIP, dim + 8
+    return padded_rows * (dim + padded_dim + 2) + KEY_BLOCK * (dim + padded_dim) + BFLOAT16_STRIP * KEY_BLOCK
 
 
 @functools.cache
@@ -189,8 +190,8 @@ def _attend_block(
     columns, and the scores of a strip, whose exponentials take their place. What is multiplied is of the kind
     `operand`: float32, or bfloat16 in half of the room.
     """
-    rows = count * group
-    padded_rows = (rows + STRIP - 1) // STRIP * STRIP
+    rows, strip = count * group, strip_rows(operand)
+    padded_rows = (rows + strip - 1) // strip * strip
     padded = (dim + 15) // 16 * 16
     outputs = scratch + 4 * padded_rows * dim
     states = outputs + 4 * padded_rows * padded
@@ -209,15 +210,15 @@ def _attend_block(
         tokens = min(KEY_BLOCK, length - first)
         load_keys(kind, operand, dim, k, k_scale, table, page_size, first, tokens, keys)
         _load_values(kind, operand, dim, v, v_scale, table, page_size, first, tokens, values)
-        for row in range(0, rows, STRIP):
-            last = min(row + STRIP, rows) - 1
+        for row in range(0, rows, strip):
+            last = min(row + strip, rows) - 1
             width = min(tokens, seen + last // group - first)
             if width > 0:
                 query = scratch + operand.itemsize * row * dim
                 for t in range(0, width, 16):
                     panel, ahead = keys + operand.itemsize * t * dim, 16 * operand.itemsize * dim
-                    panel_tile(operand, 6, 1, query, dim, 0, panel, 0, dim, scores + 4 * t, KEY_BLOCK, ahead)
-                for r in range(STRIP):
+                    strip_tile(operand, 1, query, dim, panel, dim, scores + 4 * t, KEY_BLOCK, ahead)
+                for r in range(strip):
                     visible = min(tokens, seen + min(row + r, last) // group - first)
                     _update_row(
                         operand, scores + 4 * r * KEY_BLOCK, visible, width, factor,
@@ -226,8 +227,8 @@ def _attend_block(
                 weights_stride, ahead = 4 * KEY_BLOCK // operand.itemsize, 16 * operand.itemsize * KEY_BLOCK
                 for d in range(0, padded, 16):
                     panel = values + operand.itemsize * d * KEY_BLOCK
-                    panel_tile(
-                        operand, 6, 0, scores, weights_stride, 0, panel, 0, width + width % 2,
+                    strip_tile(
+                        operand, 0, scores, weights_stride, panel, width + width % 2,
                         outputs + 4 * (row * padded + d), padded, ahead,
                     )  # fmt: skip
     for row in range(rows):
@@ -270,7 +271,7 @@ def load_keys(
 ) -> None:
     """Write keys `first ...` as panels [tokens / 16, dim, 16] of `operand`, by eights: up to seven too many.
 
-    How a panel is packed is told at `panel_tile`.
+    How a panel is packed is told at `strip_tile`.
     """
     for t in range(0, tokens, 8):
         index = first + t

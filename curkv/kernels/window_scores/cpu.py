@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curkv.kernels.paged_prefill_attention.cpu import KEY_BLOCK, STRIP, load_keys, load_queries
+from curkv.kernels.paged_prefill_attention.cpu import KEY_BLOCK, load_keys, load_queries
 from curkv.kernels.pages import Pages
 from curkv.kernels.simd import (
     FLOAT32,
     KINDS,
+    STRIP,
     address,
     broadcast,
     fetch_add,
@@ -31,13 +32,13 @@ from curkv.kernels.simd import (
     load_scalar,
     maximum,
     mul,
-    panel_tile,
     row_address,
     row_exp2,
     row_max,
     scales_address,
     store,
     store_scalar,
+    strip_tile,
 )
 from curkv.kernels.workers import bits_of_float, compile_worker, float_of_bits, launch, read_arguments
 
@@ -177,8 +178,8 @@ def _multiply(
         load_keys(kind, FLOAT32, dim, k, k_scale, table, page_size, first, tokens, keys)
         for row in range(0, padded, STRIP):
             for t in range(0, tokens, 16):
-                panel_tile(
-                    FLOAT32, 6, 1, rows + 4 * row * dim, dim, 0, keys + 4 * t * dim, 0, dim,
+                strip_tile(
+                    FLOAT32, 1, rows + 4 * row * dim, dim, keys + 4 * t * dim, dim,
                     products + 4 * (row * width + first + t), width, 64 * dim,
                 )  # fmt: skip
 
