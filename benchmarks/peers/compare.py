@@ -1,6 +1,6 @@
 """curkv beside other servers for CPUs, in one run: a table, a plot, and the ratios to the best of the others.
 
-    benchmarks/peers/openvino.sh install && benchmarks/peers/llama.sh install      # once
+    for peer in openvino llama vllm; do benchmarks/peers/$peer.sh install; done      # once
     python benchmarks/peers/compare.py results.jsonl --plot peers.png
 
 Contenders take turns: each workload of each repeat starts a server of its own, so that no cache and no memory
@@ -59,6 +59,9 @@ class Contender:
 def contenders(curkv_options: Sequence[str]) -> dict[str, Contender]:
     """All of them; the names of curkv's begin with it."""
     curkv = [sys.executable, "-m", "curkv.cli", "serve", "--model", MODEL, "--port", "{port}", *curkv_options]
+    int8 = [*curkv, "--weights", "int8"]
+    # Of the others only those for documents hold prefixes, too.
+    alone = ["--prefix-cache-memory", "0"]
     openvino = [str(HERE / "openvino.sh"), "serve", "{port}"]
     llama = [str(HERE / "llama.sh"), "serve", "{port}"]
     loads = ("one-stream", "long", "longer")
@@ -66,13 +69,18 @@ def contenders(curkv_options: Sequence[str]) -> dict[str, Contender]:
     compactor = {"policy": "compactor", "allocation": "adaptive", "budget": "25%"}
     steps = ["--max-batched-tokens", "1024"]
     return {
-        "curkv, full cache": Contender(curkv),
-        "curkv, snapcur 25%": Contender(curkv, snapcur, ("long", "longer")),
-        "curkv, compactor 25%": Contender(curkv, compactor, ("document",)),
+        "curkv int8, full cache": Contender([*int8, *alone], workloads=loads),
+        "curkv int4, full cache": Contender([*curkv, "--weights", "int4", *alone], workloads=loads[:2]),
+        "curkv int8, snapcur 25%": Contender([*int8, *alone], snapcur, loads[1:]),
+        "curkv int8, int8 KV, snapcur 25%": Contender(
+            [*int8, *alone, "--kv-dtype", "int8"], snapcur, loads[1:]
+        ),
+        "curkv int8, prefix cache": Contender(int8, workloads=("document",)),
+        "curkv int8, compactor 25%": Contender(int8, compactor, ("document",)),
         "OpenVINO int8, u8 KV": Contender([*openvino, *steps], workloads=loads),
         "OpenVINO int8, u8 KV, steps of 256": Contender(openvino, workloads=("long",)),
         "OpenVINO int8, u8 KV, evicts to 512": Contender(
-            [*openvino, *steps, "--evict-to", "512"], workloads=("long", "longer")
+            [*openvino, *steps, "--evict-to", "512"], workloads=loads[1:]
         ),
         "OpenVINO int8, u8 KV, prefix cache": Contender(
             [*openvino, "--prefix-caching"], workloads=("document",)
@@ -81,6 +89,7 @@ def contenders(curkv_options: Sequence[str]) -> dict[str, Contender]:
         "llama.cpp Q4_1, q8 KV": Contender(
             [*llama, "--cache-type-k", "q8_0", "--cache-type-v", "q8_0", "--flash-attn", "on"]
         ),
+        "vLLM float32": Contender([str(HERE / "vllm.sh"), "serve", "{port}"]),
     }
 
 
@@ -93,7 +102,7 @@ def main() -> None:
     parser.add_argument("--contender", action="append", help="only those with this in their name; repeatable")
     parser.add_argument("--workload", action="append", choices=WORKLOADS, help="only this one; repeatable")
     parser.add_argument("--repeats", type=int, default=3, help="the median is reported")
-    parser.add_argument("--curkv-options", default="--weights int8", help="of curkv serve")
+    parser.add_argument("--curkv-options", default="", help="more of curkv serve")
     parser.add_argument("--plot", type=Path, help="image to draw the figures into")
     args = parser.parse_args()
     field = {

