@@ -47,7 +47,7 @@ def test_arguments_of_the_renderer_are_no_variables(tmp_path: Path) -> None:
 
 TEMPLATES = {
     "JSON is not escaped": "{{ {'a': '<é>'} | tojson }}{{ [1, 2] | tojson(indent=1) }}",
-    "blocks are trimmed": "{% for m in messages %}\n {{ m.role }}\n{% if loop.first %}{% continue %}{% endif %}!{% endfor %}",
+    "trimmed": "{% for i in [1, 2] %}\n {{ i }}\n{% if i == 1 %}{% continue %}{% endif %}{% endfor %}",
     "what is generated": "{% generation %}{{ messages[1].content }}{% endgeneration %}{{ eos_token }}",
     "nothing to call": "{{ tools is none }}{{ documents is none }}{{ add_generation_prompt }}",
     "time": "{{ strftime_now('%Y') }}",
