@@ -240,12 +240,11 @@ class EngineClient:
             return self._engine.fail(error)
 
     def _publish(self, outputs: list[Output]) -> None:
-        news: dict[str, list[Output]] = {}
+        news: dict[_Stream, list[Output]] = {}
         for output in outputs:
-            news.setdefault(output.request_id, []).append(output)
-        for request_id, items in news.items():
-            if (stream := self._streams.get(request_id)) is not None:
-                stream.put(items)
+            if (stream := self._streams.get(output.request_id)) is not None:
+                news.setdefault(stream, []).append(output)
+        _Stream.put_all(news)
         for sink in self._sinks:
             try:
                 sink(self._engine.last_stats)
@@ -261,8 +260,20 @@ class _Stream:
         self._queue: asyncio.Queue[list[Output] | Exception] = asyncio.Queue()
 
     def put(self, item: list[Output] | Exception) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody reads any more
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+        self.put_all({self: item})
+
+    @staticmethod
+    def put_all(items: Mapping[_Stream, list[Output] | Exception]) -> None:
+        """Hands over what is new of several streams; waking a loop costs most of it and is done once."""
+        for loop in {stream._loop for stream in items}:
+            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody reads any more
+                loop.call_soon_threadsafe(_Stream._deliver, items, loop)
+
+    @staticmethod
+    def _deliver(items: Mapping[_Stream, list[Output] | Exception], loop: asyncio.AbstractEventLoop) -> None:
+        for stream, item in items.items():
+            if stream._loop is loop:
+                stream._queue.put_nowait(item)
 
     async def next(self) -> list[Output]:
         item = await self._queue.get()

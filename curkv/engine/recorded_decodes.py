@@ -89,6 +89,11 @@ class RecordedDecodes:
 class _LaunchesOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Raises where torch computes something, which a recording would leave out."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: to skip it, torch would import its compiler, which takes 100 MB."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not (func.is_view or func.overloadpacket in _ALLOCATIONS):
             raise RuntimeError(f"{func} cannot be recorded: it is no launch of a kernel")

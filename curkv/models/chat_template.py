@@ -2,28 +2,53 @@
 
 from __future__ import annotations
 
-import inspect
-import logging
+import json
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 Message = Mapping[str, Any]
 
-_ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters)
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_ARGUMENTS = frozenset(
+    {
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "documents",
+        "max_length",
+        "messages",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
+    }
+)
+"""What a template is given otherwise, and what transformers' `apply_chat_template` would not pass on."""
 
 
 class ChatTemplate:
-    """A model's Jinja template, rendered by transformers in a sandbox.
+    """A model's Jinja template, rendered in a sandbox as transformers renders it.
 
     Args:
-        tokenizer: holds the template and the special tokens that it names.
+        source: the template.
+        special_tokens: name to text of those that it may name.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast):
-        self._tokenizer = tokenizer
+    def __init__(self, source: str, special_tokens: Mapping[str, str]):
+        self._source = source
+        self._special_tokens = special_tokens
 
     def render(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
         """Returns the conversation's text up to where the assistant's next message begins.
@@ -38,25 +63,69 @@ class ChatTemplate:
         taken = sorted(_ARGUMENTS & set(variables))
         if taken:
             raise ValueError(f"{taken[0]!r} is no variable of a chat template")
+        given = {
+            **self._special_tokens,
+            **variables,
+            "messages": [dict(message) for message in messages],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": True,
+        }
         try:
-            text: Any = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=False,
-                add_generation_prompt=True,
-                **variables,
-            )
+            return _ENVIRONMENT.from_string(self._source).render(given)
         except Exception as error:  # a template may do anything with what it is given
             raise ValueError(f"the model's chat template refuses the conversation: {error}") from error
-        return str(text)
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what the assistant wrote, for training; its body is rendered like all else."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    """JSON as it is: Jinja's own filter escapes what HTML would take for markup."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+_ENVIRONMENT = ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+)
+_ENVIRONMENT.filters["tojson"] = _tojson
+_ENVIRONMENT.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
 
 
 def load_chat_template(directory: Path) -> ChatTemplate | None:
     """Returns the template of a model directory, None if it has none (a base model)."""
-    log = logging.getLogger("transformers.tokenization_utils_base")
-    level = log.level
-    log.setLevel(logging.ERROR)  # that the directory names another class does not matter to a template
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
-    finally:
-        log.setLevel(level)
-    return ChatTemplate(tokenizer) if tokenizer.chat_template else None
+    config = _read(directory / "tokenizer_config.json")
+    if "added_tokens_decoder" not in config:  # an older form
+        config |= _read(directory / "special_tokens_map.json")
+    source, file = config.get("chat_template"), directory / "chat_template.jinja"
+    if isinstance(source, list):  # several, by name
+        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+    if file.is_file():
+        source = file.read_text(encoding="utf-8")
+    tokens = {name: _text(config[name]) for name in _SPECIAL_TOKENS if config.get(name) is not None}
+    return ChatTemplate(source, tokens) if source else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content
+
+
+def _text(token: str | dict[str, Any]) -> str:
+    """A special token's text; it may be written with its properties."""
+    return str(token["content"]) if isinstance(token, dict) else token

@@ -124,10 +124,10 @@ class Llama:
         self._kernels = kernels
         self._checkpoint = checkpoint
         self.weights_bytes: Counter[str] = Counter()
+        self._head = self._linear("head", checkpoint.head)  # first, while little else is held beside it
         self._embedding = self._counted("embedding", checkpoint.embedding)
         self._layers = [self._pack(checkpoint.layer(index)) for index in range(config.num_layers)]
         self._final_norm = self._counted("norm", checkpoint.final_norm)
-        self._head = self._linear("head", checkpoint.head)
 
     @property
     def weights(self) -> str:

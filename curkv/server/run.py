@@ -24,6 +24,7 @@ from curkv.config import Settings
 from curkv.models.errors import ModelError
 from curkv.server.app import create_app
 from curkv.server.connections import impatient
+from curkv.server.process import share_heap, trim_heap
 from curkv.server.state import ServerState
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def serve(settings: Settings) -> int:
         StartupError: the port is taken or a setting is wrong; nothing has been loaded.
     """
     _configure_logging()
+    share_heap()
     try:
         server = Server(settings)
     except OptionError as error:
@@ -107,7 +109,9 @@ def build_client(settings: Settings) -> EngineClient:
         kernels=settings.kernels,
         threads=settings.threads,
     )
-    return EngineClient.start(build_engine(options))
+    engine = build_engine(options)
+    trim_heap()
+    return EngineClient.start(engine)
 
 
 class Server(uvicorn.Server):

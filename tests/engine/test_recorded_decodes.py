@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -94,3 +96,14 @@ def test_what_cannot_be_recorded_is_run_kernel_by_kernel(caplog: pytest.LogCaptu
             batch = Batch.build([0], [[token]], [0])
             assert decodes.forward(batch).tolist() == [[token + 1]]
     assert len(caplog.records) == 1
+
+
+def test_recording_does_not_import_the_compiler_of_torch() -> None:
+    """It would take 100 MB, as much as the model."""
+    script = (
+        "import sys, torch, curkv.engine.build\n"
+        "from curkv.engine.recorded_decodes import _LaunchesOnly\n"
+        "with _LaunchesOnly(): torch.empty(1)\n"
+        "assert not {'torch._dynamo', 'triton', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

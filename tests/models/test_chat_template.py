@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,38 @@ def test_arguments_of_the_renderer_are_no_variables(tmp_path: Path) -> None:
     assert loaded is not None
     with pytest.raises(ValueError, match="tokenize"):
         loaded.render([{"role": "user", "content": "w1"}], {"tokenize": True})
+
+
+TEMPLATES = {
+    "JSON is not escaped": "{{ {'a': '<é>'} | tojson }}{{ [1, 2] | tojson(indent=1) }}",
+    "trimmed": "{% for i in [1, 2] %}\n {{ i }}\n{% if i == 1 %}{% continue %}{% endif %}{% endfor %}",
+    "what is generated": "{% generation %}{{ messages[1].content }}{% endgeneration %}{{ eos_token }}",
+    "nothing to call": "{{ tools is none }}{{ documents is none }}{{ add_generation_prompt }}",
+    "time": "{{ strftime_now('%Y') }}",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_templates_render_as_in_transformers(tmp_path: Path, template: str) -> None:
+    messages = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+    loaded = load_chat_template(saved(tmp_path, template))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert loaded is not None
+    assert loaded.render(messages, {}) == expected
+
+
+def test_a_template_cannot_leave_its_sandbox(tmp_path: Path) -> None:
+    loaded = load_chat_template(saved(tmp_path, "{{ messages.append(1) }}"))
+    assert loaded is not None
+    with pytest.raises(ValueError, match="refuses"):
+        loaded.render([{"role": "user", "content": "w1"}], {})
+
+
+def test_of_several_templates_the_default_is_taken(tmp_path: Path) -> None:
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "{{ eos_token }}"}]
+    config = {"chat_template": named, "eos_token": {"content": "w9", "special": True}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    loaded = load_chat_template(tmp_path)
+    assert loaded is not None
+    assert loaded.render([], {}) == "w9"
