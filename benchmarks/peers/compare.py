@@ -89,7 +89,7 @@ def contenders(curkv_options: Sequence[str]) -> dict[str, Contender]:
         "llama.cpp Q4_1, q8 KV": Contender(
             [*llama, "--cache-type-k", "q8_0", "--cache-type-v", "q8_0", "--flash-attn", "on"]
         ),
-        "vLLM float32": Contender([str(HERE / "vllm.sh"), "serve", "{port}"]),
+        "vLLM bfloat16": Contender([str(HERE / "vllm.sh"), "serve", "{port}"]),
     }
 
 
