@@ -51,6 +51,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "self-calibrated --no-compensate": ("self-calibrated", {"compensate": False}),
     "self-calibrated --sequences 32": ("self-calibrated", {"writing": Writing(32)}),
     "self-calibrated": ("self-calibrated", {}),
+    "self-calibrated --distil-steps 64": ("self-calibrated", {"distil_steps": 64}),
 }
 UNSEEDED = ("magnitude",)
 CORPORA = ("mansfield-park", "documentation")
@@ -269,7 +270,7 @@ def frontier(
             records[kind, share, variant] = [
                 record
                 for record in read_records(path)
-                if record.source.startswith(f"{directories[share]} ")
+                if record.source.startswith(f"{directories[share]}, ")
                 and (record.policy, record.budget) == (variant.policy, variant.budget)
             ]
     engines = {key: build_engine(engine_options) for key, engine_options in options.items()}
@@ -332,7 +333,8 @@ def _decode_seconds(engine: Engine, tokens: int, sequences: int) -> float:
     return seconds
 
 
-def _frontier_table(points: Iterable[Point]) -> str:
+def _frontier_table(points: Sequence[Point]) -> str:
+    """Speeds are relative to that of the first point; they were taken in turns."""
     header = [
         "weights",
         "rows removed",
@@ -341,7 +343,7 @@ def _frontier_table(points: Iterable[Point]) -> str:
         "right answers",
         "weights",
         "caches",
-        "tokens/s",
+        "speed",
     ]
     rows = [
         [
@@ -352,7 +354,7 @@ def _frontier_table(points: Iterable[Point]) -> str:
             f"{point.score:.0%}",
             f"{point.weights_bytes / MIB:.0f} MiB",
             f"{point.kv_bytes / MIB:.0f} MiB",
-            f"{point.speed:.0f}",
+            f"{point.speed / points[0].speed:.2f}",
         ]
         for point in points
     ]
@@ -362,8 +364,8 @@ def _frontier_table(points: Iterable[Point]) -> str:
 def _plot(points: Sequence[Point], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    memory, speed = figure.subplots(1, 2)
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    memory, speed = figure.subplots(1, 2, sharey=True)
     colours: dict[float, str] = {}
     for (ratio, weights), found in group(points, lambda point: (point.ratio, point.weights)).items():
         label = (f"{ratio:.0%} of the rows removed" if ratio else "not pruned") + f", {weights}"
@@ -371,14 +373,19 @@ def _plot(points: Sequence[Point], path: Path) -> None:
         style: dict[str, Any] = {"color": colour, "label": label}
         style |= {"linestyle": "--", "marker": "s"} if weights == "int8" else {"marker": "o"}
         perplexities = [point.perplexity for point in found]
-        memory.plot([(point.weights_bytes + point.kv_bytes) / MIB for point in found], perplexities, **style)
-        speed.plot([point.speed for point in found], perplexities, **style)
-        for point, name in ((point, point.budget or "full cache") for point in found):
-            spot = ((point.weights_bytes + point.kv_bytes) / MIB, point.perplexity)
-            memory.annotate(name, spot, fontsize="x-small", xytext=(4, 4), textcoords="offset points")
-    memory.set(xlabel="weights and caches, MiB", ylabel="perplexity of what follows", yscale="log")
-    speed.set(xlabel="tokens per second", yscale="log")
-    speed.legend(fontsize="small")
+        sizes = [(point.weights_bytes + point.kv_bytes) / MIB for point in found]
+        speeds = [point.speed / points[0].speed for point in found]
+        for axes, values in ((memory, sizes), (speed, speeds)):
+            axes.plot(values, perplexities, **style)
+            for spot, point in zip(zip(values, perplexities, strict=True), found, strict=True):
+                name = point.budget or "full"
+                axes.annotate(name, spot, (0, 6), textcoords="offset points", fontsize="x-small", ha="center")
+    memory.set(xlabel="weights and caches, MiB", ylabel="perplexity of what follows")
+    speed.set(xlabel=f"decode speed; not pruned, {points[0].weights}, full cache = 1")
+    for axes in (memory, speed):
+        axes.margins(0.1)
+        axes.grid(alpha=0.3)
+    figure.legend(*memory.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
     figure.savefig(path, dpi=130)
 
 

@@ -187,15 +187,19 @@ class Checkpoint:
         """[hidden, query heads * head_dim], the weight of a layer's output projection."""
         return self._tensor(f"model.layers.{index}.self_attn.o_proj.weight")
 
-    def _fused(self, names: list[str], kind: str) -> Tensor:
-        return torch.cat([self._tensor(f"{name}.{kind}") for name in names])
-
-    def _tensor(self, name: str) -> Tensor:
+    def stored(self, name: str) -> Tensor:
+        """Reads a tensor by its name, in the type that it is stored in."""
         path = self._path_of_tensor.get(name)
         if path is None:
             raise ModelError(f"the checkpoint has no tensor {name}")
         tensor: Tensor = _open(path).get_tensor(name)
-        return tensor.to(self.device, self.dtype)
+        return tensor
+
+    def _fused(self, names: list[str], kind: str) -> Tensor:
+        return torch.cat([self._tensor(f"{name}.{kind}") for name in names])
+
+    def _tensor(self, name: str) -> Tensor:
+        return self.stored(name).to(self.device, self.dtype)
 
 
 def tensor_files(directory: Path) -> dict[str, Any]:

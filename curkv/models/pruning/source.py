@@ -44,8 +44,7 @@ class Source:
 
     def tensor(self, name: str) -> Tensor:
         """Reads a tensor as it is stored."""
-        tensor: Tensor = self._files[name].get_tensor(name)
-        return tensor
+        return self.checkpoint.stored(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns a tensor's shape without reading it."""
