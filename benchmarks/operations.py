@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--kv-dtype", default="auto")
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=2000)
-    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=96, help="as many as keep all running together")
     parser.add_argument("--policy", default="full")
     parser.add_argument("--budget")
     args = parser.parse_args()
@@ -68,7 +68,8 @@ def main() -> None:
 def run(engine: Engine, args: argparse.Namespace, phase: str, spent: Counter[str]) -> tuple[float, int]:
     """Serves the requests; returns the seconds that steps of the phase took, and how many those were.
 
-    Of decode steps the median is taken for all. `spent` is left with what was spent in the phase alone.
+    Decode steps count while all requests decode; their median is taken for all. `spent` is left with what was
+    spent in the phase alone.
     """
     sampling = SamplingParams(args.new_tokens, temperature=0.0, ignore_eos=True)
     kv = {} if args.policy == "full" else {"policy": args.policy, "budget": args.budget}
@@ -79,10 +80,12 @@ def run(engine: Engine, args: argparse.Namespace, phase: str, spent: Counter[str
     times = []
     while engine.has_work:
         before = spent.copy()
-        decodes = not engine.scheduler.num_waiting and not any(s.prefilling for s in engine.scheduler.running)
+        decoding = sum(not sequence.prefilling for sequence in engine.scheduler.running)
+        prefills = decoding < len(engine.scheduler.running) or engine.scheduler.num_waiting > 0
+        counts = prefills if phase == "prefill" else not prefills and decoding == args.concurrency
         started = time.perf_counter()
         engine.step()
-        if decodes == (phase == "decode"):
+        if counts:
             times.append(time.perf_counter() - started)
         else:
             spent.clear()
