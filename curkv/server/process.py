@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 _M_ARENA_MAX = -8
+_MADV_DONTNEED = 4
+_MAPS = Path("/proc/self/maps")
 
 
 def share_heap() -> None:
@@ -17,3 +20,15 @@ def trim_heap() -> None:
     """Gives back the memory that loading has freed."""
     if malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         malloc_trim(0)
+
+
+def unmap_code() -> None:
+    """Lets go of the code that loading has run, compilers above all; what is run again is mapped again."""
+    madvise = getattr(ctypes.CDLL(None), "madvise", None)
+    if madvise is None or not _MAPS.exists():
+        return
+    for line in _MAPS.read_text().splitlines():
+        place, rights, _offset, _device, _inode, *path = line.split(maxsplit=5)
+        if rights == "r-xp" and path and Path(path[0]).is_file():  # from where it can be read again
+            start, end = (int(bound, 16) for bound in place.split("-"))
+            madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
