@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -31,6 +32,7 @@ OPTIONS = ReportOptions(windows=2, window_tokens=64, tasks=("needle",), task_tok
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Source:
     directory = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
     AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE)).save_pretrained(directory)
     tokenizer.save(str(directory / "tokenizer.json"))
     return Source(directory)
