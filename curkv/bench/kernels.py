@@ -150,7 +150,7 @@ def linear(kernels: Kernels, weights: str) -> Iterator[Case]:
     }
     pack = packs[weights]
     layers = [pack(torch.randn(shape)) for _ in range(MODEL_LAYERS) for shape in LINEAR]
-    head = packs[weights.replace("4", "8")](torch.randn(VOCABULARY, HIDDEN))
+    head = packs["int8" if weights == "int4" else weights](torch.randn(VOCABULARY, HIDDEN))
     count = MODEL_LAYERS * sum(rows * columns for rows, columns in LINEAR)
     for tokens, sampled in ((1, 1), (8, 8), (CHUNK, 1)):
         inputs = MODEL_LAYERS * [torch.randn(tokens, columns) for _, columns in LINEAR]

@@ -79,7 +79,6 @@ KINDS: dict[torch.dtype, np.ndarray[Any, Any]] = {
 }
 FLOAT32 = KINDS[torch.float32]
 INT8 = KINDS[torch.int8]
-BFLOAT16 = KINDS[torch.bfloat16]
 _FEATURES = get_host_cpu_features()
 MULTIPLIES_QUADS = bool(
     _FEATURES.get("avxvnni") or (_FEATURES.get("avx512vnni") and _FEATURES.get("avx512vl"))

@@ -315,12 +315,7 @@ def _quantise_for_quads(
     first: int, end: int, count: int, x: int, integers: int, scales: int, sums: int, depth: int
 ) -> None:
     """Round the rows [first, end) of x [count, depth] to int8; see `quad_tile` for scales and sums."""
-    for row in range(first, end):
-        for block in range(depth // QUAD_BLOCK):
-            place, at = row * depth + block * QUAD_BLOCK, 4 * (block * count + row)
-            scale, total = _quantise_quads(x + 4 * place, integers + place)
-            store_scalar(FLOAT32, scales + at, scale / np.float32(QUAD_UNIT))
-            store_int32(sums + at, -128 * np.int64(total))
+    _quantise_blocks(_store_for_quads, first, end, count, x, integers, scales, sums, depth)
 
 
 @kernel
@@ -328,12 +323,31 @@ def _quantise_for_nibbles(
     first: int, end: int, count: int, x: int, integers: int, scales: int, sums: int, depth: int
 ) -> None:
     """The same for nibbles."""
+    _quantise_blocks(_store_for_nibbles, first, end, count, x, integers, scales, sums, depth)
+
+
+@inlined
+def _quantise_blocks(
+    store_block: Any, first: int, end: int, count: int, x: int, integers: int, scales: int, sums: int,
+    depth: int,
+) -> None:  # fmt: skip
     for row in range(first, end):
         for block in range(depth // QUAD_BLOCK):
             place, at = row * depth + block * QUAD_BLOCK, 4 * (block * count + row)
             scale, total = _quantise_quads(x + 4 * place, integers + place)
-            store_scalar(FLOAT32, scales + at, scale)
-            store_scalar(FLOAT32, sums + at, scale * total)
+            store_block(scales + at, sums + at, scale, total)
+
+
+@inlined
+def _store_for_quads(scales: int, sums: int, scale: Any, total: Any) -> None:
+    store_scalar(FLOAT32, scales, scale / np.float32(QUAD_UNIT))
+    store_int32(sums, -128 * np.int64(total))
+
+
+@inlined
+def _store_for_nibbles(scales: int, sums: int, scale: Any, total: Any) -> None:
+    store_scalar(FLOAT32, scales, scale)
+    store_scalar(FLOAT32, sums, scale * total)
 
 
 @inlined
