@@ -421,21 +421,42 @@ def store_int16(context: Any, location: Any, value: Any) -> Any:
 
 
 @intrinsic
-def store_int8(context: Any, location: Any, value: Any) -> Any:
-    """Store float32x8 as eight int8, rounded to nearest even; any int8 for what is NaN or too large.
+def largest_of_block(context: Any, location: Any) -> Any:
+    """The largest absolute value of `QUAD_BLOCK` floats; infinity or NaN if one of them is that."""
+
+    def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> ir.Value:
+        words = ir.VectorType(_INT32, QUAD_BLOCK)
+        bits = builder.load(_pointer(builder, args[0], words), align=4)
+        # Without the sign bit floats are ordered as integers, and NaN lies above infinity.
+        absolutes = builder.and_(bits, _constant(words, 2**31 - 1))
+        largest = _call(builder, f"llvm.vector.reduce.smax.v{QUAD_BLOCK}i32", _INT32, [absolutes])
+        return builder.bitcast(largest, _FLOAT)
+
+    return types.float32(types.int64), generate
+
+
+@intrinsic
+def round_block(context: Any, location: Any, factor: Any, target: Any) -> Any:
+    """Multiply `QUAD_BLOCK` floats with a factor and store them as int8, rounded to nearest even.
+
+    Any int8 for what is NaN or too large.
 
     Returns:
-        What was stored, as float32x8.
+        The integers' sum.
     """
 
     def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> ir.Value:
-        shifted = builder.fadd(args[1], _constant(_FLOATS, _ROUNDER))
-        short = _like(ir.IntType(8), _FLOATS)
-        bits = builder.trunc(builder.bitcast(shifted, _INT32S), short)
-        builder.store(bits, _pointer(builder, args[0], short), align=1)
-        return builder.fsub(shifted, _constant(_FLOATS, _ROUNDER))
+        location, factor, target = args
+        floats, words = (ir.VectorType(item, QUAD_BLOCK) for item in (_FLOAT, _INT32))
+        values = builder.load(_pointer(builder, location, floats), align=4)
+        scaled = builder.fmul(values, _splat(builder, factor, QUAD_BLOCK))
+        shifted = builder.bitcast(builder.fadd(scaled, _constant(floats, _ROUNDER)), words)
+        bytes_ = builder.trunc(shifted, ir.VectorType(_INT8, QUAD_BLOCK))
+        builder.store(bytes_, _pointer(builder, target, bytes_.type), align=1)
+        total = _call(builder, f"llvm.vector.reduce.add.v{QUAD_BLOCK}i32", _INT32, [shifted])
+        return builder.sext(builder.sub(total, _INT32(QUAD_BLOCK * _ROUNDER_BITS)), ir.IntType(64))
 
-    return float32x8(types.int64, float32x8), generate
+    return types.int64(types.int64, types.float32, types.int64), generate
 
 
 @intrinsic
@@ -475,26 +496,47 @@ def lane_max(context: Any, a: Any) -> Any:
 # 2^f on [-1/2, 1/2], least largest relative error (7.5e-8; 2.1e-7 with float32 rounding).
 _EXP2 = (1.0000000716543658, 0.6931469670549113, 0.24022119724872848,
          0.0555071328958381, 0.00967554129296315, 0.001327646679244232)  # fmt: skip
+# The same on [0, 1] (7.5e-5, a fiftieth of what bfloat16 rounds off).
+_COARSE_EXP2 = (0.9999252183, 0.6958335393, 0.2260671587, 0.0780245207)
+_FLOOR = 1  # x86's number of that way of rounding
 _ROUNDER = 12582912.0  # 1.5 * 2^23: adding it leaves the nearest integer in the low bits of the mantissa
+_ROUNDER_BITS = 0x4B400000
 
 
 @intrinsic
-def exp2(context: Any, a: Any) -> Any:
-    """Lane by lane 2^a for a <= 127; below -126 it stays at 2^-126."""
+def exp2(context: Any, kind: Any, a: Any) -> Any:
+    """Lane by lane 2^a for a <= 127, as exact as values of the kind are; below -126 next to nothing."""
 
     def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> ir.Value:
-        lowest = _constant(_FLOATS, -126.0)
-        x = builder.select(builder.fcmp_ordered(">", args[0], lowest), args[0], lowest)
-        shifted = builder.fadd(x, _constant(_FLOATS, _ROUNDER))
-        fraction = builder.fsub(x, builder.fsub(shifted, _constant(_FLOATS, _ROUNDER)))
-        power = _constant(_FLOATS, _EXP2[-1])
-        for coefficient in _EXP2[-2::-1]:
-            power = _fma(builder, power, fraction, _constant(_FLOATS, coefficient))
-        words = ir.VectorType(_INT32, LANES)
-        exponent = builder.shl(builder.bitcast(shifted, words), _constant(words, 23))
-        return builder.bitcast(builder.add(builder.bitcast(power, words), exponent), _FLOATS)
+        coarse = MULTIPLIES_BFLOAT16 and signature.args[0].dtype == types.int16
+        return (_coarse_exp2 if coarse else _exp2)(builder, args[1])
 
-    return float32x8(float32x8), generate
+    return float32x8(kind, float32x8), generate
+
+
+def _exp2(builder: ir.IRBuilder, a: ir.Value) -> ir.Value:
+    lowest = _constant(_FLOATS, -126.0)
+    x = builder.select(builder.fcmp_ordered(">", a, lowest), a, lowest)
+    shifted = builder.fadd(x, _constant(_FLOATS, _ROUNDER))
+    fraction = builder.fsub(x, builder.fsub(shifted, _constant(_FLOATS, _ROUNDER)))
+    power = builder.bitcast(_polynomial(builder, _EXP2, fraction), _INT32S)
+    exponent = builder.shl(builder.bitcast(shifted, _INT32S), _constant(_INT32S, 23))
+    return builder.bitcast(builder.add(power, exponent), _FLOATS)
+
+
+def _coarse_exp2(builder: ir.IRBuilder, a: ir.Value) -> ir.Value:
+    """By AVX-512, which every machine that multiplies bfloat16 has: x - floor(x), and p 2^floor(x)."""
+    every, name = _INT8(-1), "llvm.x86.avx512.mask.{}.ps.256"
+    fraction = _call(builder, name.format("reduce"), _FLOATS, [a, _INT32(_FLOOR), a, every])
+    power = _polynomial(builder, _COARSE_EXP2, fraction)
+    return _call(builder, name.format("scalef"), _FLOATS, [power, a, power, every])
+
+
+def _polynomial(builder: ir.IRBuilder, coefficients: tuple[float, ...], x: ir.Value) -> ir.Value:
+    value = _constant(_FLOATS, coefficients[-1])
+    for coefficient in coefficients[-2::-1]:
+        value = _fma(builder, value, x, _constant(_FLOATS, coefficient))
+    return value
 
 
 def _item_size(kind: Any) -> int:
@@ -1270,11 +1312,11 @@ def row_exp2(kind: Any, scores: int, count: int, width: int, factor: float, high
     total = zeros
     body = count - count % 8
     for j in range(0, body, 8):
-        power = exp2(fma(load(FLOAT32, scores + 4 * j), spread, shift))
+        power = exp2(kind, fma(load(FLOAT32, scores + 4 * j), spread, shift))
         store(kind, scores + kind.itemsize * j, power)
         total = add(total, power)
     if body < count:
-        power = exp2(fma(load(FLOAT32, scores + 4 * body), spread, shift))
+        power = exp2(kind, fma(load(FLOAT32, scores + 4 * body), spread, shift))
         power = keep_first(power, count - body, zeros)
         store(kind, scores + kind.itemsize * body, power)
         total = add(total, power)

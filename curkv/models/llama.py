@@ -19,9 +19,17 @@ Rounding = Literal["int8", "int4"]
 
 
 class Linear(Protocol):
-    """A linear layer: x [T, K] to [T, N]."""
+    """A linear layer: x [T, K] to [T, N]; see curkv/kernels/linear/reference.py."""
 
     def __call__(self, x: Tensor) -> Tensor: ...  # noqa: D102
+
+    def after_rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The product with the normalised rows of x plus the residual, and that sum."""
+
+    def after_silu_mul(self, gate_up: Tensor) -> Tensor:
+        """The product with the gated activation of [T, 2 K]."""
 
     @property
     def nbytes(self) -> int:
@@ -70,11 +78,7 @@ class ModelKernels(Protocol):
 
     @property
     def rms_norm(self) -> Callable[..., Any]:
-        """`rms_norm(x[..., d], weight[d], eps, residual=None)`; with a residual, also its sum with x."""
-
-    @property
-    def silu_mul(self) -> Callable[[Tensor], Tensor]:
-        """`silu_mul(gate_up[T, 2 I]) -> [T, I]`."""
+        """`rms_norm(x[..., d], weight[d], eps) -> [..., d]`."""
 
     @property
     def pack_linear(self) -> Callable[[Tensor, Tensor | None], Linear]:
@@ -145,21 +149,18 @@ class Llama:
         Returns:
             float32 [R, vocab_size], logits of `batch.logit_rows`.
         """
-        eps, rms_norm, silu_mul = self.config.rms_norm_eps, self._kernels.rms_norm, self._kernels.silu_mul
-        gather_rows = self._kernels.gather_rows
-        residual = gather_rows(self._embedding, batch.token_ids)
-        x = rms_norm(residual, self._layers[0].input_norm, eps)
+        eps, gather_rows = self.config.rms_norm_eps, self._kernels.gather_rows
+        x, rows = gather_rows(self._embedding, batch.token_ids), batch.logit_rows
+        residual: Tensor | None = None
         for index, layer in enumerate(self._layers):
-            if index:
-                x, residual = rms_norm(x, layer.input_norm, eps, residual)
-            q, k, v = self._heads(layer, layer.qkv(x))
-            attended = kv.attend(index, q, k, v, batch)
-            x = layer.o(attended.reshape(-1, self.config.q_size))
-            x, residual = rms_norm(x, layer.post_attention_norm, eps, residual)
-            x = layer.down(silu_mul(layer.gate_up(x)))
-        rows = batch.logit_rows
-        x, _ = rms_norm(gather_rows(x, rows), self._final_norm, eps, gather_rows(residual, rows))
-        return self._head(x).float()
+            qkv, residual = layer.qkv.after_rms_norm(x, layer.input_norm, eps, residual)
+            q, k, v = self._heads(layer, qkv)
+            x = layer.o(kv.attend(index, q, k, v, batch).reshape(-1, self.config.q_size))
+            gate_up, residual = layer.gate_up.after_rms_norm(x, layer.post_attention_norm, eps, residual)
+            x = layer.down.after_silu_mul(gate_up)
+        x, residual = gather_rows(x, rows), None if residual is None else gather_rows(residual, rows)
+        logits, _ = self._head.after_rms_norm(x, self._final_norm, eps, residual)
+        return logits.float()
 
     def output_projection(self, index: int) -> Tensor:
         """W_o of a layer, by query head: [num_heads, head_dim, hidden]; read from the checkpoint."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
-_M_ARENA_MAX = -8
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+_MOST_KEPT, _LARGEST_KEPT = 64 << 20, 32 << 20
+"""Bytes that are freed at the end of the heap and not given back; the largest single one, glibc's limit."""
 _MADV_DONTNEED = 4
 _MAPS = Path("/proc/self/maps")
 
@@ -20,6 +22,13 @@ def trim_heap() -> None:
     """Gives back the memory that loading has freed."""
     if malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         malloc_trim(0)
+
+
+def keep_freed_memory() -> None:
+    """Has a step use the memory that the one before freed: new pages take a twentieth of a prefill."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT)
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
 
 
 def unmap_code() -> None:

@@ -24,7 +24,7 @@ from curkv.config import Settings
 from curkv.models.errors import ModelError
 from curkv.server.app import create_app
 from curkv.server.connections import impatient
-from curkv.server.process import share_heap, trim_heap, unmap_code
+from curkv.server.process import keep_freed_memory, share_heap, trim_heap, unmap_code
 from curkv.server.state import ServerState
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ def build_client(settings: Settings) -> EngineClient:
     )
     engine = build_engine(options)
     trim_heap()
+    keep_freed_memory()
     unmap_code()
     return EngineClient.start(engine)
 

@@ -9,6 +9,8 @@ from llvmlite import binding
 from torch import Tensor
 
 from curkv.kernels.linear import cpu, reference
+from curkv.kernels.rms_norm.cpu import rms_norm
+from curkv.kernels.silu_mul.cpu import silu_mul
 from curkv.kernels.simd import (
     INT8,
     MULTIPLIES_QUADS,
@@ -35,13 +37,12 @@ INTEGERS = tuple(name for name, runs in RUNNING.items() if runs)
 PACKS = ("float32", *INTEGERS)
 
 
-def pack_cpu(name: str, weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+def pack_cpu(name: str, weight: Tensor, bias: Tensor | None = None) -> cpu.PackedLinear:
     if name == "float32":
         return cpu.pack_linear(weight, bias)
     if name in NIBBLE_FORMS:
-        form = NIBBLE_FORMS[name]
-        return cpu._pack_int4(weight, bias, lambda *args: cpu._multiply_blocks(*args, form))
-    return cpu._pack_int8(weight, bias, getattr(cpu, f"_multiply_{name}"))
+        return cpu.NibbleLinear(weight, bias, NIBBLE_FORMS[name])
+    return cpu.PairLinear(weight, bias) if name == "pairs" else cpu.QuadLinear(weight, bias)
 
 
 def pack_reference(name: str, weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
@@ -64,6 +65,25 @@ def test_agrees_with_torch(pack: str, tokens: int, rows: int, depth: int, bias: 
     actual = pack_cpu(pack, weight, offset)(x)
     assert actual.shape == expected.shape
     assert (actual - expected).norm() <= TOLERANCE[pack] * expected.norm()
+
+
+@pytest.mark.parametrize("depth", [64, 600])  # of which only one is a multiple of 32
+@pytest.mark.parametrize("tokens", [0, 1, 100])
+@pytest.mark.parametrize("pack", PACKS)
+def test_what_goes_before_gives_the_same_within_the_layer_as_alone(
+    pack: str, tokens: int, depth: int
+) -> None:
+    layer = pack_cpu(pack, torch.randn(48, depth), torch.randn(48))
+    x, residual, gate_up = (torch.randn(tokens, n * depth) for n in (1, 1, 2))
+    weight = torch.randn(depth)
+    normed, total = rms_norm(x, weight, 1e-5, residual)
+    out, same_total = layer.after_rms_norm(x, weight, 1e-5, residual)
+    assert torch.equal(out, layer(normed))
+    assert torch.equal(same_total, total)
+    out, same_total = layer.after_rms_norm(x, weight, 1e-5)
+    assert torch.equal(out, layer(rms_norm(x, weight, 1e-5)))
+    assert torch.equal(same_total, x)
+    assert torch.equal(layer.after_silu_mul(gate_up), layer(silu_mul(gate_up)))
 
 
 @pytest.mark.parametrize("pack", PACKS)

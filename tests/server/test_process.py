@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import resource
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
 
-from curkv.server.process import trim_heap, unmap_code
+from curkv.server.process import keep_freed_memory, trim_heap, unmap_code
 
 SMAPS = Path("/proc/self/smaps")
 
@@ -38,3 +41,21 @@ def test_a_trimmed_heap_can_be_used() -> None:
     kept = [bytearray(1 << 20) for _ in range(8)]
     trim_heap()
     assert all(not any(piece) for piece in kept)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_freed_memory_is_used_again_without_new_pages() -> None:
+    # In a process of its own: what is asked of the C library holds for good.
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        assert pool.submit(new_pages).result() < 100
+
+
+def new_pages() -> int:
+    """How many pages the kernel hands out while 32 MiB are taken and freed twenty times, the second time."""
+    keep_freed_memory()
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(20):
+            _taken = [torch.ones(1 << 20) for _ in range(8)]
+            del _taken
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before

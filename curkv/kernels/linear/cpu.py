@@ -14,7 +14,7 @@ llama.cpp does; for int4 weights everywhere. Elsewhere int8 weights are multipli
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from curkv.kernels.linear.reference import quantise, quantise_int4
+from curkv.kernels.linear.rounded_rows import (
+    QUAD_UNIT,
+    SMALLEST,
+    RoundedRows,
+    round_gated_rows,
+    round_normed_rows,
+    round_rows,
+)
+from curkv.kernels.rms_norm.cpu import rms_norm
+from curkv.kernels.silu_mul.cpu import silu_mul
 from curkv.kernels.simd import (
     BYTES,
     FLOAT32,
@@ -35,7 +45,6 @@ from curkv.kernels.simd import (
     PANEL,
     QUAD_BLOCK,
     absolute,
-    add,
     address,
     broadcast,
     floats,
@@ -49,9 +58,7 @@ from curkv.kernels.simd import (
     mul,
     panel_tile,
     quad_tile,
-    store_int8,
     store_int16,
-    store_int32,
     store_scalar,
 )
 from curkv.kernels.workers import compile_worker, empty, launch, read_arguments
@@ -66,10 +73,6 @@ AHEAD = 2048
 """Bytes by which a panel is prefetched."""
 LARGEST = (2**31 - 1) // (127 * BLOCK_DEPTH)
 """Of the integers that stand for x: a block of products with weights up to 127 fits an int32."""
-SMALLEST = np.float32(1e-30)
-"""Blocks of x whose largest value is below are taken for zeros."""
-QUAD_UNIT = 1 << 14
-"""By which the scales of x are divided and those of weights multiplied, so that no sum between overflows."""
 PARTS_PER_THREAD = 4
 """Into how many parts a product is cut, so that a thread that the machine runs slower does fewer."""
 QUANTISED_SIZE = 1 << 13
@@ -78,26 +81,163 @@ PACKED_ROWS = 64 * PANEL
 """Rows quantised at a time, so that loading needs little memory."""
 
 
-def pack_linear(weight: Tensor, bias: Tensor | None = None) -> _PackedLinear:
+def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
     """Makes a linear layer, see `reference.pack_linear`; `weight` may be freed afterwards."""
-    rows, depth = weight.shape
-    packed = torch.zeros(_panels(rows) * PANEL, depth)
-    packed[:rows] = weight
-    packed = packed.view(-1, PANEL, depth).transpose(1, 2).contiguous()
-    return _PackedLinear(rows, packed, bias, _multiply_floats)
+    return FloatLinear(weight, bias)
 
 
-def pack_linear_int8(weight: Tensor, bias: Tensor | None = None) -> _PackedLinear:
+def pack_linear_int8(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
     """Makes a linear layer, see `reference.pack_linear_int8`; `weight` may be freed afterwards.
 
     A row of x that has NaN or infinity gives a row of NaN.
     """
-    return _pack_int8(weight, bias, _multiply_quads if MULTIPLIES_QUADS else _multiply_pairs)
+    return QuadLinear(weight, bias) if MULTIPLIES_QUADS else PairLinear(weight, bias)
 
 
-def _pack_int8(weight: Tensor, bias: Tensor | None, multiply: Multiply) -> _PackedLinear:
-    quads = multiply is _multiply_quads
-    together, multiple, zero, unit = (4, QUAD_BLOCK, 128, QUAD_UNIT) if quads else (2, LANES, 0, 1)
+def pack_linear_int4(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+    """Makes a linear layer, see `reference.pack_linear_int4`; `weight` may be freed afterwards.
+
+    A row of x that has NaN or infinity gives a row of NaN.
+    """
+    return NibbleLinear(weight, bias)
+
+
+class PackedLinear(ABC):
+    """A linear layer, see `reference.ReferenceLinear`.
+
+    Attributes:
+        nbytes: Memory of the weights.
+    """
+
+    def __init__(self, rows: int, depth: int, weight: Tensor, bias: Tensor | None, scales: Tensor | None):
+        """Takes panels [panels, ...], scales of their rows, and columns of x they are multiplied with."""
+        self._rows, self._depth, self._panels = rows, depth, len(weight)
+        self._weight, self._scales = weight, scales
+        self._bias = None if bias is None else bias.float()
+        self.nbytes = sum(part.nbytes for part in (weight, scales, self._bias) if part is not None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """See `ReferenceLinear.__call__`."""
+        return self._multiply(x if self._depth == x.shape[1] else _copy(x, self._depth))
+
+    def after_rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `ReferenceLinear.after_rms_norm`."""
+        if residual is None:
+            return self(rms_norm(x, weight, eps)), x
+        normed, total = rms_norm(x, weight, eps, residual)
+        return self(normed), total
+
+    def after_silu_mul(self, gate_up: Tensor) -> Tensor:
+        """See `ReferenceLinear.after_silu_mul`."""
+        return self(silu_mul(gate_up))
+
+    @abstractmethod
+    def _multiply(self, x: Tensor) -> Tensor:
+        """x [T, depth] W^T + b."""
+
+    def _launch(self, worker: int, count: int, *x: int) -> Tensor:
+        """Has threads multiply panels with `count` rows of x, which are where its addresses say."""
+        out = empty(count, self._panels * PANEL)
+        parts = min(self._panels, PARTS_PER_THREAD * get_num_threads())
+        launch(
+            worker, parts if count else 0,
+            *x, self._weight.data_ptr(), self._weight[0].nbytes,
+            0 if self._scales is None else self._scales.data_ptr(),
+            out.data_ptr(), count, self._depth, self._panels, parts,
+        )  # fmt: skip
+        if self._bias is None and self._panels * PANEL == self._rows:
+            return out
+        return _copy(out, self._rows, self._bias)
+
+
+class FloatLinear(PackedLinear):
+    """With float32 weights."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        rows, depth = weight.shape
+        packed = torch.zeros(_panels(rows) * PANEL, depth)
+        packed[:rows] = weight
+        packed = packed.view(-1, PANEL, depth).transpose(1, 2).contiguous()
+        super().__init__(rows, depth, packed, bias, None)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        return self._launch(_worker(False), len(x), address(x, torch.float32), 0)
+
+
+class PairLinear(PackedLinear):
+    """With int8 weights, multiplied in pairs with int16."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__(*_packed_bytes(weight, 2, LANES, 0, 1, bias))
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        count, depth = x.shape
+        integers = empty(count, depth, dtype=torch.int16)
+        scales = empty(-(-depth // BLOCK_DEPTH), count)
+        at_once = max(1, QUANTISED_SIZE // depth)
+        launch(
+            _quantiser(), -(-count // at_once),
+            count, at_once, address(x, torch.float32), integers.data_ptr(), scales.data_ptr(), depth,
+        )  # fmt: skip
+        return self._launch(_worker(True), count, integers.data_ptr(), scales.data_ptr())
+
+
+class QuadLinear(PackedLinear):
+    """With int8 weights, multiplied in fours with int8."""
+
+    _form = BYTES
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__(*_packed_bytes(weight, 4, QUAD_BLOCK, 128, QUAD_UNIT, bias))
+
+    def after_rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `ReferenceLinear.after_rms_norm`; normalises and rounds in one pass."""
+        if x.shape[1] != self._depth:
+            return super().after_rms_norm(x, weight, eps, residual)
+        rows, total = round_normed_rows(x, weight, eps, residual, self._form == BYTES)
+        return self._multiply_rounded(rows), total
+
+    def after_silu_mul(self, gate_up: Tensor) -> Tensor:
+        """See `ReferenceLinear.after_silu_mul`; gates and rounds in one pass."""
+        if gate_up.shape[1] != 2 * self._depth:
+            return super().after_silu_mul(gate_up)
+        return self._multiply_rounded(round_gated_rows(gate_up, self._form == BYTES))
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        return self._multiply_rounded(round_rows(x, self._form == BYTES))
+
+    def _multiply_rounded(self, rows: RoundedRows) -> Tensor:
+        return self._launch(_quad_worker(self._form), len(rows.integers), *(part.data_ptr() for part in rows))
+
+
+class NibbleLinear(QuadLinear):
+    """With weights of 4 bits."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, form: int = OWN_NIBBLES):
+        rows, depth = weight.shape
+        panels, blocks = _panels(rows), -(-depth // QUAD_BLOCK)
+        packed = torch.zeros((panels, blocks, NIBBLE_BLOCK_BYTES), dtype=torch.uint8)
+        for row in range(0, rows, PACKED_ROWS):
+            integers, *sides = quantise_int4(weight[row : row + PACKED_ROWS])
+            missing = -len(integers) % PANEL
+            quads = pad(integers, (0, 0, 0, missing)).view(-1, PANEL, blocks, 4, 2, 4)  # low and high quads
+            nibbles = (quads[..., 0, :] + 16 * quads[..., 1, :]).permute(0, 2, 3, 1, 4)
+            values = [pad(side, (0, 0, 0, missing)).view(-1, PANEL, blocks).transpose(1, 2) for side in sides]
+            part = packed[row // PANEL :][: len(nibbles)]
+            part[..., : PANEL * QUAD_BLOCK // 2] = nibbles.reshape(*part.shape[:2], -1)
+            part[..., PANEL * QUAD_BLOCK // 2 :] = torch.cat(values, 2).contiguous().view(torch.uint8)
+        PackedLinear.__init__(self, rows, blocks * QUAD_BLOCK, packed, bias, None)
+        self._form = form
+
+
+def _packed_bytes(
+    weight: Tensor, together: int, multiple: int, zero: int, unit: int, bias: Tensor | None
+) -> tuple[int, int, Tensor, Tensor | None, Tensor]:
+    """What `PackedLinear` takes: bytes plus `zero`, so many columns together, and scales times `unit`."""
     rows, depth = weight.shape
     panels, depth = _panels(rows), depth + -depth % multiple
     packed = torch.full((panels, depth // together, PANEL, together), zero, dtype=torch.uint8)
@@ -108,132 +248,11 @@ def _pack_int8(weight: Tensor, bias: Tensor | None, multiply: Multiply) -> _Pack
         part = part.view(-1, PANEL, depth // together, together).transpose(1, 2)
         packed[row // PANEL :][: len(part)] = part
         scales[row : row + len(scale)] = scale * unit
-    return _PackedLinear(rows, packed, bias, multiply, scales)
-
-
-def pack_linear_int4(weight: Tensor, bias: Tensor | None = None) -> _PackedLinear:
-    """Makes a linear layer, see `reference.pack_linear_int4`; `weight` may be freed afterwards.
-
-    A row of x that has NaN or infinity gives a row of NaN.
-    """
-    return _pack_int4(weight, bias, _multiply_nibbles)
-
-
-def _pack_int4(weight: Tensor, bias: Tensor | None, multiply: Multiply) -> _PackedLinear:
-    rows, depth = weight.shape
-    panels, blocks = _panels(rows), -(-depth // QUAD_BLOCK)
-    packed = torch.zeros((panels, blocks, NIBBLE_BLOCK_BYTES), dtype=torch.uint8)
-    for row in range(0, rows, PACKED_ROWS):
-        integers, *sides = quantise_int4(weight[row : row + PACKED_ROWS])
-        missing = -len(integers) % PANEL
-        quads = pad(integers, (0, 0, 0, missing)).view(-1, PANEL, blocks, 4, 2, 4)  # low and high quads
-        nibbles = (quads[..., 0, :] + 16 * quads[..., 1, :]).permute(0, 2, 3, 1, 4)
-        values = [pad(side, (0, 0, 0, missing)).view(-1, PANEL, blocks).transpose(1, 2) for side in sides]
-        part = packed[row // PANEL :][: len(nibbles)]
-        part[..., : PANEL * QUAD_BLOCK // 2] = nibbles.reshape(*part.shape[:2], -1)
-        part[..., PANEL * QUAD_BLOCK // 2 :] = torch.cat(values, 2).contiguous().view(torch.uint8)
-    return _PackedLinear(rows, packed, bias, multiply, depth=blocks * QUAD_BLOCK)
+    return rows, depth, packed, bias, scales
 
 
 def _panels(rows: int) -> int:
     return -(-rows // PANEL)
-
-
-class _PackedLinear:
-    """A linear layer, see `pack_linear`.
-
-    Attributes:
-        weight: The panels.
-        scales: float32, one for each of their rows, of weights that are integers.
-        panels: How many.
-        depth: Columns of x that they are multiplied with.
-        nbytes: Memory of the weights.
-    """
-
-    def __init__(
-        self,
-        rows: int,
-        weight: Tensor,
-        bias: Tensor | None,
-        multiply: Multiply,
-        scales: Tensor | None = None,
-        depth: int | None = None,
-    ):
-        self.weight, self.scales = weight, scales
-        self.panels, self.depth = len(weight), depth or weight[0].numel() // PANEL
-        self._rows, self._multiply = rows, multiply
-        self._bias = None if bias is None else bias.float()
-        self.nbytes = sum(part.nbytes for part in (weight, scales, self._bias) if part is not None)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        x = x if self.depth == x.shape[1] else _copy(x, self.depth)
-        out = empty(len(x), self.panels * PANEL)
-        if len(x):
-            parts = min(self.panels, PARTS_PER_THREAD * get_num_threads())
-            self._multiply(self, x, out, parts)
-        if self._bias is None and self.panels * PANEL == self._rows:
-            return out
-        return _copy(out, self._rows, self._bias)
-
-
-Multiply = Callable[[_PackedLinear, Tensor, Tensor, int], None]
-"""Writes the product of x with all panels to `out`, in parts."""
-
-
-def _multiply_floats(layer: _PackedLinear, x: Tensor, out: Tensor, parts: int) -> None:
-    launch(
-        _worker(False), parts,
-        address(x, torch.float32), 0, layer.weight.data_ptr(), 0, out.data_ptr(),
-        len(x), layer.depth, layer.panels, parts,
-    )  # fmt: skip
-
-
-def _multiply_pairs(layer: _PackedLinear, x: Tensor, out: Tensor, parts: int) -> None:
-    count, depth = x.shape
-    integers = empty(count, depth, dtype=torch.int16)
-    scales = empty(-(-depth // BLOCK_DEPTH), count)
-    at_once = max(1, QUANTISED_SIZE // depth)
-    launch(
-        _quantiser(_quantise_for_pairs), -(-count // at_once),
-        count, at_once, address(x, torch.float32), integers.data_ptr(), scales.data_ptr(), 0, depth,
-    )  # fmt: skip
-    launch(
-        _worker(True), parts,
-        integers.data_ptr(), scales.data_ptr(), layer.weight.data_ptr(), _scales(layer), out.data_ptr(),
-        count, depth, layer.panels, parts,
-    )  # fmt: skip
-
-
-def _multiply_quads(layer: _PackedLinear, x: Tensor, out: Tensor, parts: int) -> None:
-    _multiply_blocks(layer, x, out, parts, BYTES)
-
-
-def _multiply_nibbles(layer: _PackedLinear, x: Tensor, out: Tensor, parts: int) -> None:
-    _multiply_blocks(layer, x, out, parts, OWN_NIBBLES)
-
-
-def _multiply_blocks(layer: _PackedLinear, x: Tensor, out: Tensor, parts: int, weights: int) -> None:
-    count, depth = x.shape
-    integers = empty(count, depth, dtype=torch.int8)
-    scales, sums = (empty(depth // QUAD_BLOCK, count) for _ in range(2))
-    at_once = max(1, QUANTISED_SIZE // depth)
-    quantise = _quantise_for_quads if weights == BYTES else _quantise_for_nibbles
-    launch(
-        _quantiser(quantise), -(-count // at_once),
-        count, at_once, address(x, torch.float32), integers.data_ptr(), scales.data_ptr(),
-        sums.data_ptr(), depth,
-    )  # fmt: skip
-    launch(
-        _quad_worker(weights), parts,
-        integers.data_ptr(), scales.data_ptr(), sums.data_ptr(), layer.weight.data_ptr(),
-        layer.weight[0].nbytes, _scales(layer) if weights == BYTES else 0,
-        out.data_ptr(), count, depth, layer.panels, parts,
-    )  # fmt: skip
-
-
-def _scales(layer: _PackedLinear) -> int:
-    assert layer.scales is not None
-    return layer.scales.data_ptr()
 
 
 def _copy(x: Tensor, width: int, bias: Tensor | None = None) -> Tensor:
@@ -263,11 +282,11 @@ def _copier() -> int:
 
 
 @functools.cache
-def _quantiser(quantise_rows: Any) -> int:
+def _quantiser() -> int:
     def work(arguments: int, part: int) -> None:
         count, at_once = read_arguments(arguments, 2)
         first = part * at_once
-        quantise_rows(first, min(count, first + at_once), count, *read_arguments(arguments + 16, 5))
+        _quantise_for_pairs(first, min(count, first + at_once), count, *read_arguments(arguments + 16, 4))
 
     return compile_worker(work)
 
@@ -278,7 +297,9 @@ def _worker(int8: bool) -> int:
     kind, item = (INT8, 2) if int8 else (FLOAT32, 4)
 
     def work(arguments: int, part: int) -> None:
-        x, x_scales, weight, scales, out, count, depth, panels, parts = read_arguments(arguments, 9)
+        x, x_scales, weight, _panel_bytes, scales, out, count, depth, panels, parts = read_arguments(
+            arguments, 10
+        )
         _multiply_part(kind, item, x, x_scales, weight, scales, out, count, depth, panels, part, parts)
 
     return compile_worker(work)
@@ -299,7 +320,7 @@ def _quad_worker(weights: int) -> int:
 
 @kernel
 def _quantise_for_pairs(
-    first: int, end: int, count: int, x: int, integers: int, scales: int, offsets: int, depth: int
+    first: int, end: int, count: int, x: int, integers: int, scales: int, depth: int
 ) -> None:
     """Round the rows [first, end) of x [count, depth] to int16; scales are [blocks of the depth, count]."""
     for row in range(first, end):
@@ -308,57 +329,6 @@ def _quantise_for_pairs(
             size = min(BLOCK_DEPTH, depth - start)
             scale = _quantise_block(x + 4 * place, integers + 2 * place, size)
             store_scalar(FLOAT32, scales + 4 * (start // BLOCK_DEPTH * count + row), scale)
-
-
-@kernel
-def _quantise_for_quads(
-    first: int, end: int, count: int, x: int, integers: int, scales: int, sums: int, depth: int
-) -> None:
-    """Round the rows [first, end) of x [count, depth] to int8; see `quad_tile` for scales and sums."""
-    _quantise_blocks(_store_for_quads, first, end, count, x, integers, scales, sums, depth)
-
-
-@kernel
-def _quantise_for_nibbles(
-    first: int, end: int, count: int, x: int, integers: int, scales: int, sums: int, depth: int
-) -> None:
-    """The same for nibbles."""
-    _quantise_blocks(_store_for_nibbles, first, end, count, x, integers, scales, sums, depth)
-
-
-@inlined
-def _quantise_blocks(
-    store_block: Any, first: int, end: int, count: int, x: int, integers: int, scales: int, sums: int,
-    depth: int,
-) -> None:  # fmt: skip
-    for row in range(first, end):
-        for block in range(depth // QUAD_BLOCK):
-            place, at = row * depth + block * QUAD_BLOCK, 4 * (block * count + row)
-            scale, total = _quantise_quads(x + 4 * place, integers + place)
-            store_block(scales + at, sums + at, scale, total)
-
-
-@inlined
-def _store_for_quads(scales: int, sums: int, scale: Any, total: Any) -> None:
-    store_scalar(FLOAT32, scales, scale / np.float32(QUAD_UNIT))
-    store_int32(sums, -128 * np.int64(total))
-
-
-@inlined
-def _store_for_nibbles(scales: int, sums: int, scale: Any, total: Any) -> None:
-    store_scalar(FLOAT32, scales, scale)
-    store_scalar(FLOAT32, sums, scale * total)
-
-
-@inlined
-def _quantise_quads(x: int, integers: int) -> tuple[Any, Any]:
-    """Round a block of x to int8; returns its scale, NaN if not all are finite, and the integers' sum."""
-    highest, wrong = _largest(x, QUAD_BLOCK)
-    inverse = broadcast(np.float32(127) / highest if highest > 0 else np.float32(0.0))
-    total = broadcast(np.float32(0.0))
-    for i in range(0, QUAD_BLOCK, 8):
-        total = add(total, store_int8(integers + i, mul(load(FLOAT32, x + 4 * i), inverse)))
-    return highest / np.float32(127) + wrong, lane_sum(total)
 
 
 @inlined

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
+
+from curkv.kernels.rms_norm.reference import rms_norm
+from curkv.kernels.silu_mul.reference import silu_mul
 
 GROUP = 32
 """Columns of an int4 weight that have a step and a lowest value in common."""
@@ -22,11 +27,14 @@ class ReferenceLinear:
         weight: [N, K], of the type of x, or int8.
         bias: [N].
         scales: float32 [N] of an int8 weight, by which its rows are multiplied.
+        rms_norm, silu_mul: What may go before.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     scales: Tensor | None = None
+    rms_norm: Callable[..., Any] = rms_norm
+    silu_mul: Callable[[Tensor], Tensor] = silu_mul
 
     @property
     def nbytes(self) -> int:
@@ -40,6 +48,29 @@ class ReferenceLinear:
         out = linear(x, self.weight.to(x.dtype)) * self.scales.to(x.dtype)
         return out if self.bias is None else out + self.bias
 
+    def after_rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The product with normalised rows, see `rms_norm`.
+
+        Args:
+            x: [T, K].
+            weight: [K], of the norm.
+            eps: Of the norm.
+            residual: [T, K], added to x first.
+
+        Returns:
+            [T, N], and the sum x + residual, [T, K]; without a residual x itself.
+        """
+        if residual is None:
+            return self(self.rms_norm(x, weight, eps)), x
+        normed, total = self.rms_norm(x, weight, eps, residual)
+        return self(normed), total
+
+    def after_silu_mul(self, gate_up: Tensor) -> Tensor:
+        """The product with silu(gate) * up, see `silu_mul`: [T, N] from [T, 2 K]."""
+        return self(self.silu_mul(gate_up))
+
 
 def pack_linear(weight: Tensor, bias: Tensor | None = None) -> ReferenceLinear:
     """Makes a linear layer.
@@ -49,7 +80,7 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None) -> ReferenceLinear:
         bias: [N].
 
     Returns:
-        A function from x [T, K] to x W^T + b, [T, N], that knows its `nbytes`.
+        A function from x [T, K] to x W^T + b, [T, N], see `ReferenceLinear`.
     """
     return ReferenceLinear(weight, bias)
 
@@ -62,7 +93,7 @@ def pack_linear_int8(weight: Tensor, bias: Tensor | None = None) -> ReferenceLin
         bias: [N].
 
     Returns:
-        A function from x [T, K] to x W^T + b, [T, N], that knows its `nbytes`.
+        A function from x [T, K] to x W^T + b, [T, N], see `ReferenceLinear`.
     """
     integers, scales = quantise(weight)
     return ReferenceLinear(integers, bias, scales)
@@ -76,7 +107,7 @@ def pack_linear_int4(weight: Tensor, bias: Tensor | None = None) -> ReferenceLin
         bias: [N].
 
     Returns:
-        A function from x [T, K] to x W^T + b, [T, N], that knows its `nbytes`.
+        A function from x [T, K] to x W^T + b, [T, N], see `ReferenceLinear`.
     """
     integers, steps, lows = quantise_int4(weight)
     rounded = integers.view(*steps.shape, GROUP) * steps.float()[..., None] + lows.float()[..., None]

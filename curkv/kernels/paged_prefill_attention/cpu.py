@@ -47,7 +47,7 @@ from curkv.kernels.simd import (
 from curkv.kernels.workers import bits_of_float, compile_worker, float_of_bits, launch, read_arguments
 
 KEY_BLOCK = 128  # keys in scratch at once: K and V of head_dim 64 take 64 KiB, which stays in the L2 cache
-QUERY_ROWS = 192  # (query, query head) pairs that share them
+QUERY_ROWS = 384  # (query, query head) pairs that share them
 
 
 def paged_prefill_attention(

@@ -56,15 +56,21 @@ def _norm_rows(
     residual: int, weight: int, eps_bits: int, total: int, out: int,
 ) -> None:  # fmt: skip
     """Normalise the rows from `first` to `end`. Addresses; strides in floats; residual 0: there is none."""
-    eps, scales = np.float32(float_of_bits(eps_bits)), floats(weight, width)
     for row in range(first, end):
-        values = floats(x + 4 * (row // heads * token_stride + row % heads * head_stride), width)
+        source = x + 4 * (row // heads * token_stride + row % heads * head_stride)
         place = 4 * row * width
-        if residual:
-            sums = floats(total + place, width)
-            _add(values, floats(residual + place, width), sums)
-            values = sums
-        _norm_row(values, scales, eps, floats(out + place, width))
+        norm_row(source, residual and residual + place, weight, eps_bits, total + place, out + place, width)
+
+
+@kernel
+def norm_row(x: int, residual: int, weight: int, eps_bits: int, total: int, out: int, width: int) -> None:
+    """Normalise one row. Addresses; with a residual, which is not 0, the sum goes to `total`."""
+    values, scales = floats(x, width), floats(weight, width)
+    if residual:
+        sums = floats(total, width)
+        _add(values, floats(residual, width), sums)
+        values = sums
+    _norm_row(values, scales, np.float32(float_of_bits(eps_bits)), floats(out, width))
 
 
 @njit(nogil=True, cache=True)

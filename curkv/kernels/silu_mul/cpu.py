@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
-from curkv.kernels.simd import address, floats
+from curkv.kernels.simd import address, floats, kernel
 from curkv.kernels.workers import compile_worker, empty, launch, read_arguments
 
 PART_SIZE = 1 << 12
@@ -35,10 +35,7 @@ def _worker() -> int:
     def work(arguments: int, part: int) -> None:
         tokens, rows, size, gate_up, out = read_arguments(arguments, 5)
         for row in range(part * rows, min(tokens, (part + 1) * rows)):
-            gate = gate_up + 8 * row * size
-            _silu_mul_row(
-                floats(gate, size), floats(gate + 4 * size, size), floats(out + 4 * row * size, size)
-            )
+            silu_mul_row(gate_up + 8 * row * size, out + 4 * row * size, size)
 
     return compile_worker(work)
 
@@ -79,3 +76,9 @@ def _exp(z: np.float32) -> Any:
 def _silu_mul_row(gate: NDArray[Any], up: NDArray[Any], out: NDArray[Any]) -> None:
     for i in range(out.shape[0]):
         out[i] = gate[i] / (_ONE + _exp(-gate[i])) * up[i]
+
+
+@kernel
+def silu_mul_row(gate_up: int, out: int, size: int) -> None:
+    """One row of `size` results, from and to addresses."""
+    _silu_mul_row(floats(gate_up, size), floats(gate_up + 4 * size, size), floats(out, size))
