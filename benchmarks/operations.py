@@ -19,6 +19,7 @@ from curkv.engine import build
 from curkv.engine.engine import Engine
 from curkv.engine.types import Request, SamplingParams
 from curkv.kernels import workers
+from curkv.server.process import keep_freed_memory
 
 NAMES = {"linear.cpu": "products of linear layers", "linear.rounded_rows": "rms_norm, silu_mul and rounding"}
 
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--budget")
     args = parser.parse_args()
 
+    keep_freed_memory()  # as a server does
     spent: Counter[str] = Counter()
     options = build.EngineOptions(
         args.model, weights=args.weights, kv_dtype=args.kv_dtype, kv_cache_bytes=2**31

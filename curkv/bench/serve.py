@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
+from itertools import cycle
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -388,35 +389,35 @@ def plot(results: Sequence[Measurement], path: Path) -> None:
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure as Picture
 
     compared = [figure for figure in FIGURES if figure.better and any(figure.value(m) for m in results)]
+    compared.sort(key=lambda figure: sum(not figure.value(m) for m in results))  # names stand at the first
     workloads = list(dict.fromkeys(m.workload for m in results))
-    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(m.contender for m in results))}
+    names = dict.fromkeys(m.contender for m in results)
+    colours = dict(zip(names, cycle(map(colormaps["tab20"], range(20))), strict=False))
     picture = Picture((4 * len(compared), 2.6 * len(workloads)), layout="constrained")
     axes = picture.subplots(len(workloads), len(compared), squeeze=False)
     for row, workload in zip(axes, workloads, strict=True):
         found = [m for m in results if m.workload == workload]
         for axis, figure in zip(row, compared, strict=True):
             _bars(axis, figure, found, colours)
-        row[0].set_ylabel(str(workload))
+        row[0].set_title(f"{workload}", loc="left", x=-0.8, fontsize="medium", fontweight="bold")
     for row in axes:
         for axis in row[1:]:
             axis.set_yticklabels([])
     picture.savefig(path, dpi=110)
 
 
-def _bars(axis: Axes, figure: Figure, results: Sequence[Measurement], colours: dict[str, str]) -> None:
+def _bars(axis: Axes, figure: Figure, results: Sequence[Measurement], colours: dict[str, Any]) -> None:
     names = [m.contender for m in results]
     values = [figure.value(m) or 0.0 for m in results]
+    axis.set_visible(any(values))
     bars = axis.barh(names, values, color=[colours[name] for name in names])
     axis.invert_yaxis()
     axis.margins(x=0.2)
     axis.spines[["top", "right"]].set_visible(False)
-    if not any(values):
-        axis.set_xticks([])
-        axis.set_title("not measured by this workload", fontsize="small", color="gray")
-        return
     axis.bar_label(bars, [f"{v:{figure.format}}" if v else "-" for v in values], padding=2, fontsize="small")
     axis.set_title(f"{figure.name}, {figure.better} is better", fontsize="small")
 
