@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from curkv.cache.kv_cache import KVCache
 from curkv.cache.page_pool import Ids
-
-if TYPE_CHECKING:
-    from curkv.cache.kv_cache import KVCache
 
 
 class IntegrityError(RuntimeError):

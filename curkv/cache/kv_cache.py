@@ -503,16 +503,6 @@ class KVCache:
             if scales is not None and scale is not None:
                 scales[place] = scale
 
-    def check_integrity(self) -> None:
-        """Checks every invariant of the cache; call it between steps.
-
-        Raises:
-            IntegrityError: says what is wrong.
-        """
-        from curkv.cache.integrity import check_integrity
-
-        check_integrity(self)
-
     def _check_active(self, slot: int) -> None:
         if not self._active[slot]:
             raise ValueError(f"slot {slot} is not in use")

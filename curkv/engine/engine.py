@@ -15,6 +15,7 @@ from torch import Tensor
 from curkv.cache.batch import Batch
 from curkv.cache.eviction import evict, plan_kept
 from curkv.cache.explain import explain
+from curkv.cache.integrity import check_integrity
 from curkv.cache.kv_cache import KVCache
 from curkv.cache.options import EvictionOptions, OptionError
 from curkv.cache.page_pool import OutOfPages
@@ -229,7 +230,7 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Checks the cache's invariants; called when the engine is idle."""
-        self.kv.check_integrity()
+        check_integrity(self.kv)
 
     def _wanted_logits(self, schedule: Schedule, reached: list[bool]) -> list[int]:
         """Of how many last tokens of each chunk logits are wanted: to sample from, or to judge the prompt."""

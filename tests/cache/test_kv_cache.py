@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from curkv.cache.batch import Batch
-from curkv.cache.integrity import IntegrityError
+from curkv.cache.integrity import IntegrityError, check_integrity
 from curkv.cache.kv_cache import KVCache, OutOfSlots
 from curkv.cache.layout import CacheLayout
 from curkv.cache.page_pool import OutOfPages
@@ -110,7 +110,7 @@ def test_a_new_cache_uses_nothing() -> None:
     cache = make_cache(num_pages=10)
     assert (cache.used_bytes, cache.free_pages, cache.stranded_slots_ratio) == (0, 10, 0.0)
     assert cache.capacity_bytes == 10 * cache.page_bytes
-    cache.check_integrity()
+    check_integrity(cache)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8])
@@ -143,7 +143,7 @@ def test_ragged_heads_take_pages_only_where_they_are_full() -> None:
     step(cache, {slot: 1}, {slot: 8})
     assert cache.head_lengths(slot).tolist() == [[4, 5], [5, 1]]
     assert cache.used_pages == 6
-    cache.check_integrity()
+    check_integrity(cache)
 
 
 def test_pages_needed_of_several_sequences_is_what_extend_takes() -> None:
@@ -211,7 +211,7 @@ def test_a_fork_shares_full_pages_and_copies_partial_ones_bit_for_bit() -> None:
         for head in range(2):
             ours, theirs = (head_tokens(cache, s, layer, head) for s in (slot, new))
             assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    cache.check_integrity()
+    check_integrity(cache)
     assert cache.free(slot) == 4
     assert cache.free(new) == 12
 
@@ -238,7 +238,7 @@ def test_a_fork_without_room_changes_nothing(num_pages: int, max_sequences: int)
     with pytest.raises((OutOfPages, OutOfSlots)):
         cache.fork(slot)
     assert same_books(before, books(cache))
-    cache.check_integrity()
+    check_integrity(cache)
 
 
 def test_eviction_compacts_in_place_and_frees_the_emptied_pages() -> None:
@@ -253,7 +253,7 @@ def test_eviction_compacts_in_place_and_frees_the_emptied_pages() -> None:
     assert all(torch.equal(after[name], before[name][[1, 4, 5, 6, 11]]) for name in before)
     assert cache.page_table[slot, 0, 0, 0].item() == first_page
     assert cache.head_lengths(slot).tolist() == [[5, 12], [0, 1]]
-    cache.check_integrity()
+    check_integrity(cache)
 
 
 def test_evicting_from_shared_pages_leaves_the_other_sequence_untouched() -> None:
@@ -271,7 +271,7 @@ def test_evicting_from_shared_pages_leaves_the_other_sequence_untouched() -> Non
                 assert torch.equal(ours[name], held)
                 assert torch.equal(theirs[name], held[keep])
     assert cache.pool.owners.max() == 1
-    cache.check_integrity()
+    check_integrity(cache)
 
 
 def test_an_eviction_that_cannot_copy_shared_pages_changes_nothing() -> None:
@@ -361,10 +361,10 @@ def test_the_integrity_check_says_what_is_wrong(corrupt: Callable[[KVCache], obj
     cache = make_cache()
     slots = [cache.add_sequence() for _ in range(2)]
     step(cache, {slots[0]: 7}, {slots[0]: 0})
-    cache.check_integrity()
+    check_integrity(cache)
     corrupt(cache)
     with pytest.raises(IntegrityError, match=message):
-        cache.check_integrity()
+        check_integrity(cache)
 
 
 def test_a_batch_is_the_flattened_sequences() -> None:

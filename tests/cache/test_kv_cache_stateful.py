@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 from curkv.cache.batch import Batch
+from curkv.cache.integrity import check_integrity
 from curkv.cache.kv_cache import OutOfSlots
 from curkv.cache.page_pool import OutOfPages
 from curkv.kernels.store_kv.reference import store_kv
@@ -197,7 +198,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @invariant()
     def books_agree(self) -> None:
-        self.cache.check_integrity()
+        check_integrity(self.cache)
         assert self.cache.active_slots == sorted(self.model)
         for slot, sequence in self.model.items():
             assert self.cache.sequence_bytes(slot) == sequence.pages() * self.cache.page_bytes
@@ -227,7 +228,7 @@ class CacheMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         for slot in self.model:
             self.cache.free(slot)
-        self.cache.check_integrity()
+        check_integrity(self.cache)
         assert self.cache.free_pages == self.cache.num_pages
         assert self.cache.used_bytes == 0
         self.cache.prefixes.drop()

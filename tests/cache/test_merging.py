@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from curkv.cache.eviction import evict, plan_kept
+from curkv.cache.integrity import check_integrity
 from curkv.cache.merging import merged
 from curkv.cache.parsing import parse_options
 from curkv.cache.plan import resolve
@@ -60,7 +61,7 @@ def test_merged_tokens_are_what_the_cache_then_holds_and_norms_follow() -> None:
     indices, counts = plan_kept(view, plan, get_kernels("reference"))
     wanted = [merged(view, layer, indices[layer], counts[layer], 0.1) for layer in range(2)]
     evict(cache, slot, view, plan, indices, counts)
-    cache.check_integrity()
+    check_integrity(cache)
     for layer in range(2):
         for head in range(2):
             held = head_tokens(cache, slot, layer, head)

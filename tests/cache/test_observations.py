@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from curkv.cache.batch import Batch
+from curkv.cache.integrity import check_integrity
 from curkv.cache.kv_cache import KVCache
 from curkv.cache.layout import CacheLayout
 from curkv.cache.observations import BLOCK_SKIP, STATISTICS_SKIP, Needs
@@ -109,7 +110,7 @@ def test_forks_go_on_apart_and_leave_nothing_behind():
     fork, blind = cache.fork(slot), cache.fork(slot, observe=False)
     feed(cache, {fork: (40, 41)}, tokens)
     feed(cache, {blind: (40, 60)}, make_tokens(1))
-    cache.check_integrity()
+    check_integrity(cache)
     for layer, (q, k, _) in enumerate(tokens):
         for owner, count in ((slot, 40), (fork, 41)):
             view = cache.view(owner)

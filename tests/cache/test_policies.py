@@ -12,6 +12,7 @@ from kvpress.utils import compute_n_kept
 from torch import Tensor
 
 from curkv.cache.eviction import plan_kept
+from curkv.cache.integrity import check_integrity
 from curkv.cache.layout import CacheLayout
 from curkv.cache.parsing import parse_options
 from curkv.cache.plan import EvictionPlan, resolve
@@ -355,7 +356,7 @@ def test_the_cache_gives_back_all_pages_that_the_plan_empties(policy):
     raw = {"policy": policy, "budget": "25%", "decode_budget": 30, "recent_tokens": 5}
     plan = resolve(parse_options(raw), range(150), cache.layout)
     cache.evict(slot, *plan_kept(cache.view(slot), plan, CPU))
-    cache.check_integrity()
+    check_integrity(cache)
     lengths = cache.lengths[slot]
     assert lengths.sum(1).eq(37 * 3).all()
     assert cache.used_pages == int((-(-lengths // cache.layout.page_size)).sum())
@@ -363,7 +364,7 @@ def test_the_cache_gives_back_all_pages_that_the_plan_empties(policy):
     for round in (1, 2):
         step(cache, {slot: 8}, {slot: 142 + 8 * round}, torch.Generator().manual_seed(round))
         cache.evict(slot, *plan_kept(cache.view(slot, phase="decode", round=round), plan, CPU))
-        cache.check_integrity()
+        check_integrity(cache)
         assert cache.lengths[slot].sum(1).eq(30 * 3).all()
     cache.free(slot)
     assert cache.used_pages == 0
