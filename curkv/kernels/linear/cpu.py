@@ -112,7 +112,8 @@ class PackedLinear(ABC):
     def __init__(self, rows: int, depth: int, weight: Tensor, bias: Tensor | None, scales: Tensor | None):
         """Takes panels [panels, ...], scales of their rows, and columns of x they are multiplied with."""
         self._rows, self._depth, self._panels = rows, depth, len(weight)
-        self._weight, self._scales = weight, scales
+        self._memory = weight, scales
+        self._panels_at = weight.data_ptr(), weight[0].nbytes, 0 if scales is None else scales.data_ptr()
         self._bias = None if bias is None else bias.float()
         self.nbytes = sum(part.nbytes for part in (weight, scales, self._bias) if part is not None)
 
@@ -143,9 +144,7 @@ class PackedLinear(ABC):
         parts = min(self._panels, PARTS_PER_THREAD * get_num_threads())
         launch(
             worker, parts if count else 0,
-            *x, self._weight.data_ptr(), self._weight[0].nbytes,
-            0 if self._scales is None else self._scales.data_ptr(),
-            out.data_ptr(), count, self._depth, self._panels, parts,
+            *x, *self._panels_at, out.data_ptr(), count, self._depth, self._panels, parts,
         )  # fmt: skip
         if self._bias is None and self._panels * PANEL == self._rows:
             return out
@@ -210,8 +209,8 @@ class QuadLinear(PackedLinear):
     def _multiply(self, x: Tensor) -> Tensor:
         return self._multiply_rounded(round_rows(x, self._form == BYTES))
 
-    def _multiply_rounded(self, rows: RoundedRows) -> Tensor:
-        return self._launch(_quad_worker(self._form), len(rows.integers), *(part.data_ptr() for part in rows))
+    def _multiply_rounded(self, x: RoundedRows) -> Tensor:
+        return self._launch(_quad_worker(self._form), x.rows, x.integers, x.scales, x.sums)
 
 
 class NibbleLinear(QuadLinear):

@@ -33,6 +33,8 @@ SMALLEST = np.float32(1e-30)
 """Blocks whose largest value is below are taken for zeros."""
 QUAD_UNIT = 1 << 14
 """By which the scales of rows for bytes are divided; those of such weights are multiplied with it."""
+LINE = 64
+"""Bytes of a cache line, on whose borders the parts of the memory begin."""
 _READ, _NORMALISE, _GATE = range(3)
 
 
@@ -40,14 +42,18 @@ class RoundedRows(NamedTuple):
     """What `quad_tile` multiplies with.
 
     Attributes:
-        integers: int8 [rows, depth].
-        scales: float32 [depth / 32, rows], NaN where not all values are finite.
-        sums: [depth / 32, rows], see `quad_tile`.
+        rows: How many.
+        integers: Address of int8 [rows, depth].
+        scales: Address of float32 [depth / 32, rows], NaN where not all values are finite.
+        sums: Address of [depth / 32, rows], see `quad_tile`.
+        memory: Where all of them lie.
     """
 
-    integers: Tensor
-    scales: Tensor
-    sums: Tensor
+    rows: int
+    integers: int
+    scales: int
+    sums: int
+    memory: Tensor
 
 
 def round_rows(x: Tensor, for_bytes: bool) -> RoundedRows:
@@ -75,16 +81,17 @@ def round_gated_rows(gate_up: Tensor, for_bytes: bool) -> RoundedRows:
 
 
 def _round(made_by: int, for_bytes: bool, count: int, depth: int, *source: int) -> RoundedRows:
-    integers = empty(count, depth, dtype=torch.int8)
-    scales, sums = (empty(depth // QUAD_BLOCK, count) for _ in range(2))
     rows = max(1, PART_SIZE // depth)
     parts = -(-count // rows)
-    row = empty(parts, depth)  # where each part makes its rows
+    size, side = (-(-part // LINE) * LINE for part in (count * depth, 4 * count * depth // QUAD_BLOCK))
+    memory = empty(size + 2 * side + 4 * parts * depth, dtype=torch.int8)  # at the end parts make their rows
+    integers = memory.data_ptr()
+    scales = integers + size
+    sums = scales + side
     launch(
-        _worker(made_by, for_bytes), parts,
-        count, rows, depth, integers.data_ptr(), scales.data_ptr(), sums.data_ptr(), row.data_ptr(), *source,
-    )  # fmt: skip
-    return RoundedRows(integers, scales, sums)
+        _worker(made_by, for_bytes), parts, count, rows, depth, integers, scales, sums, sums + side, *source
+    )
+    return RoundedRows(count, integers, scales, sums, memory)
 
 
 @functools.cache
