@@ -70,7 +70,7 @@ SMALL: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
-ROUNDS, STEPS = 5, 8
+ROUNDS, STEPS = 15, 8
 """Of the timing of decode steps."""
 
 Key = TypeVar("Key")
