@@ -43,7 +43,7 @@ Args = list[ir.Value]
 LANES = 8
 PANEL = 2 * LANES
 """Columns of B in `panel_tile`."""
-_LINE = 64  # bytes of a cache line
+LINE = 64  # bytes of a cache line
 _L1, _L2 = 3, 2  # caches to prefetch into, as LLVM numbers them
 _FLOAT = ir.FloatType()
 _INT8 = ir.IntType(8)
@@ -500,7 +500,7 @@ _EXP2 = (1.0000000716543658, 0.6931469670549113, 0.24022119724872848,
 _COARSE_EXP2 = (0.9999252183, 0.6958335393, 0.2260671587, 0.0780245207)
 _FLOOR = 1  # x86's number of that way of rounding
 _ROUNDER = 12582912.0  # 1.5 * 2^23: adding it leaves the nearest integer in the low bits of the mantissa
-_ROUNDER_BITS = 0x4B400000
+_ROUNDER_BITS = int(np.float32(_ROUNDER).view(np.int32))
 
 
 @intrinsic
@@ -640,7 +640,7 @@ def dot_rows(
                         builder.store(_fma(builder, queries[m], loaded, builder.load(slot)), slot)
             block_bytes = builder.mul(dim, dim.type(block * size))
             next_block = builder.add(starts[0], ahead)
-            with cgutils.for_range_slice(builder, dim.type(0), block_bytes, dim.type(_LINE)) as (
+            with cgutils.for_range_slice(builder, dim.type(0), block_bytes, dim.type(LINE)) as (
                 line,
                 _third,
             ):
@@ -704,7 +704,7 @@ def dot_rows_int8(
                         products = _pair_products(builder, queries[m], loaded)
                         builder.store(builder.add(builder.load(slot), products), slot)
             next_block, block_bytes = builder.add(starts[0], ahead), builder.mul(dim, dim.type(block))
-            with cgutils.for_range_slice(builder, dim.type(0), block_bytes, dim.type(_LINE)) as (
+            with cgutils.for_range_slice(builder, dim.type(0), block_bytes, dim.type(LINE)) as (
                 line,
                 _third,
             ):
@@ -761,7 +761,7 @@ def weigh_rows_int8(
             first = _offset(builder, v, index, dim)
             second = builder.add(first, dim)
             for row in (first, second):
-                for line in range(0, LANES * width, _LINE):
+                for line in range(0, LANES * width, LINE):
                     _prefetch(builder, builder.add(builder.add(row, ahead), row.type(line)), _L2)
             places = [_pointer(builder, _offset(builder, start, index, 2), _INT32) for start in starts]
             pairs = [
@@ -844,7 +844,7 @@ def _float_tile(
     with cgutils.for_range(builder, inner) as loop:
         row = _offset(builder, b, loop.index, b_stride, size)
 
-        for line in range(0, LANES * size * width, _LINE):
+        for line in range(0, LANES * size * width, LINE):
             _prefetch(builder, _offset(builder, builder.add(row, ahead), line), cache)
 
         def factor(m: int) -> ir.Value:
@@ -1131,7 +1131,7 @@ def _quad_tile(builder: ir.IRBuilder, form: int, height: int, *args: ir.Value) -
         else:
             block = _offset(builder, b, loop.index, NIBBLE_BLOCK_BYTES)
             sums = _nibble_sums(builder, form, height, lanes, of_panel, quad)
-            for line in range(0, NIBBLE_BLOCK_BYTES, _LINE):
+            for line in range(0, NIBBLE_BLOCK_BYTES, LINE):
                 _prefetch(builder, _offset(builder, builder.add(block, ahead), line))
             sides = QUAD_BLOCK // 2 * PANEL
             steps, lows = (

@@ -14,8 +14,7 @@ _MAPS = Path("/proc/self/maps")
 
 def share_heap() -> None:
     """Has all threads allocate from one heap: what loading has freed, the engine uses."""
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc's
-        mallopt(_M_ARENA_MAX, 1)
+    _set(_M_ARENA_MAX, 1)
 
 
 def trim_heap() -> None:
@@ -26,9 +25,14 @@ def trim_heap() -> None:
 
 def keep_freed_memory() -> None:
     """Has a step use the memory that the one before freed: new pages take a twentieth of a prefill."""
+    _set(_M_TRIM_THRESHOLD, _MOST_KEPT)
+    _set(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
+
+
+def _set(option: int, value: int) -> None:
+    """Sets an option of malloc's, where it is glibc's."""
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT)
-        mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
+        mallopt(option, value)
 
 
 def unmap_code() -> None:

@@ -10,14 +10,12 @@ from torch import Tensor
 from curkv.kernels.gather_rows import reference as gather_rows
 from curkv.kernels.linear import reference as linear
 from curkv.kernels.rms_norm import reference as rms_norm
-from curkv.kernels.silu_mul import reference as silu_mul
 from curkv.models.config import ModelConfig
 from curkv.models.llama import rope_tables
 
 REFERENCE = SimpleNamespace(
     gather_rows=gather_rows.gather_rows,
     rms_norm=rms_norm.rms_norm,
-    silu_mul=silu_mul.silu_mul,
     pack_linear=linear.pack_linear,
     pack_linear_int8=linear.pack_linear_int8,
     pack_linear_int4=linear.pack_linear_int4,

@@ -16,8 +16,8 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from curkv.kernels.gather_rows import cpu as gather_rows
+from curkv.kernels.linear import cpu as linear
 from curkv.kernels.rms_norm import cpu as rms_norm
-from curkv.kernels.silu_mul import cpu as silu_mul
 from curkv.models.llama import Llama, Rounding, rope_tables
 from curkv.models.loading import Checkpoint, load_config, load_tokenizer
 from tests.models.dense import REFERENCE, DenseAttention, DenseBatch
@@ -25,8 +25,7 @@ from tests.models.dense import REFERENCE, DenseAttention, DenseBatch
 CPU = SimpleNamespace(
     gather_rows=gather_rows.gather_rows,
     rms_norm=rms_norm.rms_norm,
-    silu_mul=silu_mul.silu_mul,
-    pack_linear=REFERENCE.pack_linear,
+    pack_linear=linear.pack_linear,
 )
 SHAPE: dict[str, Any] = {
     "vocab_size": 131,

@@ -14,7 +14,7 @@ llama.cpp does; for int4 weights everywhere. Elsewhere int8 weights are multipli
 from __future__ import annotations
 
 import functools
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,9 @@ from numba import get_num_threads
 from torch import Tensor
 from torch.nn.functional import pad
 
-from curkv.kernels.linear.reference import quantise, quantise_int4
+from curkv.kernels.linear.reference import ComposedLinear, quantise, quantise_int4
 from curkv.kernels.linear.rounded_rows import (
+    PART_SIZE,
     QUAD_UNIT,
     SMALLEST,
     RoundedRows,
@@ -75,8 +76,6 @@ LARGEST = (2**31 - 1) // (127 * BLOCK_DEPTH)
 """Of the integers that stand for x: a block of products with weights up to 127 fits an int32."""
 PARTS_PER_THREAD = 4
 """Into how many parts a product is cut, so that a thread that the machine runs slower does fewer."""
-QUANTISED_SIZE = 1 << 13
-"""Values of x that a thread takes to quantise; fewer are not worth a second thread."""
 PACKED_ROWS = 64 * PANEL
 """Rows quantised at a time, so that loading needs little memory."""
 
@@ -102,12 +101,15 @@ def pack_linear_int4(weight: Tensor, bias: Tensor | None = None) -> PackedLinear
     return NibbleLinear(weight, bias)
 
 
-class PackedLinear(ABC):
-    """A linear layer, see `reference.ReferenceLinear`.
+class PackedLinear(ComposedLinear):
+    """A linear layer over panels.
 
     Attributes:
         nbytes: Memory of the weights.
     """
+
+    rms_norm = staticmethod(rms_norm)
+    silu_mul = staticmethod(silu_mul)
 
     def __init__(self, rows: int, depth: int, weight: Tensor, bias: Tensor | None, scales: Tensor | None):
         """Takes panels [panels, ...], scales of their rows, and columns of x they are multiplied with."""
@@ -118,21 +120,8 @@ class PackedLinear(ABC):
         self.nbytes = sum(part.nbytes for part in (weight, scales, self._bias) if part is not None)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """See `ReferenceLinear.__call__`."""
+        """See `ComposedLinear.__call__`."""
         return self._multiply(x if self._depth == x.shape[1] else _copy(x, self._depth))
-
-    def after_rms_norm(
-        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """See `ReferenceLinear.after_rms_norm`."""
-        if residual is None:
-            return self(rms_norm(x, weight, eps)), x
-        normed, total = rms_norm(x, weight, eps, residual)
-        return self(normed), total
-
-    def after_silu_mul(self, gate_up: Tensor) -> Tensor:
-        """See `ReferenceLinear.after_silu_mul`."""
-        return self(silu_mul(gate_up))
 
     @abstractmethod
     def _multiply(self, x: Tensor) -> Tensor:
@@ -175,7 +164,7 @@ class PairLinear(PackedLinear):
         count, depth = x.shape
         integers = empty(count, depth, dtype=torch.int16)
         scales = empty(-(-depth // BLOCK_DEPTH), count)
-        at_once = max(1, QUANTISED_SIZE // depth)
+        at_once = max(1, PART_SIZE // depth)
         launch(
             _quantiser(), -(-count // at_once),
             count, at_once, address(x, torch.float32), integers.data_ptr(), scales.data_ptr(), depth,
@@ -183,37 +172,47 @@ class PairLinear(PackedLinear):
         return self._launch(_worker(True), count, integers.data_ptr(), scales.data_ptr())
 
 
-class QuadLinear(PackedLinear):
-    """With int8 weights, multiplied in fours with int8."""
+class RoundingLinear(PackedLinear):
+    """With weights that are multiplied in fours with int8.
 
-    _form = BYTES
+    Attributes:
+        form: What they are, see `quad_tile`.
+    """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None):
-        super().__init__(*_packed_bytes(weight, 4, QUAD_BLOCK, 128, QUAD_UNIT, bias))
+    form: int
 
     def after_rms_norm(
         self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """See `ReferenceLinear.after_rms_norm`; normalises and rounds in one pass."""
+        """See `ComposedLinear.after_rms_norm`; normalises and rounds in one pass."""
         if x.shape[1] != self._depth:
             return super().after_rms_norm(x, weight, eps, residual)
-        rows, total = round_normed_rows(x, weight, eps, residual, self._form == BYTES)
+        rows, total = round_normed_rows(x, weight, eps, residual, self.form == BYTES)
         return self._multiply_rounded(rows), total
 
     def after_silu_mul(self, gate_up: Tensor) -> Tensor:
-        """See `ReferenceLinear.after_silu_mul`; gates and rounds in one pass."""
+        """See `ComposedLinear.after_silu_mul`; gates and rounds in one pass."""
         if gate_up.shape[1] != 2 * self._depth:
             return super().after_silu_mul(gate_up)
-        return self._multiply_rounded(round_gated_rows(gate_up, self._form == BYTES))
+        return self._multiply_rounded(round_gated_rows(gate_up, self.form == BYTES))
 
     def _multiply(self, x: Tensor) -> Tensor:
-        return self._multiply_rounded(round_rows(x, self._form == BYTES))
+        return self._multiply_rounded(round_rows(x, self.form == BYTES))
 
     def _multiply_rounded(self, x: RoundedRows) -> Tensor:
-        return self._launch(_quad_worker(self._form), x.rows, x.integers, x.scales, x.sums)
+        return self._launch(_quad_worker(self.form), x.rows, x.integers, x.scales, x.sums)
 
 
-class NibbleLinear(QuadLinear):
+class QuadLinear(RoundingLinear):
+    """With int8 weights."""
+
+    form = BYTES
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__(*_packed_bytes(weight, 4, QUAD_BLOCK, 128, QUAD_UNIT, bias))
+
+
+class NibbleLinear(RoundingLinear):
     """With weights of 4 bits."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, form: int = OWN_NIBBLES):
@@ -229,8 +228,8 @@ class NibbleLinear(QuadLinear):
             part = packed[row // PANEL :][: len(nibbles)]
             part[..., : PANEL * QUAD_BLOCK // 2] = nibbles.reshape(*part.shape[:2], -1)
             part[..., PANEL * QUAD_BLOCK // 2 :] = torch.cat(values, 2).contiguous().view(torch.uint8)
-        PackedLinear.__init__(self, rows, blocks * QUAD_BLOCK, packed, bias, None)
-        self._form = form
+        super().__init__(rows, blocks * QUAD_BLOCK, packed, bias, None)
+        self.form = form
 
 
 def _packed_bytes(

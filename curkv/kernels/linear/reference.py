@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,46 @@ SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)
 """How much of a group's range its 16 values may span; the one with the least squared error is taken."""
 
 
+class ComposedLinear(ABC):
+    """A linear layer that runs what goes before on its own.
+
+    Attributes:
+        rms_norm, silu_mul: What may go before.
+    """
+
+    rms_norm: Callable[..., Any]
+    silu_mul: Callable[[Tensor], Tensor]
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """x W^T + b, [T, N] from [T, K]."""
+
+    def after_rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The product with normalised rows, see `rms_norm`.
+
+        Args:
+            x: [T, K].
+            weight: [K], of the norm.
+            eps: Of the norm.
+            residual: [T, K], added to x first.
+
+        Returns:
+            [T, N], and the sum x + residual, [T, K]; without a residual x itself.
+        """
+        if residual is None:
+            return self(self.rms_norm(x, weight, eps)), x
+        normed, total = self.rms_norm(x, weight, eps, residual)
+        return self(normed), total
+
+    def after_silu_mul(self, gate_up: Tensor) -> Tensor:
+        """The product with silu(gate) * up, see `silu_mul`: [T, N] from [T, 2 K]."""
+        return self(self.silu_mul(gate_up))
+
+
 @dataclass(frozen=True, eq=False)
-class ReferenceLinear:
+class ReferenceLinear(ComposedLinear):
     """A linear layer.
 
     Attributes:
@@ -47,29 +86,6 @@ class ReferenceLinear:
             return linear(x, self.weight, self.bias)
         out = linear(x, self.weight.to(x.dtype)) * self.scales.to(x.dtype)
         return out if self.bias is None else out + self.bias
-
-    def after_rms_norm(
-        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The product with normalised rows, see `rms_norm`.
-
-        Args:
-            x: [T, K].
-            weight: [K], of the norm.
-            eps: Of the norm.
-            residual: [T, K], added to x first.
-
-        Returns:
-            [T, N], and the sum x + residual, [T, K]; without a residual x itself.
-        """
-        if residual is None:
-            return self(self.rms_norm(x, weight, eps)), x
-        normed, total = self.rms_norm(x, weight, eps, residual)
-        return self(normed), total
-
-    def after_silu_mul(self, gate_up: Tensor) -> Tensor:
-        """The product with silu(gate) * up, see `silu_mul`: [T, N] from [T, 2 K]."""
-        return self(self.silu_mul(gate_up))
 
 
 def pack_linear(weight: Tensor, bias: Tensor | None = None) -> ReferenceLinear:

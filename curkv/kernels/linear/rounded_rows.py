@@ -17,6 +17,7 @@ from curkv.kernels.rms_norm.cpu import norm_row
 from curkv.kernels.silu_mul.cpu import silu_mul_row
 from curkv.kernels.simd import (
     FLOAT32,
+    LINE,
     QUAD_BLOCK,
     address,
     inlined,
@@ -33,8 +34,6 @@ SMALLEST = np.float32(1e-30)
 """Blocks whose largest value is below are taken for zeros."""
 QUAD_UNIT = 1 << 14
 """By which the scales of rows for bytes are divided; those of such weights are multiplied with it."""
-LINE = 64
-"""Bytes of a cache line, on whose borders the parts of the memory begin."""
 _READ, _NORMALISE, _GATE = range(3)
 
 
