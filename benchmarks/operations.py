@@ -18,7 +18,7 @@ from curkv.cache.parsing import parse_options
 from curkv.engine import build
 from curkv.engine.engine import Engine
 from curkv.engine.types import Request, SamplingParams
-from curkv.kernels import workers
+from curkv.kernels.cpu import workers
 from curkv.server.process import keep_freed_memory
 
 NAMES = {"linear.cpu": "products of linear layers", "linear.rounded_rows": "rms_norm, silu_mul and rounding"}

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from curkv.cache.batch import Batch
 from curkv.cache.kv_cache import KVCache
-from curkv.kernels.workers import Memory, Recording, recording
+from curkv.kernels.cpu.workers import Memory, Recording, recording
 from curkv.models.llama import Llama
 
 logger = logging.getLogger(__name__)

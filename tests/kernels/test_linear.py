@@ -8,18 +8,13 @@ import torch
 from llvmlite import binding
 from torch import Tensor
 
+from curkv.kernels.cpu.features import MULTIPLIES_QUADS
+from curkv.kernels.cpu.memory import INT8
+from curkv.kernels.cpu.quads import NIBBLES, NIBBLES_BY_ANY, NIBBLES_BY_AVX2, OWN_NIBBLES
+from curkv.kernels.cpu.tiles import panel_tile
 from curkv.kernels.linear import cpu, reference
 from curkv.kernels.rms_norm.cpu import rms_norm
 from curkv.kernels.silu_mul.cpu import silu_mul
-from curkv.kernels.simd import (
-    INT8,
-    MULTIPLIES_QUADS,
-    NIBBLES,
-    NIBBLES_BY_ANY,
-    NIBBLES_BY_AVX2,
-    OWN_NIBBLES,
-    panel_tile,
-)
 
 FEATURES = binding.get_host_cpu_features()
 NIBBLE_FORMS = {"nibbles": NIBBLES, "nibbles by AVX2": NIBBLES_BY_AVX2, "nibbles by any": NIBBLES_BY_ANY}

@@ -7,9 +7,17 @@ import gc
 import pytest
 import torch
 
-from curkv.kernels import workers
-from curkv.kernels.simd import fetch_add, load_int64
-from curkv.kernels.workers import Memory, compile_worker, counters, empty, launch, read_arguments, recording
+from curkv.kernels.cpu import workers
+from curkv.kernels.cpu.memory import fetch_add, load_int64
+from curkv.kernels.cpu.workers import (
+    Memory,
+    compile_worker,
+    counters,
+    empty,
+    launch,
+    read_arguments,
+    recording,
+)
 
 
 def _add_up(arguments: int, part: int) -> None:

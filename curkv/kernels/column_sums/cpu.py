@@ -15,28 +15,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curkv.kernels.paged_prefill_attention.cpu import KEY_BLOCK, load_keys, load_queries
-from curkv.kernels.pages import Pages
-from curkv.kernels.simd import (
+from curkv.kernels.cpu.jit import inlined
+from curkv.kernels.cpu.lanes import add, broadcast
+from curkv.kernels.cpu.memory import (
     FLOAT32,
     KINDS,
-    STRIP,
-    add,
     address,
-    broadcast,
     fetch_add,
-    inlined,
     load,
     load_int32,
     load_scalar,
     row_address,
-    row_exp2,
     scales_address,
     store,
     store_scalar,
-    strip_tile,
 )
-from curkv.kernels.workers import bits_of_float, compile_worker, float_of_bits, launch, read_arguments
+from curkv.kernels.cpu.softmax import row_exp2
+from curkv.kernels.cpu.tiles import STRIP, strip_tile
+from curkv.kernels.cpu.workers import bits_of_float, compile_worker, float_of_bits, launch, read_arguments
+from curkv.kernels.paged_prefill_attention.cpu import KEY_BLOCK, load_keys, load_queries
+from curkv.kernels.pages import Pages
 
 QUERY_ROWS = 96  # (query, query head) pairs that are copied together
 

@@ -7,8 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
-from curkv.kernels.simd import address, floats, load_int64
-from curkv.kernels.workers import compile_worker, empty, launch, read_arguments
+from curkv.kernels.cpu.memory import address, floats, load_int64
+from curkv.kernels.cpu.workers import compile_worker, empty, launch, read_arguments
 
 PART_SIZE = 1 << 15
 """Values that a thread copies; fewer are not worth a second thread."""

@@ -9,8 +9,9 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
+from curkv.kernels.cpu.memory import FLOAT32, KINDS, address, load_scalar, scales_address
+from curkv.kernels.cpu.rows import dot_rows
 from curkv.kernels.pages import Pages
-from curkv.kernels.simd import FLOAT32, KINDS, address, dot_rows, load_scalar, scales_address
 
 _COMBINE = {"product": 0, "mean": 1, "key": 2, "value": 3}
 
@@ -80,7 +81,7 @@ def _sketch(
     """Write ||x G||^2 of each row's tokens to `energies`, [N, width].
 
     Args:
-        kind: Of the storage, see `simd`.
+        kind: Of the storage, see `cpu.memory`.
         storage: Address of K or V; page_size is a multiple of 4.
         scales: Address of their scales, or 0.
         page_size: Tokens per page.

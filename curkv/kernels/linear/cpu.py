@@ -23,6 +23,14 @@ from numba import get_num_threads
 from torch import Tensor
 from torch.nn.functional import pad
 
+from curkv.kernels.cpu.features import MULTIPLIES_QUADS
+from curkv.kernels.cpu.jit import inlined, kernel
+from curkv.kernels.cpu.lanes import absolute, broadcast, fma, lane_max, lane_sum, maximum, mul
+from curkv.kernels.cpu.llvm import LANES
+from curkv.kernels.cpu.memory import FLOAT32, INT8, address, floats, load, store_int16, store_scalar
+from curkv.kernels.cpu.quads import BYTES, NIBBLE_BLOCK_BYTES, OWN_NIBBLES, QUAD_BLOCK, quad_tile
+from curkv.kernels.cpu.tiles import PANEL, panel_tile
+from curkv.kernels.cpu.workers import compile_worker, empty, launch, read_arguments
 from curkv.kernels.linear.reference import ComposedLinear, quantise, quantise_int4
 from curkv.kernels.linear.rounded_rows import (
     PART_SIZE,
@@ -35,34 +43,6 @@ from curkv.kernels.linear.rounded_rows import (
 )
 from curkv.kernels.rms_norm.cpu import rms_norm
 from curkv.kernels.silu_mul.cpu import silu_mul
-from curkv.kernels.simd import (
-    BYTES,
-    FLOAT32,
-    INT8,
-    LANES,
-    MULTIPLIES_QUADS,
-    NIBBLE_BLOCK_BYTES,
-    OWN_NIBBLES,
-    PANEL,
-    QUAD_BLOCK,
-    absolute,
-    address,
-    broadcast,
-    floats,
-    fma,
-    inlined,
-    kernel,
-    lane_max,
-    lane_sum,
-    load,
-    maximum,
-    mul,
-    panel_tile,
-    quad_tile,
-    store_int16,
-    store_scalar,
-)
-from curkv.kernels.workers import compile_worker, empty, launch, read_arguments
 
 TILE_ROWS = 6
 """Rows of x in a tile."""

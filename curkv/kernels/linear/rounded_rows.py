@@ -13,20 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from curkv.kernels.cpu.jit import inlined
+from curkv.kernels.cpu.llvm import LINE
+from curkv.kernels.cpu.memory import FLOAT32, address, store_int32, store_scalar
+from curkv.kernels.cpu.quads import QUAD_BLOCK, largest_of_block, round_block
+from curkv.kernels.cpu.workers import bits_of_float, compile_worker, empty, launch, read_arguments
 from curkv.kernels.rms_norm.cpu import norm_row
 from curkv.kernels.silu_mul.cpu import silu_mul_row
-from curkv.kernels.simd import (
-    FLOAT32,
-    LINE,
-    QUAD_BLOCK,
-    address,
-    inlined,
-    largest_of_block,
-    round_block,
-    store_int32,
-    store_scalar,
-)
-from curkv.kernels.workers import bits_of_float, compile_worker, empty, launch, read_arguments
 
 PART_SIZE = 1 << 13
 """Values that a thread takes; fewer are not worth a second thread."""

@@ -18,39 +18,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curkv.kernels.pages import Pages
-from curkv.kernels.simd import (
+from curkv.kernels.cpu.jit import inlined, kernel
+from curkv.kernels.cpu.lanes import absolute, broadcast, fma, keep_first, lane_max, maximum, mul
+from curkv.kernels.cpu.memory import (
     FLOAT32,
     KINDS,
-    absolute,
     address,
-    broadcast,
-    dot_rows,
-    dot_rows_int8,
     fetch_add,
-    fma,
-    inlined,
-    keep_first,
-    kernel,
-    lane_max,
     load,
     load_int32,
     load_int32s,
     load_scalar,
-    maximum,
-    mul,
     prefetch,
     row_address,
-    row_exp2,
-    row_max,
     scales_address,
     store,
     store_int16,
     store_scalar,
-    weigh_rows,
-    weigh_rows_int8,
 )
-from curkv.kernels.workers import (
+from curkv.kernels.cpu.rows import dot_rows, dot_rows_int8, weigh_rows, weigh_rows_int8
+from curkv.kernels.cpu.softmax import row_exp2, row_max
+from curkv.kernels.cpu.workers import (
     bits_of_float,
     compile_worker,
     counters,
@@ -59,6 +47,7 @@ from curkv.kernels.workers import (
     launch,
     read_arguments,
 )
+from curkv.kernels.pages import Pages
 
 SPLIT_TOKENS = 512  # 127 times as many int16 are less than an int32 holds
 _LARGEST_INT16 = np.float32(32767)

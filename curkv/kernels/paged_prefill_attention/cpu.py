@@ -19,32 +19,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curkv.kernels.pages import Pages
-from curkv.kernels.simd import (
-    BFLOAT16_STRIP,
+from curkv.kernels.cpu.features import MULTIPLIES_BFLOAT16
+from curkv.kernels.cpu.jit import inlined
+from curkv.kernels.cpu.lanes import broadcast, mul
+from curkv.kernels.cpu.memory import (
     FLOAT32,
     KINDS,
-    MULTIPLIES_BFLOAT16,
     address,
-    broadcast,
     fetch_add,
-    inlined,
     load,
     load_int32,
     load_scalar,
-    mul,
     row_address,
-    row_exp2,
-    row_max,
     scales_address,
     store,
-    store_panel_columns,
-    store_panel_rows,
     store_scalar,
-    strip_rows,
-    strip_tile,
 )
-from curkv.kernels.workers import bits_of_float, compile_worker, float_of_bits, launch, read_arguments
+from curkv.kernels.cpu.panels import store_panel_columns, store_panel_rows
+from curkv.kernels.cpu.softmax import row_exp2, row_max
+from curkv.kernels.cpu.tiles import BFLOAT16_STRIP, strip_rows, strip_tile
+from curkv.kernels.cpu.workers import bits_of_float, compile_worker, float_of_bits, launch, read_arguments
+from curkv.kernels.pages import Pages
 
 KEY_BLOCK = 128  # keys in scratch at once: K and V of head_dim 64 take 64 KiB, which stays in the L2 cache
 QUERY_ROWS = 384  # (query, query head) pairs that share them

@@ -11,8 +11,16 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
-from curkv.kernels.simd import address, floats, kernel, row_address
-from curkv.kernels.workers import bits_of_float, compile_worker, empty, float_of_bits, launch, read_arguments
+from curkv.kernels.cpu.jit import kernel
+from curkv.kernels.cpu.memory import address, floats, row_address
+from curkv.kernels.cpu.workers import (
+    bits_of_float,
+    compile_worker,
+    empty,
+    float_of_bits,
+    launch,
+    read_arguments,
+)
 
 PART_SIZE = 1 << 15
 """Elements that a thread takes; fewer are not worth a second thread."""

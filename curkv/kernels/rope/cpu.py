@@ -9,23 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curkv.kernels.simd import (
+from curkv.kernels.cpu.jit import inlined, kernel
+from curkv.kernels.cpu.lanes import broadcast, fma, lane_sum, mul
+from curkv.kernels.cpu.memory import (
     FLOAT32,
     address,
-    broadcast,
-    fma,
-    inlined,
-    kernel,
-    lane_sum,
     load,
     load_int32,
     load_scalar,
-    mul,
     row_address,
     store,
     store_scalar,
 )
-from curkv.kernels.workers import compile_worker, launch, read_arguments
+from curkv.kernels.cpu.workers import compile_worker, launch, read_arguments
 
 TOKENS_AT_ONCE = 16
 """That a thread takes; fewer tokens are not worth a second thread."""

@@ -14,8 +14,9 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
-from curkv.kernels.simd import address, floats, kernel
-from curkv.kernels.workers import compile_worker, empty, launch, read_arguments
+from curkv.kernels.cpu.jit import kernel
+from curkv.kernels.cpu.memory import address, floats
+from curkv.kernels.cpu.workers import compile_worker, empty, launch, read_arguments
 
 PART_SIZE = 1 << 12
 """Results that a thread takes; fewer are not worth a second thread."""

@@ -9,30 +9,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curkv.kernels.pages import LARGEST_INT8, Pages
-from curkv.kernels.rope.cpu import TOKENS_AT_ONCE, rotate
-from curkv.kernels.simd import (
+from curkv.kernels.cpu.jit import inlined, kernel
+from curkv.kernels.cpu.lanes import absolute, broadcast, fma, lane_max, lane_sum, maximum, mul
+from curkv.kernels.cpu.memory import (
     FLOAT32,
     KINDS,
-    absolute,
     address,
-    broadcast,
-    fma,
-    inlined,
-    kernel,
-    lane_max,
-    lane_sum,
     load,
     load_int32,
-    maximum,
-    mul,
     row_address,
     scales_address,
     store,
     store_int32,
     store_scalar,
 )
-from curkv.kernels.workers import compile_worker, launch, read_arguments
+from curkv.kernels.cpu.workers import compile_worker, launch, read_arguments
+from curkv.kernels.pages import LARGEST_INT8, Pages
+from curkv.kernels.rope.cpu import TOKENS_AT_ONCE, rotate
 
 
 def store_kv(

@@ -16,31 +16,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curkv.kernels.paged_prefill_attention.cpu import KEY_BLOCK, load_keys, load_queries
-from curkv.kernels.pages import Pages
-from curkv.kernels.simd import (
+from curkv.kernels.cpu.jit import inlined
+from curkv.kernels.cpu.lanes import broadcast, fma, maximum, mul
+from curkv.kernels.cpu.memory import (
     FLOAT32,
     KINDS,
-    STRIP,
     address,
-    broadcast,
     fetch_add,
-    fma,
-    inlined,
     load,
     load_int32,
     load_scalar,
-    maximum,
-    mul,
     row_address,
-    row_exp2,
-    row_max,
     scales_address,
     store,
     store_scalar,
-    strip_tile,
 )
-from curkv.kernels.workers import bits_of_float, compile_worker, float_of_bits, launch, read_arguments
+from curkv.kernels.cpu.softmax import row_exp2, row_max
+from curkv.kernels.cpu.tiles import STRIP, strip_tile
+from curkv.kernels.cpu.workers import bits_of_float, compile_worker, float_of_bits, launch, read_arguments
+from curkv.kernels.paged_prefill_attention.cpu import KEY_BLOCK, load_keys, load_queries
+from curkv.kernels.pages import Pages
 
 BLOCK_ROWS = 96  # (query, query head) pairs that go through the keys together
 

@@ -30,7 +30,9 @@ from llvmlite import ir
 from numba import prange, types
 from torch import Tensor
 
-from curkv.kernels.simd import Args, fetch_add, intrinsic, kernel
+from curkv.kernels.cpu.jit import intrinsic, kernel
+from curkv.kernels.cpu.llvm import I32, I64, Args
+from curkv.kernels.cpu.memory import fetch_add
 
 ENTRY = 16
 """Words of a launch in a list: function, arguments, parts, and in two cache lines parts taken and ended."""
@@ -41,7 +43,8 @@ MOST_COUNTERS = 1 << 20
 SPINS = 2000
 """How often a thread looks whether the others have finished before it lets other processes run."""
 
-_INT64 = ir.IntType(64)
+# OpenMP starts a parallel region in 2 us, Numba's own pool in 60. The first one that can be loaded is taken.
+numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
 
 @intrinsic
@@ -49,7 +52,7 @@ def _call_worker(context: Any, function: Any, arguments: Any, part: Any) -> Any:
     """Call the worker at an address."""
 
     def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
-        function_type = ir.FunctionType(ir.VoidType(), [_INT64, _INT64])
+        function_type = ir.FunctionType(ir.VoidType(), [I64, I64])
         builder.call(builder.inttoptr(args[0], function_type.as_pointer()), args[1:])
 
     return types.void(types.int64, types.int64, types.int64), generate
@@ -60,7 +63,7 @@ def _call_c(context: Any, function: Any) -> Any:
     """Call the C function at an address, which takes nothing and returns an int."""
 
     def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
-        function_type = ir.FunctionType(ir.IntType(32), [])
+        function_type = ir.FunctionType(I32, [])
         builder.call(builder.inttoptr(args[0], function_type.as_pointer()), [])
 
     return types.void(types.int64), generate
@@ -71,7 +74,7 @@ def _read_shared(context: Any, location: Any) -> Any:
     """An int64 that other threads write; what they wrote before it is seen afterwards."""
 
     def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> ir.Value:
-        return builder.load_atomic(builder.inttoptr(args[0], _INT64.as_pointer()), "acquire", 8)
+        return builder.load_atomic(builder.inttoptr(args[0], I64.as_pointer()), "acquire", 8)
 
     return types.int64(types.int64), generate
 
@@ -81,7 +84,7 @@ def _write_word(context: Any, location: Any, value: Any) -> Any:
     """Store an int64."""
 
     def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
-        builder.store(args[1], builder.inttoptr(args[0], _INT64.as_pointer()))
+        builder.store(args[1], builder.inttoptr(args[0], I64.as_pointer()))
 
     return types.void(types.int64, types.int64), generate
 
@@ -92,8 +95,8 @@ def read_arguments(context: Any, arguments: Any, count: Any) -> Any:
     length = count.literal_value
 
     def generate(codegen: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> ir.Value:
-        start = builder.inttoptr(args[0], _INT64.as_pointer())
-        values = [builder.load(builder.gep(start, [_INT64(i)])) for i in range(length)]
+        start = builder.inttoptr(args[0], I64.as_pointer())
+        values = [builder.load(builder.gep(start, [I64(i)])) for i in range(length)]
         return codegen.make_tuple(builder, signature.return_type, values)
 
     return types.UniTuple(types.int64, length)(types.int64, count), generate

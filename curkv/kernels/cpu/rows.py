@@ -1,0 +1,263 @@
+"""Decode attention's loops: queries against rows of keys, weights against rows of values.
+
+Int8 is multiplied with what is rounded to int16, and pairs of products are summed as int32, which takes half
+the instructions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from curkv.kernels.cpu.jit import intrinsic
+from curkv.kernels.cpu.llvm import (
+    F32,
+    F32X8,
+    I8X16,
+    I16X16,
+    I32,
+    I32X8,
+    L2,
+    LANES,
+    LINE,
+    Args,
+    accumulators,
+    call_own,
+    constant,
+    int16s,
+    item_size,
+    multiply_add,
+    offset,
+    pair_products,
+    pointer,
+    prefetch_line,
+    shuffle,
+    splat,
+    widen,
+)
+from curkv.kernels.cpu.tiles import float_tile
+
+
+@intrinsic
+def dot_rows(
+    context: Any, kind: Any, rows: Any,
+    q: Any, dim: Any, k: Any, keys: Any, out: Any, out_stride: Any, ahead: Any,
+) -> Any:  # fmt: skip
+    """Products of `rows` query vectors and consecutive keys, four keys at a time.
+
+    Args:
+        context: Numba's.
+        kind: Of the keys.
+        rows: Literal, 1 to 3.
+        q: Address of float32 [rows, dim].
+        dim: Multiple of 8.
+        k: Address of [keys, dim] of `kind`.
+        keys: Taken up to a multiple of four: so many are read, and written to `out`.
+        out: Address of float32 [rows, keys], written.
+        out_stride: Floats from one row of `out` to the next.
+        ahead: Bytes from `k` to the keys that will be read next, to be prefetched: into the L2 cache, since
+            a page of keys and the next one together push each other out of L1.
+    """
+    count, block = rows.literal_value, 4
+
+    def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
+        kind = signature.args[0]
+        name = f"dot_rows_{count}_{kind.dtype}"
+        call_own(builder, name, args[2:], lambda inner, own: body(inner, kind, *own))
+
+    def body(builder: ir.IRBuilder, kind: Any, *args: ir.Value) -> None:
+        q, dim, k, keys, out, out_stride, ahead = args
+        size = item_size(kind)
+        sums = accumulators(builder, count * block)
+        with cgutils.for_range_slice(builder, keys.type(0), keys, keys.type(block)) as (key, _first):
+            for slot in sums:
+                builder.store(constant(F32X8, 0.0), slot)
+            starts = [offset(builder, k, builder.add(key, key.type(t)), dim, size) for t in range(block)]
+            with cgutils.for_range_slice(builder, dim.type(0), dim, dim.type(LANES)) as (d, _second):
+                places = [offset(builder, offset(builder, q, dim, 4 * m), d, 4) for m in range(count)]
+                queries = [builder.load(pointer(builder, place, F32X8), align=4) for place in places]
+                for t in range(block):
+                    loaded = widen(builder, kind, offset(builder, starts[t], d, size), F32X8)
+                    for m in range(count):
+                        slot = sums[m * block + t]
+                        builder.store(multiply_add(builder, queries[m], loaded, builder.load(slot)), slot)
+            block_bytes = builder.mul(dim, dim.type(block * size))
+            next_block = builder.add(starts[0], ahead)
+            with cgutils.for_range_slice(builder, dim.type(0), block_bytes, dim.type(LINE)) as (
+                line,
+                _third,
+            ):
+                prefetch_line(builder, builder.add(next_block, line), L2)
+            for m in range(count):
+                four = _sum_four(builder, [builder.load(slot) for slot in sums[m * block : (m + 1) * block]])
+                place = offset(builder, offset(builder, out, out_stride, 4 * m), key, 4)
+                builder.store(four, pointer(builder, place, four.type), align=4)
+
+    return types.void(kind, rows, *[types.int64] * 7), generate
+
+
+def _sum_four(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
+    """The lane sums of four vectors of eight floats or int32, a vector of four."""
+    even, odd = [0, 2, 8, 10, 4, 6, 12, 14], [1, 3, 9, 11, 5, 7, 13, 15]
+    add = builder.fadd if vectors[0].type == F32X8 else builder.add
+
+    def pairs(a: ir.Value, b: ir.Value) -> ir.Value:
+        return add(shuffle(builder, a, b, even), shuffle(builder, a, b, odd))
+
+    quads = pairs(pairs(vectors[0], vectors[1]), pairs(vectors[2], vectors[3]))
+    return add(shuffle(builder, quads, quads, [0, 1, 2, 3]), shuffle(builder, quads, quads, [4, 5, 6, 7]))
+
+
+@intrinsic
+def dot_rows_int8(
+    context: Any, rows: Any, q: Any, dim: Any, k: Any, keys: Any, out: Any, out_stride: Any, ahead: Any
+) -> Any:
+    """`dot_rows` for int16 queries and int8 keys: the products as they are, without any scale.
+
+    Args:
+        context: Numba's.
+        rows: Literal, 1 to 3.
+        q: Address of int16 [rows, dim].
+        dim: Multiple of 16, at most 512, so that no sum exceeds an int32.
+        k: Address of int8 [keys, dim].
+        keys: As in `dot_rows`.
+        out: Address of float32 [rows, keys], written.
+        out_stride: Floats from one row of `out` to the next.
+        ahead: As in `dot_rows`.
+    """
+    count, block = rows.literal_value, 4
+
+    def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
+        call_own(builder, f"dot_rows_int8_{count}", args[1:], lambda inner, own: body(inner, *own))
+
+    def body(builder: ir.IRBuilder, *args: ir.Value) -> None:
+        q, dim, k, keys, out, out_stride, ahead = args
+        sums = [cgutils.alloca_once(builder, I32X8) for _ in range(count * block)]
+        with cgutils.for_range_slice(builder, keys.type(0), keys, keys.type(block)) as (key, _first):
+            for slot in sums:
+                builder.store(constant(I32X8, 0), slot)
+            starts = [offset(builder, k, builder.add(key, key.type(t)), dim) for t in range(block)]
+            with cgutils.for_range_slice(builder, dim.type(0), dim, dim.type(2 * LANES)) as (d, _second):
+                places = [offset(builder, offset(builder, q, dim, 2 * m), d, 2) for m in range(count)]
+                queries = [builder.load(pointer(builder, place, I16X16), align=2) for place in places]
+                for t in range(block):
+                    loaded = int16s(builder, builder.add(starts[t], d))
+                    for m in range(count):
+                        slot = sums[m * block + t]
+                        products = pair_products(builder, queries[m], loaded)
+                        builder.store(builder.add(builder.load(slot), products), slot)
+            next_block, block_bytes = builder.add(starts[0], ahead), builder.mul(dim, dim.type(block))
+            with cgutils.for_range_slice(builder, dim.type(0), block_bytes, dim.type(LINE)) as (
+                line,
+                _third,
+            ):
+                prefetch_line(builder, builder.add(next_block, line), L2)
+            for m in range(count):
+                four = _sum_four(builder, [builder.load(slot) for slot in sums[m * block : (m + 1) * block]])
+                value = builder.sitofp(four, ir.VectorType(F32, block))
+                place = offset(builder, offset(builder, out, out_stride, 4 * m), key, 4)
+                builder.store(value, pointer(builder, place, value.type), align=4)
+
+    return types.void(rows, *[types.int64] * 7), generate
+
+
+@intrinsic
+def weigh_rows_int8(
+    context: Any, rows: Any, vectors: Any,
+    weights: Any, weights_stride: Any, v: Any, dim: Any, values: Any, out: Any, out_stride: Any, ahead: Any,
+) -> Any:  # fmt: skip
+    """`weigh_rows` for int16 weights and int8 values, two values at a time; sums are int32.
+
+    Args:
+        context: Numba's.
+        rows: Literal, rows of weights and of `out`.
+        vectors: Literal, columns in eights, an even number.
+        weights: Address of int16 [rows, values].
+        weights_stride: Numbers from one row of weights to the next.
+        v: Address of int8 [values, 8 * vectors].
+        dim: Bytes from one row of `v` to the next.
+        values: How many, taken up to an even number: the weight of one too many is 0.
+        out: Address of int32 [rows, 8 * vectors]; no sum may exceed an int32.
+        out_stride: Numbers from one row of `out` to the next.
+        ahead: As in `weigh_rows`.
+    """
+    height, width = rows.literal_value, vectors.literal_value
+
+    def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
+        name = f"weigh_rows_int8_{height}_{width}"
+        call_own(builder, name, args[2:], lambda inner, own: body(inner, *own))
+
+    def body(builder: ir.IRBuilder, *args: ir.Value) -> None:
+        weights, weights_stride, v, dim, values, out, out_stride, ahead = args
+        tile = [cgutils.alloca_once(builder, I32X8) for _ in range(height * width)]
+        targets = [
+            pointer(builder, offset(builder, offset(builder, out, out_stride, 4 * m), 4 * LANES * n), I32X8)
+            for m in range(height)
+            for n in range(width)
+        ]
+        for slot, target in zip(tile, targets, strict=True):
+            builder.store(builder.load(target, align=4), slot)
+        starts = [offset(builder, weights, weights_stride, 2 * m) for m in range(height)]
+        with cgutils.for_range_slice(builder, values.type(0), values, values.type(2)) as (index, _count):
+            first = offset(builder, v, index, dim)
+            second = builder.add(first, dim)
+            for row in (first, second):
+                for line in range(0, LANES * width, LINE):
+                    prefetch_line(builder, builder.add(builder.add(row, ahead), row.type(line)), L2)
+            places = [pointer(builder, offset(builder, start, index, 2), I32) for start in starts]
+            pairs = [
+                builder.bitcast(splat(builder, builder.load(place, align=2)), I16X16) for place in places
+            ]
+            for n in range(0, width, 2):
+                of_both = [
+                    builder.load(pointer(builder, builder.add(row, row.type(LANES * n)), I8X16), align=1)
+                    for row in (first, second)
+                ]
+                for half in range(2):
+                    mixed = [i + of for i in range(LANES * half, LANES * (half + 1)) for of in (0, 2 * LANES)]
+                    numbers = builder.sext(shuffle(builder, of_both[0], of_both[1], mixed), I16X16)
+                    for m in range(height):
+                        slot = tile[m * width + n + half]
+                        products = pair_products(builder, pairs[m], numbers)
+                        builder.store(builder.add(builder.load(slot), products), slot)
+        for slot, target in zip(tile, targets, strict=True):
+            builder.store(builder.load(slot), target, align=4)
+
+    return types.void(rows, vectors, *[types.int64] * 8), generate
+
+
+@intrinsic
+def weigh_rows(
+    context: Any, kind: Any, rows: Any, vectors: Any,
+    weights: Any, weights_stride: Any, v: Any, dim: Any, values: Any, out: Any, out_stride: Any, ahead: Any,
+) -> Any:  # fmt: skip
+    """Add weighted sums of consecutive values to `out`, for `rows` rows of weights at once.
+
+    Args:
+        context: Numba's.
+        kind: Of the values.
+        rows: Literal, rows of weights and of `out`.
+        vectors: Literal, columns in eights.
+        weights: Address of float32 [rows, values].
+        weights_stride: Floats from one row of weights to the next.
+        v: Address of [values, 8 * vectors] of `kind`.
+        dim: Numbers from one row of `v` to the next.
+        values: How many.
+        out: Address of float32 [rows, 8 * vectors].
+        out_stride: Floats from one row of `out` to the next.
+        ahead: Bytes from `v` to the values that will be read next, to be prefetched into the L2 cache.
+    """
+    height, width = rows.literal_value, vectors.literal_value
+
+    def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
+        kind = signature.args[0]
+
+        def body(inner: ir.IRBuilder, own: Args) -> None:
+            float_tile(inner, kind, height, width, False, *own, cache=L2)
+
+        call_own(builder, f"weigh_rows_{height}_{width}_{kind.dtype}", args[3:], body)
+
+    return types.void(kind, rows, vectors, *[types.int64] * 8), generate
