@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+
+from curkv.sse import event_of
 
 HELP = """/policy NAME [BUDGET]  choose what the cache keeps: /policy curdkv 25%, /policy full
 /clear                 forget the conversation
@@ -85,10 +86,8 @@ class Conversation:
                     yield from self._piece(line)
 
     def _piece(self, line: str) -> Iterator[str]:
-        data = line.removeprefix("data: ")
-        if data == line or data == "[DONE]":
+        if (event := event_of(line)) is None:
             return
-        event = json.loads(data)
         if "error" in event:
             raise ChatError(event["error"]["message"])
         self.usage = event.get("usage") or self.usage

@@ -203,16 +203,18 @@ def bench_serve(
 
     With --url, of any OpenAI-compatible server that takes prompts as token ids. Ratios are to the full cache.
     """
-    from curkv.bench import serve as bench
+    from curkv.bench import report
+    from curkv.bench.serve import run
+    from curkv.bench.workload import WORKLOADS, parse_workload
 
     try:
-        workloads = [bench.parse_workload(text) for text in workload or bench.WORKLOADS]
+        workloads = [parse_workload(text) for text in workload or WORKLOADS]
     except ValueError as error:
         raise _fail(str(error), 2) from error
-    results = bench.run(model, url, workloads, policy, budget, repeats, baseline)
-    typer.echo(bench.table(results, references=["full"]))
+    results = run(model, url, workloads, policy, budget, repeats, baseline)
+    typer.echo(report.table(results, references=["full"]))
     if plot is not None:
-        bench.plot(results, plot)
+        report.plot(results, plot)
 
 
 if __name__ == "__main__":

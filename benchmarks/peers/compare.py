@@ -12,29 +12,19 @@ beside it.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import subprocess
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import psutil
 from tqdm import tqdm
 
-from curkv.bench.serve import (
-    WORKLOADS,
-    Measurement,
-    Served,
-    Workload,
-    measure,
-    medians,
-    plot,
-    running,
-    table,
-    warm_up,
-)
+from curkv.bench.client import Served, measure, warm_up
+from curkv.bench.measurement import Measurement, medians
+from curkv.bench.process import curkv_serve, peak_bytes, running
+from curkv.bench.report import append, plot, read, table
+from curkv.bench.workload import WORKLOADS, Workload
 from curkv.models.loading import load_tokenizer, resolve_model
 
 HERE = Path(__file__).parent
@@ -58,7 +48,7 @@ class Contender:
 
 def contenders(curkv_options: Sequence[str]) -> dict[str, Contender]:
     """All of them; the names of curkv's begin with it."""
-    curkv = [sys.executable, "-m", "curkv.cli", "serve", "--model", MODEL, "--port", "{port}", *curkv_options]
+    curkv = curkv_serve("--model", MODEL, *curkv_options)
     int8 = [*curkv, "--weights", "int8"]
     # Of the others only those for documents hold prefixes, too.
     alone = ["--prefix-cache-memory", "0"]
@@ -121,8 +111,7 @@ def main() -> None:
     for repeat, workload, name in (bar := tqdm(turns, unit="measurement")):
         bar.set_postfix_str(f"{name}, {workload}")
         result = run(name, field[name], WORKLOADS[workload], repeat, args.output.with_suffix(".log"))
-        with args.output.open("a") as file:
-            file.write(json.dumps({"repeat": repeat, **asdict(result)}) + "\n")
+        append(args.output, repeat, result)
     results = medians(list(read(args.output).values()))
     peers = {m.contender for m in results if not m.contender.startswith("curkv")}
     order = {workload: i for i, workload in enumerate(WORKLOADS.values())}
@@ -134,17 +123,6 @@ def main() -> None:
         plot(results, args.plot)
 
 
-def read(path: Path) -> dict[tuple[int, Workload, str], Measurement]:
-    """What is measured already, by repeat, workload and contender."""
-    results = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        record = json.loads(line)
-        repeat = record.pop("repeat")
-        m = Measurement(**record | {"workload": Workload(**record["workload"])})
-        results[repeat, m.workload, m.contender] = m
-    return results
-
-
 def run(name: str, contender: Contender, workload: Workload, repeat: int, log: Path) -> Measurement:
     """Starts a server, measures it once and stops it."""
     tokenizer = load_tokenizer(resolve_model(MODEL))
@@ -152,15 +130,7 @@ def run(name: str, contender: Contender, workload: Workload, repeat: int, log: P
         served = Served.at(url)
         warm_up(served, tokenizer)
         result = measure(served, name, workload, tokenizer, repeat, contender.kv)
-        return replace(result, peak_bytes=sum(peak_bytes(psutil.Process(process.pid))))
-
-
-def peak_bytes(process: psutil.Process) -> Iterator[int]:
-    """Most memory that a process and its children held so far, each."""
-    for member in [process, *process.children(recursive=True)]:
-        status = Path(f"/proc/{member.pid}/status").read_text()
-        (line,) = [line for line in status.splitlines() if line.startswith("VmHWM")]
-        yield 1024 * int(line.split()[1])
+        return replace(result, peak_bytes=peak_bytes(process.pid))
 
 
 if __name__ == "__main__":

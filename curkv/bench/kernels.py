@@ -17,6 +17,7 @@ from torch.nn import functional
 from curkv.cache.page_pool import PagePool
 from curkv.kernels.dispatch import Kernels, get_kernels
 from curkv.kernels.pages import Pages, rounded
+from curkv.tables import columns
 
 HEAD_DIM, HEADS, GROUP = 64, 3, 3  # of smollm2-135m
 PAGE_SIZE = 64
@@ -60,7 +61,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Measurement:
+class Timing:
     """The best time of one call of a case."""
 
     case: Case
@@ -271,7 +272,7 @@ def evict(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
     )
 
 
-def run(rounds: int = 15) -> list[Measurement]:
+def run(rounds: int = 15) -> list[Timing]:
     """Measure all kernels of the CPU, and the machine's limits, in turn.
 
     Args:
@@ -287,26 +288,22 @@ def run(rounds: int = 15) -> list[Measurement]:
             start = time.perf_counter()
             case.run()
             best[i] = min(best[i], (time.perf_counter() - start) / case.calls)
-    return [Measurement(case, seconds) for case, seconds in zip(cases, best, strict=True)]
+    return [Timing(case, seconds) for case, seconds in zip(cases, best, strict=True)]
 
 
-def table(measurements: list[Measurement]) -> str:
+def table(timings: list[Timing]) -> str:
     """Lay the results out: times, and rates as shares of what the machine reads and multiplies."""
-    read = max(m.bandwidth for m in measurements if m.case.kernel == READ)
-    matmul = max(m.flops for m in measurements if m.case.kernel == MATMUL)
-    head = ("kernel", "shape", "dtype", "ms", "MB", "GB/s", "of read", "GFLOP/s", "of matmul")
-    rows = [head]
-    for m in measurements:
-        moved = ("", "", "")
-        if m.case.bytes:
-            moved = (f"{m.case.bytes / 1e6:.2f}", f"{m.bandwidth / 1e9:.1f}", f"{m.bandwidth / read:.0%}")
-        computed = (f"{m.flops / 1e9:.1f}", f"{m.flops / matmul:.0%}") if m.case.flops else ("", "")
-        dtype = str(m.case.dtype).removeprefix("torch.")
-        rows.append((m.case.kernel, m.case.shape, dtype, f"{m.seconds * 1e3:.3f}", *moved, *computed))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        texts = [cell.ljust(width) for cell, width in zip(row[:3], widths, strict=False)]
-        numbers = [cell.rjust(width) for cell, width in zip(row[3:], widths[3:], strict=True)]
-        lines.append("  ".join(texts + numbers).rstrip())
-    return "\n".join(lines)
+    read = max(m.bandwidth for m in timings if m.case.kernel == READ)
+    matmul = max(m.flops for m in timings if m.case.kernel == MATMUL)
+    header = ("kernel", "shape", "dtype", "ms", "MB", "GB/s", "of read", "GFLOP/s", "of matmul")
+    rows = []
+    for timing in timings:
+        case, moved, computed = timing.case, ("", "", ""), ("", "")
+        if case.bytes:
+            bandwidth = timing.bandwidth
+            moved = (f"{case.bytes / 1e6:.2f}", f"{bandwidth / 1e9:.1f}", f"{bandwidth / read:.0%}")
+        if case.flops:
+            computed = (f"{timing.flops / 1e9:.1f}", f"{timing.flops / matmul:.0%}")
+        dtype = str(case.dtype).removeprefix("torch.")
+        rows.append((case.kernel, case.shape, dtype, f"{timing.seconds * 1e3:.3f}", *moved, *computed))
+    return columns(header, rows, texts=3)

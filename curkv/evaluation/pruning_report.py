@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from curkv.evaluation.pruning import PREFILL_TOKENS, PruningReport, Quality
-from curkv.evaluation.report import table
+from curkv.tables import table
 
 
 def write_report(report: PruningReport, directory: Path) -> Path:

@@ -11,6 +11,7 @@ from typing import TypeVar
 from curkv.evaluation.records import Record
 from curkv.evaluation.statistics import Estimate, mean, proportion
 from curkv.evaluation.tasks import TASKS
+from curkv.tables import table
 
 CAN_DO = 0.5
 """A task counts at a length if the full cache reaches this mean score, else the model cannot do it at all."""
@@ -162,9 +163,3 @@ def _cell(records: Sequence[Record], measure: Measure) -> str:
         return ""
     mean, low, high = (measure.format.format(value) for value in (found.mean, found.low, found.high))
     return f"{mean} [{low}, {high}]" if found.samples > 1 else mean
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Lays cells out as a Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

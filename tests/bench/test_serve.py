@@ -8,19 +8,10 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from curkv.bench.serve import (
-    WORKLOADS,
-    Measurement,
-    Served,
-    Stream,
-    Workload,
-    measure,
-    medians,
-    parse_workload,
-    plot,
-    summary,
-    table,
-)
+from curkv.bench.client import Served, measure
+from curkv.bench.measurement import Measurement, Stream, medians, summary
+from curkv.bench.report import append, plot, read, table
+from curkv.bench.workload import WORKLOADS, Workload, parse_workload
 from curkv.config import Settings
 from tests.server.scripted import ScriptedClient, running
 
@@ -119,3 +110,16 @@ def test_figures_are_drawn(tmp_path: Path) -> None:
     document = replace(RESULT, workload=DOCUMENT, later_ttft=0.1)
     plot([RESULT, replace(RESULT, contender="other", decode_rate=None), document], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_measurements_are_read_as_they_were_written(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    assert read(path) == {}
+    document = replace(RESULT, workload=DOCUMENT, later_ttft=0.1)
+    for repeat, result in ((0, RESULT), (1, RESULT), (0, document)):
+        append(path, repeat, result)
+    assert read(path) == {
+        (0, LOAD, "full"): RESULT,
+        (1, LOAD, "full"): RESULT,
+        (0, DOCUMENT, "full"): document,
+    }
