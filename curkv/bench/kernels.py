@@ -236,8 +236,8 @@ def store(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
             starts: Tensor = starts,
         ) -> None:
             for layer in range(cache.tables.shape[1]):
-                pages, *where = cache.layer(layer)
-                kernels.store_kv(pages, k, v, cos, sin, positions, *where, starts)
+                pages, table, lengths, slots = cache.layer(layer)
+                kernels.store_kv(pages, k, v, cos, sin, positions, table, lengths, slots, starts)
 
         shape = f"{tokens} tokens"
         if dtype is torch.float32:

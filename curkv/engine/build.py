@@ -121,8 +121,9 @@ def build_engine(options: EngineOptions) -> Engine:
     num_pages, prefix_pages = num_pages_for(num_bytes, layout), prefix_bytes // layout.page_bytes
     prefill_dtype = torch.bfloat16 if rounding else None
     kv = KVCache(layout, num_pages, kernels, rope, device, prefix_pages, prefill_dtype)
-    graphs = DecodeGraphs(model, kv) if on_gpu else None
-    recorded = RecordedDecodes(model, kv) if not on_gpu and options.kernels in ("auto", "cpu") else None
+    replay = kernels.backend.replay
+    graphs = DecodeGraphs(model, kv) if on_gpu and replay == "cuda graph" else None
+    recorded = RecordedDecodes(model, kv) if replay == "launches" else None
     engine = Engine(
         model,
         kv,

@@ -8,35 +8,76 @@ from importlib import import_module
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+
+from curkv.kernels.column_sums.spec import ColumnSums
+from curkv.kernels.compact.spec import Compact
+from curkv.kernels.gather_rows.spec import GatherRows
+from curkv.kernels.leverage_scores.spec import LeverageScores
+from curkv.kernels.linear.spec import PackLinear
+from curkv.kernels.paged_decode_attention.spec import PagedDecodeAttention
+from curkv.kernels.paged_prefill_attention.spec import PagedPrefillAttention
+from curkv.kernels.rms_norm.spec import RmsNorm
+from curkv.kernels.rope.spec import Rope
+from curkv.kernels.select.spec import Select
+from curkv.kernels.silu_mul.spec import SiluMul
+from curkv.kernels.store_kv.spec import StoreKV
+from curkv.kernels.window_scores.spec import WindowScores
 
 KernelsName = Literal["auto", "cpu", "triton", "reference"]
 
 
 @dataclass(frozen=True)
-class Kernels:
-    """One implementation of every operation; signatures are in `curkv/kernels/<module>/reference.py`."""
+class Backend:
+    """A way to implement every operation.
 
-    rope: Callable[..., None]
-    store_kv: Callable[..., None]
-    paged_decode_attention: Callable[..., Tensor]
-    paged_prefill_attention: Callable[..., Any]
-    window_scores: Callable[..., Tensor]
-    column_sums: Callable[..., None]
-    leverage_scores: Callable[..., Tensor]
-    select: Callable[..., tuple[Tensor, Tensor]]
-    compact: Callable[..., None]
-    gather_rows: Callable[..., Tensor]
-    rms_norm: Callable[..., Any]
-    silu_mul: Callable[..., Tensor]
-    pack_linear: Callable[..., Any]
-    pack_linear_int8: Callable[..., Any]
-    pack_linear_int4: Callable[..., Any]
+    Attributes:
+        name: As asked for, and of its module in the folder of each operation.
+        devices: Kinds of devices it runs on; any if there are none.
+        preferred_on: Kind of device for which "auto" takes it.
+        replay: How a decode step over it can be noted and run again: as the list of launches that
+            `cpu.workers.recording` notes, as a CUDA graph, or not at all.
+    """
+
+    name: Literal["cpu", "triton", "reference"]
+    devices: tuple[str, ...]
+    preferred_on: str | None
+    replay: Literal["launches", "cuda graph"] | None
+
+
+BACKENDS = (
+    Backend("cpu", ("cpu",), "cpu", "launches"),
+    Backend("triton", ("cuda", "cpu"), "cuda", "cuda graph"),
+    Backend("reference", (), None, None),
+)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """One implementation of every operation; what each does is said in its `reference.py`.
+
+    Attributes:
+        backend: Whose they are.
+    """
+
+    backend: Backend
+    rope: Rope
+    store_kv: StoreKV
+    paged_decode_attention: PagedDecodeAttention
+    paged_prefill_attention: PagedPrefillAttention
+    window_scores: WindowScores
+    column_sums: ColumnSums
+    leverage_scores: LeverageScores
+    select: Select
+    compact: Compact
+    gather_rows: GatherRows
+    rms_norm: RmsNorm
+    silu_mul: SiluMul
+    pack_linear: PackLinear
+    pack_linear_int8: PackLinear
+    pack_linear_int4: PackLinear
 
 
 _MODULES = dict.fromkeys(("pack_linear", "pack_linear_int8", "pack_linear_int4"), "linear")
-_BACKENDS = ("cpu", "triton", "reference")
-_AUTO = {"cpu": "cpu", "cuda": "triton"}
 
 
 def get_kernels(name: KernelsName = "auto", device: str | torch.device = "cpu") -> Kernels:
@@ -45,23 +86,39 @@ def get_kernels(name: KernelsName = "auto", device: str | torch.device = "cpu") 
     Args:
         name: "cpu" (Numba), "triton" (GPUs; with TRITON_INTERPRET=1 also on CPU, slowly), "reference"
             (torch), or "auto": the fastest one for `device`.
-        device: where the tensors lie; only read by "auto".
+        device: where the tensors lie.
 
     Returns:
         The kernels.
 
     Raises:
-        ValueError: the name is unknown, "auto" knows nothing for the device, or Triton is not installed or
-            cannot run there.
+        ValueError: the name is unknown, "auto" knows nothing for the device, what was asked for does not run
+            there, or Triton is not installed.
     """
     kind = torch.device(device).type
-    backend = _AUTO.get(kind) if name == "auto" else name
-    if backend not in _BACKENDS:
-        wanted = f"device {kind!r}" if name == "auto" else f"the name {name!r}"
-        raise ValueError(f"there are no kernels for {wanted}; choose one of auto, {', '.join(_BACKENDS)}")
-    if backend == "triton":
+    wanted = f"device {kind!r}" if name == "auto" else f"the name {name!r}"
+    found = [x for x in BACKENDS if (x.preferred_on == kind if name == "auto" else x.name == name)]
+    if not found:
+        known = ", ".join(x.name for x in BACKENDS)
+        raise ValueError(f"there are no kernels for {wanted}; choose one of auto, {known}")
+    backend = found[0]
+    if backend.devices and kind not in backend.devices:
+        raise ValueError(f"the kernels {backend.name!r} do not run on device {kind!r}")
+    if backend.name == "triton":
         _check_triton(kind)
-    return Kernels(**{field.name: _load(field.name, backend) for field in fields(Kernels)})
+    return Kernels(backend, **{operation: load(operation, backend.name) for operation in operations()})
+
+
+def operations() -> list[str]:
+    """The name of every operation."""
+    return [field.name for field in fields(Kernels) if field.name != "backend"]
+
+
+def load(operation: str, backend: str) -> Callable[..., Any]:
+    """Imports one implementation of one operation."""
+    module = import_module(f"curkv.kernels.{_MODULES.get(operation, operation)}.{backend}")
+    kernel: Callable[..., Any] = getattr(module, operation)
+    return kernel
 
 
 def _check_triton(kind: str) -> None:
@@ -71,9 +128,3 @@ def _check_triton(kind: str) -> None:
         raise ValueError("Triton's kernels need the package triton, 3.4 or newer") from error
     if kind == "cpu" and not triton.knobs.runtime.interpret:
         raise ValueError("Triton's kernels need a GPU; TRITON_INTERPRET=1 runs them on a CPU, very slowly")
-
-
-def _load(operation: str, backend: str) -> Callable[..., Any]:
-    module = import_module(f"curkv.kernels.{_MODULES.get(operation, operation)}.{backend}")
-    kernel: Callable[..., Any] = getattr(module, operation)
-    return kernel

@@ -29,3 +29,13 @@ def test_triton_on_a_cpu_needs_its_interpreter(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     with pytest.raises(ValueError, match="need a GPU; TRITON_INTERPRET=1"):
         get_kernels("triton")
+
+
+def test_the_cpus_kernels_refuse_memory_that_they_cannot_reach() -> None:
+    with pytest.raises(ValueError, match="'cpu' do not run on device 'cuda'"):
+        get_kernels("cpu", device="cuda")
+
+
+def test_a_backend_declares_how_its_decode_steps_are_noted() -> None:
+    assert get_kernels("cpu").backend.replay == "launches"
+    assert get_kernels("reference").backend.replay is None

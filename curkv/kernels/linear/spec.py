@@ -1,0 +1,32 @@
+"""Linear layers: what one is, and what makes them."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Linear(Protocol):
+    """A linear layer over packed weights: x W^T + b; see `reference.ComposedLinear`."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, N] from x [T, K]."""
+
+    def after_rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The product with the normalised rows of x plus the residual, and that sum."""
+
+    def after_silu_mul(self, gate_up: Tensor) -> Tensor:
+        """The product with the gated activation of [T, 2 K]."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of its weights."""
+
+
+class PackLinear(Protocol):
+    """Makes a linear layer of weight [N, K] and bias [N]; see `reference.pack_linear`."""
+
+    def __call__(self, weight: Tensor, bias: Tensor | None = None) -> Linear: ...  # noqa: D102
