@@ -65,7 +65,7 @@ def _requests(
     engine: Engine, count: int, prompt_tokens: int, new_tokens: int, options: dict[str, str]
 ) -> None:
     sampling = SamplingParams(new_tokens, temperature=0.0, ignore_eos=True)
-    for i, prompt in enumerate(token_spans(engine.tokenizer, count, prompt_tokens, seed=0)):
+    for i, prompt in enumerate(token_spans(engine.info.tokenizer, count, prompt_tokens, seed=0)):
         request = Request(str(i), prompt, sampling, parse_options(options))
         engine.add(request, engine.plan(request))
 

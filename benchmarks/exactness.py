@@ -16,12 +16,15 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from curkv.bench.text import documentation_text
-from curkv.cache.kv_cache import KVCache
-from curkv.cache.layout import CacheLayout
+from curkv.cache.attention import PagedAttention
+from curkv.cache.layout import CacheLayout, full_attention
 from curkv.cache.options import EvictionOptions
+from curkv.cache.page_manager import PageManager
 from curkv.engine.engine import Engine
+from curkv.engine.runner import Runner
 from curkv.engine.types import Request, SamplingParams
 from curkv.kernels.dispatch import get_kernels
+from curkv.models.info import ModelInfo
 from curkv.models.llama import Llama, rope_tables
 from curkv.models.loading import Checkpoint, load_config, load_tokenizer, resolve_model
 
@@ -49,8 +52,7 @@ def main() -> None:
 
     def engine(dtype: torch.dtype, chunk: int) -> Engine:
         layout = CacheLayout(
-            config.num_layers,
-            config.num_kv_heads,
+            full_attention(config.num_layers, config.num_kv_heads),
             config.head_dim,
             32,
             dtype,
@@ -58,8 +60,10 @@ def main() -> None:
             args.longest + 64,
         )
         pages = sum(layout.sequence_pages(n + args.new_tokens) for n in lengths)
-        kv = KVCache(layout, pages, kernels, rope_tables(config, layout.max_tokens))
-        return Engine(model, kv, kernels, tokenizer, chunk, layout.max_tokens)
+        attention = PagedAttention(
+            PageManager(layout, pages, kernels), rope_tables(config, layout.max_tokens)
+        )
+        return Engine(Runner(model, attention), ModelInfo(tokenizer), chunk, layout.max_tokens)
 
     def generate(target: Engine, chosen: list[int]) -> dict[int, list[int]]:
         sampling = SamplingParams(args.new_tokens, temperature=0.0, ignore_eos=True)

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from curkv.cache.batch import Batch
+from curkv.cache.attention import PagedAttention
 from curkv.cache.eviction import plan_kept
-from curkv.cache.kv_cache import KVCache
-from curkv.cache.layout import CacheLayout
+from curkv.cache.layout import CacheLayout, full_attention
+from curkv.cache.page_manager import PageManager
 from curkv.cache.parsing import parse_options
 from curkv.cache.plan import resolve
+from curkv.engine.runner import Runner
 from curkv.evaluation.corpora import load_corpus
 from curkv.evaluation.perplexity import Logits, compare, token_windows
 from curkv.kernels.dispatch import get_kernels
@@ -63,8 +64,8 @@ def main() -> None:
 def layout_of(model: Llama, dtype: torch.dtype) -> CacheLayout:
     """A cache for one window."""
     config = model.config
-    heads = config.num_layers, config.num_kv_heads, config.head_dim
-    return CacheLayout(*heads, 64, dtype, 1, config.max_positions)
+    layers = full_attention(config.num_layers, config.num_kv_heads)
+    return CacheLayout(layers, config.head_dim, 64, dtype, 1, config.max_positions)
 
 
 def cached_logits(
@@ -76,15 +77,14 @@ def cached_logits(
 
     def logits(ids: Tensor) -> Tensor:
         pages = layout.sequence_pages(len(ids))
-        kv = KVCache(layout, pages, kernels, rope_tables(model.config, layout.max_tokens))
+        kv = PageManager(layout, pages, kernels)
+        runner = Runner(model, PagedAttention(kv, rope_tables(model.config, layout.max_tokens)))
         slot, start, rows = kv.add_sequence(), 0, []
         while start < len(ids):
             end = min(start + CHUNK, len(ids) - decoded) if start < len(ids) - decoded else start + 1
-            batch = Batch.build([slot], [ids[start:end].tolist()], [start], [end - start])
-            kv.extend([slot], [end - start])
-            rows.append(model.forward(batch, kv))
+            rows.append(runner.run([slot], [ids[start:end].tolist()], [start], [end - start]))
             start = end
-        view = kv.view(slot)
+        view = runner.attention.view(slot)
         indices, counts = plan_kept(view, resolve(plan, range(len(ids)), layout), kernels)
         chosen = torch.arange(indices.shape[-1]) < counts[..., None]
         mask = torch.zeros(*counts.shape, len(ids) + 1, dtype=torch.bool)

@@ -47,7 +47,7 @@ def main() -> None:
     recorded, engine = build.build_engine(options), build.build_engine(options)
     plain = workers._run, workers._run_alone
     time_launches(spent)
-    engine.decode_graphs = None
+    engine.runner.replay = None
     totals = {}
     for phase in ("prefill", "decode"):
         run(engine, args, phase, spent)  # the first time kernels are loaded
@@ -75,7 +75,7 @@ def run(engine: Engine, args: argparse.Namespace, phase: str, spent: Counter[str
     """
     sampling = SamplingParams(args.new_tokens, temperature=0.0, ignore_eos=True)
     kv = {} if args.policy == "full" else {"policy": args.policy, "budget": args.budget}
-    prompts = token_spans(engine.tokenizer, args.concurrency, args.prompt_tokens, seed=0)
+    prompts = token_spans(engine.info.tokenizer, args.concurrency, args.prompt_tokens, seed=0)
     for i, prompt in enumerate(prompts):
         request = Request(str(i), prompt, sampling, parse_options(kv))
         engine.add(request, engine.plan(request))

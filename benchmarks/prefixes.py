@@ -83,7 +83,7 @@ def main() -> None:
 
 def prompts(engine: Engine, tokens: int, count: int) -> tuple[list[int], list[list[int]]]:
     """A document, and questions of about 25 tokens."""
-    encode = engine.tokenizer.encode
+    encode = engine.info.tokenizer.encode
     document = encode(documentation_text()[: 8 * tokens]).ids[:tokens]
     if len(document) < tokens:
         raise SystemExit(f"the text has only {len(document)} tokens")
@@ -108,7 +108,7 @@ def serve(engine: Engine, document: list[int], questions: list[list[int]], kv: d
                 if output.kv is not None:
                     result.peak = max(result.peak, output.kv.peak_bytes if i else 0)
         result.tokens.append(answer)
-    result.held = engine.kv.prefix_bytes
+    result.held = engine.kv.usage.prefix_bytes
     return result
 
 

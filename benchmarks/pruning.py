@@ -27,7 +27,6 @@ from torch import Tensor
 from tqdm import trange
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from curkv.cache.batch import Batch
 from curkv.engine.build import EngineOptions, Weights, build_engine
 from curkv.engine.engine import Engine
 from curkv.evaluation.corpora import load_corpus
@@ -305,7 +304,7 @@ def _point(
         variant.budget,
         perplexity=math.exp(statistics.fmean(r.nll or 0.0 for r in records if r.kl is not None)),
         score=statistics.fmean(r.score for r in records if r.score is not None),
-        weights_bytes=sum(engine.model.weights_bytes.values()),
+        weights_bytes=sum(engine.runner.model.weights_bytes.values()),
         kv_bytes=sequences * layout.sequence_pages(_kept_tokens(records)) * layout.page_bytes,
         speed=speed,
     )
@@ -325,8 +324,7 @@ def _decode_seconds(engine: Engine, tokens: int, sequences: int) -> float:
     engine.kv.extend(slots, [tokens] * sequences)
     started = time.perf_counter()
     for step in range(STEPS):
-        engine.kv.extend(slots, [1] * sequences)
-        engine.model.forward(Batch.build(slots, [[0]] * sequences, [tokens + step] * sequences), engine.kv)
+        engine.runner.run(slots, [[0]] * sequences, [tokens + step] * sequences)
     seconds = (time.perf_counter() - started) / STEPS
     for slot in slots:
         engine.kv.free(slot)
@@ -425,7 +423,7 @@ def speed(
 
 def _bytes_read(engine: Engine) -> int:
     """Weights that a decode step reads; of the embedding it reads a row."""
-    kinds = engine.model.weights_bytes
+    kinds = engine.runner.model.weights_bytes
     return sum(kinds.values()) - kinds["embedding"]
 
 

@@ -16,7 +16,6 @@ from statistics import median
 from tqdm import tqdm
 
 from curkv.bench.text import token_spans
-from curkv.cache.batch import Batch
 from curkv.cache.eviction import evict, plan_kept
 from curkv.cache.observations import Needs
 from curkv.cache.options import EvictionOptions
@@ -59,7 +58,7 @@ def _measure(
     engine: Engine, length: int, policies: dict[str, EvictionOptions]
 ) -> tuple[float, dict[str, str]]:
     """Seconds of the prefill without observation, and a table cell for each policy."""
-    [prompt] = token_spans(engine.tokenizer, 1, length, seed=0)
+    [prompt] = token_spans(engine.info.tokenizer, 1, length, seed=0)
     by_needs: dict[Needs, list[str]] = {}
     for name, options in policies.items():
         by_needs.setdefault(policy_needs(options), []).append(name)
@@ -83,17 +82,16 @@ def _prefill(engine: Engine, prompt: list[int], needs: Needs) -> tuple[int, floa
     slot, started = engine.kv.add_sequence(needs), time.perf_counter()
     for start in range(0, len(prompt), CHUNK):
         chunk = prompt[start : start + CHUNK]
-        engine.kv.extend([slot], [len(chunk)])
-        engine.model.forward(Batch.build([slot], [chunk], [start]), engine.kv)
+        engine.runner.run([slot], [chunk], [start])
     return slot, time.perf_counter() - started
 
 
 def _evict(engine: Engine, slot: int, prompt: list[int], options: EvictionOptions) -> float:
     """Seconds to score, select and move what a fork keeps to pages of its own."""
-    plan, view = resolve(options, prompt, engine.kv.layout), engine.kv.view(slot)
+    plan, view = resolve(options, prompt, engine.kv.layout), engine.runner.attention.view(slot)
     fork = engine.kv.fork(slot, observe=False)
     started = time.perf_counter()
-    evict(engine.kv, fork, view, plan, *plan_kept(view, plan, engine.kernels))
+    evict(engine.kv, fork, view, plan, *plan_kept(view, plan, engine.kv.kernels))
     seconds = time.perf_counter() - started
     engine.kv.free(fork)
     return seconds

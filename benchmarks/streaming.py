@@ -51,7 +51,7 @@ def main() -> None:
         for depth in args.depth or (1, 5, 9):
             sample = make_sample(
                 Recipe("needle", args.prompt_tokens, depth, "documentation"),
-                lambda text: len(engine.tokenizer.encode(text, add_special_tokens=False).ids),
+                lambda text: len(engine.info.tokenizer.encode(text, add_special_tokens=False).ids),
             )
             print(
                 f"| `{policy}` | {sample.depth:.0%} | {_serve(engine, sample, policy, budget)} |", flush=True
@@ -60,7 +60,7 @@ def main() -> None:
 
 def _serve(engine: Engine, sample: Sample, policy: str, budget: int) -> str:
     """Cells of the table; a pool that would hold the whole prompt is refused."""
-    prompt = engine.tokenizer.encode(sample.context + sample.question, add_special_tokens=False).ids
+    prompt = engine.info.tokenizer.encode(sample.context + sample.question, add_special_tokens=False).ids
     sampling = SamplingParams(sample.max_new_tokens, temperature=0.0)
     raw = parse_variant(policy, str(budget)).raw
     try:

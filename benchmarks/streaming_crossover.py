@@ -48,7 +48,7 @@ def main() -> None:
     print("| tokens | contender | seconds | to full | perplexity of the last 512 | to full |")
     print("|---|---|---|---|---|---|")
     for length in args.length or (1000, 2000, 4000, 8000):
-        (prompt,) = token_spans(engine.tokenizer, 1, length, seed=0)
+        (prompt,) = token_spans(engine.info.tokenizer, 1, length, seed=0)
         least = dict.fromkeys(contenders, math.inf)
         for name in tqdm([*contenders] * args.rounds, disable=None, leave=False, desc=f"{length} tokens"):
             least[name] = min(least[name], first_token(engine, prompt, contenders[name]))

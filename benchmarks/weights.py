@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from curkv.cache.batch import Batch
 from curkv.engine.build import EngineOptions, Weights, build_engine
 from curkv.engine.engine import Engine
 from curkv.evaluation.corpora import load_corpus
@@ -54,8 +53,7 @@ def prompt_logits(engine: Engine) -> Logits:
 
     def logits(ids: Tensor) -> Tensor:
         slot = engine.kv.add_sequence()
-        engine.kv.extend([slot], [len(ids)])
-        found = engine.model.forward(Batch.build([slot], [ids.tolist()], [0], [len(ids)]), engine.kv)
+        found = engine.runner.run([slot], [ids.tolist()], [0], [len(ids)])
         engine.kv.free(slot)
         return found
 

@@ -27,18 +27,21 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from curkv.cache.attention import PagedAttention
 from curkv.cache.budgets import Budget
-from curkv.cache.kv_cache import KVCache
-from curkv.cache.layout import CacheLayout
+from curkv.cache.layout import CacheLayout, full_attention
 from curkv.cache.options import EvictionOptions
+from curkv.cache.page_manager import PageManager
 from curkv.engine.decode_graphs import DecodeGraphs
 from curkv.engine.engine import Engine
+from curkv.engine.runner import Runner
 from curkv.engine.types import Request, SamplingParams
 from curkv.kernels.aot import MODELS, ModelShape
 from curkv.kernels.costs import COSTS, evaluate
 from curkv.kernels.dispatch import get_kernels
 from curkv.kernels.pages import Pages
 from curkv.models.config import ModelConfig
+from curkv.models.info import ModelInfo
 from curkv.models.llama import Llama, rope_tables
 from curkv.models.loading import LayerWeights
 
@@ -320,19 +323,25 @@ def end_to_end(model: ModelShape, device: str, prompt: int, outputs: int, batch:
     weights = Llama(config, RandomCheckpoint(config, device), kernels)
     tokenizer = Tokenizer(WordLevel({str(i): i for i in range(1024)}, unk_token="0"))
     layout = CacheLayout(
-        model.layers, model.kv_heads, model.head_dim, 64, torch.bfloat16, batch, prompt + outputs
+        full_attention(model.layers, model.kv_heads),
+        model.head_dim,
+        64,
+        torch.bfloat16,
+        batch,
+        prompt + outputs,
     )
-    kv = KVCache(
-        layout, batch * layout.sequence_pages(prompt + outputs), kernels, rope_tables(config), device
-    )
-    graphs = DecodeGraphs(weights, kv)
+    kv = PageManager(layout, batch * layout.sequence_pages(prompt + outputs), kernels, device)
+    attention = PagedAttention(kv, rope_tables(config))
+    graphs = DecodeGraphs(weights, attention)
     if device == "cuda":
         graphs.capture()
     for policy, budget, decode_graphs in itertools.product(
         ("full", "curdkv"), (Budget("ratio", 0.25),), (None, graphs)
     ):
         options = EvictionOptions(policy=policy, budget=budget if policy != "full" else None)
-        engine = Engine(weights, kv, kernels, tokenizer, 2048, prompt + outputs, decode_graphs)
+        engine = Engine(
+            Runner(weights, attention, decode_graphs), ModelInfo(tokenizer), 2048, prompt + outputs
+        )
         for i in range(batch):
             params = SamplingParams(max_tokens=outputs, temperature=0.0, ignore_eos=True)
             request = Request(str(i), torch.randint(1024, (prompt,)).tolist(), params, options)

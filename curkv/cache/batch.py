@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain, takewhile
@@ -10,24 +10,31 @@ from itertools import accumulate, chain, takewhile
 import torch
 from torch import Tensor
 
+from curkv.cache.observations import Observations
+
 
 @dataclass(frozen=True, slots=True)
-class Segment:
-    """Where one sequence's tokens are in a batch.
+class Watched:
+    """A sequence of a batch whose queries are observed, and where its tokens are.
 
     Attributes:
+        observations: what is gathered of its queries.
         index: place of the sequence in the batch.
-        slot: its cache slot.
         start: its first token.
         end: one past its last token.
         position: logical position of its first token.
     """
 
+    observations: Observations
     index: int
-    slot: int
     start: int
     end: int
     position: int
+
+    @property
+    def column_sums(self) -> bool:
+        """Whether the attention that its tokens receive is summed up."""
+        return self.observations.needs.column_sums
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class Batch:
         query_start: int32 [B + 1], sequence b owns tokens query_start[b] to query_start[b + 1].
         num_decodes: the first `num_decodes` sequences have exactly one token and use decode attention.
         logit_rows: int64 [R], the tokens whose logits are wanted.
+        watched: sequences whose queries are observed, in their order.
     """
 
     token_ids: Tensor
@@ -49,6 +57,7 @@ class Batch:
     query_start: Tensor
     num_decodes: int
     logit_rows: Tensor
+    watched: tuple[Watched, ...] = ()
 
     @classmethod
     def build(
@@ -58,6 +67,7 @@ class Batch:
         starts: Sequence[int],
         wanted: Sequence[int] | None = None,
         device: str | torch.device = "cpu",
+        observed: Mapping[int, Observations] | None = None,
     ) -> Batch:
         """Flattens per-sequence data; put sequences with a single new token first to have them decoded fast.
 
@@ -67,6 +77,7 @@ class Batch:
             starts: logical position of each sequence's first new token.
             wanted: of how many of its last tokens each sequence wants logits; default 1.
             device: where the tensors go.
+            observed: by slot, what is gathered of a sequence's queries.
 
         Returns:
             The batch; `logit_rows` follows the order of the sequences.
@@ -91,7 +102,19 @@ class Batch:
             query_start=upload([0, *ends], torch.int32),
             num_decodes=sum(1 for _ in takewhile(lambda count: count == 1, counts)),
             logit_rows=upload(rows, torch.int64),
+            watched=tuple(
+                Watched(observed[slot], index, ends[index] - counts[index], ends[index], starts[index])
+                for index, slot in enumerate(slots)
+                if slot in observed
+            )
+            if observed
+            else (),
         )
+
+    @property
+    def only_decodes(self) -> bool:
+        """Whether every sequence has exactly one token."""
+        return self.num_decodes == len(self.slots)
 
     @cached_property
     def decode_slots(self) -> Tensor:
@@ -107,11 +130,3 @@ class Batch:
     def prefill_query_start(self) -> Tensor:
         """int32 [B - num_decodes + 1], `query_start` of the others, from their first token."""
         return self.query_start[self.num_decodes :] - self.num_decodes
-
-    @cached_property
-    def segments(self) -> list[Segment]:
-        """The sequences, on the host."""
-        starts = self.query_start.tolist()
-        positions = self.positions[self.query_start[:-1].long()].tolist()
-        places = zip(self.slots.tolist(), starts, starts[1:], positions, strict=False)
-        return [Segment(index, *place) for index, place in enumerate(places)]

@@ -51,10 +51,8 @@ class Budget:
             return max(1, math.floor(prompt_tokens * self.value + 1e-9))
         if self.kind == "tokens":
             return int(self.value)
-        size, heads = layout.page_size, layout.num_kv_heads
-        layer_pages = int(self.value) // (layout.num_layers * layout.page_bytes)
-        room = layer_pages * size // heads - (size - 1) if ragged else layer_pages // heads * size
-        return room - slack
+        pages = int(self.value) // layout.page_bytes
+        return layout.sequence_tokens(pages, ragged=ragged) - slack
 
 
 def parse_budget(value: object) -> Budget:

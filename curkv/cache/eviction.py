@@ -15,7 +15,7 @@ from curkv.cache.policies import get_policy
 from curkv.cache.policies.base import CacheView
 
 if TYPE_CHECKING:
-    from curkv.cache.kv_cache import KVCache
+    from curkv.cache.page_manager import PageManager
     from curkv.kernels.dispatch import Kernels
 
 
@@ -71,7 +71,7 @@ def choose(view: CacheView, plan: EvictionPlan, scores: Tensor, kernels: Kernels
 
 
 def evict(
-    kv: KVCache, slot: int, view: CacheView, plan: EvictionPlan, indices: Tensor, counts: Tensor
+    kv: PageManager, slot: int, view: CacheView, plan: EvictionPlan, indices: Tensor, counts: Tensor
 ) -> int:
     """Keep the chosen tokens, after merging the others into them if the plan says so.
 

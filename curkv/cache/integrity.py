@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from curkv.cache.kv_cache import KVCache
+from curkv.cache.page_manager import PageManager
 from curkv.cache.page_pool import Ids
 
 
@@ -14,7 +14,7 @@ class IntegrityError(RuntimeError):
     """The cache's books do not agree with each other; the message says where."""
 
 
-def check_integrity(cache: KVCache) -> None:
+def check_integrity(cache: PageManager) -> None:
     """Checks that pages, owners, lengths and positions fit together.
 
     Every page is free or owned; reference counts equal owners, sequences and prefixes; lengths fit pages;
@@ -42,7 +42,7 @@ def _require(condition: NDArray[np.bool_], message: str) -> None:
         raise IntegrityError(message.format(", ".join(map(str, np.argwhere(~condition)[0]))))
 
 
-def _owned(cache: KVCache) -> tuple[Ids, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+def _owned(cache: PageManager) -> tuple[Ids, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Lists the pages of every head of every sequence, then of every prefix, in the order of their tokens.
 
     Returns:
@@ -72,7 +72,7 @@ def _owned_by(
     return table[owner, layer, head, page], owners[owner], layer * table.shape[2] + head, tokens
 
 
-def _check_lengths(cache: KVCache) -> None:
+def _check_lengths(cache: PageManager) -> None:
     lengths, size = cache.lengths.numpy(force=True), cache.layout.page_size
     inside = (lengths >= 0) & (lengths <= cache.layout.max_tokens)
     _require(inside, "length out of range at (slot, layer, head) {}")
@@ -85,7 +85,7 @@ def _check_lengths(cache: KVCache) -> None:
         raise IntegrityError(f"{cache.free_slots} slots are free but {idle.sum()} are not in use")
 
 
-def _check_owners(cache: KVCache, ids: Ids, owner: NDArray[np.int64]) -> None:
+def _check_owners(cache: PageManager, ids: Ids, owner: NDArray[np.int64]) -> None:
     pool, num_pages = cache.pool, cache.num_pages
     _require((ids >= 0) & (ids < num_pages), "the table names a page outside the pool (entry {})")
     owners = np.bincount(ids, minlength=num_pages)
@@ -100,7 +100,7 @@ def _check_owners(cache: KVCache, ids: Ids, owner: NDArray[np.int64]) -> None:
         raise IntegrityError("the numbers of idle and of held pages do not follow from the owners")
 
 
-def _check_sharing(cache: KVCache, ids: Ids, owner: NDArray[np.int64], head: NDArray[np.int64]) -> None:
+def _check_sharing(cache: PageManager, ids: Ids, owner: NDArray[np.int64], head: NDArray[np.int64]) -> None:
     home = np.full(cache.num_pages, -1)
     home[ids] = head
     _require(home[ids] == head, "a page lies in two heads (entry {})")
@@ -108,12 +108,12 @@ def _check_sharing(cache: KVCache, ids: Ids, owner: NDArray[np.int64], head: NDA
     _require(pairs[1:] != pairs[:-1], "a page lies twice in the same head of a sequence (entry {})")
 
 
-def _check_shared_full(cache: KVCache, ids: Ids, tokens: NDArray[np.int64]) -> None:
+def _check_shared_full(cache: PageManager, ids: Ids, tokens: NDArray[np.int64]) -> None:
     full = tokens >= cache.layout.page_size
     _require((cache.pool.owners[ids] <= 1) | full, "a shared page is not full (entry {})")
 
 
-def _check_positions(cache: KVCache, ids: Ids, tokens: NDArray[np.int64], row: NDArray[np.int64]) -> None:
+def _check_positions(cache: PageManager, ids: Ids, tokens: NDArray[np.int64], row: NDArray[np.int64]) -> None:
     """Entries follow each other page by page within a row, so neighbours can be compared."""
     position = cache.pages.position[torch.from_numpy(ids)].numpy(force=True)
     ascends = position[:, 1:] > position[:, :-1]

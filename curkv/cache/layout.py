@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -13,29 +14,79 @@ _SCALE_BYTES = 8
 """Bytes of the scales of an int8 key and value."""
 
 
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """What a layer of the model keeps in the cache.
+
+    Attributes:
+        num_kv_heads: KV heads; 0 for a layer without keys and values.
+        window: newest tokens that a query attends to, its own included; None: all of them.
+    """
+
+    num_kv_heads: int
+    window: int | None = None
+
+
 @dataclass(frozen=True)
 class CacheLayout:
     """The shape of a cache.
 
+    Layers that attend to everything are what policies evict from, and what tokens per head are counted in;
+    those with a window hold its tokens, and a page and a step more.
+
     Attributes:
-        num_layers: layers of the model.
-        num_kv_heads: KV heads of a layer.
+        layers: every layer of the model; those with KV heads have equally many.
         head_dim: channels of a key or value.
         page_size: tokens per page.
         dtype: of keys and values: float32, bfloat16, float16 or int8.
         max_sequences: sequences held at once.
         max_tokens: most tokens that a head of one sequence can hold.
+        max_step_tokens: most tokens that a step adds to one sequence; None: `max_tokens`.
     """
 
-    num_layers: int
-    num_kv_heads: int
+    layers: tuple[LayerSpec, ...]
     head_dim: int
     page_size: int
     dtype: torch.dtype
     max_sequences: int
     max_tokens: int
+    max_step_tokens: int | None = None
 
-    @property
+    def __post_init__(self) -> None:
+        """Refuses layers that one table cannot hold."""
+        heads = {spec.num_kv_heads for spec in self.layers} - {0}
+        if len(heads) != 1:
+            raise ValueError(f"layers need one number of KV heads beside 0, these have {sorted(heads)}")
+        windows = [spec.window for spec in self.layers if spec.window is not None]
+        if min(windows, default=1) < 1:
+            raise ValueError(f"a window holds at least the query's own token, not {min(windows)}")
+
+    @cached_property
+    def cached_layers(self) -> tuple[int, ...]:
+        """The layers that have KV heads, which are the rows of a page table, in their order."""
+        return tuple(i for i, spec in enumerate(self.layers) if spec.num_kv_heads)
+
+    @cached_property
+    def windows(self) -> tuple[int | None, ...]:
+        """Window of each row of a page table."""
+        return tuple(self.layers[i].window for i in self.cached_layers)
+
+    @cached_property
+    def full_rows(self) -> tuple[int, ...]:
+        """Rows of the layers that attend to everything."""
+        return tuple(row for row, window in enumerate(self.windows) if window is None)
+
+    @cached_property
+    def num_layers(self) -> int:
+        """Layers that have KV heads."""
+        return len(self.cached_layers)
+
+    @cached_property
+    def num_kv_heads(self) -> int:
+        """KV heads of a layer that has any."""
+        return max(spec.num_kv_heads for spec in self.layers)
+
+    @cached_property
     def num_heads(self) -> int:
         """KV heads of all layers together; each has its own pages."""
         return self.num_layers * self.num_kv_heads
@@ -61,6 +112,50 @@ class CacheLayout:
         """Bytes of a page."""
         return self.page_size * self.head_token_bytes
 
-    def sequence_pages(self, tokens: int) -> int:
-        """Pages of a sequence that holds `tokens` tokens in every head."""
-        return self.num_heads * -(-tokens // self.page_size)
+    def sequence_pages(self, tokens: int, *, ragged: bool = False, seen: int | None = None) -> int:
+        """Most pages of a sequence.
+
+        Args:
+            tokens: what heads hold on average in the layers that attend to everything.
+            ragged: these heads may hold different numbers of tokens: then each may strand almost a page.
+            seen: tokens that went through the cache, of which those layers hold a part and those with a
+                window the newest; `tokens` unless told.
+
+        Returns:
+            The number of pages; exact for layers that attend to everything and are not ragged.
+        """
+        seen = tokens if seen is None else seen
+        heads, size = len(self.full_rows) * self.num_kv_heads, self.page_size
+        pages = heads * -(-seen // size)
+        if ragged:
+            pages = min(pages, heads * (tokens + size - 1) // size)
+        else:
+            pages = min(pages, heads * -(-tokens // size))
+        return pages + self._window_pages(seen)
+
+    def sequence_tokens(self, pages: int, *, ragged: bool = False) -> int:
+        """Most tokens per head, on average, that a sequence can hold in so many pages.
+
+        Args:
+            pages: what it may take, layers with windows included.
+            ragged: heads of a layer may hold different numbers of tokens; counts with their worst split.
+
+        Returns:
+            Tokens per head of the layers that attend to everything; below 1 if there is not room for one.
+        """
+        left = pages - self._window_pages(self.max_tokens)
+        layer_pages, size = left // max(1, len(self.full_rows)), self.page_size
+        if ragged:
+            return layer_pages * size // self.num_kv_heads - (size - 1)
+        return layer_pages // self.num_kv_heads * size
+
+    def _window_pages(self, seen: int) -> int:
+        """Most pages that the layers with windows hold after so many tokens, until they are trimmed."""
+        step = self.max_tokens if self.max_step_tokens is None else self.max_step_tokens
+        most = [window - 1 + self.page_size - 1 + step for window in self.windows if window is not None]
+        return self.num_kv_heads * sum(-(-min(seen, tokens) // self.page_size) for tokens in most)
+
+
+def full_attention(num_layers: int, num_kv_heads: int) -> tuple[LayerSpec, ...]:
+    """Layers that all attend to everything."""
+    return (LayerSpec(num_kv_heads),) * num_layers

@@ -77,6 +77,11 @@ class EvictionPlan:
         return max(context, self.kept_prompt_tokens)
 
     @property
+    def ragged(self) -> bool:
+        """Whether an eviction may leave the heads different numbers of tokens."""
+        return self.options.allocation != "uniform"
+
+    @property
     def streaming(self) -> bool:
         """Whether evictions come after every chunk of the prompt."""
         return self.options.prefill == "streaming" and self.evicts_prompt

@@ -11,18 +11,21 @@ from typing import Literal
 import torch
 from numba import set_num_threads
 
+from curkv.cache.attention import PagedAttention
 from curkv.cache.budgets import Budget
-from curkv.cache.kv_cache import KVCache
-from curkv.cache.layout import CacheLayout
+from curkv.cache.layout import CacheLayout, full_attention
 from curkv.cache.options import EvictionOptions
+from curkv.cache.page_manager import PageManager
 from curkv.cache.sizing import default_cache_bytes, num_pages_for
 from curkv.engine.decode_graphs import DecodeGraphs
 from curkv.engine.engine import Engine
 from curkv.engine.recorded_decodes import RecordedDecodes
+from curkv.engine.runner import Runner
 from curkv.engine.types import Request, SamplingParams
 from curkv.kernels.dispatch import KernelsName, get_kernels
 from curkv.models.chat_template import load_chat_template
 from curkv.models.config import ModelConfig
+from curkv.models.info import ModelInfo
 from curkv.models.llama import Llama, Rounding, rope_tables
 from curkv.models.loading import Checkpoint, load_config, load_pruning, load_tokenizer, resolve_model
 
@@ -103,13 +106,13 @@ def build_engine(options: EngineOptions) -> Engine:
     model = Llama(config, Checkpoint(directory, config, dtype, device), kernels, rounding)
     max_model_len = _max_model_len(options.max_model_len, config)
     layout = CacheLayout(
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
+        layers=full_attention(config.num_layers, config.num_kv_heads),
         head_dim=config.head_dim,
         page_size=options.page_size,
         dtype=_kv_dtype(options.kv_dtype, on_gpu, config.head_dim),
         max_sequences=options.max_sequences,
         max_tokens=max_model_len,
+        max_step_tokens=options.max_step_tokens,
     )
     num_bytes = options.kv_cache_bytes
     if num_bytes is None:
@@ -120,20 +123,16 @@ def build_engine(options: EngineOptions) -> Engine:
         prefix_bytes = int(num_bytes * PREFIX_SHARE)
     num_pages, prefix_pages = num_pages_for(num_bytes, layout), prefix_bytes // layout.page_bytes
     prefill_dtype = torch.bfloat16 if rounding else None
-    kv = KVCache(layout, num_pages, kernels, rope, device, prefix_pages, prefill_dtype)
+    kv = PageManager(layout, num_pages, kernels, device, prefix_pages)
+    attention = PagedAttention(kv, rope, model.output_projection, prefill_dtype)
     replay = kernels.backend.replay
-    graphs = DecodeGraphs(model, kv) if on_gpu and replay == "cuda graph" else None
-    recorded = RecordedDecodes(model, kv) if replay == "launches" else None
+    graphs = DecodeGraphs(model, attention) if on_gpu and replay == "cuda graph" else None
+    recorded = RecordedDecodes(model, attention) if replay == "launches" else None
     engine = Engine(
-        model,
-        kv,
-        kernels,
-        load_tokenizer(directory),
+        Runner(model, attention, graphs or recorded),
+        ModelInfo(load_tokenizer(directory), load_chat_template(directory), load_pruning(directory)),
         options.max_step_tokens,
         max_model_len,
-        graphs or recorded,
-        load_chat_template(directory),
-        load_pruning(directory),
         options.max_itl,
     )
     _warm_up(engine)

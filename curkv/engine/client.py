@@ -61,12 +61,12 @@ class EngineClient:
     @property
     def model_config(self) -> ModelConfig:
         """Configuration of the model served."""
-        return self._engine.model.config
+        return self._engine.runner.model.config
 
     @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
-        return self._engine.tokenizer
+        return self._engine.info.tokenizer
 
     @property
     def vocab_size(self) -> int:
@@ -76,7 +76,7 @@ class EngineClient:
     @property
     def chat_template(self) -> ChatTemplate | None:
         """Writes out conversations for the model; None if it is no model for chat."""
-        return self._engine.chat_template
+        return self._engine.info.chat_template
 
     @property
     def max_model_len(self) -> int:
@@ -86,17 +86,17 @@ class EngineClient:
     @property
     def weights(self) -> str:
         """Type of the linear layers' weights."""
-        return self._engine.model.weights
+        return self._engine.runner.model.weights
 
     @property
     def weights_bytes(self) -> Mapping[str, int]:
         """Memory of the model's weights by kind."""
-        return self._engine.model.weights_bytes
+        return self._engine.runner.model.weights_bytes
 
     @property
     def pruning(self) -> Mapping[str, Any] | None:
         """How the model was pruned, see `load_pruning`; None if it was not."""
-        return self._engine.pruning
+        return self._engine.info.pruning
 
     @property
     def cache_layout(self) -> CacheLayout:

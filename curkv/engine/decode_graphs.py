@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from curkv.cache.attention import PagedAttention
 from curkv.cache.batch import Batch
-from curkv.cache.kv_cache import KVCache
 from curkv.models.llama import Llama
 
 logger = logging.getLogger(__name__)
@@ -34,12 +34,13 @@ class DecodeGraphs:
 
     Args:
         model: the model.
-        kv: its cache.
+        attention: its attention.
     """
 
-    def __init__(self, model: Llama, kv: KVCache):
+    def __init__(self, model: Llama, attention: PagedAttention):
         self._model = model
-        self._kv = kv
+        self._attention = attention
+        kv = attention.kv
         most = kv.layout.max_sequences
         self._sizes = [*(1 << i for i in range((most - 1).bit_length())), most]
         self._graphs: dict[int, _Graph] = {}
@@ -77,7 +78,7 @@ class DecodeGraphs:
         self._positions[count:].fill_(0)
         captured = self._graphs.get(size)
         if captured is None:
-            logits = self._model.forward(self._batches[size], self._kv)
+            logits = self._model.forward(self._batches[size], self._attention)
         else:
             captured.graph.replay()
             logits = captured.logits
@@ -93,11 +94,11 @@ class DecodeGraphs:
         try:
             pool = torch.cuda.graph_pool_handle()
             for size in reversed(self._sizes):
-                self._model.forward(self._batches[size], self._kv)
+                self._model.forward(self._batches[size], self._attention)
                 torch.cuda.synchronize()
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool):
-                    logits = self._model.forward(self._batches[size], self._kv)
+                    logits = self._model.forward(self._batches[size], self._attention)
                 self._graphs[size] = _Graph(graph, logits)
         except RuntimeError as error:
             self._graphs.clear()

@@ -6,35 +6,27 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import Hashable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Hashable
+from typing import Literal
 
-from tokenizers import Tokenizer
 from torch import Tensor
 
-from curkv.cache.batch import Batch
 from curkv.cache.eviction import evict, plan_kept
 from curkv.cache.explain import explain
 from curkv.cache.integrity import check_integrity
-from curkv.cache.kv_cache import KVCache
 from curkv.cache.options import EvictionOptions, OptionError
 from curkv.cache.page_pool import OutOfPages
 from curkv.cache.plan import EvictionPlan, resolve
 from curkv.cache.prefixes import block_keys, context_digest
-from curkv.engine.decode_graphs import DecodeGraphs
 from curkv.engine.detokenizer import Detokenizer
-from curkv.engine.recorded_decodes import RecordedDecodes
+from curkv.engine.runner import Runner
 from curkv.engine.sampling import choice_seed, sample, token_logprobs
 from curkv.engine.scheduler import Schedule, Scheduler
 from curkv.engine.sequence import Sequence
 from curkv.engine.stats import EvictionStats, RequestStats, SequenceStats, StepStats
 from curkv.engine.structure import Structures
 from curkv.engine.types import FinishReason, InvalidRequest, KVReport, Output, Request, TokenLogprob
-from curkv.kernels.dispatch import Kernels
-from curkv.models.llama import Llama
-
-if TYPE_CHECKING:
-    from curkv.models.chat_template import ChatTemplate
+from curkv.models.info import ModelInfo
 
 logger = logging.getLogger(__name__)
 
@@ -43,43 +35,29 @@ class Engine:
     """Runs requests over one model and one cache. Not thread-safe: one thread calls `add`, `abort`, `step`.
 
     Args:
-        model: the model.
-        kv: its cache.
-        kernels: operations that score and select what the cache keeps.
-        tokenizer: turns token ids into text.
+        runner: the model over its cache.
+        info: its tokenizer, and what the server wants to know of it.
         max_step_tokens: most tokens of one step; long prompts are prefilled in chunks of at most this size.
         max_model_len: most tokens of prompt and output together.
-        decode_graphs: runs the steps that only decode, if given.
-        chat_template: writes out conversations for the model, if it is one for chat.
-        pruning: how the model was pruned, if it was; see `load_pruning`.
         max_itl: seconds that a step with running decodes may take, see `Pace`.
     """
 
     def __init__(
         self,
-        model: Llama,
-        kv: KVCache,
-        kernels: Kernels,
-        tokenizer: Tokenizer,
+        runner: Runner,
+        info: ModelInfo,
         max_step_tokens: int,
         max_model_len: int,
-        decode_graphs: DecodeGraphs | RecordedDecodes | None = None,
-        chat_template: ChatTemplate | None = None,
-        pruning: Mapping[str, Any] | None = None,
         max_itl: float | None = None,
     ):
-        self.model = model
-        self.kv = kv
-        self.kernels = kernels
-        self.tokenizer = tokenizer
+        config = runner.model.config
+        self.runner = runner
+        self.kv = runner.kv
+        self.info = info
         self.max_model_len = max_model_len
-        self.decode_graphs = decode_graphs
-        self.chat_template = chat_template
-        self.pruning = pruning
-        self.scheduler = Scheduler(kv, max_step_tokens, max_itl)
-        self.eos_ids = frozenset(model.config.eos_token_ids)
-        self._structures = Structures(tokenizer, model.config.vocab_size, model.config.eos_token_ids)
-        kv.output_projection = model.output_projection
+        self.scheduler = Scheduler(self.kv, max_step_tokens, max_itl)
+        self.eos_ids = frozenset(config.eos_token_ids)
+        self._structures = Structures(info.tokenizer, config.vocab_size, config.eos_token_ids)
         self._order = itertools.count()
         self._outputs: list[Output] = []
         self._evictions: list[EvictionStats] = []
@@ -100,7 +78,7 @@ class Engine:
         prompt, max_tokens = request.prompt_token_ids, self.max_tokens(request)
         if not prompt:
             raise InvalidRequest("the prompt is empty", "prompt")
-        vocab = self.model.config.vocab_size
+        vocab = self.runner.model.config.vocab_size
         bad = next((i for i in prompt if not 0 <= i < vocab), None)
         if bad is not None:
             raise InvalidRequest(f"token id {bad} is outside the vocabulary 0..{vocab - 1}", "prompt")
@@ -137,18 +115,12 @@ class Engine:
         return asked if asked is not None else self.max_model_len - len(request.prompt_token_ids)
 
     def _check_pool(self, plan: EvictionPlan, max_tokens: int) -> None:
-        kept, decode_budget = plan.kept_prompt_tokens, plan.decode_budget_tokens
-        held, peak = kept + max_tokens, plan.peak_prompt_tokens
-        if decode_budget is not None:
-            held = min(held, max(decode_budget, kept) + (plan.options.decode_interval or 1))
-        ragged = plan.options.allocation != "uniform" and (held > peak or plan.streaming)
-        layout, pages = self.kv.layout, self.kv.num_pages
-        needed = layout.sequence_pages(max(peak, held)) + (layout.num_heads if ragged else 0)
+        needed, pages = self.kv.footprint(plan, max(0, max_tokens - 1)), self.kv.num_pages
         if needed > pages:
             raise InvalidRequest(
                 f"the request needs {needed} pages of KV cache at its peak, of {pages}: shorten it, lower "
                 "its budget, choose prefill 'streaming', or start the server with a larger --kv-cache-memory",
-                "prompt" if layout.sequence_pages(peak) > pages else "max_tokens",
+                "prompt" if self.kv.footprint(plan, 0) > pages else "max_tokens",
             )
 
     def add(self, request: Request, plan: EvictionPlan) -> None:
@@ -164,7 +136,7 @@ class Engine:
                 order=next(self._order),
                 plan=plan,
                 seed=choice_seed(seed, index),
-                detokenizer=Detokenizer(self.tokenizer, prompt, sampling.stop),
+                detokenizer=Detokenizer(self.info.tokenizer, prompt, sampling.stop),
                 matcher=matcher.deep_copy() if matcher is not None else None,
                 candidates=tuple(self._resolve(options, prompt) for options in request.explain),
                 block_keys=blocks,
@@ -181,7 +153,7 @@ class Engine:
         if not most:
             return [], None
         prompt, salt, context = request.prompt_token_ids, request.cache_salt, None
-        room = layout.sequence_pages(plan.budget_tokens) + layout.num_heads <= most
+        room = layout.sequence_pages(plan.budget_tokens, ragged=True, seen=plan.context_tokens) <= most
         if plan.reusable and room and request.sampling.prompt_logprobs is None:
             context = context_digest(prompt[: plan.context_tokens], salt), plan.options
         return block_keys(prompt, layout.page_size, salt), context
@@ -203,7 +175,7 @@ class Engine:
         if schedule.sequences:
             reached = [c == s.remaining for s, c in zip(schedule.sequences, schedule.chunks, strict=True)]
             wanted = self._wanted_logits(schedule, reached)
-            logits = self._forward(self._batch(schedule, wanted))
+            logits = self._run(schedule, wanted)
             last_rows = self._judge_prompts(schedule, wanted, logits)
             self._advance(schedule)
             ready = list(itertools.compress(zip(schedule.sequences, last_rows, strict=True), reached))
@@ -239,15 +211,14 @@ class Engine:
             for sequence, chunk, last in zip(schedule.sequences, schedule.chunks, reached, strict=True)
         ]
 
-    def _batch(self, schedule: Schedule, wanted: list[int]) -> Batch:
-        """The step's flattened tokens."""
+    def _run(self, schedule: Schedule, wanted: list[int]) -> Tensor:
+        """Computes the step's tokens; logits of the wanted ones."""
         sequences, chunks = schedule.sequences, schedule.chunks
-        return Batch.build(
+        return self.runner.run(
             slots=[s.slot for s in sequences],
-            token_ids=[s.tokens(s.computed, c) for s, c in zip(sequences, chunks, strict=True)],
+            tokens=[s.tokens(s.computed, c) for s, c in zip(sequences, chunks, strict=True)],
             starts=[s.computed for s in sequences],
             wanted=wanted,
-            device=self.kv.device,
         )
 
     def _judge_prompts(self, schedule: Schedule, wanted: list[int], logits: Tensor) -> list[int]:
@@ -265,13 +236,6 @@ class Engine:
                 sequence.prompt_logprobs += token_logprobs(rows, following, top)
         return [end - 1 for end in ends]
 
-    def _forward(self, batch: Batch) -> Tensor:
-        """Logits of the batch's wanted rows."""
-        only_decodes = batch.num_decodes == len(batch.slots)
-        if self.decode_graphs is not None and only_decodes and not self.kv.observes(batch):
-            return self.decode_graphs.forward(batch)
-        return self.model.forward(batch, self.kv)
-
     def _advance(self, schedule: Schedule) -> None:
         """Counts the computed tokens and evicts where a sequence's plan says so."""
         for sequence, chunk in zip(schedule.sequences, schedule.chunks, strict=True):
@@ -279,7 +243,7 @@ class Engine:
             sequence.peak_bytes = max(sequence.peak_bytes, self.kv.sequence_bytes(sequence.slot))
             decoded, plan = sequence.computed - len(sequence.prompt), sequence.plan
             self._keep_blocks(sequence, chunk)
-            held = self._mean_length(sequence)
+            held = self.kv.held_tokens(sequence.slot)
             if decoded <= 0 and plan.prefill_due(sequence.computed, held):
                 self._evict(sequence, "prefill")
             elif decoded > 0 and plan.decode_due(decoded, held):
@@ -299,7 +263,7 @@ class Engine:
             self.kv.keep_blocks(sequence.slot, sequence.block_keys[:blocks], sequence.prompt)
 
     def _end_prompt(self, sequence: Sequence) -> None:
-        sequence.kept_tokens = self._mean_length(sequence)
+        sequence.kept_tokens = self.kv.held_tokens(sequence.slot)
         if sequence.plan.decode_budget_tokens is None and not sequence.candidates:
             self.kv.stop_observing(sequence.slot)
 
@@ -309,17 +273,17 @@ class Engine:
         if sequence is None:
             return
         plan = sequence.candidates[len(sequence.explanations)]
-        view = self.kv.view(sequence.slot)
-        sequence.explanations.append(explain(view, plan, self.kernels, self.kv.page_bytes))
+        view = self.runner.attention.view(sequence.slot)
+        sequence.explanations.append(explain(view, plan, self.kv.kernels, self.kv.page_bytes))
         if len(sequence.explanations) == len(sequence.candidates):
             self._end_without_token(sequence)
 
     def _evict(self, sequence: Sequence, phase: Literal["prefill", "decode"]) -> None:
         """Evicts as the sequence's plan says; if pages that others share cannot be copied, it starts anew."""
         started = time.perf_counter()
-        before = self._mean_length(sequence)
-        view = self.kv.view(sequence.slot, sequence.plan.seed, phase, sequence.evictions)
-        indices, counts = plan_kept(view, sequence.plan, self.kernels)
+        before = self.kv.held_tokens(sequence.slot)
+        view = self.runner.attention.view(sequence.slot, sequence.plan.seed, phase, sequence.evictions)
+        indices, counts = plan_kept(view, sequence.plan, self.kv.kernels)
         try:
             pages_freed = evict(self.kv, sequence.slot, view, sequence.plan, indices, counts)
         except OutOfPages:
@@ -339,10 +303,6 @@ class Engine:
                 head_budgets=counts.cpu().numpy(),
             )
         )
-
-    def _mean_length(self, sequence: Sequence) -> float:
-        """Tokens that a head of the sequence holds, on average."""
-        return self.kv.sequence_tokens(sequence.slot) / self.kv.layout.num_heads
 
     def _fork(self, ready: list[tuple[Sequence, int]]) -> list[tuple[Sequence, int]]:
         """Lets the further choices of a prompt share the pages of the first one.
@@ -465,7 +425,7 @@ class Engine:
         return report
 
     def _stats(self, schedule: Schedule, sampled: int, seconds: float) -> StepStats:
-        kv = self.kv
+        kv, usage = self.kv, self.kv.usage
         prompt_tokens = sum(
             min(s.computed, len(s.prompt)) - max(0, min(s.computed - c, len(s.prompt)))
             for s, c in zip(schedule.sequences, schedule.chunks, strict=True)
@@ -475,13 +435,13 @@ class Engine:
         return StepStats(
             running=len(self.scheduler.running),
             waiting=self.scheduler.num_waiting,
-            used_pages=kv.used_pages,
-            num_pages=kv.num_pages,
-            used_bytes=kv.used_bytes,
-            capacity_bytes=kv.capacity_bytes,
-            stranded_slots_ratio=kv.stranded_slots_ratio,
-            prefix_bytes=kv.prefix_bytes,
-            prefix_saved_bytes=kv.saved_bytes,
+            used_pages=usage.used_pages,
+            num_pages=usage.num_pages,
+            used_bytes=usage.used_bytes,
+            capacity_bytes=usage.capacity_bytes,
+            stranded_slots_ratio=usage.stranded_slots_ratio,
+            prefix_bytes=usage.prefix_bytes,
+            prefix_saved_bytes=usage.saved_bytes,
             prefix_queries=sum(len(s.prompt) for s in schedule.admitted) if kv.prefixes.max_pages else 0,
             prefix_hits=sum(s.cached_tokens for s in schedule.admitted),
             prompt_tokens=prompt_tokens,
@@ -504,7 +464,7 @@ class Engine:
             computed_tokens=sequence.computed,
             generation_tokens=len(sequence.output),
             budget_tokens=sequence.plan.budget_tokens,
-            held_tokens=self._mean_length(sequence),
+            held_tokens=self.kv.held_tokens(sequence.slot),
             held_bytes=held,
             peak_bytes=max(sequence.peak_bytes, held),
         )

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from curkv.cache.attention import PagedAttention
 from curkv.cache.batch import Batch
-from curkv.cache.kv_cache import KVCache
 from curkv.kernels.cpu.workers import Memory, Recording, recording
 from curkv.models.llama import Llama
 
@@ -28,13 +28,13 @@ class RecordedDecodes:
 
     Args:
         model: the model.
-        kv: its cache.
+        attention: its attention.
     """
 
-    def __init__(self, model: Llama, kv: KVCache):
-        most = kv.layout.max_sequences
+    def __init__(self, model: Llama, attention: PagedAttention):
+        most = attention.kv.layout.max_sequences
         self._model = model
-        self._kv = kv
+        self._attention = attention
         self._memory = Memory()
         self._recordings: dict[int, tuple[Recording, Batch, Tensor]] = {}
         self._token_ids = torch.zeros(most, dtype=torch.int64)
@@ -53,7 +53,7 @@ class RecordedDecodes:
             float32 [R, vocab_size], logits of `batch.logit_rows`; overwritten by the next step.
         """
         if not self._recordable:
-            return self._model.forward(batch, self._kv)
+            return self._model.forward(batch, self._attention)
         size = batch.num_decodes
         self._token_ids[:size] = batch.token_ids
         self._positions[:size] = batch.positions
@@ -81,7 +81,7 @@ class RecordedDecodes:
             logit_rows=torch.arange(size),
         )
         with recording(self._memory) as recorded, _LaunchesOnly():  # type: ignore[no-untyped-call]
-            logits = self._memory.unowned(self._model.forward(batch, self._kv))
+            logits = self._memory.unowned(self._model.forward(batch, self._attention))
         self._recordings[size] = recorded, batch, logits
         return logits
 

@@ -6,7 +6,7 @@ import bisect
 import contextlib
 from dataclasses import dataclass, field
 
-from curkv.cache.kv_cache import KVCache
+from curkv.cache.page_manager import PageManager
 from curkv.cache.page_pool import OutOfPages
 from curkv.cache.prefixes import Prefix
 from curkv.engine.pace import Pace
@@ -47,7 +47,7 @@ class Scheduler:
         max_itl: seconds that a step with running decodes may take, see `Pace`.
     """
 
-    def __init__(self, kv: KVCache, max_step_tokens: int, max_itl: float | None = None):
+    def __init__(self, kv: PageManager, max_step_tokens: int, max_itl: float | None = None):
         self.kv = kv
         self.max_step_tokens = max_step_tokens
         self.pace = Pace(max_itl, max_step_tokens)
@@ -86,7 +86,7 @@ class Scheduler:
         self.running.append(sequence)
 
     def schedule(self) -> Schedule:
-        """Picks the next step's work and takes its pages; lengths are advanced by the step's tokens."""
+        """Picks the next step's work, for which there are pages."""
         step = Schedule()
         budget = self._step_tokens()
         for sequence in sorted(self.running, key=lambda s: (s.remaining > 1, s.priority)):
@@ -97,8 +97,6 @@ class Scheduler:
         decodes_first = sorted(range(len(step.chunks)), key=lambda i: step.chunks[i] > 1)
         step.sequences = [step.sequences[i] for i in decodes_first]
         step.chunks = [step.chunks[i] for i in decodes_first]
-        if step.sequences:
-            self.kv.extend([s.slot for s in step.sequences], step.chunks)
         return step
 
     def _step_tokens(self) -> int:
@@ -180,31 +178,14 @@ class Scheduler:
         computed = prefix.tokens if prefix is not None else 0
         prompt_left = len(sequence.prompt) - computed + sum(s.remaining for s in prefills)
         steps = -(-prompt_left // self._step_tokens())
-        needed = self._peak_pages(sequence, prefix)
+        needed = self.kv.footprint(sequence.plan, len(sequence.output), prefix)
         needed += self._pages_needed(prefills, [self._growth(s) for s in prefills])
         needed += self._pages_needed(decodes, [max(s.remaining, steps) for s in decodes])
         return needed <= self.kv.free_pages
 
-    def _peak_pages(self, sequence: Sequence, prefix: Prefix | None) -> int:
-        """Pages that a new sequence takes at most until its prompt and output so far are computed.
-
-        Pages of its prefix that running sequences own are not taken again, but an eviction copies what it
-        keeps of them.
-        """
-        plan, pages = sequence.plan, self.kv.layout.sequence_pages
-        held = plan.kept_prompt_tokens + len(sequence.output)
-        if prefix is None:
-            return pages(max(plan.peak_prompt_tokens, held))
-        owners, holders = (counts[prefix.pages] for counts in (self.kv.pool.owners, self.kv.pool.held))
-        shared = int((owners > holders).sum())
-        if prefix.evictions:
-            return pages(held) - shared + self.kv.layout.num_heads
-        copied = pages(plan.budget_tokens) if shared and plan.evicts_prompt else 0
-        return pages(max(plan.peak_prompt_tokens, held)) - shared + copied
-
     def _growth(self, sequence: Sequence) -> int:
         """Tokens per head that a prefill will add at most to what it holds."""
-        held = self.kv.sequence_tokens(sequence.slot) // self.kv.layout.num_heads
+        held = int(self.kv.held_tokens(sequence.slot))
         return min(sequence.remaining, max(0, sequence.plan.peak_prompt_tokens - held))
 
     def _pages_needed(self, sequences: list[Sequence], chunks: list[int]) -> int:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from curkv.cache.batch import Batch
 from curkv.cache.eviction import evict, plan_kept
 from curkv.cache.observations import Needs
 from curkv.cache.plan import EvictionPlan, policy_needs, resolve
@@ -73,8 +72,8 @@ class Evaluator:
 
     def __init__(self, engine: Engine, source: str) -> None:
         self.source = source
-        self._model, self._kv, self._kernels = engine.model, engine.kv, engine.kernels
-        self._tokenizer, self._eos_ids = engine.tokenizer, engine.eos_ids
+        self._runner, self._kv = engine.runner, engine.kv
+        self._tokenizer, self._eos_ids = engine.info.tokenizer, engine.eos_ids
         self._max_step_tokens = engine.scheduler.max_step_tokens
 
     def count_tokens(self, text: str) -> int:
@@ -207,8 +206,8 @@ class Evaluator:
         """Counts the first plans that fit the pool together, each with a second fork for the right answer."""
         layout, free = self._kv.layout, self._kv.free_pages
         for count, plan in enumerate(plans):
-            partial_pages = 3 * layout.num_heads
-            free -= layout.sequence_pages(plan.kept_prompt_tokens + 2 * new_tokens) + partial_pages
+            second = layout.sequence_pages(new_tokens) + layout.num_heads  # shares all but last pages
+            free -= self._kv.held_pages(plan, new_tokens) + second
             if free < 0 or count == self._kv.free_slots // 2:
                 return max(1, count)
         return len(plans)
@@ -216,9 +215,9 @@ class Evaluator:
     def _branch(self, prompt: _Prompt, variant: Variant, plan: EvictionPlan) -> _Branch:
         slot = self._kv.fork(prompt.slot, observe=False)
         if plan.evicts_prompt:
-            view = self._kv.view(prompt.slot)
-            evict(self._kv, slot, view, plan, *plan_kept(view, plan, self._kernels))
-        kept = self._kv.sequence_tokens(slot) / self._kv.layout.num_heads
+            view = self._runner.attention.view(prompt.slot)
+            evict(self._kv, slot, view, plan, *plan_kept(view, plan, self._kv.kernels))
+        kept = self._kv.held_tokens(slot)
         return _Branch(variant, slot, kept / len(prompt.tokens))
 
     def _force_answer(
@@ -282,11 +281,8 @@ class Evaluator:
         Returns:
             float32 logits of each slot's last token [B, vocab], or of all tokens [B * n, vocab].
         """
-        self._kv.extend(slots, [len(new) for new in tokens])
-        batch = Batch.build(slots, tokens, [start] * len(slots))
-        if all_rows:
-            batch = replace(batch, logit_rows=torch.arange(len(batch.token_ids)))
-        return self._model.forward(batch, self._kv)
+        wanted = [len(new) if all_rows else 1 for new in tokens]
+        return self._runner.run(slots, tokens, [start] * len(slots), wanted).clone()
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids

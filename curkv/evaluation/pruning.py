@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from curkv.cache.batch import Batch
 from curkv.engine.build import EngineOptions, build_engine
 from curkv.engine.engine import Engine
 from curkv.evaluation.corpora import load_corpus
@@ -206,11 +205,11 @@ def _random_rows(source: Source, kept: int, directory: Path, seed: int) -> Sourc
 def _quality(
     before: Source, engine: Engine, after: Source, pruned_engine: Engine, options: ReportOptions
 ) -> Quality:
-    reference, model = dense_logits(engine.model), dense_logits(pruned_engine.model)
+    reference, model = dense_logits(engine.runner.model), dense_logits(pruned_engine.runner.model)
     text = {}
     for corpus in options.corpora:
         windows = token_windows(
-            engine.tokenizer, load_corpus(corpus), options.window_tokens, options.windows, options.seed
+            engine.info.tokenizer, load_corpus(corpus), options.window_tokens, options.windows, options.seed
         )
         text[corpus] = compare(reference, model, tqdm(windows, corpus, leave=False))
     layers = range(before.config.num_layers)
@@ -239,7 +238,7 @@ def _scores(engine: Engine, options: ReportOptions) -> dict[str, float]:
 def _speeds(engines: Sequence[Engine], seed: int) -> list[Speed]:
     """Times the models in turns, so that whatever else the machine does falls on both."""
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = min(engine.model.config.vocab_size for engine in engines)
+    vocabulary = min(engine.runner.model.config.vocab_size for engine in engines)
     prompt = torch.randint(vocabulary, (PREFILL_TOKENS,), generator=generator).tolist()
     rounds = [[_time(engine, prompt) for engine in engines] for _ in range(SPEED_ROUNDS + 1)][1:]
     return [
@@ -255,15 +254,10 @@ def _time(engine: Engine, prompt: list[int]) -> tuple[float, float]:
     """Returns the seconds of a prefill and of the decode steps behind it."""
     slot = engine.kv.add_sequence()
     started = time.perf_counter()
-    _forward(engine, slot, prompt, 0)
+    engine.runner.run([slot], [prompt], [0])
     prefilled = time.perf_counter()
     for step in range(DECODE_STEPS):
-        _forward(engine, slot, prompt[step : step + 1], len(prompt) + step)
+        engine.runner.run([slot], [prompt[step : step + 1]], [len(prompt) + step])
     ended = time.perf_counter()
     engine.kv.free(slot)
     return prefilled - started, ended - prefilled
-
-
-def _forward(engine: Engine, slot: int, tokens: list[int], start: int) -> None:
-    engine.kv.extend([slot], [len(tokens)])
-    engine.model.forward(Batch.build([slot], [tokens], [start]), engine.kv)

@@ -6,11 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from curkv.cache.budgets import Budget, parse_budget
-from curkv.cache.layout import CacheLayout
+from curkv.cache.layout import CacheLayout, full_attention
 
 
 def layout(page_size: int = 64, heads: int = 3) -> CacheLayout:
-    return CacheLayout(30, heads, 64, page_size, torch.float32, max_sequences=8, max_tokens=8192)
+    return CacheLayout(
+        full_attention(30, heads), 64, page_size, torch.float32, max_sequences=8, max_tokens=8192
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from curkv.cache.batch import Batch
 from curkv.cache.integrity import IntegrityError, check_integrity
-from curkv.cache.kv_cache import KVCache, OutOfSlots
 from curkv.cache.layout import CacheLayout
+from curkv.cache.page_manager import OutOfSlots, PageManager
 from curkv.cache.page_pool import OutOfPages
 from curkv.kernels.rope.reference import rope
-from tests.cache.util import books, head_tokens, kept, make_cache, same_books, step
+from tests.cache.util import attention_over, books, head_tokens, kept, make_cache, same_books, step
 
 
 def rope_tables(positions: int, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -53,12 +53,16 @@ class DenseSequence:
 
 
 def run_both(
-    cache: KVCache, dense: dict[int, DenseSequence], chunks: dict[int, int], starts: dict[int, int]
+    cache: PageManager,
+    tables: tuple[Tensor, Tensor],
+    dense: dict[int, DenseSequence],
+    chunks: dict[int, int],
+    starts: dict[int, int],
 ) -> None:
     """One step of random tokens through the cache and through dense attention; both must agree."""
     batch = Batch.build(list(chunks), [[0] * n for n in chunks.values()], [starts[slot] for slot in chunks])
     cache.extend(list(chunks), list(chunks.values()))
-    layout, total = cache.layout, len(batch.token_ids)
+    layout, total, attention = cache.layout, len(batch.token_ids), attention_over(cache, tables)
     bounds = batch.query_start.tolist()
     for layer in range(layout.num_layers):
         q = torch.randn(total, 2 * layout.num_kv_heads, layout.head_dim)
@@ -69,7 +73,7 @@ def run_both(
                 for slot, a, b in zip(chunks, bounds, bounds[1:], strict=False)
             ]
         )
-        torch.testing.assert_close(cache.attend(layer, q, k, v, batch), expected)
+        torch.testing.assert_close(attention.attend(layer, q, k, v, batch), expected)
     for slot, count in chunks.items():
         starts[slot] += count
 
@@ -77,39 +81,39 @@ def run_both(
 def test_chunks_decodes_and_evicted_heads_attend_like_dense_attention() -> None:
     torch.manual_seed(0)
     tables = rope_tables(64, 8)
-    cache = make_cache(rope=tables, head_dim=8)
+    cache = make_cache(head_dim=8)
     a, b = cache.add_sequence(), cache.add_sequence()
     dense = {slot: DenseSequence(cache.layout, tables) for slot in (a, b)}
     starts = {a: 0, b: 0}
-    run_both(cache, dense, {a: 7}, starts)
-    run_both(cache, dense, {a: 1, b: 5}, starts)
+    run_both(cache, tables, dense, {a: 7}, starts)
+    run_both(cache, tables, dense, {a: 1, b: 5}, starts)
     keep = [[[0, 3, 7], [1, 2, 3, 4, 5]], [[7], [0, 1, 2, 3, 4, 5, 6, 7]]]
     cache.evict(a, *kept(keep))
     dense[a].evict(keep)
     for _ in range(6):
-        run_both(cache, dense, {a: 1, b: 1}, starts)
-    run_both(cache, dense, {a: 1, b: 6}, starts)
-    run_both(cache, dense, {b: 2, a: 3}, starts)
+        run_both(cache, tables, dense, {a: 1, b: 1}, starts)
+    run_both(cache, tables, dense, {a: 1, b: 6}, starts)
+    run_both(cache, tables, dense, {b: 2, a: 3}, starts)
 
 
 def test_rope_is_applied_to_queries_in_place_at_logical_positions() -> None:
     tables = rope_tables(64, 4)
-    cache = make_cache(rope=tables)
+    cache = make_cache()
     slot = cache.add_sequence()
     batch = Batch.build([slot], [[1, 2]], [9])
     cache.extend([slot], [2])
     q = torch.randn(2, 4, 4)
     expected = q.clone()
     rope(expected, *tables, torch.tensor([9, 10], dtype=torch.int32))
-    cache.attend(0, q, torch.randn(2, 2, 4), torch.randn(2, 2, 4), batch)
+    attention_over(cache, tables).attend(0, q, torch.randn(2, 2, 4), torch.randn(2, 2, 4), batch)
     assert torch.equal(q, expected)
     assert head_tokens(cache, slot, 0, 1)["position"].tolist() == [9, 10]
 
 
 def test_a_new_cache_uses_nothing() -> None:
     cache = make_cache(num_pages=10)
-    assert (cache.used_bytes, cache.free_pages, cache.stranded_slots_ratio) == (0, 10, 0.0)
-    assert cache.capacity_bytes == 10 * cache.page_bytes
+    assert (cache.usage.used_bytes, cache.free_pages, cache.usage.stranded_slots_ratio) == (0, 10, 0.0)
+    assert cache.usage.capacity_bytes == 10 * cache.page_bytes
     check_integrity(cache)
 
 
@@ -126,10 +130,10 @@ def test_one_token_takes_a_page_in_every_head() -> None:
     assert cache.pages_needed([slot], [1]) == 4
     cache.extend([slot], [1])
     assert cache.used_pages == 4
-    assert cache.stranded_slots_ratio == 0.75
+    assert cache.usage.stranded_slots_ratio == 0.75
     cache.extend([slot], [3])
     assert cache.used_pages == 4
-    assert cache.stranded_slots_ratio == 0.0
+    assert cache.usage.stranded_slots_ratio == 0.0
     assert cache.pages_needed([slot], [1]) == 4
 
 
@@ -304,37 +308,37 @@ def test_keeping_more_than_there_is_is_refused() -> None:
         cache.evict(slot, *kept([[[0, 1, 2], [0]], [[0], [0]]]))
 
 
-def share_with_another_head(cache: KVCache) -> None:
+def share_with_another_head(cache: PageManager) -> None:
     ids = cache.page_table[0, 0, 0, :1].numpy().copy()
     cache.pool.release(cache.page_table[0, 0, 1, :1].numpy().copy())
     cache.pool.share(ids)
     cache.page_table[0, 0, 1, 0] = int(ids[0])
 
 
-def repeat_in_own_head(cache: KVCache) -> None:
+def repeat_in_own_head(cache: PageManager) -> None:
     ids = cache.page_table[0, 0, 0, :1].numpy().copy()
     cache.pool.release(cache.page_table[0, 0, 0, 1:2].numpy().copy())
     cache.pool.share(ids)
     cache.page_table[0, 0, 0, 1] = int(ids[0])
 
 
-def share_partial(cache: KVCache) -> None:
+def share_partial(cache: PageManager) -> None:
     cache.page_table[1] = cache.page_table[0]
     cache.page_counts[1] = cache.page_counts[0]
     cache.lengths[1] = cache.lengths[0]
     cache.pool.share(cache.page_table[0, ..., :2].numpy().flatten())
 
 
-def swap_pages(cache: KVCache) -> None:
+def swap_pages(cache: PageManager) -> None:
     cache.page_table[0, 1, 0, :2] = cache.page_table[0, 1, 0, :2].flip(0)
     cache.lengths[0, 1, 0] = 8
 
 
-def set_position(cache: KVCache) -> None:
+def set_position(cache: PageManager) -> None:
     cache.pages.position[cache.page_table[0, 1, 0, 0].item(), 2] = 1
 
 
-CORRUPTIONS: list[tuple[Callable[[KVCache], object], str]] = [
+CORRUPTIONS: list[tuple[Callable[[PageManager], object], str]] = [
     (lambda cache: cache.lengths[0, 1, 0].add_(4), r"page count does not fit length at .* 0, 1, 0"),
     (lambda cache: cache.lengths[0, 1, 0].fill_(-1), r"length out of range at .* 0, 1, 0"),
     (lambda cache: cache._active.__setitem__(0, False), "slot 0 is not in use but holds tokens"),
@@ -357,7 +361,9 @@ CORRUPTIONS: list[tuple[Callable[[KVCache], object], str]] = [
 
 
 @pytest.mark.parametrize(("corrupt", "message"), CORRUPTIONS)
-def test_the_integrity_check_says_what_is_wrong(corrupt: Callable[[KVCache], object], message: str) -> None:
+def test_the_integrity_check_says_what_is_wrong(
+    corrupt: Callable[[PageManager], object], message: str
+) -> None:
     cache = make_cache()
     slots = [cache.add_sequence() for _ in range(2)]
     step(cache, {slots[0]: 7}, {slots[0]: 0})

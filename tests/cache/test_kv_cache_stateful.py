@@ -14,7 +14,7 @@ from torch import Tensor
 
 from curkv.cache.batch import Batch
 from curkv.cache.integrity import check_integrity
-from curkv.cache.kv_cache import OutOfSlots
+from curkv.cache.page_manager import OutOfSlots
 from curkv.cache.page_pool import OutOfPages
 from curkv.kernels.store_kv.reference import store_kv
 from tests.cache.util import books, kept, make_cache, poison, same_books, token_slots
@@ -203,9 +203,9 @@ class CacheMachine(RuleBasedStateMachine):
         for slot, sequence in self.model.items():
             assert self.cache.sequence_bytes(slot) == sequence.pages() * self.cache.page_bytes
             assert self.cache.sequence_tokens(slot) == sum(map(len, sequence.heads.values()))
-        assert self.cache.used_bytes <= sum(map(self.cache.sequence_bytes, self.model))
+        assert self.cache.usage.used_bytes <= sum(map(self.cache.sequence_bytes, self.model))
         assert self.cache.prefixes.held_pages <= self.cache.prefixes.max_pages
-        assert self.cache.saved_bytes >= 0
+        assert self.cache.usage.saved_bytes >= 0
 
     @invariant()
     def contents_equal_the_model(self) -> None:
@@ -230,7 +230,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.cache.free(slot)
         check_integrity(self.cache)
         assert self.cache.free_pages == self.cache.num_pages
-        assert self.cache.used_bytes == 0
+        assert self.cache.usage.used_bytes == 0
         self.cache.prefixes.drop()
         assert self.cache.pool.num_free == self.cache.num_pages and not self.cache.prefixes.held_pages
         assert self.cache.free_slots == self.cache.layout.max_sequences

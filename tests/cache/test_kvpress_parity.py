@@ -16,11 +16,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from curkv.cache.attention import PagedAttention
 from curkv.cache.batch import Batch
 from curkv.cache.eviction import plan_kept
-from curkv.cache.kv_cache import KVCache
-from curkv.cache.layout import CacheLayout
+from curkv.cache.layout import CacheLayout, full_attention
 from curkv.cache.observations import Needs
+from curkv.cache.page_manager import PageManager
 from curkv.cache.parsing import parse_options
 from curkv.cache.plan import resolve
 from curkv.cache.policies.base import CacheView
@@ -83,7 +84,7 @@ def text(request, model, default_model_dir) -> Text:
             kept = out.past_key_values.layers[index]
             hidden = decoder.input_layernorm(out.hidden_states[index])
             layers.append(Layer(decoder.self_attn, hidden, kept.keys, kept.values, rope))
-        layout = CacheLayout(len(LAYERS), 3, 64, 32, torch.float32, 1, 2048)
+        layout = CacheLayout(full_attention(len(LAYERS), 3), 64, 32, torch.float32, 1, 2048)
         return Text(layers, observe(layers, layout, n), layout)
 
 
@@ -91,23 +92,23 @@ def observe(layers: list[Layer], layout: CacheLayout, n: int) -> CacheView:
     """Send everything through a cache that observes what any policy needs."""
     frequencies = 1 / 100_000.0 ** (torch.arange(0, 64, 2) / 64)
     angles = torch.arange(4096)[:, None] * frequencies
-    cache = KVCache(layout, layout.sequence_pages(n), KERNELS, (angles.cos(), angles.sin()))
+    cache = PageManager(layout, layout.sequence_pages(n), KERNELS)
     weights = [layer.module.o_proj.weight.T.reshape(9, 64, -1) for layer in layers]
-    cache.output_projection = weights.__getitem__
+    attention = PagedAttention(cache, (angles.cos(), angles.sin()), weights.__getitem__)
     slot = cache.add_sequence(Needs(queries=64, column_sums=True, query_statistics=True, block=256))
     for start in range(0, n, CHUNK):
         count = min(CHUNK, n - start)
         cache.extend([slot], [count])
-        batch = Batch.build([slot], [[0] * count], [start])
+        batch = Batch.build([slot], [[0] * count], [start], observed=cache.observed)
         for index, layer in enumerate(layers):
             hidden = layer.hidden[0, start : start + count]
-            attention = layer.module
+            module = layer.module
             q, k, v = (
                 projection(hidden).view(count, -1, 64)
-                for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+                for projection in (module.q_proj, module.k_proj, module.v_proj)
             )
-            cache.attend(index, q.clone(), k.clone(), v.clone(), batch)
-    return cache.view(slot)
+            attention.attend(index, q.clone(), k.clone(), v.clone(), batch)
+    return attention.view(slot)
 
 
 def our_kept(text: Text, k: int, **raw: object) -> Tensor:

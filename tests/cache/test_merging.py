@@ -11,7 +11,7 @@ from curkv.cache.merging import merged
 from curkv.cache.parsing import parse_options
 from curkv.cache.plan import resolve
 from curkv.kernels.dispatch import get_kernels
-from tests.cache.util import head_tokens, kept, make_cache, step
+from tests.cache.util import head_tokens, kept, make_cache, step, view_of
 
 
 def one_by_one(
@@ -44,7 +44,7 @@ def test_evicted_tokens_are_averaged_into_their_nearest_kept_key(threshold: floa
     indices, counts = kept([choice, choice])
     for layer in range(2):
         before = [head_tokens(cache, slot, layer, head) for head in range(2)]
-        k, v = merged(cache.view(slot), layer, indices[layer], counts[layer], threshold)
+        k, v = merged(view_of(cache, slot), layer, indices[layer], counts[layer], threshold)
         for head, tokens in enumerate(choice):
             expected = one_by_one(before[head]["k"], before[head]["v"], tokens, threshold)
             torch.testing.assert_close(k[head, : len(tokens)], expected[0])
@@ -57,7 +57,7 @@ def test_merged_tokens_are_what_the_cache_then_holds_and_norms_follow() -> None:
     step(cache, {slot: 40}, {slot: 0}, torch.Generator().manual_seed(4))
     raw = {"policy": "knorm", "budget": 12, "recent_tokens": 2, "merge": "nearest", "merge_threshold": 0.1}
     plan = resolve(parse_options(raw), list(range(40)), cache.layout)
-    view = cache.view(slot)
+    view = view_of(cache, slot)
     indices, counts = plan_kept(view, plan, get_kernels("reference"))
     wanted = [merged(view, layer, indices[layer], counts[layer], 0.1) for layer in range(2)]
     evict(cache, slot, view, plan, indices, counts)

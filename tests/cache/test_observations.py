@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from curkv.cache.attention import PagedAttention
 from curkv.cache.batch import Batch
 from curkv.cache.integrity import check_integrity
-from curkv.cache.kv_cache import KVCache
-from curkv.cache.layout import CacheLayout
+from curkv.cache.layout import CacheLayout, full_attention
 from curkv.cache.observations import BLOCK_SKIP, STATISTICS_SKIP, Needs
+from curkv.cache.page_manager import PageManager
 from curkv.kernels.dispatch import get_kernels
 from curkv.kernels.rope.reference import rope
 from tests.cache.util import poison
@@ -20,9 +21,9 @@ TABLES = rope_tables(DIM, 256)
 EVERYTHING = Needs(queries=12, column_sums=True, query_statistics=True, block=16)
 
 
-def make_cache() -> KVCache:
-    layout = CacheLayout(LAYERS, HEADS, DIM, 8, torch.float32, 6, 128)
-    cache = KVCache(layout, 400, get_kernels("cpu"), TABLES)
+def make_cache() -> PageManager:
+    layout = CacheLayout(full_attention(LAYERS, HEADS), DIM, 8, torch.float32, 6, 128)
+    cache = PageManager(layout, 400, get_kernels("cpu"))
     poison(cache)
     return cache
 
@@ -35,15 +36,21 @@ def make_tokens(seed: int = 0) -> list[tuple[torch.Tensor, ...]]:
     ]
 
 
-def feed(cache: KVCache, slots: dict[int, tuple[int, int]], tokens: list[tuple[torch.Tensor, ...]]) -> None:
+def feed(
+    cache: PageManager, slots: dict[int, tuple[int, int]], tokens: list[tuple[torch.Tensor, ...]]
+) -> None:
     """Computes tokens start .. end of the same text for each slot; single tokens go first."""
     counts = [end - start for start, end in slots.values()]
     cache.extend(list(slots), counts)
     batch = Batch.build(
-        list(slots), [[0] * count for count in counts], [start for start, _ in slots.values()]
+        list(slots),
+        [[0] * count for count in counts],
+        [start for start, _ in slots.values()],
+        observed=cache.observed,
     )
+    attention = PagedAttention(cache, TABLES)
     for layer, parts in enumerate(tokens):
-        cache.attend(
+        attention.attend(
             layer, *(torch.cat([part[start:end] for start, end in slots.values()]) for part in parts), batch
         )
 
@@ -69,7 +76,7 @@ def test_everything_is_gathered_whatever_the_chunks(chunks):
     for chunk in chunks:
         feed(cache, {slot: (start, start + chunk)}, tokens)
         start += chunk
-    view = cache.view(slot)
+    view = PagedAttention(cache, TABLES).view(slot)
     queries = view.queries(12).view(LAYERS, HEADS, 12, GROUP, DIM)
     for layer, (q, k, _) in enumerate(tokens):
         wanted = rotated(q)[-12:].view(12, HEADS, GROUP, DIM).transpose(0, 1)
@@ -97,10 +104,10 @@ def test_only_those_who_ask_are_observed_in_mixed_batches():
     feed(cache, {summed: (30, 31), plain: (20, 21)}, tokens)
     feed(cache, {plain: (21, 22), summed: (31, 40)}, tokens)
     for layer, (q, k, _) in enumerate(tokens):
-        sums = cache.view(summed).gather(cache.pages.attention, -1.0)[layer]
+        sums = PagedAttention(cache, TABLES).view(summed).gather(cache.pages.attention, -1.0)[layer]
         torch.testing.assert_close(sums, expected_sums(q, k, 40), rtol=1e-4, atol=1e-5)
-    assert cache.view(plain).gather(cache.pages.attention, 0.0).eq(0).all()
-    assert cache.view(plain).observations is None
+    assert PagedAttention(cache, TABLES).view(plain).gather(cache.pages.attention, 0.0).eq(0).all()
+    assert PagedAttention(cache, TABLES).view(plain).observations is None
 
 
 def test_forks_go_on_apart_and_leave_nothing_behind():
@@ -113,11 +120,14 @@ def test_forks_go_on_apart_and_leave_nothing_behind():
     check_integrity(cache)
     for layer, (q, k, _) in enumerate(tokens):
         for owner, count in ((slot, 40), (fork, 41)):
-            view = cache.view(owner)
+            view = PagedAttention(cache, TABLES).view(owner)
             sums = view.gather(cache.pages.attention, -1.0)[layer]
             torch.testing.assert_close(sums, expected_sums(q, k, count), rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(view.observations.queries[layer], rotated(q[:count])[-12:])
-    assert cache.view(blind).observations is None
+    assert PagedAttention(cache, TABLES).view(blind).observations is None
     for owner in (slot, fork, blind):
         cache.free(owner)
-    assert cache.used_pages == 0 and cache.view(cache.add_sequence()).observations is None
+    assert (
+        cache.used_pages == 0
+        and PagedAttention(cache, TABLES).view(cache.add_sequence()).observations is None
+    )

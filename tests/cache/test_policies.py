@@ -13,7 +13,7 @@ from torch import Tensor
 
 from curkv.cache.eviction import plan_kept
 from curkv.cache.integrity import check_integrity
-from curkv.cache.layout import CacheLayout
+from curkv.cache.layout import CacheLayout, full_attention
 from curkv.cache.parsing import parse_options
 from curkv.cache.plan import EvictionPlan, resolve
 from curkv.cache.policies import get_policy
@@ -23,7 +23,7 @@ from curkv.kernels.leverage_scores import reference as leverage_reference
 from curkv.kernels.pages import Pages, rounded
 from curkv.kernels.select import cpu as select_cpu
 from curkv.kernels.select import reference as select_reference
-from tests.cache.util import make_cache, step
+from tests.cache.util import make_cache, step, view_of
 
 CPU = SimpleNamespace(leverage_scores=leverage_cpu.leverage_scores, select=select_cpu.select)
 REFERENCE = SimpleNamespace(
@@ -89,7 +89,12 @@ def random_view(layers=2, heads=3, n=100, dim=8, seed=0, **more) -> CacheView:
 
 def make_plan(view: CacheView, /, prompt: int | None = None, **raw) -> EvictionPlan:
     layout = CacheLayout(
-        *view.lengths.shape, view.pages.k.shape[2], view.pages.k.shape[1], torch.float32, 1, 9999
+        full_attention(*view.lengths.shape),
+        view.pages.k.shape[2],
+        view.pages.k.shape[1],
+        torch.float32,
+        1,
+        9999,
     )
     return resolve(parse_options(raw), range(prompt or view.width), layout)
 
@@ -355,15 +360,15 @@ def test_the_cache_gives_back_all_pages_that_the_plan_empties(policy):
     step(cache, {slot: 150}, {slot: 0}, torch.Generator().manual_seed(0))
     raw = {"policy": policy, "budget": "25%", "decode_budget": 30, "recent_tokens": 5}
     plan = resolve(parse_options(raw), range(150), cache.layout)
-    cache.evict(slot, *plan_kept(cache.view(slot), plan, CPU))
+    cache.evict(slot, *plan_kept(view_of(cache, slot), plan, CPU))
     check_integrity(cache)
     lengths = cache.lengths[slot]
     assert lengths.sum(1).eq(37 * 3).all()
     assert cache.used_pages == int((-(-lengths // cache.layout.page_size)).sum())
-    assert cache.evict(slot, *plan_kept(cache.view(slot), plan, CPU)) == 0
+    assert cache.evict(slot, *plan_kept(view_of(cache, slot), plan, CPU)) == 0
     for round in (1, 2):
         step(cache, {slot: 8}, {slot: 142 + 8 * round}, torch.Generator().manual_seed(round))
-        cache.evict(slot, *plan_kept(cache.view(slot, phase="decode", round=round), plan, CPU))
+        cache.evict(slot, *plan_kept(view_of(cache, slot, phase="decode", round=round), plan, CPU))
         check_integrity(cache)
         assert cache.lengths[slot].sum(1).eq(30 * 3).all()
     cache.free(slot)

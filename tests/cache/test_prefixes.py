@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from curkv.cache.kv_cache import KVCache
+from curkv.cache.page_manager import PageManager
 from curkv.cache.prefixes import block_keys, context_digest
 from tests.cache.util import make_cache
 
 HEADS = 4
 
 
-def held_blocks(cache: KVCache, key: str, blocks: int) -> list[str]:
+def held_blocks(cache: PageManager, key: str, blocks: int) -> list[str]:
     """Computes a prompt of whole blocks, holds them, and ends its sequence."""
     slot = cache.add_sequence()
     cache.extend([slot], [blocks * cache.layout.page_size])
@@ -92,10 +92,14 @@ def test_a_prefix_larger_than_the_limit_is_held_as_far_as_it_goes() -> None:
 def test_bytes_held_and_saved() -> None:
     cache = make_cache(max_prefix_pages=100)
     keys = held_blocks(cache, "a", 3)
-    assert (cache.prefix_bytes, cache.used_bytes, cache.saved_bytes) == (12 * cache.page_bytes, 0, 0)
+    assert (cache.usage.prefix_bytes, cache.usage.used_bytes, cache.usage.saved_bytes) == (
+        12 * cache.page_bytes,
+        0,
+        0,
+    )
     found = cache.prefixes.find_blocks(keys)
     assert found is not None
     for count in (1, 2):
         cache.adopt(found)
-        assert cache.used_bytes == 12 * cache.page_bytes
-        assert cache.saved_bytes == count * 12 * cache.page_bytes
+        assert cache.usage.used_bytes == 12 * cache.page_bytes
+        assert cache.usage.saved_bytes == count * 12 * cache.page_bytes

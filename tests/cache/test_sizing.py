@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from curkv.cache import sizing
-from curkv.cache.layout import CacheLayout
+from curkv.cache.layout import CacheLayout, full_attention
 
 LAYOUT = CacheLayout(
-    num_layers=2,
-    num_kv_heads=3,
+    layers=full_attention(2, 3),
     head_dim=64,
     page_size=16,
     dtype=torch.float16,

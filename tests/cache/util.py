@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from curkv.cache.attention import PagedAttention
 from curkv.cache.batch import Batch
-from curkv.cache.kv_cache import KVCache
-from curkv.cache.layout import CacheLayout
+from curkv.cache.layout import CacheLayout, LayerSpec, full_attention
+from curkv.cache.page_manager import PageManager
+from curkv.cache.policies.base import CacheView
 from curkv.kernels.compact.reference import compact
 from curkv.kernels.paged_decode_attention.reference import paged_decode_attention
 from curkv.kernels.paged_prefill_attention.reference import paged_prefill_attention
@@ -27,29 +30,38 @@ KERNELS = SimpleNamespace(
 
 def make_cache(
     num_pages: int = 64,
-    rope: tuple[Tensor, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
     max_prefix_pages: int = 0,
+    num_kv_heads: int = 2,
+    layers: tuple[LayerSpec, ...] | None = None,
     **layout: int,
-) -> KVCache:
-    """A cache of 2 layers x 2 heads x 4 channels with pages of 4 tokens; by default RoPE turns nothing."""
+) -> PageManager:
+    """A cache of 2 layers x 2 heads x 4 channels with pages of 4 tokens."""
     shape = {
-        "num_layers": 2,
-        "num_kv_heads": 2,
         "head_dim": 4,
         "page_size": 4,
         "max_sequences": 4,
         "max_tokens": 24,
     }
-    cache_layout = CacheLayout(dtype=dtype, **(shape | layout))
-    half = cache_layout.head_dim // 2
-    rope = rope or (torch.ones(256, half), torch.zeros(256, half))
-    cache = KVCache(cache_layout, num_pages, KERNELS, rope=rope, max_prefix_pages=max_prefix_pages)
+    layers = layers or full_attention(2, num_kv_heads)
+    cache_layout = CacheLayout(layers, dtype=dtype, **(shape | layout))
+    cache = PageManager(cache_layout, num_pages, KERNELS, max_prefix_pages=max_prefix_pages)
     poison(cache)
     return cache
 
 
-def token_slots(cache: KVCache) -> tuple[Tensor, ...]:
+def attention_over(cache: PageManager, rope: tuple[Tensor, Tensor] | None = None) -> PagedAttention:
+    """Attention over a cache; by default RoPE turns nothing."""
+    half = cache.layout.head_dim // 2
+    return PagedAttention(cache, rope or (torch.ones(256, half), torch.zeros(256, half)))
+
+
+def view_of(cache: PageManager, slot: int, **more: Any) -> CacheView:
+    """What a policy sees of a sequence."""
+    return attention_over(cache).view(slot, **more)
+
+
+def token_slots(cache: PageManager) -> tuple[Tensor, ...]:
     """Sequence, layer, head, page and place in the page [n] of every stored token, in this order."""
     size = cache.layout.page_size
     index = torch.arange(cache.layout.max_pages * size)
@@ -57,7 +69,7 @@ def token_slots(cache: KVCache) -> tuple[Tensor, ...]:
     return (*head, cache.page_table[(*head, token // size)].long(), token % size)
 
 
-def poison(cache: KVCache) -> None:
+def poison(cache: PageManager) -> None:
     """Fills all memory that holds no token, so that reading it cannot go unnoticed."""
     unused = torch.ones(cache.num_pages, cache.layout.page_size, dtype=torch.bool)
     *_, page, place = token_slots(cache)
@@ -71,7 +83,7 @@ def poison(cache: KVCache) -> None:
         memory[unused] = torch.nan if memory.dtype.is_floating_point else -1
 
 
-def head_tokens(cache: KVCache, slot: int, layer: int, head: int) -> dict[str, Tensor]:
+def head_tokens(cache: PageManager, slot: int, layer: int, head: int) -> dict[str, Tensor]:
     """All that the pages hold about one head's tokens, by field name."""
     length = int(cache.lengths[slot, layer, head])
     count = -(-length // cache.layout.page_size)
@@ -92,22 +104,25 @@ def kept(masks: list[list[list[int]]]) -> tuple[Tensor, Tensor]:
 
 
 def step(
-    cache: KVCache, chunks: dict[int, int], starts: dict[int, int], generator: torch.Generator | None = None
+    cache: PageManager,
+    chunks: dict[int, int],
+    starts: dict[int, int],
+    generator: torch.Generator | None = None,
 ) -> Batch:
     """Adds `chunks[slot]` random tokens to each sequence through `extend` and `attend`."""
     batch = Batch.build(list(chunks), [[0] * n for n in chunks.values()], [starts[slot] for slot in chunks])
     cache.extend(list(chunks), list(chunks.values()))
-    layout, total = cache.layout, len(batch.token_ids)
+    layout, total, attention = cache.layout, len(batch.token_ids), attention_over(cache)
     for layer in range(layout.num_layers):
         q, k, v = (
             torch.randn(total, heads, layout.head_dim, generator=generator)
             for heads in (2 * layout.num_kv_heads, layout.num_kv_heads, layout.num_kv_heads)
         )
-        cache.attend(layer, q, k, v, batch)
+        attention.attend(layer, q, k, v, batch)
     return batch
 
 
-def books(cache: KVCache) -> list[Tensor]:
+def books(cache: PageManager) -> list[Tensor]:
     """A copy of everything that a refused operation must leave as it was."""
     memory = [array.nan_to_num(-7) for array in cache.pages.arrays.values()]
     free = torch.from_numpy(cache.pool.free_pages.copy())

@@ -11,13 +11,16 @@ import torch
 from tokenizers import Tokenizer
 
 from curkv.bench.text import documentation_text
-from curkv.cache.kv_cache import KVCache
-from curkv.cache.layout import CacheLayout
+from curkv.cache.attention import PagedAttention
+from curkv.cache.layout import CacheLayout, full_attention
 from curkv.cache.options import EvictionOptions
+from curkv.cache.page_manager import PageManager
 from curkv.engine.engine import Engine
 from curkv.engine.recorded_decodes import RecordedDecodes
+from curkv.engine.runner import Runner
 from curkv.engine.types import Output, Request, SamplingParams
 from curkv.kernels.dispatch import Kernels, get_kernels
+from curkv.models.info import ModelInfo
 from curkv.models.llama import Llama, rope_tables
 from curkv.models.loading import Checkpoint, load_config, load_tokenizer
 
@@ -45,21 +48,17 @@ class Loaded:
     ) -> Engine:
         config = self.model.config
         layout = CacheLayout(
-            config.num_layers,
-            config.num_kv_heads,
+            full_attention(config.num_layers, config.num_kv_heads),
             config.head_dim,
             page_size,
             dtype,
             max_sequences,
             max_model_len,
         )
-        kv = KVCache(layout, num_pages, self.kernels, rope_tables(config, max_model_len))
-        return Engine(
-            *(self.model, kv, self.kernels, self.tokenizer),
-            *(max_step_tokens, max_model_len),
-            decode_graphs=RecordedDecodes(self.model, kv) if recorded else None,
-            max_itl=max_itl,
-        )
+        kv = PageManager(layout, num_pages, self.kernels)
+        attention = PagedAttention(kv, rope_tables(config, max_model_len), self.model.output_projection)
+        runner = Runner(self.model, attention, RecordedDecodes(self.model, attention) if recorded else None)
+        return Engine(runner, ModelInfo(self.tokenizer), max_step_tokens, max_model_len, max_itl)
 
     def prompt(self, length: int, start: int = 0) -> list[int]:
         return self.text_ids[start : start + length]

@@ -17,13 +17,15 @@ from .conftest import Loaded, request, run, tokens
 def test_rounded_weights_predict_as_float32_ones_do(loaded: Loaded, weights: Weights, share: float) -> None:
     """The default model was published in 4 bits: for it, int4 rounds nothing but activations."""
     engine = build_engine(EngineOptions(str(loaded.directory), weights, kv_cache_bytes=1 << 26))
-    assert engine.model.weights == weights
+    assert engine.runner.model.weights == weights
     linear = {"attention", "mlp", "head"}
-    rounded, exact = (sum(m.weights_bytes[kind] for kind in linear) for m in (engine.model, loaded.model))
+    rounded, exact = (
+        sum(m.weights_bytes[kind] for kind in linear) for m in (engine.runner.model, loaded.model)
+    )
     assert rounded < share * exact
     text = loaded.tokenizer.decode(loaded.text_ids[2000:3000])
     windows = token_windows(loaded.tokenizer, text, 300, 1)
-    found = compare(dense_logits(loaded.model), dense_logits(engine.model), windows)
+    found = compare(dense_logits(loaded.model), dense_logits(engine.runner.model), windows)
     assert found.ratio < 1.02
     assert found.kl < 0.02
     together = run(engine, *(request(loaded.prompt(n), id=str(n)) for n in (20, 90)))

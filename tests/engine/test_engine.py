@@ -71,7 +71,7 @@ def test_eviction_keeps_the_budget_and_frees_the_rest(
     (sequence,) = engine.last_stats.sequences
     assert (sequence.policy, sequence.held_tokens, sequence.budget_tokens) == (policy, 75, 75)
     assert (sequence.held_bytes, sequence.peak_bytes) == (
-        engine.kv.used_bytes,
+        engine.kv.usage.used_bytes,
         90 * 10 * engine.kv.page_bytes,
     )
     report = run(engine)["r", 0][-1].kv
@@ -201,7 +201,9 @@ def test_a_step_that_fails_ends_its_requests_and_nothing_else(
     item = request(loaded.prompt(40), 4, n=2)
     engine.add(item, engine.plan(item))
     with monkeypatch.context() as patch:
-        patch.setattr(engine.model, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
+        patch.setattr(
+            engine.runner.model, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("broken"))
+        )
         with pytest.raises(RuntimeError) as raised:
             engine.step()
     outputs = engine.fail(raised.value)

@@ -98,7 +98,7 @@ def test_output_errors_are_those_of_attention_over_the_kept_tokens(
     group = loaded.model.config.num_heads // heads
     torch.manual_seed(0)
     kv.extend([slot], [n])
-    view = kv.view(slot)
+    view = engine.runner.attention.view(slot)
     k, v = torch.randn(2, layers, heads, n, dim)
     for layer in range(layers):
         for head in range(heads):

@@ -56,7 +56,7 @@ def test_a_context_is_compressed_before_the_question_is_seen(
         engine.add(item, engine.plan(item))
         while engine.last_stats.evictions == []:
             engine.step()
-        view = engine.kv.view(0)
+        view = engine.runner.attention.view(0)
         kept.append(view.position.tolist())
         assert engine.kv.sequence_tokens(0) == 40 * engine.kv.layout.num_heads
         report = run(engine)["r", 0][-1].kv

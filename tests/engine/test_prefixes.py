@@ -11,12 +11,15 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from curkv.cache.kv_cache import KVCache
-from curkv.cache.layout import CacheLayout
+from curkv.cache.attention import PagedAttention
+from curkv.cache.layout import CacheLayout, full_attention
+from curkv.cache.page_manager import PageManager
 from curkv.cache.parsing import parse_options
 from curkv.engine.engine import Engine
+from curkv.engine.runner import Runner
 from curkv.engine.types import Output, Request
 from curkv.kernels.dispatch import get_kernels
+from curkv.models.info import ModelInfo
 from curkv.models.llama import Llama, rope_tables
 
 from .conftest import request, run, tokens
@@ -40,12 +43,17 @@ def make_engine(
     dtype: torch.dtype = torch.float16,
 ) -> Engine:
     layout = CacheLayout(
-        CONFIG.num_layers, CONFIG.num_kv_heads, CONFIG.head_dim, PAGE, dtype, 8, CONFIG.max_positions
+        full_attention(CONFIG.num_layers, CONFIG.num_kv_heads),
+        CONFIG.head_dim,
+        PAGE,
+        dtype,
+        8,
+        CONFIG.max_positions,
     )
-    kernels, rope = get_kernels("cpu"), rope_tables(CONFIG, CONFIG.max_positions)
-    kv = KVCache(layout, num_pages, kernels, rope, max_prefix_pages=max_prefix_pages)
+    kv = PageManager(layout, num_pages, get_kernels("cpu"), max_prefix_pages=max_prefix_pages)
+    runner = Runner(model(), PagedAttention(kv, rope_tables(CONFIG, CONFIG.max_positions)))
     words = Tokenizer(WordLevel({str(i): i for i in range(CONFIG.vocab_size)}, unk_token="0"))
-    return Engine(model(), kv, kernels, words, max_step_tokens, CONFIG.max_positions)
+    return Engine(runner, ModelInfo(words), max_step_tokens, CONFIG.max_positions)
 
 
 def prompt(length: int, text: int = 0) -> list[int]:
@@ -75,7 +83,7 @@ CONTEXT = {
 
 def stored(engine: Engine, slot: int) -> Kept:
     """All that a sequence holds: positions, side arrays, keys and values."""
-    view, pages = engine.kv.view(slot), engine.kv.pages
+    view, pages = engine.runner.attention.view(slot), engine.kv.pages
     sides = [view.gather(getattr(pages, name), -1).clone() for name in ("position", "k_sq", "v_sq")]
     vectors = [read(layer) for read in (view.keys, view.values) for layer in range(view.num_layers)]
     return [*sides, *vectors]
@@ -163,7 +171,7 @@ def test_a_compressed_context_is_used_again(name: str, dtype: torch.dtype) -> No
         assert kv is not None and usual is not None
         assert (kv.kept_tokens, kv.evicted_tokens) == (usual.kept_tokens, usual.evicted_tokens)
         assert (kv.decode_evictions, kv.bytes) == (usual.decode_evictions, usual.bytes)
-    assert engine.kv.prefix_bytes <= 0.45 * 300 * engine.kv.layout.token_bytes
+    assert engine.kv.usage.prefix_bytes <= 0.45 * 300 * engine.kv.layout.token_bytes
 
 
 def test_a_compressed_context_is_computed_by_one_and_waited_for_by_the_others() -> None:
@@ -251,10 +259,10 @@ def test_an_abort_leaves_only_what_is_held_and_dropping_gives_it_back() -> None:
         engine.step()
         engine.check_integrity()
         assert engine.kv.used_pages == 0 and not engine.has_work
-    held = engine.kv.prefix_bytes
+    held = engine.kv.usage.prefix_bytes
     assert held and engine.drop_prefixes() == held
     engine.check_integrity()
-    assert engine.kv.pool.num_free == engine.kv.num_pages and not engine.kv.prefix_bytes
+    assert engine.kv.pool.num_free == engine.kv.num_pages and not engine.kv.usage.prefix_bytes
 
 
 def test_the_limit_bounds_what_is_held() -> None:
@@ -270,7 +278,7 @@ def test_without_a_limit_nothing_is_held() -> None:
     engine = make_engine()
     for _ in range(2):
         [outputs] = run(engine, *questions(1)).values()
-        assert outputs[-1].cached_tokens == 0 and not engine.kv.prefix_bytes
+        assert outputs[-1].cached_tokens == 0 and not engine.kv.usage.prefix_bytes
 
 
 def test_statistics_count_tokens_looked_up_and_found() -> None:

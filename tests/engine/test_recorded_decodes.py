@@ -12,9 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
+from curkv.cache.attention import PagedAttention
 from curkv.cache.batch import Batch
-from curkv.cache.kv_cache import KVCache
-from curkv.cache.layout import CacheLayout
+from curkv.cache.layout import CacheLayout, full_attention
+from curkv.cache.page_manager import PageManager
 from curkv.cache.parsing import parse_options
 from curkv.engine.recorded_decodes import RecordedDecodes
 from curkv.kernels.dispatch import get_kernels
@@ -49,17 +50,20 @@ def test_every_family_can_be_recorded(
     AutoModelForCausalLM.from_config(FAMILIES[family]).save_pretrained(tmp_path)
     config, kernels = load_config(tmp_path), get_kernels("cpu")
     model = Llama(config, Checkpoint(tmp_path, config), kernels, rounding)
-    layout = CacheLayout(config.num_layers, config.num_kv_heads, config.head_dim, 16, torch.float16, 4, 128)
-    caches = [KVCache(layout, 64, kernels, rope_tables(config, 128)) for _ in range(2)]
+    layout = CacheLayout(
+        full_attention(config.num_layers, config.num_kv_heads), config.head_dim, 16, torch.float16, 4, 128
+    )
+    caches = [PageManager(layout, 64, kernels) for _ in range(2)]
+    attention, other = (PagedAttention(kv, rope_tables(config, 128)) for kv in caches)
     slots = [[kv.add_sequence() for _ in range(3)] for kv in caches]
-    decodes = RecordedDecodes(model, caches[0])
+    decodes = RecordedDecodes(model, attention)
     for step in range(40):
         count = 3 if step % 4 else 2
         for kv, rows in zip(caches, slots, strict=True):
             kv.extend(rows[:count], [1] * count)
         ids = torch.randint(config.vocab_size, (count, 1)).tolist()
         batch = Batch.build(slots[0][:count], ids, [step] * count)
-        expected = model.forward(Batch.build(slots[1][:count], ids, [step] * count), caches[1])
+        expected = model.forward(Batch.build(slots[1][:count], ids, [step] * count), other)
         assert torch.equal(decodes.forward(batch), expected)
     assert not caplog.records
 
@@ -87,10 +91,11 @@ def test_an_engine_that_records_gives_the_same_tokens(loaded: Loaded) -> None:
 
 
 def test_what_cannot_be_recorded_is_run_kernel_by_kernel(caplog: pytest.LogCaptureFixture) -> None:
-    layout = CacheLayout(1, 1, 8, 16, torch.float32, 4, 64)
-    kv = KVCache(layout, 8, get_kernels("cpu"), (torch.ones(64, 4), torch.zeros(64, 4)))
+    layout = CacheLayout(full_attention(1, 1), 8, 16, torch.float32, 4, 64)
+    kv = PageManager(layout, 8, get_kernels("cpu"))
+    attention = PagedAttention(kv, (torch.ones(64, 4), torch.zeros(64, 4)))
     computed = SimpleNamespace(forward=lambda batch, _: batch.token_ids[:, None].float() + 1)
-    decodes = RecordedDecodes(computed, kv)  # type: ignore[arg-type]
+    decodes = RecordedDecodes(computed, attention)  # type: ignore[arg-type]
     with caplog.at_level(logging.WARNING):
         for token in (5, 7):
             batch = Batch.build([0], [[token]], [0])

@@ -12,13 +12,16 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 from triton.runtime.interpreter import GridExecutor
 
+from curkv.cache.attention import PagedAttention
 from curkv.cache.batch import Batch
-from curkv.cache.kv_cache import KVCache
-from curkv.cache.layout import CacheLayout
+from curkv.cache.layout import CacheLayout, full_attention
+from curkv.cache.page_manager import PageManager
 from curkv.cache.parsing import parse_options
 from curkv.engine.decode_graphs import DecodeGraphs
 from curkv.engine.engine import Engine
+from curkv.engine.runner import Runner
 from curkv.kernels.dispatch import get_kernels
+from curkv.models.info import ModelInfo
 from curkv.models.llama import Llama, rope_tables
 
 from .conftest import request, tokens
@@ -41,12 +44,16 @@ class Trace:
 def engine_over(kernels_name: str, num_pages: int, graphs: bool = False, apart: bool = False) -> Engine:
     kernels = get_kernels(kernels_name)
     model = Llama(CONFIG, random_checkpoint(), kernels)
-    layout = CacheLayout(CONFIG.num_layers, CONFIG.num_kv_heads, CONFIG.head_dim, 16, torch.float32, 4, 256)
-    kv = KVCache(layout, num_pages, kernels, rope_tables(CONFIG, 256))
+    layout = CacheLayout(
+        full_attention(CONFIG.num_layers, CONFIG.num_kv_heads), CONFIG.head_dim, 16, torch.float32, 4, 256
+    )
+    kv = PageManager(layout, num_pages, kernels)
+    attention = PagedAttention(kv, rope_tables(CONFIG, 256))
     if apart:
         kv.page_table, kv.lengths = kv.page_table.clone(), kv.lengths.clone()
     tokenizer = Tokenizer(WordLevel({str(i): i for i in range(CONFIG.vocab_size)}, unk_token="0"))
-    return Engine(model, kv, kernels, tokenizer, 32, 256, DecodeGraphs(model, kv) if graphs else None)
+    runner = Runner(model, attention, DecodeGraphs(model, attention) if graphs else None)
+    return Engine(runner, ModelInfo(tokenizer), 32, 256)
 
 
 def trace(engine: Engine) -> Trace:
@@ -76,7 +83,7 @@ def trace(engine: Engine) -> Trace:
 def kept_positions(engine: Engine) -> Iterator[Tensor]:
     """Positions [L, H, n] that each sequence's heads hold."""
     for slot in engine.kv.active_slots:
-        view = engine.kv.view(slot)
+        view = engine.runner.attention.view(slot)
         yield view.gather(view.pages.position, -1)
 
 
@@ -113,9 +120,11 @@ def test_the_host_waits_for_nothing_within_a_decode_step(monkeypatch: pytest.Mon
     monkeypatch.setattr("curkv.kernels.paged_decode_attention.triton.num_processors", lambda _: 132)
     kernels = get_kernels("triton")
     model = Llama(CONFIG, random_checkpoint("meta"), kernels)
-    layout = CacheLayout(CONFIG.num_layers, CONFIG.num_kv_heads, CONFIG.head_dim, 16, torch.float32, 4, 256)
-    kv = KVCache(layout, 100, kernels, rope_tables(CONFIG, 256), "meta")
-    graphs = DecodeGraphs(model, kv)
+    layout = CacheLayout(
+        full_attention(CONFIG.num_layers, CONFIG.num_kv_heads), CONFIG.head_dim, 16, torch.float32, 4, 256
+    )
+    kv = PageManager(layout, 100, kernels, "meta")
+    graphs = DecodeGraphs(model, PagedAttention(kv, rope_tables(CONFIG, 256)))
     slots = [kv.add_sequence() for _ in range(3)]
     for position in range(18):
         kv.extend(slots, [1, 1, 1])
@@ -125,7 +134,7 @@ def test_the_host_waits_for_nothing_within_a_decode_step(monkeypatch: pytest.Mon
 
 def test_decoding_goes_on_without_graphs_where_none_can_be_captured(caplog: pytest.LogCaptureFixture) -> None:
     engine = engine_over("triton", 100, graphs=True)
-    engine.decode_graphs.capture()
+    engine.runner.replay.capture()
     assert "decode runs without CUDA graphs" in caplog.text
     item = request([5, 6, 7], 3)
     engine.add(item, engine.plan(item))

@@ -9,11 +9,14 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from curkv.cache.kv_cache import KVCache
-from curkv.cache.layout import CacheLayout
+from curkv.cache.attention import PagedAttention
+from curkv.cache.layout import CacheLayout, full_attention
+from curkv.cache.page_manager import PageManager
 from curkv.engine.engine import Engine
+from curkv.engine.runner import Runner
 from curkv.kernels.dispatch import get_kernels
 from curkv.models.config import ModelConfig
+from curkv.models.info import ModelInfo
 from curkv.models.llama import Llama, rope_tables
 from curkv.models.loading import LayerWeights
 
@@ -81,9 +84,9 @@ def make_engine(tokenizer: Tokenizer) -> MakeEngine:
     model = Llama(config, RandomCheckpoint(config), kernels)
 
     def make(num_pages: int = 4000, max_sequences: int = 32) -> Engine:
-        layout = CacheLayout(2, 2, 16, 16, torch.float32, max_sequences, MAX_TOKENS)
-        kv = KVCache(layout, num_pages, kernels, rope_tables(config))
-        return Engine(model, kv, kernels, tokenizer, 256, MAX_TOKENS)
+        layout = CacheLayout(full_attention(2, 2), 16, 16, torch.float32, max_sequences, MAX_TOKENS)
+        attention = PagedAttention(PageManager(layout, num_pages, kernels), rope_tables(config))
+        return Engine(Runner(model, attention), ModelInfo(tokenizer), 256, MAX_TOKENS)
 
     return make
 

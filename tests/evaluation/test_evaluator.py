@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from curkv.cache.kv_cache import KVCache
+from curkv.cache.page_manager import PageManager
 from curkv.engine.engine import Engine
 from curkv.engine.types import Request, SamplingParams
 from curkv.evaluation import evaluator as evaluator_module
@@ -52,7 +52,7 @@ def measured(engine: Engine, **wanted: list[Variant]) -> dict[tuple[str, str, st
 
 
 def served(engine: Engine, variant: Variant) -> str:
-    prompt = engine.tokenizer.encode(SAMPLE.context + SAMPLE.question).ids
+    prompt = engine.info.tokenizer.encode(SAMPLE.context + SAMPLE.question).ids
     sampling = SamplingParams(max_tokens=SAMPLE.max_new_tokens, temperature=0)
     request = Request("r", prompt, sampling, variant.options)
     engine.add(request, engine.plan(request))
@@ -67,13 +67,13 @@ class KeptSets:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: list[tuple[Tensor, Tensor]] = []
-        evict = KVCache.evict
+        evict = PageManager.evict
 
-        def noting(kv: KVCache, slot: int, indices: Tensor, counts: Tensor) -> int:
+        def noting(kv: PageManager, slot: int, indices: Tensor, counts: Tensor) -> int:
             self.seen.append((indices.clone(), counts.clone()))
             return evict(kv, slot, indices, counts)
 
-        monkeypatch.setattr(KVCache, "evict", noting)
+        monkeypatch.setattr(PageManager, "evict", noting)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: f"{variant.policy} {variant.budget}")
@@ -137,7 +137,7 @@ def test_a_continuation_is_held_against_the_full_cache(
     full, policy = records["continuation", "full", ""], records["continuation", "streaming-llm", "10%"]
     assert (full.kl, full.top1) == (pytest.approx(0, abs=1e-6), 1)
     assert policy.kl is not None and policy.kl > 0.01 and policy.score is None
-    ids = torch.tensor(engine.tokenizer.encode(CONTEXT + following).ids)
-    logits = dense_logits(engine.model)(ids)[len(CONTEXT) - 1 : -1]
+    ids = torch.tensor(engine.info.tokenizer.encode(CONTEXT + following).ids)
+    logits = dense_logits(engine.runner.model)(ids)[len(CONTEXT) - 1 : -1]
     nll = torch.nn.functional.cross_entropy(logits, ids[len(CONTEXT) :]).item()
     assert full.nll == pytest.approx(nll, rel=1e-4)

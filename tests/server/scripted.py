@@ -15,7 +15,7 @@ import uvicorn
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from curkv.cache.explain import Explanation
-from curkv.cache.layout import CacheLayout
+from curkv.cache.layout import CacheLayout, full_attention
 from curkv.cache.options import OptionError
 from curkv.cache.plan import EvictionPlan, resolve
 from curkv.config import Settings
@@ -95,7 +95,7 @@ class ScriptedClient:
 
     @property
     def cache_layout(self) -> CacheLayout:
-        return CacheLayout(2, 3, 8, 16, torch.float16, 4, self.max_model_len)
+        return CacheLayout(full_attention(2, 3), 8, 16, torch.float16, 4, self.max_model_len)
 
     @property
     def stats(self) -> StepStats:

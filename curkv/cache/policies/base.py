@@ -137,7 +137,7 @@ class CacheView:
     @property
     def _observed(self) -> Observations:
         if self.observations is None:
-            raise ValueError("the sequence's queries were not observed; see `KVCache.add_sequence`")
+            raise ValueError("the sequence's queries were not observed; see `PageManager.add_sequence`")
         return self.observations
 
     def generator(self) -> torch.Generator:

@@ -51,7 +51,7 @@ class CriticalKV(SnapKV):
 def projected_norms(view: CacheView) -> Tensor:
     """||v W_o||_1 of every stored token, mean over the query heads of its group: float32 [L, H, n]."""
     if view.output_projection is None:
-        raise ValueError("the cache was given no output projection; see `KVCache.output_projection`")
+        raise ValueError("the attention was given no output projection; see `PagedAttention`")
     layers = []
     for layer in range(view.num_layers):
         values, weights = view.values(layer), view.output_projection(layer)

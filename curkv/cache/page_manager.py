@@ -1,64 +1,57 @@
-"""The KV cache as attention, the policies and the scheduler see it."""
+"""Who holds which pages: slots, page tables, lengths and reference counts, on the host."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from curkv.cache.batch import Batch, Segment
 from curkv.cache.layout import CacheLayout
 from curkv.cache.observations import Needs, Observations
 from curkv.cache.page_pool import Ids, OutOfPages, PagePool
+from curkv.cache.plan import EvictionPlan
 from curkv.cache.prefixes import Prefix, PrefixCache
+from curkv.cache.usage import CacheUsage
 from curkv.kernels.dispatch import Kernels
 from curkv.kernels.pages import Pages, rounded
-
-if TYPE_CHECKING:
-    from curkv.cache.policies.base import CacheView
 
 
 class OutOfSlots(RuntimeError):
     """Every one of the cache's `max_sequences` slots is taken."""
 
 
-class KVCache:
-    """Keys and values of many sequences, each KV head with its own length.
+class PageManager:
+    """Which pages hold what: slots, page tables, lengths and reference counts of many sequences.
 
-    A sequence is known by its slot, a row of the page table. `extend` makes room for new tokens, `attend`
-    stores and reads them layer by layer, `evict` keeps a chosen part. The books are kept on the host, for
-    every head of every sequence at once; kernels read the table and lengths on the cache's device (on a CPU
-    the same memory), so that no step waits for a device to count pages.
+    A sequence is known by its slot, a row of the page table. `extend` makes room for new tokens, `evict`
+    keeps a chosen part of them, `trim` what windows reach. The books are kept on the host, for every head of
+    every sequence at once; kernels read the table and lengths on the cache's device (on a CPU the same
+    memory), so that no step waits for a device to count pages.
 
     Attributes:
         layout: the cache's shape.
         kernels: the operations on pages.
         pool: the pages and their owners.
         prefixes: what is held of prompts whose sequences may be gone.
+        observed: by slot, what policies need to know of a sequence's queries.
         page_table: int32 [max_sequences, layers, heads, max_pages]; entries past a head's page count mean
             nothing.
         lengths: int32 [max_sequences, layers, heads], tokens of each head; 0 for a slot not in use.
         page_counts: int32 [max_sequences, layers, heads] on the host, pages of each head.
-        output_projection: gives a layer's W_o, float32 [query heads, head_dim, hidden], to policies that
-            weigh values by what they add to the output; None: there are none.
     """
-
-    output_projection: Callable[[int], Tensor] | None = None
 
     def __init__(
         self,
         layout: CacheLayout,
         num_pages: int,
         kernels: Kernels,
-        rope: tuple[Tensor, Tensor],
         device: str | torch.device = "cpu",
         max_prefix_pages: int = 0,
-        prefill_dtype: torch.dtype | None = None,
     ) -> None:
         """Allocates the pool; its memory is touched only when tokens are stored.
 
@@ -66,30 +59,28 @@ class KVCache:
             layout: the cache's shape.
             num_pages: pages in the pool, see `curkv.cache.sizing.num_pages_for`.
             kernels: the operations on pages.
-            rope: cos and sin, float32 [positions, head_dim / 2] each.
             device: where everything lies.
             max_prefix_pages: most pages held for prefixes; 0: none are.
-            prefill_dtype: what queries are rounded to before chunks attend; None: not at all.
         """
         heads = (layout.max_sequences, layout.num_layers, layout.num_kv_heads)
         self.layout = layout
         self.pool = PagePool(num_pages, layout.page_size, layout.head_dim, layout.dtype, device)
         self.prefixes = PrefixCache(self.pool, max_prefix_pages)
+        self.observed: dict[int, Observations] = {}
         self._table = np.zeros((*heads, layout.max_pages), dtype=np.int32)
         self._lengths = np.zeros(heads, dtype=np.int32)
         self.page_counts = np.zeros(heads, dtype=np.int32)
         self.page_table = torch.from_numpy(self._table).to(device)
         self.lengths = torch.from_numpy(self._lengths).to(device)
         self.kernels = kernels
-        self._cos, self._sin = (table.to(device) for table in rope)
-        self._scale = layout.head_dim**-0.5
-        self._prefill_dtype = prefill_dtype
-        self._observed: dict[int, Observations] = {}
-        self._watched_now: list[tuple[Observations, Segment]] = []
         self._active = [False] * layout.max_sequences
         self._free_slots = list(range(layout.max_sequences - 1, -1, -1))
         self._row_start = np.arange(0, self._table.size, layout.max_pages).reshape(heads)
         self._page_index = np.arange(layout.max_pages, dtype=np.int32)
+        windows = [(row, window) for row, window in enumerate(layout.windows) if window is not None]
+        self._window_rows = np.array([row for row, _ in windows], dtype=np.int64)
+        self._windows = np.array([window for _, window in windows], dtype=np.int32)[:, None]
+        self._full_rows = slice(None) if not windows else np.array(layout.full_rows, dtype=np.int64)
 
     @property
     def pages(self) -> Pages:
@@ -122,25 +113,18 @@ class KVCache:
         return self.layout.page_bytes
 
     @property
-    def used_bytes(self) -> int:
-        """Bytes of the pages that sequences own."""
-        return self.used_pages * self.page_bytes
-
-    @property
-    def prefix_bytes(self) -> int:
-        """Bytes of the pages held for prefixes, whether sequences use them or not."""
-        return self.prefixes.held_pages * self.page_bytes
-
-    @property
-    def saved_bytes(self) -> int:
-        """Bytes that more would be taken if every sequence and prefix had pages of its own."""
-        owned = int(self.page_counts.sum()) + self.prefixes.held_pages
-        return (owned - self.num_pages + self.pool.num_free) * self.page_bytes
-
-    @property
-    def capacity_bytes(self) -> int:
-        """Bytes of all pages."""
-        return self.num_pages * self.page_bytes
+    def usage(self) -> CacheUsage:
+        """What the pages are used for."""
+        held = int(self.page_counts.sum())
+        return CacheUsage(
+            page_bytes=self.page_bytes,
+            page_size=self.layout.page_size,
+            num_pages=self.num_pages,
+            used_pages=self.used_pages,
+            prefix_pages=self.prefixes.held_pages,
+            saved_pages=held + self.prefixes.held_pages - self.num_pages + self.pool.num_free,
+            empty_tokens=held * self.layout.page_size - int(self._lengths.sum()),
+        )
 
     @property
     def free_slots(self) -> int:
@@ -152,18 +136,6 @@ class KVCache:
         """Slots in use, ascending."""
         return [slot for slot, active in enumerate(self._active) if active]
 
-    @property
-    def stranded_slots_ratio(self) -> float:
-        """Share of the token slots in used pages that hold no token, 0 to 1 (the cost of ragged last pages).
-
-        Shared pages are always full, so the empty slots of all heads together are exactly those of the pool.
-        """
-        if not self.used_pages:
-            return 0.0
-        page_size = self.layout.page_size
-        empty = int(self.page_counts.sum()) * page_size - int(self._lengths.sum())
-        return empty / (self.used_pages * page_size)
-
     def sequence_bytes(self, slot: int) -> int:
         """Bytes of the pages a sequence owns, alone or with others."""
         return int(self.page_counts[slot].sum()) * self.page_bytes
@@ -172,28 +144,16 @@ class KVCache:
         """Tokens a sequence holds, summed over layers and heads."""
         return int(self._lengths[slot].sum())
 
+    def held_tokens(self, slot: int) -> float:
+        """Tokens that a head of a sequence holds, mean over the layers that attend to everything."""
+        lengths = self._lengths[slot][self._full_rows]
+        mean: float = int(lengths.sum()) / max(1, lengths.size)
+        return mean
+
     def head_lengths(self, slot: int) -> NDArray[np.int32]:
         """int32 [L, H] on the host, tokens that each head of a sequence holds (a copy)."""
         lengths: NDArray[np.int32] = self._lengths[slot]
         return lengths.copy()
-
-    def view(
-        self, slot: int, seed: int = 0, phase: Literal["prefill", "decode"] = "prefill", round: int = 0
-    ) -> CacheView:
-        """What a policy sees of a sequence; the arguments are those of `CacheView`."""
-        from curkv.cache.policies.base import CacheView
-
-        return CacheView(
-            self.pages,
-            self.page_table[slot],
-            self.lengths[slot],
-            seed,
-            phase,
-            round,
-            observations=self._observed.get(slot),
-            rope=(self._cos, self._sin),
-            output_projection=self.output_projection,
-        )
 
     def add_sequence(self, needs: Needs | None = None) -> int:
         """Starts an empty sequence.
@@ -212,12 +172,12 @@ class KVCache:
         slot = self._free_slots.pop()
         self._active[slot] = True
         if needs is not None and not needs.query_agnostic:
-            self._observed[slot] = Observations(needs)
+            self.observed[slot] = Observations(needs)
         return slot
 
     def stop_observing(self, slot: int) -> None:
         """Forgets a sequence's queries: nothing will be evicted from it any more."""
-        self._observed.pop(slot, None)
+        self.observed.pop(slot, None)
 
     def free(self, slot: int) -> int:
         """Ends a sequence.
@@ -259,13 +219,13 @@ class KVCache:
         """
         self._check_active(slot)
         lengths = self._lengths[slot]
-        observed = self._observed.get(slot) if observe else None
+        observed = self.observed.get(slot) if observe else None
         shared = lengths // self.layout.page_size
         if observed is not None and observed.needs.column_sums:
             shared = np.zeros_like(lengths)
         new = self._start_from(self._table[slot], lengths, shared)
         if observed is not None:
-            self._observed[new] = observed.fork()
+            self.observed[new] = observed.fork()
         return new
 
     def adopt(self, prefix: Prefix, needs: Needs | None = None) -> int:
@@ -313,6 +273,41 @@ class KVCache:
             self.prefixes.insert(key, Prefix(table, lengths, pages, tokens, evictions))
             self.pool.release(pages)
 
+    def footprint(self, plan: EvictionPlan, generated: int, prefix: Prefix | None = None) -> int:
+        """Most pages that a sequence takes until its prompt and some tokens behind it are stored.
+
+        Pages of its prefix that running sequences own are not taken again, but an eviction of the prompt
+        copies what it keeps of them.
+
+        Args:
+            plan: of its request.
+            generated: tokens stored behind the prompt; the last one that is generated never is.
+            prefix: what it starts from.
+
+        Returns:
+            The number of pages. Never too few for a sequence that shares nothing, and exact where all heads
+            hold equally many tokens.
+        """
+        prompt = self.layout.sequence_pages(
+            plan.peak_prompt_tokens, ragged=plan.ragged and plan.streaming, seen=plan.prompt_tokens
+        )
+        held = self.held_pages(plan, generated)
+        if prefix is None:
+            return max(prompt, held)
+        owners, holders = self.pool.owners[prefix.pages], self.pool.held[prefix.pages]
+        shared = int((owners > holders).sum())
+        if prefix.evictions:
+            return held - shared
+        copied = self.layout.sequence_pages(plan.budget_tokens) if shared and plan.evicts_prompt else 0
+        return max(prompt, held) - shared + copied
+
+    def held_pages(self, plan: EvictionPlan, generated: int) -> int:
+        """Most pages that a sequence holds from the last eviction of its prompt on; see `footprint`."""
+        tokens, interval = plan.kept_prompt_tokens + generated, plan.options.decode_interval or 1
+        if plan.decode_budget_tokens is not None:
+            tokens = min(tokens, max(plan.decode_budget_tokens, plan.kept_prompt_tokens) + interval)
+        return self.layout.sequence_pages(tokens, ragged=plan.ragged, seen=plan.prompt_tokens + generated)
+
     def pages_needed(self, slots: Sequence[int], new_tokens: Sequence[int]) -> int:
         """Counts the pages that `extend` with the same arguments would take."""
         lengths, counts = self._grown(slots, new_tokens)
@@ -343,95 +338,6 @@ class KVCache:
         self._lengths[slots] = lengths
         self._publish_lengths(slots)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
-        """Stores one layer's new keys and values and attends over everything its heads hold.
-
-        Args:
-            layer: index of the layer; a step begins with the first one.
-            q: float32 [T, query heads, head_dim] before RoPE; rotated in place.
-            k: float32 [T, KV heads, head_dim] before RoPE.
-            v: float32 [T, KV heads, head_dim].
-            batch: the step's tokens; `extend` has been called for them.
-
-        Returns:
-            float32 [T, query heads, head_dim].
-        """
-        table, lengths = self.page_table[:, layer], self.lengths[:, layer]
-        cos, sin, decodes = self._cos, self._sin, batch.num_decodes
-        if layer == 0:
-            self._watched_now = self._watched(batch)
-        watched = self._watched_now
-        for observations, segment in watched:
-            observations.see_unrotated(layer, q[segment.start : segment.end], segment.position)
-        self.kernels.rope(q, cos, sin, batch.positions)
-        self.kernels.store_kv(
-            self.pages, k, v, cos, sin, batch.positions, table, lengths, batch.slots, batch.query_start
-        )
-        for observations, segment in watched:
-            self._observe(layer, observations, segment, q, k, batch)
-        parts = []
-        if decodes:
-            parts.append(self._decode(layer, q[:decodes], batch, watched))
-        if decodes < batch.slots.shape[0]:
-            parts.append(self._prefill(layer, q[decodes:], batch, watched))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def observes(self, batch: Batch) -> bool:
-        """Whether a policy watches the queries of any sequence in a batch."""
-        return bool(self._watched(batch))
-
-    def _watched(self, batch: Batch) -> list[tuple[Observations, Segment]]:
-        """The sequences of a batch whose queries are observed."""
-        if not self._observed:
-            return []
-        return [(self._observed[s.slot], s) for s in batch.segments if s.slot in self._observed]
-
-    def _observe(
-        self, layer: int, observations: Observations, segment: Segment, q: Tensor, k: Tensor, batch: Batch
-    ) -> None:
-        rows, keys = slice(segment.start, segment.end), None
-        if observations.needs.block:
-            keys = k[rows].clone()
-            self.kernels.rope(keys, self._cos, self._sin, batch.positions[rows])
-        observations.see_rotated(layer, q[rows], keys, segment.position)
-
-    def _decode(
-        self, layer: int, q: Tensor, batch: Batch, watched: list[tuple[Observations, Segment]]
-    ) -> Tensor:
-        """Attention of single tokens; the probabilities are added up for those sequences that need it."""
-        heads = self.page_table[:, layer], self.lengths[:, layer]
-        attend, slots = self.kernels.paged_decode_attention, batch.decode_slots
-        summed = [s.index for o, s in watched if o.needs.column_sums and s.index < batch.num_decodes]
-        if not summed or len(summed) == len(slots):
-            return attend(q, self.pages, *heads, slots, self._scale, accumulate=bool(summed))
-        out = torch.empty_like(q)
-        others = sorted(set(range(len(slots))) - set(summed))
-        for chosen, accumulate in ((summed, True), (others, False)):
-            rows = torch.tensor(chosen, device=q.device)
-            out[rows] = attend(q[rows], self.pages, *heads, slots[rows], self._scale, accumulate=accumulate)
-        return out
-
-    def _prefill(
-        self, layer: int, q: Tensor, batch: Batch, watched: list[tuple[Observations, Segment]]
-    ) -> Tensor:
-        """Attention of chunks; what each token receives is added up for those sequences that need it."""
-        heads = self.page_table[:, layer], self.lengths[:, layer]
-        place = self.pages, *heads, batch.prefill_slots, batch.prefill_query_start, self._scale
-        summed = [s for o, s in watched if o.needs.column_sums and s.index >= batch.num_decodes]
-        queries = q if self._prefill_dtype is None else q.to(self._prefill_dtype)
-        if not summed:
-            out: Tensor = self.kernels.paged_prefill_attention(queries, *place)
-            return out
-        out, lse = self.kernels.paged_prefill_attention(queries, *place, return_lse=True)
-        for segment in summed:
-            rows = slice(segment.start - batch.num_decodes, segment.end - batch.num_decodes)
-            index = slice(segment.index, segment.index + 1)
-            count = torch.tensor([0, segment.end - segment.start], dtype=torch.int32, device=q.device)
-            self.kernels.column_sums(
-                q[rows], lse[rows], self.pages, *heads, batch.slots[index], count, self._scale
-            )
-        return out
-
     def evict(self, slot: int, indices: Tensor, counts: Tensor) -> int:
         """Keeps the chosen tokens of a sequence and gives the emptied pages back.
 
@@ -441,8 +347,9 @@ class KVCache:
 
         Args:
             slot: the sequence.
-            indices: int32 [layers, heads, n], ascending indices of the tokens each head keeps, -1 padded.
-            counts: int32 [layers, heads], how many each head keeps.
+            indices: int32 [L, heads, n], ascending indices of the tokens each head keeps, -1 padded, for
+                the L layers that attend to everything.
+            counts: int32 [L, heads], how many each head keeps.
 
         Returns:
             Pages freed, less the fresh ones taken.
@@ -451,18 +358,18 @@ class KVCache:
             OutOfPages: pages shared with other sequences cannot be copied; only prefixes may be gone.
         """
         self._check_active(slot)
-        free_before = self.free_pages
-        lengths, page_counts = self._lengths[slot].reshape(-1), self.page_counts[slot].reshape(-1)
+        free_before, rows, heads = self.free_pages, self._full_rows, self.layout.num_kv_heads
+        lengths = self._lengths[slot][rows].reshape(-1)
         kept = counts.reshape(-1).numpy(force=True)
         if (kept > lengths).any():
             raise ValueError("a head cannot keep more tokens than it has")
         changed = kept < lengths
         if not changed.any():
             return 0
-        old, new = page_counts[:, None], self._pages_of(kept)[:, None]
+        old = self.page_counts[slot][rows].reshape(-1, 1)
+        new = self._pages_of(kept)[:, None]
         column = self._page_index[: old.max()]
-        table = self._table[slot].reshape(-1, self.layout.max_pages)[:, : len(column)]
-        source = table.copy()
+        source = self._table[slot][rows, :, : len(column)].reshape(-1, len(column)).copy()
         owned = column < old
         shared = self._share_pages(source, owned & changed[:, None])
         if np.count_nonzero(shared & (column < new)) > self.free_pages:
@@ -471,10 +378,41 @@ class KVCache:
         target = self._with_fresh_pages(source, shared & (column < new))
         self._move(source, target, indices.flatten(0, 1), kept)
         self.pool.release(source[owned & (shared | (column >= new))])
-        table[:] = target
-        lengths[:] = kept
-        page_counts[:] = new[:, 0]
+        self._table[slot][rows, :, : len(column)] = target.reshape(-1, heads, len(column))
+        self._lengths[slot][rows] = kept.reshape(-1, heads)
+        self.page_counts[slot][rows] = new.reshape(-1, heads)
         self._publish([slot])
+        return self.free_pages - free_before
+
+    def trim(self, slots: Sequence[int]) -> int:
+        """Gives back what windows have moved past: pages of which no later query reaches a token.
+
+        Whole pages go, from the front, so that nothing is moved: after it a head of a layer with a window of
+        w holds the newest w - 1 tokens and less than a page more.
+
+        Args:
+            slots: different sequences whose new tokens are stored and attended to.
+
+        Returns:
+            The number of pages that no sequence owns any more.
+        """
+        if not len(self._windows):
+            return 0
+        heads, size, free_before = (
+            np.ix_(np.array(slots), self._window_rows),
+            self.layout.page_size,
+            self.free_pages,
+        )
+        behind = np.maximum(self._lengths[heads] - (self._windows - 1), 0) // size
+        if not behind.any():
+            return 0
+        table, first = self._table[heads], behind[..., None]
+        self.pool.release(table[self._page_index < first])
+        moved = np.minimum(self._page_index + first, self.layout.max_pages - 1)
+        self._table[heads] = np.take_along_axis(table, moved, axis=-1)
+        self._lengths[heads] -= behind * size
+        self.page_counts[heads] -= behind
+        self._publish(slots)
         return self.free_pages - free_before
 
     def overwrite(self, slot: int, layer: int, k: Tensor, v: Tensor) -> None:
@@ -484,15 +422,15 @@ class KVCache:
 
         Args:
             slot: the sequence.
-            layer: index of the layer.
+            layer: which of the layers that attend to everything.
             k: float32 [KV heads, n, head_dim], after RoPE; of a head with fewer tokens the first ones count.
             v: the same for values.
         """
-        size, pages = self.layout.page_size, self.pages
+        size, pages, row = self.layout.page_size, self.pages, self.layout.full_rows[layer]
         index = torch.arange(k.shape[1], device=k.device)
-        ids = self.page_table[slot, layer].long()[:, index // size]
+        ids = self.page_table[slot, row].long()[:, index // size]
         alone = torch.from_numpy(self.pool.owners == 1).to(k.device)[ids.clamp(0, self.num_pages - 1)]
-        head, token = (alone & (index < self.lengths[slot, layer, :, None])).nonzero(as_tuple=True)
+        head, token = (alone & (index < self.lengths[slot, row, :, None])).nonzero(as_tuple=True)
         place = ids[head, token], token % size
         for storage, scales, squares, x in (
             (pages.k, pages.k_scale, pages.k_sq, k),

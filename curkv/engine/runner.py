@@ -1,0 +1,65 @@
+"""Where slots, tokens and starts become logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from curkv.cache.attention import PagedAttention
+from curkv.cache.batch import Batch
+from curkv.cache.page_manager import PageManager
+from curkv.engine.decode_graphs import DecodeGraphs
+from curkv.engine.recorded_decodes import RecordedDecodes
+from curkv.models.llama import Llama
+
+
+class Runner:
+    """A model over a cache.
+
+    Attributes:
+        model: the model.
+        attention: its attention, over the pages of `kv`.
+        replay: runs steps that only decode, if given; it may be taken away.
+    """
+
+    def __init__(
+        self, model: Llama, attention: PagedAttention, replay: DecodeGraphs | RecordedDecodes | None = None
+    ) -> None:
+        self.model = model
+        self.attention = attention
+        self.replay = replay
+
+    @property
+    def kv(self) -> PageManager:
+        """The cache."""
+        return self.attention.kv
+
+    def run(
+        self,
+        slots: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        wanted: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Takes pages for new tokens and computes them.
+
+        Args:
+            slots: [B], different sequences; those with a single new token first, to have them decoded fast.
+            tokens: the new tokens of each, one or more.
+            starts: [B], logical position of each sequence's first new token.
+            wanted: [B], of how many of its last tokens each sequence wants logits; default 1.
+
+        Returns:
+            float32 [R, vocab_size], in the order of the sequences; a later run may overwrite it.
+
+        Raises:
+            OutOfPages: the pool is short; nothing is changed.
+            ValueError: a slot is not in use or a head would exceed `max_tokens`; nothing is changed.
+        """
+        kv = self.attention.kv
+        kv.extend(slots, [len(new) for new in tokens])
+        batch = Batch.build(slots, tokens, starts, wanted, kv.device, kv.observed)
+        if self.replay is not None and batch.only_decodes and not batch.watched:
+            return self.replay.forward(batch)
+        return self.model.forward(batch, self.attention)
