@@ -11,7 +11,8 @@ from pathlib import Path
 
 from curkv.bench.text import token_spans
 from curkv.cache.parsing import parse_options
-from curkv.engine.build import EngineOptions, build_engine
+from curkv.config import EngineOptions
+from curkv.engine.build import build_engine
 from curkv.engine.engine import Engine
 from curkv.engine.types import Request, SamplingParams
 
@@ -36,7 +37,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw the pool over time into this file")
     args = parser.parse_args()
 
-    engine = build_engine(EngineOptions(args.model, kv_cache_bytes=2**31))
+    engine = build_engine(EngineOptions(model=args.model, kv_cache_memory=2**31, prefix_cache_memory=0))
     print(f"8 requests of {args.prompt_tokens} + {args.new_tokens} tokens, {engine.kv.layout.dtype} cache\n")
     print("| policy | peak MiB | after prefill MiB | share of full | eviction / prefill time |")
     print("|---|---|---|---|---|")
@@ -53,7 +54,7 @@ def main() -> None:
         _plot(histories, args.plot, args.prompt_tokens)
     layout = engine.kv.layout
     three = 3 * layout.sequence_pages(args.prompt_tokens + args.new_tokens) * layout.page_bytes
-    small = build_engine(EngineOptions(args.model, kv_cache_bytes=three))
+    small = build_engine(EngineOptions(model=args.model, kv_cache_memory=three, prefix_cache_memory=0))
     print(f"\nTwelve requests in a pool for three full ones ({three / MIB:.0f} MiB)\n")
     print("| policy | most at once | preemptions | seconds |\n|---|---|---|---|")
     for name, options in CHOICES.items():

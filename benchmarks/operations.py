@@ -15,7 +15,8 @@ from typing import Any
 
 from curkv.bench.text import token_spans
 from curkv.cache.parsing import parse_options
-from curkv.engine import build
+from curkv.config import EngineOptions
+from curkv.engine.build import build_engine
 from curkv.engine.engine import Engine
 from curkv.engine.types import Request, SamplingParams
 from curkv.kernels.cpu import workers
@@ -41,10 +42,14 @@ def main() -> None:
 
     keep_freed_memory()  # as a server does
     spent: Counter[str] = Counter()
-    options = build.EngineOptions(
-        args.model, weights=args.weights, kv_dtype=args.kv_dtype, kv_cache_bytes=2**31
+    options = EngineOptions(
+        model=args.model,
+        weights=args.weights,
+        kv_dtype=args.kv_dtype,
+        kv_cache_memory=2**31,
+        prefix_cache_memory=0,
     )
-    recorded, engine = build.build_engine(options), build.build_engine(options)
+    recorded, engine = build_engine(options), build_engine(options)
     plain = workers._run, workers._run_alone
     time_launches(spent)
     engine.runner.replay = None

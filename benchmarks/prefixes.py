@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from curkv.bench.text import documentation_text
 from curkv.cache.parsing import parse_options
-from curkv.engine.build import EngineOptions, build_engine
+from curkv.config import EngineOptions
+from curkv.engine.build import build_engine
 from curkv.engine.engine import Engine
 from curkv.engine.types import Request, SamplingParams
 
@@ -60,7 +61,7 @@ def main() -> None:
     }
     pool = 2**30
     engines = {
-        size: build_engine(EngineOptions(args.model, kv_cache_bytes=pool, prefix_cache_bytes=size))
+        size: build_engine(EngineOptions(model=args.model, kv_cache_memory=pool, prefix_cache_memory=size))
         for size in (0, None)
     }
     document, questions = prompts(engines[0], args.tokens, args.questions)

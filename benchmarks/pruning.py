@@ -27,7 +27,8 @@ from torch import Tensor
 from tqdm import trange
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from curkv.engine.build import EngineOptions, Weights, build_engine
+from curkv.config import EngineOptions, Weights
+from curkv.engine.build import build_engine
 from curkv.engine.engine import Engine
 from curkv.evaluation.corpora import load_corpus
 from curkv.evaluation.perplexity import Logits, compare, dense_logits, token_windows
@@ -257,7 +258,9 @@ def frontier(
         for share in ratio or [0, 0.2, 0.25, 0.3]
     }
     options = {
-        (kind, share): EngineOptions(str(directory), weights=kind, kv_cache_bytes=512 * MIB)
+        (kind, share): EngineOptions(
+            model=str(directory), weights=kind, kv_cache_memory=512 * MIB, prefix_cache_memory=0
+        )
         for kind in cast(list[Weights], weights or ["float32", "int8"])
         for share, directory in directories.items()
     }
@@ -398,7 +401,9 @@ def speed(
     """Time decode steps of a model and of what pruning left of it, with float32 and int8 weights."""
     kinds: list[Weights] = ["float32", "int8"]
     engines = {
-        (kind, model): build_engine(EngineOptions(model, weights=kind, kv_cache_bytes=512 * MIB))
+        (kind, model): build_engine(
+            EngineOptions(model=model, weights=kind, kv_cache_memory=512 * MIB, prefix_cache_memory=0)
+        )
         for kind in kinds
         for model in (base, pruned)
     }

@@ -22,7 +22,8 @@ from curkv.cache.options import EvictionOptions
 from curkv.cache.parsing import parse_options
 from curkv.cache.plan import policy_needs, resolve
 from curkv.cache.policies import policy_names
-from curkv.engine.build import EngineOptions, build_engine
+from curkv.config import EngineOptions
+from curkv.engine.build import build_engine
 from curkv.engine.engine import Engine
 
 EVICTIONS = 3
@@ -39,7 +40,7 @@ def main() -> None:
     args = parser.parse_args()
     lengths = args.length or [2000, 4000, 8000]
 
-    engine = build_engine(EngineOptions(args.model, kv_cache_bytes=2**31))
+    engine = build_engine(EngineOptions(model=args.model, kv_cache_memory=2**31, prefix_cache_memory=0))
     policies = {
         name: parse_options({"policy": name, "budget": "25%"}) for name in policy_names() if name != "full"
     }

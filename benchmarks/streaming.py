@@ -9,7 +9,8 @@ import argparse
 import time
 
 from curkv.cache.parsing import parse_options
-from curkv.engine.build import EngineOptions, build_engine
+from curkv.config import EngineOptions
+from curkv.engine.build import build_engine
 from curkv.engine.engine import Engine
 from curkv.engine.types import InvalidRequest, Request, SamplingParams
 from curkv.evaluation.tasks import make_sample
@@ -41,9 +42,11 @@ def main() -> None:
     parser.add_argument("--policy", action="append", help=f"repeatable [{' '.join(POLICIES)}]")
     args = parser.parse_args()
 
-    shape = build_engine(EngineOptions(args.model, kv_cache_bytes=2**28)).kv.layout
+    shape = build_engine(
+        EngineOptions(model=args.model, kv_cache_memory=2**28, prefix_cache_memory=0)
+    ).kv.layout
     pool = shape.sequence_pages(args.pool_tokens) * shape.page_bytes
-    engine = build_engine(EngineOptions(args.model, kv_cache_bytes=pool))
+    engine = build_engine(EngineOptions(model=args.model, kv_cache_memory=pool, prefix_cache_memory=0))
     budget = args.pool_tokens - CHUNK - 2 * shape.page_size
     print(f"{args.prompt_tokens} tokens through {pool / MIB:.1f} MiB, budget {budget}, chunks of {CHUNK}\n")
     print("| policy | needle at | answer | found | peak MiB | seconds |\n|---|---|---|---|---|---|")

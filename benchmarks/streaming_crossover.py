@@ -17,7 +17,8 @@ from tqdm import tqdm
 from curkv.bench.text import token_spans
 from curkv.cache.options import EvictionOptions
 from curkv.cache.parsing import parse_options
-from curkv.engine.build import EngineOptions, build_engine
+from curkv.config import EngineOptions
+from curkv.engine.build import build_engine
 from curkv.engine.engine import Engine
 from curkv.engine.types import Request, SamplingParams
 from curkv.evaluation.variants import parse_variant
@@ -39,7 +40,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
 
-    engine = build_engine(EngineOptions(args.model, weights=args.weights, kv_cache_bytes=2**30))
+    engine = build_engine(
+        EngineOptions(model=args.model, weights=args.weights, kv_cache_memory=2**30, prefix_cache_memory=0)
+    )
     contenders = {"full": parse_options({})}
     for policy in args.policy or POLICIES:
         raw = parse_variant(policy, args.budget).raw

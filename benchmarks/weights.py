@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from curkv.engine.build import EngineOptions, Weights, build_engine
+from curkv.config import EngineOptions, Weights
+from curkv.engine.build import build_engine
 from curkv.engine.engine import Engine
 from curkv.evaluation.corpora import load_corpus
 from curkv.evaluation.perplexity import Logits, compare, token_windows
@@ -34,7 +35,15 @@ def main() -> None:
     args = parser.parse_args()
 
     def engine(weights: Weights) -> Engine:
-        return build_engine(EngineOptions(args.model, weights, 1 << 30, kv_dtype="float32"))
+        return build_engine(
+            EngineOptions(
+                model=args.model,
+                weights=weights,
+                kv_cache_memory=1 << 30,
+                kv_dtype="float32",
+                prefix_cache_memory=0,
+            )
+        )
 
     exact = engine("float32")
     print("| weights | MiB | text | perplexity / float32 | KL | same top token |\n|---|---|---|---|---|---|")

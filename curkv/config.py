@@ -1,141 +1,272 @@
-"""Settings of the server: command line over environment (`CURKV_*`) over file over defaults."""
+"""Everything that `curkv serve` can be told; command line, environment, file, engine and docs follow from it.
+
+An option is a field of one of the sections. From it follow its flag (`--max-itl`), its variable
+(`CURKV_MAX_ITL`), its key in a TOML file (`max_itl`), its help and its line in docs/operations.md.
+"""
 
 from __future__ import annotations
 
-import re
+import os
 import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
-_UNITS = {
-    "": 1,
-    **{p: 1000**i for i, p in enumerate("KMGT", 1)},
-    **{f"{p}i": 1024**i for i, p in enumerate("KMGT", 1)},
-}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?|)B?", re.IGNORECASE)
+from curkv.units import format_size, parse_size
 
+VARIABLE_PREFIX = "CURKV_"
 
-def parse_size(value: Any) -> Any:
-    """Reads a size in bytes: `2GiB`, `512 MiB`, `1.5G`, `1048576`; anything but text is passed through.
-
-    Raises:
-        ValueError: the text is no size.
-    """
-    if not isinstance(value, str):
-        return value
-    match = _SIZE.fullmatch(value.strip())
-    if match is None:
-        raise ValueError(f"{value!r} is not a size such as 2GiB, 512MiB or 1073741824")
-    number, unit = match.groups()
-    return int(float(number) * _UNITS[unit.upper().replace("I", "i")])
+Weights = Literal["auto", "float32", "int8", "int4"]
+KVDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
+DeviceName = Literal["auto", "cpu", "cuda"]
+KernelsName = Literal["auto", "cpu", "triton", "reference"]
 
 
-def split_commas(value: Any) -> Any:
-    """Reads several values from one text; anything but text is passed through."""
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+def _size(value: Any) -> Any:
+    return parse_size(value) if isinstance(value, str) else value
 
 
-Several = Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)]
-Size = Annotated[int, BeforeValidator(parse_size)]
+def _parts(value: Any) -> Any:
+    """Parts of a text with commas; an empty one, as of a variable that is not set, is refused."""
+    parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+    if isinstance(parts, list | tuple) and not all(str(part).strip() for part in parts):
+        raise ValueError("a value is empty: give one, or leave the option out")
+    return parts
 
 
-class Settings(BaseSettings):
-    """Everything `curkv serve` can be told.
+Size = Annotated[int, BeforeValidator(_size), WithJsonSchema({"type": "integer", "format": "size"})]
+Several = Annotated[tuple[str, ...], BeforeValidator(_parts)]
 
-    `Settings.load(file, **given)` reads a TOML file below the environment; `given` wins over both.
-    """
 
-    model_config = SettingsConfigDict(env_prefix="CURKV_", extra="forbid", protected_namespaces=())
+class Section(BaseModel):
+    """Options that belong together. An option's name is its field's, behind the section's prefix."""
 
-    model: str = Field("smollm2-135m-instruct", description="Built-in name, directory, Hub id or GGUF file.")
-    served_model_name: str | None = Field(None, description="Name in the API; the model's own if not given.")
-    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 opens it to the network.")
-    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    weights: Literal["auto", "float32", "int8", "int4"] = Field(
-        "auto", description="Type of the linear layers' weights: float32 on CPU, bfloat16 on a GPU, if auto."
+    title: ClassVar[str]
+    prefix: ClassVar[str] = ""
+
+
+class EngineOptions(Section):
+    """What an engine is built from."""
+
+    title = "Model and engine"
+
+    model: str = Field(
+        default="smollm2-135m-instruct", description="Built-in name, directory, Hub id or GGUF file."
+    )
+    weights: Weights = Field(
+        default="auto",
+        description="Type of the linear layers' weights: float32 on CPU, bfloat16 on a GPU, if auto.",
     )
     kv_cache_memory: Size | None = Field(
-        None, gt=0, description="Memory for the KV cache, e.g. 2GiB; a share of free memory if not given."
+        default=None,
+        gt=0,
+        description="Memory for the KV cache, e.g. 2GiB; a share of free memory if not given.",
     )
     prefix_cache_memory: Size | None = Field(
-        None, ge=0, description="Most of it held for repeated prompts, 0 for none; an eighth if not given."
+        default=None,
+        ge=0,
+        description="Most of it held for repeated prompts, 0 for none; an eighth if not given.",
     )
-    kv_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
-        "auto", description="Type of cached K, V; int8 has a scale per token and head."
+    kv_dtype: KVDtype = Field(
+        default="auto", description="Type of cached K, V; int8 has a scale per token and head."
     )
-    page_size: int = Field(64, ge=8, le=256, description="Tokens of one KV head per page.")
-    max_step_tokens: int = Field(512, ge=16, description="Most tokens per step; longer prompts go in chunks.")
+    page_size: int = Field(default=64, ge=8, le=256, description="Tokens of one KV head per page.")
+    max_step_tokens: int = Field(
+        default=512, ge=16, description="Most tokens per step; longer prompts go in chunks."
+    )
     max_itl: float | None = Field(
-        None,
+        default=None,
         gt=0,
         description="Seconds that a step with running requests may take; prompt chunks are sized to it.",
     )
-    max_sequences: int = Field(64, ge=1, le=4096, description="Most sequences in flight at once.")
-    max_model_len: int | None = Field(None, ge=16, description="Most tokens of prompt + output; the model's.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs.")
-    kernels: Literal["auto", "cpu", "triton", "reference"] = Field(
-        "auto", description="Implementation of the kernels."
+    max_sequences: int = Field(default=64, ge=1, le=4096, description="Most sequences in flight at once.")
+    max_model_len: int | None = Field(
+        default=None, ge=16, description="Most tokens of prompt + output; the model's."
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads; all cores if not given.")
+    device: DeviceName = Field(
+        default="auto", description="Where the model runs; cuda is any GPU that torch knows, AMD's too."
+    )
+    kernels: KernelsName = Field(default="auto", description="Implementation of the kernels.")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads; all cores if not given.")
 
+
+class ServerOptions(Section):
+    """Where and to whom the server speaks."""
+
+    title = "Server"
+
+    served_model_name: str | None = Field(
+        default=None, description="Name in the API; the model's own if not given."
+    )
+    host: str = Field(
+        default="127.0.0.1", description="Address to listen on; 0.0.0.0 opens it to the network."
+    )
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     api_key: Several = Field(
-        (), description="Key that a request must present; repeatable, or separated by commas.", repr=False
+        default=(),
+        description="Key that a request must present; repeatable, or separated by commas.",
+        repr=False,
     )
     cors_origin: Several = Field(
-        (), description="Web page origin that may use the API from a browser, * for any; repeatable."
+        default=(), description="Web page origin that may use the API from a browser, * for any; repeatable."
     )
-    ssl_certfile: Path | None = Field(None, description="Certificate; with it the server speaks HTTPS.")
-    ssl_keyfile: Path | None = Field(None, description="Private key of the certificate.")
+    ssl_certfile: Path | None = Field(
+        default=None, description="Certificate; with it the server speaks HTTPS."
+    )
+    ssl_keyfile: Path | None = Field(default=None, description="Private key of the certificate.")
+    vllm_metrics: bool = Field(
+        default=False, description="Also emit the gauges that routers read under vLLM's names."
+    )
 
-    kv_policy: str = Field("full", description="Eviction policy of requests that name none.")
-    kv_budget: str | None = Field(None, description="Budget of requests that name none: 25%, 512tok, 8MiB.")
-    kv_decode_budget: str | None = Field(None, description="Decode budget of requests that name none.")
+
+class Limits(Section):
+    """What a request may cost the server."""
+
+    title = "Limits"
 
     max_body_size: Size = Field(
-        8 * 1024**2, gt=0, description="Bytes of the largest request body; above it a 413."
+        default=8 * 1024**2, gt=0, description="Bytes of the largest request body; above it a 413."
     )
-    max_waiting: int = Field(1024, ge=1, description="Most sequences in the queue; above it a 429.")
+    max_waiting: int = Field(default=1024, ge=1, description="Most sequences in the queue; above it a 429.")
     request_timeout: float | None = Field(
-        None, gt=0, description="Seconds after which a request is ended with a 408; none if not given."
+        default=None,
+        gt=0,
+        description="Seconds after which a request is ended with a 408; none if not given.",
     )
     receive_timeout: float = Field(
-        30.0, gt=0, description="Seconds in which a request's header, and then its body, have to arrive."
+        default=30.0,
+        gt=0,
+        description="Seconds in which a request's header, and then its body, have to arrive.",
     )
     drain_timeout: float = Field(
-        30.0, ge=0, description="Seconds that running requests may take to finish after SIGTERM."
+        default=30.0, ge=0, description="Seconds that running requests may take to finish after SIGTERM."
     )
 
-    vllm_metrics: bool = Field(
-        False, description="Also emit the gauges that routers read under vLLM's names."
+
+class KVDefaults(Section):
+    """What requests get that say nothing about their cache."""
+
+    title = "Requests that do not say what to keep"
+    prefix = "kv_"
+
+    policy: str = Field(default="full", description="Eviction policy of requests that name none.")
+    budget: str | None = Field(
+        default=None, description="Budget of requests that name none: 25%, 512tok, 8MiB."
     )
+    decode_budget: str | None = Field(default=None, description="Decode budget of requests that name none.")
+
+
+class Settings(BaseModel):
+    """All sections. Made from the options' own names too: `Settings(port=8001, kv_budget="25%")`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    engine: EngineOptions = EngineOptions()
+    server: ServerOptions = ServerOptions()
+    limits: Limits = Limits()
+    kv: KVDefaults = KVDefaults()
 
     @property
     def model_name(self) -> str:
         """The name under which the API serves the model."""
-        return self.served_model_name or self.model
+        return self.server.served_model_name or self.engine.model
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sort(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Puts options into their sections."""
+        sections: dict[str, Any] = {
+            name: value for name, value in given.items() if isinstance(value, Section)
+        }
+        for name in given.keys() - sections.keys():
+            if name not in OPTIONS:
+                raise ValueError(f"there is no option {name}")
+            option = OPTIONS[name]
+            sections.setdefault(option.section, {})[option.field] = given[name]
+        return sections
 
     @classmethod
     def load(cls, file: Path | None = None, **given: Any) -> Settings:
-        """Merges what was given on the command line, the environment and a TOML file.
+        """Merges what was given on the command line, the environment and a TOML file, in this order.
 
         Args:
-            file: TOML file with the fields of this class at its top level.
-            **given: fields set explicitly; None and [] count as not given.
+            file: TOML file with options at its top level.
+            **given: options set explicitly; None and [] count as not given.
 
         Raises:
-            pydantic.ValidationError: a field is unknown or has a bad value.
+            pydantic.ValidationError: an option is unknown or has a bad value.
             OSError: the file cannot be read.
             tomllib.TOMLDecodeError: the file is no TOML.
         """
+        lowest = {} if file is None else tomllib.loads(file.read_text())
         explicit = {name: value for name, value in given.items() if value not in (None, [])}
-        settings = cls(**explicit)
-        if file is None:
-            return settings
-        lower = {
-            k: v for k, v in tomllib.loads(file.read_text()).items() if k not in settings.model_fields_set
-        }
-        return cls(**lower, **explicit)
+        return cls(**(lowest | _from_environment(os.environ) | explicit))
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A field of a section, and what is derived from it.
+
+    Attributes:
+        name: in files, and in `Settings.load`.
+        section: name of the field of `Settings` that holds it.
+        group: that section's title.
+        field: its name in there.
+        schema: its JSON schema; of an optional value, that of the value.
+        default: None if nothing has to be given.
+        description: one sentence.
+    """
+
+    name: str
+    section: str
+    group: str
+    field: str
+    schema: Mapping[str, Any]
+    default: Any
+    description: str
+
+    @property
+    def flag(self) -> str:
+        """On the command line."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        """In the environment."""
+        return VARIABLE_PREFIX + self.name.upper()
+
+    @property
+    def default_text(self) -> str | None:
+        """As a user would write it; None if the option is left out by default."""
+        if self.default in (None, ()):
+            return None
+        if self.schema.get("format") == "size":
+            return format_size(self.default)
+        return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
+
+
+def _options() -> dict[str, Option]:
+    options = {}
+    for section, field in Settings.model_fields.items():
+        kind: Any = field.annotation
+        schemas = kind.model_json_schema()["properties"]
+        for name, info in kind.model_fields.items():
+            schema = schemas[name]
+            schema = next(iter(schema.get("anyOf", [])), schema)
+            full = kind.prefix + name
+            assert info.description is not None
+            options[full] = Option(full, section, kind.title, name, schema, info.default, info.description)
+    return options
+
+
+OPTIONS: dict[str, Option] = _options()
+"""Every option by its name."""
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    return {o.name: environment[o.variable] for o in OPTIONS.values() if o.variable in environment}

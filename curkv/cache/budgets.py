@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Literal
 
 from curkv.cache.layout import CacheLayout
+from curkv.units import read_quantity
 
-_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-_NUMBER = re.compile(r"([0-9]{1,18})(\.[0-9]{1,18})?\s*([a-z]+|%)?", re.IGNORECASE)
+_UNITS = frozenset({"b", "kb", "mb", "gb", "kib", "mib", "gib"})
 _FORMS = "use a share like 25% or 0.25, tokens per head like 512 or 512tok, or bytes like 8MiB"
 
 
@@ -72,25 +71,24 @@ def parse_budget(value: object) -> Budget:
     """
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(f"expected a number or a string; {_FORMS}")
-    match = _NUMBER.fullmatch(str(value).strip())
-    if match is None:
+    quantity = read_quantity(str(value))
+    if quantity is None:
         raise ValueError(f"{str(value)[:40]!r} is no budget; {_FORMS}")
-    digits, fraction, unit = match.groups()
-    number, unit = float(digits + (fraction or "")), (unit or "").lower()
+    number, unit = float(quantity.number), quantity.unit
     if number == 0:
         raise ValueError(f"{str(value)[:40]!r} keeps nothing; {_FORMS}")
-    if unit == "%" or (not unit and fraction):
+    if unit == "%" or not (unit or quantity.whole):
         ratio = number / 100 if unit else number
         if ratio > 1:
             raise ValueError(f"{str(value)[:40]!r} is more than everything; {_FORMS}")
         return Budget("ratio", ratio)
     if unit in ("", "tok", "token", "tokens"):
-        if fraction:
+        if not quantity.whole:
             raise ValueError(f"{str(value)[:40]!r}: tokens are whole; {_FORMS}")
-        return Budget("tokens", int(digits))
-    if unit not in _UNITS:
+        return Budget("tokens", int(quantity.number))
+    num_bytes = quantity.bytes
+    if num_bytes is None or unit not in _UNITS:
         raise ValueError(f"{str(value)[:40]!r} has an unknown unit; {_FORMS}")
-    num_bytes = math.floor(number * _UNITS[unit])
     if num_bytes < 1:
         raise ValueError(f"{str(value)[:40]!r} keeps nothing; {_FORMS}")
     return Budget("bytes", num_bytes)

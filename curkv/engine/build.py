@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from numba import set_num_threads
@@ -17,12 +15,13 @@ from curkv.cache.layout import CacheLayout, full_attention
 from curkv.cache.options import EvictionOptions
 from curkv.cache.page_manager import PageManager
 from curkv.cache.sizing import default_cache_bytes, num_pages_for
+from curkv.config import DeviceName, EngineOptions, KVDtype, Weights
 from curkv.engine.decode_graphs import DecodeGraphs
 from curkv.engine.engine import Engine
 from curkv.engine.recorded_decodes import RecordedDecodes
 from curkv.engine.runner import Runner
 from curkv.engine.types import Request, SamplingParams
-from curkv.kernels.dispatch import KernelsName, get_kernels
+from curkv.kernels.dispatch import get_kernels
 from curkv.models.chat_template import load_chat_template
 from curkv.models.config import ModelConfig
 from curkv.models.info import ModelInfo
@@ -31,9 +30,6 @@ from curkv.models.loading import Checkpoint, load_config, load_pruning, load_tok
 
 logger = logging.getLogger(__name__)
 
-KVDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
-Weights = Literal["auto", "float32", "int8", "int4"]
-Device = Literal["auto", "cpu", "cuda"]
 CPU_KV_DTYPE: KVDtype = "float16"
 """Default on CPU: half the bytes of float32, eight times the precision of bfloat16 (docs/benchmarks.md)."""
 
@@ -47,42 +43,6 @@ PREFIX_SHARE = 1 / 8
 What is held gives way to running sequences, so it costs them nothing; but a page that is held is memory that
 the process has touched and that an eviction does not free.
 """
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """What an engine is built from.
-
-    Attributes:
-        model: directory, Hub id, GGUF file or built-in name.
-        weights: type of the linear layers' weights; "auto" is float32 on CPU, bfloat16 on a GPU. With int8
-            and int4, which round anyway, chunks attend in bfloat16 on a CPU that multiplies in it.
-        kv_cache_bytes: size of the page pool; None takes a share of the memory that is free after loading.
-        prefix_cache_bytes: most of the pool that is held for repeated prompts; None takes a share of it.
-        kv_dtype: type of cached keys and values.
-        page_size: tokens of one KV head per page.
-        max_step_tokens: most tokens of one step.
-        max_itl: seconds that a step with running decodes may take; None sets no limit.
-        max_sequences: most sequences in flight.
-        max_model_len: most tokens of prompt and output together; None takes the model's.
-        device: where the model runs; "cuda" is any GPU that torch knows, AMD's included.
-        kernels: implementation of the kernels.
-        threads: CPU threads; None takes all cores.
-    """
-
-    model: str
-    weights: Weights = "auto"
-    kv_cache_bytes: int | None = None
-    prefix_cache_bytes: int | None = 0
-    kv_dtype: KVDtype = "auto"
-    page_size: int = 64
-    max_step_tokens: int = 512
-    max_itl: float | None = None
-    max_sequences: int = 64
-    max_model_len: int | None = None
-    device: Device = "auto"
-    kernels: KernelsName = "auto"
-    threads: int | None = None
 
 
 def build_engine(options: EngineOptions) -> Engine:
@@ -114,11 +74,11 @@ def build_engine(options: EngineOptions) -> Engine:
         max_tokens=max_model_len,
         max_step_tokens=options.max_step_tokens,
     )
-    num_bytes = options.kv_cache_bytes
+    num_bytes = options.kv_cache_memory
     if num_bytes is None:
         num_bytes = default_cache_bytes(device=device)
     rope = rope_tables(config, max_model_len)
-    prefix_bytes = options.prefix_cache_bytes
+    prefix_bytes = options.prefix_cache_memory
     if prefix_bytes is None:
         prefix_bytes = int(num_bytes * PREFIX_SHARE)
     num_pages, prefix_pages = num_pages_for(num_bytes, layout), prefix_bytes // layout.page_bytes
@@ -141,7 +101,7 @@ def build_engine(options: EngineOptions) -> Engine:
     return engine
 
 
-def _device(wanted: Device) -> str:
+def _device(wanted: DeviceName) -> str:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ValueError("torch sees no GPU; use --device cpu, or install a build of torch for your GPU")
     if wanted == "auto":

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from curkv.engine.build import EngineOptions, build_engine
+from curkv.config import EngineOptions
+from curkv.engine.build import build_engine
 from curkv.engine.engine import Engine
 from curkv.evaluation.corpora import load_corpus
 from curkv.evaluation.evaluator import Evaluator
@@ -192,7 +193,9 @@ def _check_related(before: Source, after: Source) -> None:
 
 
 def _engine(directory: Path) -> Engine:
-    return build_engine(EngineOptions(str(directory), kv_cache_bytes=CACHE_BYTES))
+    return build_engine(
+        EngineOptions(model=str(directory), kv_cache_memory=CACHE_BYTES, prefix_cache_memory=0)
+    )
 
 
 def _random_rows(source: Source, kept: int, directory: Path, seed: int) -> Source:

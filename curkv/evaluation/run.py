@@ -7,13 +7,14 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from curkv.cache.sizing import default_cache_bytes
-from curkv.engine.build import EngineOptions, build_engine
+from curkv.config import EngineOptions
+from curkv.engine.build import build_engine
 from curkv.evaluation.evaluator import Evaluator
 from curkv.evaluation.records import Journal, Key, ProtocolName, Record, read_records
 from curkv.evaluation.remote import RemoteEvaluator
@@ -98,13 +99,14 @@ def run_local(plan: Plan, options: EngineOptions, path: Path, workers: int) -> N
         with ThreadPoolExecutor(1) as executor:
             _work(jobs, lambda job: evaluator.evaluate(job.recipe, job.wanted), executor, path)
         return
-    share = replace(
-        options,
-        threads=max(1, (options.threads or os.cpu_count() or 1) // workers),
-        kv_cache_bytes=(options.kv_cache_bytes or default_cache_bytes()) // workers,
-    )
+    share = {
+        "threads": max(1, (options.threads or os.cpu_count() or 1) // workers),
+        "kv_cache_memory": (options.kv_cache_memory or default_cache_bytes()) // workers,
+    }
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (share, source)) as executor:
+    with ProcessPoolExecutor(
+        workers, context, _start_worker, (options.model_copy(update=share), source)
+    ) as executor:
         _work(jobs, _run_in_worker, executor, path)
 
 

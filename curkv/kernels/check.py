@@ -1,21 +1,17 @@
-"""`curkv kernels check`: compiles every Triton kernel for real chips and holds it to gates."""
+"""Compiles every Triton kernel for real chips and holds it to gates."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING
 
-import typer
 from tqdm import tqdm
 
 from curkv.kernels.costs import COSTS, evaluate
 
 if TYPE_CHECKING:
     from curkv.kernels.aot import Call, Launch, ModelShape, Report, Target
-
-    Named = TypeVar("Named", ModelShape, Target)
 
 MAX_OVERHEAD = 1.1
 """Bytes moved, as a multiple of the fewest possible."""
@@ -29,69 +25,16 @@ BANDWIDTH = {"H100": 3.35e12, "A100": 2.039e12}
 TENSOR_FLOPS = {"H100": 990e12, "A100": 312e12}
 """Dense bfloat16 operations per second."""
 
-app = typer.Typer(no_args_is_help=True, help="The GPU kernels.")
 
+def compile_all(models: list[ModelShape], targets: list[Target]) -> list[Entry]:
+    """Compiles every operation as each model needs it, for each chip."""
+    from curkv.kernels import aot
 
-@app.callback()
-def _kernels() -> None:
-    """Keep `check` a command of its own although it is the only one."""
-
-
-@app.command()
-def check(
-    table: Annotated[
-        bool, typer.Option(help="Print the three tables of docs/kernels.md, which explains them.")
-    ] = True,
-    model: Annotated[
-        list[str] | None, typer.Option(help="Only this model's shapes; may be repeated. [all]")
-    ] = None,
-    target: Annotated[
-        list[str] | None,
-        typer.Option(help="Only this chip: sm_80, sm_90, sm_100 or gfx942; may be repeated. [all]"),
-    ] = None,
-) -> None:
-    """Compile every Triton kernel for NVIDIA's A100, H100 and B200 and AMD's MI300; needs no GPU.
-
-    The shapes are those of SmolLM2-135M, Llama-3.1-8B, Qwen3-8B and Mistral-7B. The tables tell what each
-    kernel uses of a chip, what it moves and computes, and the least time that this takes on H100 and A100.
-
-    Ends with status 1 if a gate breaks: spilled registers, more shared memory than the chip has, keys or
-    values read in less than 16 bytes at once, prefill attention without tensor cores, or more than 1.1 times
-    the bytes that any implementation must move.
-    """
-    os.environ.pop("TRITON_INTERPRET", None)
-    try:
-        from curkv.kernels import aot
-    except ModuleNotFoundError as error:
-        typer.echo(f"curkv: {error}; `pip install triton` (3.4 or newer, on Linux)", err=True)
-        raise typer.Exit(1) from error
-
-    models = _chosen(aot.MODELS, model, "--model")
-    targets = _chosen(aot.TARGETS, target, "--target")
-    calls = [(m.name, t, call) for m in models for t in targets for call in aot.calls(m, t)]
-    entries = [
+    calls = [(model.name, t, call) for model in models for t in targets for call in aot.calls(model, t)]
+    return [
         Entry(name, t, call, [(launch, aot.compile_launch(launch, t)) for launch in call.launches])
         for name, t, call in tqdm(calls, "compiling", unit="operation", disable=None)
     ]
-    if table:
-        for line in [*kernel_table(entries), "", *cost_table(entries), "", *formula_table()]:
-            typer.echo(line)
-    broken = [failure for entry in entries for failure in failures(entry)]
-    for failure in broken:
-        typer.echo(failure, err=True)
-    typer.echo(
-        f"{sum(len(e.reports) for e in entries)} kernels compiled, {len(broken)} gates broken", err=True
-    )
-    raise typer.Exit(1 if broken else 0)
-
-
-def _chosen(known: tuple[Named, ...], names: list[str] | None, option: str) -> list[Named]:
-    """Those of the known models or targets that were asked for; all if none were."""
-    unknown = set(names or ()) - {x.name for x in known}
-    if unknown:
-        there_are = ", ".join(x.name for x in known)
-        raise typer.BadParameter(f"{', '.join(sorted(unknown))}; there are {there_are}", param_hint=option)
-    return [x for x in known if not names or x.name in names]
 
 
 @dataclass(frozen=True)
@@ -178,7 +121,3 @@ def formula_table() -> list[str]:
     """Markdown: bytes and FLOPs of each operation by formula."""
     lines = ["| operation | bytes moved | FLOPs | read again from L2 |", "|---|---|---|---|"]
     return lines + [f"| {name} | `{c.moved}` | `{c.flops}` | {c.again} |" for name, c in COSTS.items()]
-
-
-if __name__ == "__main__":
-    app()

@@ -57,24 +57,26 @@ def create_app(client: EngineClient | None, settings: Settings, lifespan: Lifesp
         lifespan=lifespan,
     )
     app.state.server = ServerState(
-        settings, Metrics(settings.model_name, settings.vllm_metrics), default_options(settings)
+        settings, Metrics(settings.model_name, settings.server.vllm_metrics), default_options(settings)
     )
     if client is not None:
         app.state.server.attach(client)
-    guarded = [Depends(HTTPBearer(auto_error=False))] if settings.api_key else []
-    refusals = error_responses(401) if settings.api_key else {}
+    guarded = [Depends(HTTPBearer(auto_error=False))] if settings.server.api_key else []
+    refusals = error_responses(401) if settings.server.api_key else {}
     for router in (completions, chat, explain, tokens, models, live, page):
         app.include_router(router, dependencies=guarded, responses=refusals)
     app.include_router(health)
     app.mount("/page", page_files)
     install_error_handlers(app)
-    app.add_middleware(BodyMiddleware, max_bytes=settings.max_body_size, seconds=settings.receive_timeout)
-    if settings.api_key:
-        app.add_middleware(ApiKeyMiddleware, keys=settings.api_key)
-    if settings.cors_origin:
+    app.add_middleware(
+        BodyMiddleware, max_bytes=settings.limits.max_body_size, seconds=settings.limits.receive_timeout
+    )
+    if settings.server.api_key:
+        app.add_middleware(ApiKeyMiddleware, keys=settings.server.api_key)
+    if settings.server.cors_origin:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=settings.cors_origin,
+            allow_origins=settings.server.cors_origin,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["X-Request-Id", *OPENAPI_RESPONSE_HEADERS],

@@ -204,9 +204,9 @@ def default_options(settings: Settings) -> EvictionOptions:
     """
     return parse_options(
         {
-            "policy": settings.kv_policy,
-            "budget": settings.kv_budget,
-            "decode_budget": settings.kv_decode_budget,
+            "policy": settings.kv.policy,
+            "budget": settings.kv.budget,
+            "decode_budget": settings.kv.decode_budget,
         }
     )
 

@@ -55,7 +55,7 @@ def read_limits(headers: Headers, priority: int, settings: Settings) -> Limits:
         if re.fullmatch(r"[+-]?[0-9]{1,10}", text) is None or not -(2**31) <= int(text) < 2**31:
             raise InvalidRequest("expected an integer of 32 bits", PRIORITY)
         priority = int(text)
-    timeout = settings.request_timeout
+    timeout = settings.limits.request_timeout
     if (text := headers.get(TIMEOUT)) is not None:
         if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) is None or float(text) == 0:
             raise InvalidRequest("expected a number of seconds above 0", TIMEOUT)

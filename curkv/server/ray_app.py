@@ -59,7 +59,9 @@ def app(args: dict[str, Any]) -> serve.Application:
         pydantic.ValidationError: an argument is unknown or has a bad value.
     """
     scale = Scale(**{name: args[name] for name in Scale.model_fields if name in args})
-    settings = Settings(**{name: value for name, value in args.items() if name not in Scale.model_fields})
+    settings = Settings.load(
+        **{name: value for name, value in args.items() if name not in Scale.model_fields}
+    )
     return (
         serve.deployment(Replica)
         .options(
@@ -70,7 +72,7 @@ def app(args: dict[str, Any]) -> serve.Application:
                 target_ongoing_requests=scale.target_requests,
             ),
             max_ongoing_requests=scale.max_requests,
-            graceful_shutdown_timeout_s=settings.drain_timeout,
+            graceful_shutdown_timeout_s=settings.limits.drain_timeout,
             request_router_config=RequestRouterConfig(request_router_class=ROUTER),
             ray_actor_options={"num_cpus": scale.cpus, "num_gpus": scale.gpus},
         )
@@ -96,7 +98,7 @@ class Replica:
         client = await asyncio.to_thread(build_client, self._settings)
         application.state.server.attach(client)
         yield
-        await client.drain(self._settings.drain_timeout)
+        await client.drain(self._settings.limits.drain_timeout)
         await asyncio.to_thread(client.stop)
 
     def check_health(self) -> None:

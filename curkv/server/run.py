@@ -21,6 +21,7 @@ from fastapi import FastAPI
 import curkv
 from curkv.cache.options import OptionError
 from curkv.config import Settings
+from curkv.exits import Exit, StartupError
 from curkv.models.errors import ModelError
 from curkv.server.app import create_app
 from curkv.server.connections import impatient
@@ -39,10 +40,6 @@ CLOSE_SECONDS = 5
 POLLED = ("/health", "/metrics", "/v1/kv/state")
 
 
-class StartupError(Exception):
-    """The server cannot start; the message says why and what to do."""
-
-
 def serve(settings: Settings) -> int:
     """Serves until a signal asks to stop, and returns the exit status.
 
@@ -54,22 +51,24 @@ def serve(settings: Settings) -> int:
     try:
         server = Server(settings)
     except OptionError as error:
-        raise StartupError(f"--kv-{error.field.replace('_', '-')}: {error.message}") from error
+        raise StartupError(
+            f"--kv-{error.field.replace('_', '-')}: {error.message}", Exit.BAD_OPTION
+        ) from error
     _check_certificate(settings)
-    server.run(sockets=[listen(settings.host, settings.port)])
+    server.run(sockets=[listen(settings.server.host, settings.server.port)])
     return server.exit_status
 
 
 def _check_certificate(settings: Settings) -> None:
-    if settings.ssl_certfile is None:
-        if settings.ssl_keyfile is not None:
-            raise StartupError("--ssl-keyfile needs --ssl-certfile")
+    if settings.server.ssl_certfile is None:
+        if settings.server.ssl_keyfile is not None:
+            raise StartupError("--ssl-keyfile needs --ssl-certfile", Exit.BAD_OPTION)
         return
     try:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile, lambda: "")
+        context.load_cert_chain(settings.server.ssl_certfile, settings.server.ssl_keyfile, lambda: "")
     except OSError as error:
-        raise StartupError(f"--ssl-certfile or --ssl-keyfile: {error}") from error
+        raise StartupError(f"--ssl-certfile or --ssl-keyfile: {error}", Exit.BAD_OPTION) from error
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -84,32 +83,20 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise StartupError(
-                f"port {port} on {host} is taken: stop what uses it or choose another --port"
+                f"port {port} on {host} is taken: stop what uses it or choose another --port",
+                Exit.NO_RESOURCE,
             ) from error
-        raise StartupError(f"cannot listen on {host} port {port}: {error.strerror}") from error
+        raise StartupError(
+            f"cannot listen on {host} port {port}: {error.strerror}", Exit.NO_RESOURCE
+        ) from error
 
 
 def build_client(settings: Settings) -> EngineClient:
     """Loads the model and starts the engine; takes seconds, or minutes if the model has to be fetched."""
-    from curkv.engine.build import EngineOptions, build_engine
+    from curkv.engine.build import build_engine
     from curkv.engine.client import EngineClient
 
-    options = EngineOptions(
-        model=settings.model,
-        weights=settings.weights,
-        kv_cache_bytes=settings.kv_cache_memory,
-        prefix_cache_bytes=settings.prefix_cache_memory,
-        kv_dtype=settings.kv_dtype,
-        page_size=settings.page_size,
-        max_step_tokens=settings.max_step_tokens,
-        max_itl=settings.max_itl,
-        max_sequences=settings.max_sequences,
-        max_model_len=settings.max_model_len,
-        device=settings.device,
-        kernels=settings.kernels,
-        threads=settings.threads,
-    )
-    engine = build_engine(options)
+    engine = build_engine(settings.engine)
     trim_heap()
     keep_freed_memory()
     unmap_code()
@@ -131,10 +118,10 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=impatient(settings.receive_timeout),
+                http=impatient(settings.limits.receive_timeout),
                 lifespan="on",
-                ssl_certfile=settings.ssl_certfile,
-                ssl_keyfile=settings.ssl_keyfile,
+                ssl_certfile=settings.server.ssl_certfile,
+                ssl_keyfile=settings.server.ssl_keyfile,
                 log_config=None,
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
@@ -159,14 +146,14 @@ class Server(uvicorn.Server):
 
     def _drain_or_hurry(self, client: EngineClient) -> None:
         if self._draining is None:
-            logger.info("draining: running requests have %g s to finish", self._settings.drain_timeout)
+            logger.info("draining: running requests have %g s to finish", self._settings.limits.drain_timeout)
             self._draining = asyncio.create_task(self._drain(client))
         else:
             self._draining.cancel()
 
     async def _drain(self, client: EngineClient) -> None:
         try:
-            finished = await client.drain(self._settings.drain_timeout)
+            finished = await client.drain(self._settings.limits.drain_timeout)
         except asyncio.CancelledError:
             finished = False
         if not finished:
@@ -207,7 +194,7 @@ class Server(uvicorn.Server):
             pages=stats.num_pages,
             page_size=layout.page_size,
             dtype=dtype,
-            policy=self._settings.kv_policy,
+            policy=self._settings.kv.policy,
             url=self._url(),
         )
 
@@ -215,7 +202,7 @@ class Server(uvicorn.Server):
         """Where a browser on this machine finds the server."""
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        scheme = "https" if self._settings.ssl_certfile else "http"
+        scheme = "https" if self._settings.server.ssl_certfile else "http"
         return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 

@@ -68,7 +68,7 @@ class ServerState:
             APIError: 503, it takes none; 429, the queue is full.
         """
         client = self.ready_client()
-        waiting, most = client.num_waiting, self.settings.max_waiting
+        waiting, most = client.num_waiting, self.settings.limits.max_waiting
         if waiting >= most:
             retry = {"Retry-After": str(RETRY_AFTER_SECONDS)}
             message = f"{waiting} sequences wait already, at most {most} may"

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from curkv.engine.build import EngineOptions, Weights, build_engine
+from curkv.config import EngineOptions, Weights
+from curkv.engine.build import build_engine
 from curkv.evaluation.perplexity import compare, dense_logits, token_windows
 
 from .conftest import Loaded, request, run, tokens
@@ -16,7 +17,11 @@ from .conftest import Loaded, request, run, tokens
 @pytest.mark.parametrize(("weights", "share"), [("int8", 0.26), ("int4", 0.19)])
 def test_rounded_weights_predict_as_float32_ones_do(loaded: Loaded, weights: Weights, share: float) -> None:
     """The default model was published in 4 bits: for it, int4 rounds nothing but activations."""
-    engine = build_engine(EngineOptions(str(loaded.directory), weights, kv_cache_bytes=1 << 26))
+    engine = build_engine(
+        EngineOptions(
+            model=str(loaded.directory), weights=weights, kv_cache_memory=1 << 26, prefix_cache_memory=0
+        )
+    )
     assert engine.runner.model.weights == weights
     linear = {"attention", "mlp", "head"}
     rounded, exact = (
@@ -40,6 +45,6 @@ def test_weights_are_not_chosen_on_a_gpu(
     default_model_dir: Path, monkeypatch: pytest.MonkeyPatch, weights: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    options = EngineOptions(str(default_model_dir), weights, device="cuda", kernels="reference")  # type: ignore[arg-type]
+    options = EngineOptions(model=str(default_model_dir), weights=weights, device="cuda", kernels="reference")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="weights on a GPU are bfloat16"):
         build_engine(options)

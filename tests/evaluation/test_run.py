@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
-from curkv.evaluation.cli import app
+from curkv.cli.eval import app
 from curkv.evaluation.evaluator import Evaluator
 from curkv.evaluation.records import Journal, Record, read_records
 from curkv.evaluation.remote import RemoteEvaluator, ServerError

@@ -5,7 +5,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from curkv.prune_command import app
+from curkv.cli.prune import app
 from tests.pruning.conftest import save_model
 
 cli = typer.Typer()

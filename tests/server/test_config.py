@@ -1,8 +1,9 @@
-"""Settings: where they come from, and sizes."""
+"""Settings: where they come from, sizes, and what is derived from them."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -10,7 +11,9 @@ from typer.testing import CliRunner
 
 import curkv
 from curkv.cli import app
-from curkv.config import Settings, parse_size
+from curkv.cli.options import table
+from curkv.config import OPTIONS, Option, Settings
+from curkv.units import format_size, parse_size
 
 
 @pytest.mark.parametrize(
@@ -34,14 +37,76 @@ def test_bad_sizes(text: str) -> None:
         parse_size(text)
 
 
+@pytest.mark.parametrize(
+    ("size", "text"), [(8 << 20, "8MiB"), (3 << 40, "3TiB"), (1000, "1000"), (0, "0"), (1 << 10, "1KiB")]
+)
+def test_sizes_are_written_as_they_are_read(size: int, text: str) -> None:
+    assert format_size(size) == text
+    assert parse_size(text) == size
+
+
 def test_command_line_over_environment_over_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "curkv.toml"
     file.write_text('port = 1\nhost = "file"\nkv_policy = "knorm"\n')
     monkeypatch.setenv("CURKV_PORT", "2")
     monkeypatch.setenv("CURKV_HOST", "environment")
     settings = Settings.load(file, port=3, model=None)
-    assert (settings.port, settings.host, settings.kv_policy) == (3, "environment", "knorm")
-    assert settings.model_name == Settings.model_fields["model"].default
+    server = settings.server
+    assert (server.port, server.host, settings.kv.policy) == (3, "environment", "knorm")
+    assert settings.model_name == OPTIONS["model"].default
+
+
+OTHER_VALUES = {
+    "model": "other",
+    "served_model_name": "other",
+    "host": "::",
+    "ssl_certfile": "a.pem",
+    "ssl_keyfile": "a.pem",
+    "api_key": "sesame,two",
+    "cors_origin": "http://a,http://b",
+    "kv_budget": "25%",
+    "kv_decode_budget": "512tok",
+    "kv_policy": "curdkv",
+}
+
+
+def other_value(option: Option) -> str:
+    """A value that is not the option's default."""
+    if option.name in OTHER_VALUES:
+        return OTHER_VALUES[option.name]
+    if "enum" in option.schema:
+        return str(option.schema["enum"][-1])
+    if option.schema.get("format") == "size":
+        return "3MiB"
+    return "true" if option.schema["type"] == "boolean" else "31"
+
+
+def value(settings: Settings, option: Option) -> Any:
+    return getattr(getattr(settings, option.section), option.field)
+
+
+@pytest.mark.parametrize("option", OPTIONS.values(), ids=OPTIONS)
+def test_each_option_is_reached_by_file_environment_and_command_line(
+    option: Option, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = other_value(option)
+    file = tmp_path / "curkv.toml"
+    file.write_text(f'{option.name} = "{text}"\n')
+    wanted = value(Settings.load(file), option)
+    assert wanted != value(Settings(), option)
+
+    monkeypatch.setenv(option.variable, text)
+    assert value(Settings.load(), option) == wanted
+    monkeypatch.delenv(option.variable)
+
+    seen: list[Settings] = []
+    monkeypatch.setattr("curkv.server.run.serve", lambda settings: seen.append(settings) or 0)
+    kind = option.schema["type"]
+    values = text.split(",") if kind == "array" else [text]
+    words = [option.flag] if kind == "boolean" else [word for part in values for word in (option.flag, part)]
+    result = CliRunner().invoke(app, ["serve", *words])
+    assert result.exit_code == 0, result.output
+    assert value(seen[0], option) == wanted
 
 
 def test_unknown_setting_in_file(tmp_path: Path) -> None:
@@ -67,10 +132,32 @@ def test_bad_settings_on_the_command_line(arguments: list[str], said: str) -> No
     assert said in result.output
 
 
-def test_command_line_covers_every_setting() -> None:
+@pytest.mark.parametrize("key", ["", " ", "sesame,", ",sesame"])
+def test_an_empty_key_is_refused(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is what a variable gives that is not set; an empty token would open the server to everybody."""
+    monkeypatch.setenv("CURKV_API_KEY", key)
+    from_environment = CliRunner().invoke(app, ["serve"])
+    monkeypatch.delenv("CURKV_API_KEY")
+    arguments = [word for part in key.split(",") for word in ("--api-key", part)]
+    for result in (from_environment, CliRunner().invoke(app, ["serve", *arguments])):
+        assert result.exit_code == 2
+        assert "api_key: " in result.output and "a value is empty" in result.output
+
+
+def test_help_has_every_option_with_its_variable_in_its_group() -> None:
     text = CliRunner().invoke(app, ["serve", "--help"], terminal_width=200).output
-    for name in Settings.model_fields:
-        assert f"--{name.replace('_', '-')} " in text
+    groups = [text.index(f"\n{group}:\n") for group in dict.fromkeys(o.group for o in OPTIONS.values())]
+    assert groups == sorted(groups)
+    for option in OPTIONS.values():
+        assert f"{option.flag} " in text
+        assert option.variable in text
+        assert text.index(f"\n{option.group}:\n") < text.index(f"\n  {option.flag} ")
+
+
+def test_docs_have_the_table_of_options() -> None:
+    """To renew it: python -c 'from curkv.cli.options import table; print(*table(), sep=chr(10))'."""
+    docs = Path(__file__).parents[2] / "docs" / "operations.md"
+    assert "\n".join(table()) in docs.read_text()
 
 
 def test_version() -> None:

@@ -181,7 +181,9 @@ async def test_bad_input_takes_no_page(
 
 
 async def test_request_that_can_never_fit_the_pool(settings: Settings) -> None:
-    small = settings.model_copy(update={"kv_cache_memory": 8 << 20})
+    small = settings.model_copy(
+        update={"engine": settings.engine.model_copy(update={"kv_cache_memory": 8 << 20})}
+    )
     engine = build_client(small)
     try:
         with running(engine, small) as url:

@@ -33,7 +33,7 @@ def _card(state: ServerState) -> ModelCard:
     return ModelCard(
         id=state.settings.model_name,
         created=state.created,
-        root=state.settings.model,
+        root=state.settings.engine.model,
         max_model_len=client.max_model_len,
         weights=client.weights,
         weights_bytes=sum(client.weights_bytes.values()),

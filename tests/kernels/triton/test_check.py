@@ -21,7 +21,8 @@ def test_every_kernel_passes_every_gate(target):
     command = [
         sys.executable,
         "-m",
-        "curkv.kernels.check",
+        "curkv.cli",
+        "kernels",
         "check",
         "--no-table",
         "--target",
@@ -34,7 +35,7 @@ def test_every_kernel_passes_every_gate(target):
 
 
 def test_an_unknown_target_is_refused():
-    command = [sys.executable, "-m", "curkv.kernels.check", "check", "--target", "sm_1"]
+    command = [sys.executable, "-m", "curkv.cli", "kernels", "check", "--target", "sm_1"]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2

@@ -14,6 +14,8 @@ import typer
 from tqdm import tqdm
 from typer.core import TyperGroup
 
+from curkv.cli.failing import fail
+
 if TYPE_CHECKING:
     from curkv.models.pruning.prune import PruneResult
 
@@ -98,7 +100,7 @@ def main(
         with _unwinding_on_sigterm(), _Bars() as bars:
             result = prune(source, model, output, options, bars.show, force)
     except ModelError as error:
-        _fail(str(error))
+        fail(str(error))
     _say_result(result, output)
 
 
@@ -127,7 +129,7 @@ def report(
     try:
         found = measure(resolve_model(base), resolve_model(pruned), options)
     except (ModelError, CorpusNotInstalled) as error:
-        _fail(str(error))
+        fail(str(error))
     typer.echo(write_report(found, output))
 
 
@@ -161,9 +163,9 @@ def _settings(
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     for name in settings:
         if own[name] != method:
-            _fail(f"--{name.replace('_', '-')} belongs to --method {own[name].value}")
+            fail(f"--{name.replace('_', '-')} belongs to --method {own[name].value}")
     if text and sequences:
-        _fail("--text is text written before: --sequences has nothing to say about it")
+        fail("--text is text written before: --sequences has nothing to say about it")
     if "sequences" in settings:
         from curkv.models.pruning.self_text import Writing
 
@@ -186,11 +188,6 @@ def _say_result(result: PruneResult, output: Path) -> None:
         f"{result.base_bytes / 1e6:.0f} MB -> {result.bytes / 1e6:.0f} MB, "
         f"in {result.seconds:.0f} s, peak memory {result.peak_bytes / 1e6:.0f} MB"
     )
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"curkv: {message}", err=True)
-    raise typer.Exit(1)
 
 
 class _Bars:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args
+from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 
-from curkv.models.default_model import DEFAULT_MODEL
+from curkv.cli.failing import fail, fail_for_settings
+from curkv.cli.options import takes
+from curkv.config import EngineOptions
+from curkv.exits import Exit
 
 app = typer.Typer(help="What eviction costs in quality, on real text.", no_args_is_help=True)
 
@@ -18,6 +22,7 @@ def _many(help: str, *default: object) -> Any:
 
 
 @app.command("run")
+@takes(("model", "weights", "kv_dtype", "kernels"))
 def run(
     output: Annotated[Path, typer.Argument(help="JSON lines; what they hold already is not measured again.")],
     policy: Annotated[list[str] | None, _many("Policy and options, like 'curdkv preset=paper'")] = None,
@@ -32,23 +37,18 @@ def run(
     corpus: Annotated[
         str, typer.Option(help="Real text: documentation, austen or a novel.")
     ] = "documentation",
-    model: Annotated[str, typer.Option(help="As for `serve`; its tokenizer counts if --url is given.")] = (
-        DEFAULT_MODEL
-    ),
-    weights: Annotated[str, typer.Option(help="As for `serve`.")] = "auto",
-    kv_dtype: Annotated[str, typer.Option(help="As for `serve`.")] = "auto",
-    kernels: Annotated[str, typer.Option(help="As for `serve`.")] = "auto",
     url: Annotated[
         str | None, typer.Option(help="OpenAI-compatible server to measure instead: exact match, visible.")
     ] = None,
     served_model_name: Annotated[str | None, typer.Option(help="The model's name there.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes; with --url, requests at a time.")] = 1,
+    **given: Any,
 ) -> None:
     """Measure policies: exact match, likelihood of the right answer, divergence from the full cache.
 
     The full cache is always measured. Every result is a line in OUTPUT, and a run that was stopped goes on.
+    With --url the tokenizer of --model counts tokens.
     """
-    from curkv.engine.build import EngineOptions, KVDtype, Weights
     from curkv.evaluation.run import Plan, run_local, run_remote
     from curkv.evaluation.tasks import task_names
     from curkv.evaluation.variants import cross
@@ -62,19 +62,16 @@ def run(
             protocols=_protocols(protocol, remote=url is not None),
             variants=cross(policy or [], budget or ["50%", "25%"]),
         )
+        used = {name: value for name, value in given.items() if value is not None}
+        options = EngineOptions(**used, prefix_cache_memory=0)
         if url is None:
-            options = EngineOptions(
-                model,
-                weights=_one_of("--weights", weights, Weights),
-                kv_dtype=_one_of("--kv-dtype", kv_dtype, KVDtype),
-                kernels=cast(Any, kernels),
-            )
             run_local(plan, options, output, workers)
         else:
-            run_remote(plan, _remote(url, model, served_model_name), output, workers)
+            run_remote(plan, _remote(url, options.model, served_model_name), output, workers)
+    except ValidationError as error:
+        fail_for_settings(error, Exit.FAILED)
     except (ValueError, RuntimeError, ModuleNotFoundError) as error:
-        typer.echo(f"curkv: {error}", err=True)
-        raise typer.Exit(1) from error
+        fail(str(error))
 
 
 @app.command("report")
@@ -97,8 +94,7 @@ def report(
         plots = write_plots([r for r in records if not policy or r.policy in ("full", *policy)], output)
         (output / "report.md").write_text(markdown(records, plots), encoding="utf-8")
     except (ValueError, ModuleNotFoundError) as error:
-        typer.echo(f"curkv: {error}", err=True)
-        raise typer.Exit(1) from error
+        fail(str(error))
     typer.echo(output / "report.md")
 
 
@@ -110,13 +106,6 @@ def _protocols(names: list[str] | None, remote: bool) -> Any:
     if remote and "hidden" in (names or []):
         raise ValueError("--protocol hidden cannot be measured with --url")
     return names or (["visible"] if remote else ["visible", "hidden"])
-
-
-def _one_of(option: str, value: str, choices: Any) -> Any:
-    """Checks a value against a Literal, which is known only once the engine is imported."""
-    if value not in get_args(choices):
-        raise ValueError(f"unknown {option} {value}: {', '.join(get_args(choices))}")
-    return value
 
 
 def _remote(url: str, model: str, served_model_name: str | None) -> Any:

