@@ -187,6 +187,19 @@ def call_own(
     builder.call(function, args)
 
 
+def switch(builder: ir.IRBuilder, number: ir.Value, most: int, emit: Callable[[int], None]) -> None:
+    """Run, of what `emit` emits for the numbers 1 to `most`, that of an int64; of any other one that of 1."""
+    blocks = [builder.append_basic_block(f"case.{case}") for case in range(1, most + 1)]
+    after = builder.append_basic_block("after")
+    choice = builder.switch(number, blocks[0])
+    for case, block in enumerate(blocks, 1):
+        choice.add_case(I64(case), block)
+        builder.position_at_end(block)
+        emit(case)
+        builder.branch(after)
+    builder.position_at_end(after)
+
+
 def int16s(builder: ir.IRBuilder, location: ir.Value) -> ir.Value:
     """Load sixteen int8 as int16."""
     return builder.sext(builder.load(pointer(builder, location, I8X16), align=1), I16X16)

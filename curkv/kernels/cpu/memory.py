@@ -54,6 +54,8 @@ KINDS: dict[torch.dtype, np.ndarray[Any, Any]] = {
 """The kind of a dtype."""
 FLOAT32 = KINDS[torch.float32]
 INT8 = KINDS[torch.int8]
+BOOL, INT32, UINT32, INT64 = (np.empty(0, dtype) for dtype in (np.bool_, np.int32, np.uint32, np.int64))
+"""Of `array` alone."""
 
 
 def address(tensor: torch.Tensor, dtype: torch.dtype) -> int:
@@ -168,17 +170,23 @@ def load_int32s(context: Any, location: Any) -> Any:
 
 
 @intrinsic
-def _float_pointer(context: Any, location: Any) -> Any:
-    def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> ir.Value:
-        return pointer(builder, args[0], F32)
+def _pointer_to(context: Any, kind: Any, location: Any) -> Any:
+    def generate(codegen: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> ir.Value:
+        return builder.inttoptr(args[1], codegen.get_value_type(signature.return_type))
 
-    return types.CPointer(types.float32)(types.int64), generate
+    return types.CPointer(kind.dtype)(kind, types.int64), generate
+
+
+@inlined
+def array(kind: Any, location: int, shape: Any) -> Any:
+    """What lies at an address as an array of a shape, of the dtype of an empty array `kind`."""
+    return numba.carray(_pointer_to(kind, location), shape)
 
 
 @inlined
 def floats(location: int, count: int) -> Any:
     """The `count` float32 at an address as an array."""
-    return numba.carray(_float_pointer(location), count)
+    return array(FLOAT32, location, count)
 
 
 @intrinsic

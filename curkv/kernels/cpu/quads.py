@@ -34,8 +34,9 @@ from curkv.kernels.cpu.llvm import (
     prefetch_line,
     shuffle,
     splat,
+    switch,
 )
-from curkv.kernels.cpu.tiles import PANEL
+from curkv.kernels.cpu.tiles import PANEL, TILE_ROWS
 
 _QUAD_LANES = 2 * LANES if FEATURES.get("avx512vnni") else LANES  # columns in a register of `quad_tile`
 BYTES, NIBBLES, NIBBLES_BY_AVX2, NIBBLES_BY_ANY = range(4)
@@ -100,7 +101,7 @@ def quad_tile(
     Args:
         context: Numba's.
         weights: Literal, `BYTES` or one of the `NIBBLES`, of 4 bits without sign.
-        rows: Literal, rows of A and C.
+        rows: Of A and C, 1 to `TILE_ROWS`.
         a: Address of int8 [rows, inner].
         a_stride: Values from one row of A to the next.
         a_scales: Address of float32 [inner / 32, rows], what the blocks of A are multiplied with.
@@ -116,13 +117,16 @@ def quad_tile(
         c_stride: Floats from one row of C to the next.
         ahead: Bytes from what is read of B to what is prefetched.
     """
-    form, height = weights.literal_value, rows.literal_value
+    form = weights.literal_value
 
     def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
-        name = f"quad_tile_{form}_{height}"
-        call_own(builder, name, args[2:], lambda own, args: _quad_tile(own, form, height, *args))
+        def tile(height: int) -> None:
+            name = f"quad_tile_{form}_{height}"
+            call_own(builder, name, args[2:], lambda own, args: _quad_tile(own, form, height, *args))
 
-    return types.void(weights, rows, *[types.int64] * 11), generate
+        switch(builder, args[1], TILE_ROWS, tile)
+
+    return types.void(weights, *[types.int64] * 12), generate
 
 
 def _quad_tile(builder: ir.IRBuilder, form: int, height: int, *args: ir.Value) -> None:

@@ -33,11 +33,14 @@ from curkv.kernels.cpu.llvm import (
     pointer,
     prefetch_line,
     splat,
+    switch,
     widen,
 )
 
 PANEL = 2 * LANES
 """Columns of B in `panel_tile`."""
+TILE_ROWS = 6
+"""Most rows of A in `panel_tile` and `quad_tile`: 12 of 16 vector registers hold the tile."""
 
 
 def float_tile(
@@ -109,7 +112,7 @@ def panel_tile(
     Args:
         context: Numba's.
         kind: Of B, float32 or int8; with int8, A is int16 and both have scales.
-        rows: Literal, rows of A and C.
+        rows: Of A and C, 1 to `TILE_ROWS`.
         fresh: Literal, 1 to write A B, 0 to add it.
         a: Address of float32 or int16 [rows, inner].
         a_stride: Values from one row of A to the next.
@@ -122,19 +125,26 @@ def panel_tile(
         c_stride: Floats from one row of C to the next.
         ahead: Bytes from what is read of B to what is prefetched.
     """
-    height, replace = rows.literal_value, bool(fresh.literal_value)
+    replace = bool(fresh.literal_value)
 
     def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
         kind = signature.args[0]
-        name = f"panel_tile_{height}_{int(replace)}_{kind.dtype}"
-        if kind.dtype == types.int8:
-            call_own(builder, name, args[3:], lambda own, args: _int8_tile(own, height, replace, *args))
-            return
         a, a_stride, _a_scales, b, _b_scales, *others = args[3:]
-        arguments = [a, a_stride, b, b.type(PANEL), *others]
-        call_own(builder, name, arguments, lambda own, args: float_tile(own, kind, height, 2, replace, *args))
+        int8 = kind.dtype == types.int8
+        arguments = args[3:] if int8 else [a, a_stride, b, b.type(PANEL), *others]
 
-    return types.void(kind, rows, fresh, *[types.int64] * 9), generate
+        def tile(height: int) -> None:
+            def body(own: ir.IRBuilder, args: Args) -> None:
+                if int8:
+                    _int8_tile(own, height, replace, *args)
+                else:
+                    float_tile(own, kind, height, 2, replace, *args)
+
+            call_own(builder, f"panel_tile_{height}_{int(replace)}_{kind.dtype}", arguments, body)
+
+        switch(builder, args[1], TILE_ROWS, tile)
+
+    return types.void(kind, types.int64, fresh, *[types.int64] * 9), generate
 
 
 def _int8_tile(builder: ir.IRBuilder, height: int, replace: bool, *args: ir.Value) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from numba import njit, prange
 from torch import Tensor
 
-from curkv.kernels.cpu.memory import FLOAT32, KINDS, address, load_scalar, scales_address
+from curkv.kernels.cpu.jit import kernel
+from curkv.kernels.cpu.memory import FLOAT32, KINDS, address, floats, load_int32, load_scalar, scales_address
 from curkv.kernels.cpu.rows import dot_rows
+from curkv.kernels.cpu.workers import compile_worker, launch, read_arguments
 from curkv.kernels.pages import Pages
 
 _COMBINE = {"product": 0, "mean": 1, "key": 2, "value": 3}
@@ -27,92 +29,123 @@ def leverage_scores(
     combine: Literal["product", "mean", "key", "value"] = "product",
     sketch: Tensor | None = None,
 ) -> Tensor:
-    """Score the stored tokens of every head; see `reference.leverage_scores`."""
-    rows, counts = table.contiguous().numpy(), lengths.contiguous().numpy()
-    width = int(counts.max()) if counts.size else 0
-    scores = torch.empty(len(counts), width)
-    out = scores.numpy()
-    key, value = np.empty_like(out), np.empty_like(out)
+    """Score the stored tokens of every head; see `reference.leverage_scores`.
+
+    head_dim is a multiple of 8; with a sketch the page size is one of 4.
+    """
+    table, lengths = table.contiguous(), lengths.contiguous()
+    count, width = len(lengths), int(lengths.max()) if len(lengths) else 0
+    key, value, scores = (torch.empty(count, width) for _ in range(3))
+    where = (
+        key.data_ptr(), value.data_ptr(), scores.data_ptr(), address(lengths, torch.int32), width,
+        window if normalization == "window" else 0, partial == "left", partial == "corrected",
+        _COMBINE[combine], address(table, torch.int32), table.shape[1], pages.k.shape[1],
+    )  # fmt: skip
     if sketch is None:
-        _gather(pages.k_sq.numpy(), pages.v_sq.numpy(), rows, counts, key, value)
+        launch(
+            _stored_worker(), count, *where, *(address(x, torch.float32) for x in (pages.k_sq, pages.v_sq))
+        )
     else:
         columns = _in_threes(sketch.T)
-        for storage, scales, energies in ((pages.k, pages.k_scale, key), (pages.v, pages.v_scale, value)):
-            kind, place = KINDS[storage.dtype], address(storage, storage.dtype)
-            size, factors = storage.shape[1], scales_address(scales)
-            _sketch(kind, place, factors, size, columns, rows, counts, energies)
-    span = window if normalization == "window" else 0
-    _score(key, value, counts, span, partial == "left", partial == "corrected", _COMBINE[combine], out)
+        launch(
+            _sketched_worker(pages.k.dtype), count, *where,
+            *(address(x, x.dtype) for x in (pages.k, pages.v)),
+            *(scales_address(x) for x in (pages.k_scale, pages.v_scale)), columns.data_ptr(), *columns.shape,
+        )  # fmt: skip
     return scores
 
 
-@njit(parallel=True, nogil=True, cache=True)
-def _gather(k_sq: Any, v_sq: Any, table: Any, lengths: Any, key: Any, value: Any) -> None:
-    """Copy both side arrays of each row's tokens to `key` and `value`, [N, width]."""
-    page_size = k_sq.shape[1]
-    for row in prange(len(lengths)):
-        length = lengths[row]
-        for page in range((length + page_size - 1) // page_size):
-            start = page * page_size
-            source = table[row, page]
-            for i in range(min(page_size, length - start)):
-                key[row, start + i] = k_sq[source, i]
-                value[row, start + i] = v_sq[source, i]
-
-
-def _in_threes(columns: Tensor) -> np.ndarray[Any, Any]:
+def _in_threes(columns: Tensor) -> Tensor:
     """Copy [rank, head_dim] to float32 with rows of zeros that fill the last three."""
     padded = torch.zeros(-(-len(columns) // 3) * 3, columns.shape[1])
     padded[: len(columns)] = columns
-    return padded.numpy()
+    return padded
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@functools.cache
+def _stored_worker() -> int:
+    """Scores a row by the energies that were stored."""
+
+    def work(arguments: int, row: int) -> None:
+        key, value, out, lengths, width, window, left, corrected, combine = read_arguments(arguments, 9)
+        table, max_pages, page_size, k_sq, v_sq = read_arguments(arguments + 8 * 9, 5)
+        start, length, own = 4 * row * width, load_int32(lengths + 4 * row), table + 4 * row * max_pages
+        k, v = floats(key + start, length), floats(value + start, length)
+        _gather(k_sq, v_sq, own, page_size, k, v)
+        _score(k, v, window, left, corrected, combine, floats(out + start, width))
+
+    return compile_worker(work)
+
+
+@functools.cache
+def _sketched_worker(dtype: torch.dtype) -> int:
+    """Scores a row by energies that are estimated from its keys and values."""
+    kind = KINDS[dtype]
+
+    def work(arguments: int, row: int) -> None:
+        key, value, out, lengths, width, window, left, corrected, combine = read_arguments(arguments, 9)
+        table, max_pages, page_size, k_pages, v_pages = read_arguments(arguments + 8 * 9, 5)
+        k_scales, v_scales, columns, rank, head_dim = read_arguments(arguments + 8 * 14, 5)
+        start, length, own = 4 * row * width, load_int32(lengths + 4 * row), table + 4 * row * max_pages
+        k, v = floats(key + start, length), floats(value + start, length)
+        _sketch(kind, k_pages, k_scales, page_size, columns, rank, head_dim, own, k)
+        _sketch(kind, v_pages, v_scales, page_size, columns, rank, head_dim, own, v)
+        _score(k, v, window, left, corrected, combine, floats(out + start, width))
+
+    return compile_worker(work)
+
+
+@kernel
+def _gather(k_sq: int, v_sq: int, table: int, page_size: int, key: Any, value: Any) -> None:
+    """Copy what both side arrays, [num_pages, page_size], hold of a row's tokens."""
+    length = len(key)
+    for page in range((length + page_size - 1) // page_size):
+        start, place = page * page_size, 4 * load_int32(table + 4 * page) * page_size
+        keys, values = floats(k_sq + place, page_size), floats(v_sq + place, page_size)
+        for i in range(min(page_size, length - start)):
+            key[start + i] = keys[i]
+            value[start + i] = values[i]
+
+
+@kernel
 def _sketch(
-    kind: Any,
-    storage: int,
-    scales: int,
-    page_size: int,
-    columns: Any,
-    table: Any,
-    lengths: Any,
+    kind: Any, storage: int, scales: int, page_size: int, columns: int, rank: int, head_dim: int, table: int,
     energies: Any,
-) -> None:
-    """Write ||x G||^2 of each row's tokens to `energies`, [N, width].
+) -> None:  # fmt: skip
+    """Write ||x G||^2 of a row's tokens to `energies`.
 
     Args:
         kind: Of the storage, see `cpu.memory`.
-        storage: Address of K or V; page_size is a multiple of 4.
+        storage: Address of K or V.
         scales: Address of their scales, or 0.
-        page_size: Tokens per page.
-        columns: float32 [rank, head_dim], the columns of G; rank is a multiple of 3.
-        table: int32 [N, max_pages].
-        lengths: int32 [N].
-        energies: float32 [N, width], written.
+        page_size: Tokens per page, a multiple of 4.
+        columns: Address of float32 [rank, head_dim], the columns of G.
+        rank: A multiple of 3.
+        head_dim: A multiple of 8.
+        table: Address of the row's pages, int32.
+        energies: float32 [length], written.
     """
-    page_values = page_size * columns.shape[1]
-    for row in prange(len(lengths)):
-        products = np.empty((len(columns), 4), dtype=np.float32)
-        length = lengths[row]
-        for page in range((length + page_size - 1) // page_size):
-            start = page * page_size
-            place = storage + np.int64(table[row, page]) * page_values * kind.itemsize
-            stored = energies[row, start : min(start + page_size, length)]
-            _sketch_page(kind, place, columns, products, stored)
-            if scales:
-                factors = scales + 4 * np.int64(table[row, page]) * page_size
-                for token in range(len(stored)):
-                    stored[token] *= load_scalar(FLOAT32, factors + 4 * token) ** 2
+    products = np.empty((rank, 4), dtype=np.float32)
+    length = len(energies)
+    for page in range((length + page_size - 1) // page_size):
+        start, number = page * page_size, load_int32(table + 4 * page)
+        place = storage + number * page_size * head_dim * kind.itemsize
+        stored = energies[start : min(start + page_size, length)]
+        _sketch_page(kind, place, columns, head_dim, products, stored)
+        if scales:
+            factors = scales + 4 * number * page_size
+            for token in range(len(stored)):
+                stored[token] *= load_scalar(FLOAT32, factors + 4 * token) ** 2
 
 
-@njit(nogil=True, cache=True)
-def _sketch_page(kind: Any, tokens: int, columns: Any, products: Any, energies: Any) -> None:
+@kernel
+def _sketch_page(kind: Any, tokens: int, columns: int, head_dim: int, products: Any, energies: Any) -> None:
     """Sketch the tokens of one page, four at a time; up to three more are read and ignored."""
-    rank, head_dim = columns.shape
+    rank = len(products)
     for first in range(0, len(energies), 4):
         place = tokens + first * head_dim * kind.itemsize
         for column in range(0, rank, 3):
-            three, out = columns.ctypes.data + column * head_dim * 4, products.ctypes.data + column * 16
+            three, out = columns + column * head_dim * 4, products.ctypes.data + column * 16
             dot_rows(kind, 3, three, head_dim, place, 4, out, 4, 0)
         for token in range(min(4, len(energies) - first)):
             total = np.float32(0)
@@ -121,35 +154,31 @@ def _sketch_page(kind: Any, tokens: int, columns: Any, products: Any, energies: 
             energies[first + token] = total
 
 
-@njit(parallel=True, nogil=True, cache=True)
-def _score(
-    key: Any, value: Any, lengths: Any, window: int, left: bool, corrected: bool, combine: int, out: Any
-) -> None:
-    """Normalise the energies [N, width] in place, per window unless it is 0, and combine them into `out`."""
-    for row in prange(len(lengths)):
-        length = lengths[row]
-        k, v, scores = key[row, :length], value[row, :length], out[row]
-        if window > 0:
-            _share_of_windows(k, window, left, corrected)
-            _share_of_windows(v, window, left, corrected)
-        total = 0.0
-        for i in range(length):
-            if combine == 0:
-                score = k[i] * v[i]
-            elif combine == 1:
-                score = (k[i] + v[i]) * np.float32(0.5)
-            else:
-                score = k[i] if combine == 2 else v[i]
-            scores[i] = score
-            total += score
-        factor = np.float32(1.0 / total) if total > 0 else np.float32(0)
-        for i in range(length):
-            scores[i] *= factor
-        scores[length:] = -np.inf
+@kernel
+def _score(k: Any, v: Any, window: int, left: int, corrected: int, combine: int, scores: Any) -> None:
+    """Normalise a row's energies in place, per window unless it is 0, and combine them into `scores`."""
+    length = len(k)
+    if window > 0:
+        _share_of_windows(k, window, left, corrected)
+        _share_of_windows(v, window, left, corrected)
+    total = 0.0
+    for i in range(length):
+        if combine == 0:
+            score = k[i] * v[i]
+        elif combine == 1:
+            score = (k[i] + v[i]) * np.float32(0.5)
+        else:
+            score = k[i] if combine == 2 else v[i]
+        scores[i] = score
+        total += score
+    factor = np.float32(1.0 / total) if total > 0 else np.float32(0)
+    for i in range(length):
+        scores[i] *= factor
+    scores[length:] = -np.inf
 
 
-@njit(nogil=True, cache=True)
-def _share_of_windows(energy: Any, window: int, left: bool, corrected: bool) -> None:
+@kernel
+def _share_of_windows(energy: Any, window: int, left: int, corrected: int) -> None:
     """Divide energies [length] by the sum of their window, in place."""
     length = len(energy)
     end = length % window if left else window

@@ -29,7 +29,7 @@ from curkv.kernels.cpu.lanes import absolute, broadcast, fma, lane_max, lane_sum
 from curkv.kernels.cpu.llvm import LANES
 from curkv.kernels.cpu.memory import FLOAT32, INT8, address, floats, load, store_int16, store_scalar
 from curkv.kernels.cpu.quads import BYTES, NIBBLE_BLOCK_BYTES, OWN_NIBBLES, QUAD_BLOCK, quad_tile
-from curkv.kernels.cpu.tiles import PANEL, panel_tile
+from curkv.kernels.cpu.tiles import PANEL, TILE_ROWS, panel_tile
 from curkv.kernels.cpu.workers import compile_worker, empty, launch, read_arguments
 from curkv.kernels.linear.reference import ComposedLinear, quantise, quantise_int4
 from curkv.kernels.linear.rounded_rows import (
@@ -44,8 +44,6 @@ from curkv.kernels.linear.rounded_rows import (
 from curkv.kernels.rms_norm.cpu import rms_norm
 from curkv.kernels.silu_mul.cpu import silu_mul
 
-TILE_ROWS = 6
-"""Rows of x in a tile."""
 BLOCK_ROWS = 96
 """Rows of x that are multiplied with a panel before the next one: they stay in the second-level cache."""
 BLOCK_DEPTH = 576
@@ -323,10 +321,10 @@ def _multiply_quads_part(
             b, b_scales = weight + panel * panel_bytes, scales + 4 * PANEL * panel
             for tile in range(tiles):
                 start = row + rows * tile // tiles
-                _multiply_quads_tile(
+                quad_tile(
                     weights, row + rows * (tile + 1) // tiles - start,
                     x + start * depth, depth, x_scales + 4 * start, x_sums + 4 * start, count,
-                    b, b_scales, depth, out + 4 * (start * width + panel * PANEL), width,
+                    b, b_scales, depth, out + 4 * (start * width + panel * PANEL), width, AHEAD,
                 )  # fmt: skip
 
 
@@ -404,46 +402,4 @@ def _tiles(
         row = rows * tile // tiles
         height = rows * (tile + 1) // tiles - row
         at, scale, to = a + item * row * depth, a_scales + 4 * row, c + 4 * row * width
-        if height == 6:
-            panel_tile(kind, 6, fresh, at, depth, scale, b, b_scales, size, to, width, AHEAD)
-        elif height == 5:
-            panel_tile(kind, 5, fresh, at, depth, scale, b, b_scales, size, to, width, AHEAD)
-        elif height == 4:
-            panel_tile(kind, 4, fresh, at, depth, scale, b, b_scales, size, to, width, AHEAD)
-        elif height == 3:
-            panel_tile(kind, 3, fresh, at, depth, scale, b, b_scales, size, to, width, AHEAD)
-        elif height == 2:
-            panel_tile(kind, 2, fresh, at, depth, scale, b, b_scales, size, to, width, AHEAD)
-        else:
-            panel_tile(kind, 1, fresh, at, depth, scale, b, b_scales, size, to, width, AHEAD)
-
-
-@inlined
-def _multiply_quads_tile(
-    weights: Any, height: int, a: int, a_stride: int, a_scales: int, a_sums: int, scale_stride: int, b: int,
-    b_scales: int, depth: int, c: int, width: int,
-) -> None:  # fmt: skip
-    if height == 6:
-        quad_tile(
-            weights, 6, a, a_stride, a_scales, a_sums, scale_stride, b, b_scales, depth, c, width, AHEAD
-        )
-    elif height == 5:
-        quad_tile(
-            weights, 5, a, a_stride, a_scales, a_sums, scale_stride, b, b_scales, depth, c, width, AHEAD
-        )
-    elif height == 4:
-        quad_tile(
-            weights, 4, a, a_stride, a_scales, a_sums, scale_stride, b, b_scales, depth, c, width, AHEAD
-        )
-    elif height == 3:
-        quad_tile(
-            weights, 3, a, a_stride, a_scales, a_sums, scale_stride, b, b_scales, depth, c, width, AHEAD
-        )
-    elif height == 2:
-        quad_tile(
-            weights, 2, a, a_stride, a_scales, a_sums, scale_stride, b, b_scales, depth, c, width, AHEAD
-        )
-    else:
-        quad_tile(
-            weights, 1, a, a_stride, a_scales, a_sums, scale_stride, b, b_scales, depth, c, width, AHEAD
-        )
+        panel_tile(kind, height, fresh, at, depth, scale, b, b_scales, size, to, width, AHEAD)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, prange
 from torch import Tensor
+
+from curkv.kernels.cpu.jit import kernel
+from curkv.kernels.cpu.memory import BOOL, INT32, INT64, UINT32, address, array
+from curkv.kernels.cpu.workers import compile_worker, launch, read_arguments
 
 _DIGIT_BITS = 11
 _SIGN = np.uint32(0x80000000)
@@ -18,47 +22,71 @@ def select(
 ) -> tuple[Tensor, Tensor]:
     """Choose the highest-scoring tokens per head, or per layer with floors; see `reference.select`."""
     layers, heads, width = scores.shape
-    groups = (layers * heads, 1) if floor is None else (layers, heads)
-    stored = lengths.reshape(groups).numpy()
-    sure = torch.zeros(groups, dtype=torch.int32) if floor is None else floor
-    totals = keep.reshape(groups).sum(1).numpy()
-    kept = np.zeros((*groups, width), dtype=np.bool_)
-    bits = scores.contiguous().numpy().view(np.uint32).reshape(*groups, width)
-    _choose(bits, stored, totals, sure.contiguous().numpy(), kept)
-    counts = kept.sum(-1, dtype=np.int32)
-    indices = np.full((layers * heads, counts.max(initial=0)), -1, dtype=np.int32)
-    _list(kept.reshape(layers * heads, width), indices)
-    return torch.from_numpy(indices).reshape(layers, heads, -1), torch.from_numpy(counts).reshape(
-        layers, heads
-    )
+    rows = layers * heads
+    groups, members = (rows, 1) if floor is None else (layers, heads)
+    sure = torch.zeros(groups, members, dtype=torch.int32) if floor is None else floor.contiguous()
+    scores, lengths, totals = scores.contiguous(), lengths.contiguous(), keep.reshape(groups, members).sum(1)
+    kept = torch.zeros(rows, width, dtype=torch.bool)
+    launch(
+        _chooser(), groups,
+        address(scores, torch.float32), address(lengths, torch.int32), address(totals, torch.int64),
+        address(sure, torch.int32), kept.data_ptr(), members, width,
+    )  # fmt: skip
+    counts = torch.from_numpy(kept.numpy().sum(-1, dtype=np.int32))
+    most = int(counts.max()) if rows else 0
+    indices = torch.full((rows, most), -1, dtype=torch.int32)
+    launch(_lister(), rows, kept.data_ptr(), width, indices.data_ptr(), most)
+    return indices.view(layers, heads, most), counts.view(layers, heads)
 
 
-@njit(parallel=True, nogil=True, cache=True)
-def _choose(bits: Any, lengths: Any, totals: Any, floor: Any, kept: Any) -> None:
-    """Mark the kept tokens of every group of heads.
+@functools.cache
+def _chooser() -> int:
+    def work(arguments: int, group: int) -> None:
+        scores, lengths, totals, floor, kept, heads, width = read_arguments(arguments, 7)
+        first, shape = group * heads, (heads, width)
+        _choose(
+            array(UINT32, scores + 4 * first * width, shape), array(INT32, lengths + 4 * first, heads),
+            array(INT64, totals, group + 1)[group], array(INT32, floor + 4 * first, heads),
+            array(BOOL, kept + first * width, shape),
+        )  # fmt: skip
+
+    return compile_worker(work)
+
+
+@functools.cache
+def _lister() -> int:
+    def work(arguments: int, row: int) -> None:
+        kept, width, indices, most = read_arguments(arguments, 4)
+        _list(array(BOOL, kept + row * width, width), array(INT32, indices + 4 * row * most, most))
+
+    return compile_worker(work)
+
+
+@kernel
+def _choose(bits: Any, lengths: Any, total: int, floor: Any, kept: Any) -> None:
+    """Mark the kept tokens of a group of heads.
 
     Args:
-        bits: uint32 [G, M, n], the scores' float32 bits.
-        lengths: int32 [G, M].
-        totals: int64 [G], tokens that the heads of a group keep together.
-        floor: int32 [G, M], tokens each head is sure of.
-        kept: bool [G, M, n], all False, written.
+        bits: uint32 [M, n], the scores' float32 bits.
+        lengths: int32 [M].
+        total: Tokens that the heads keep together.
+        floor: int32 [M], tokens each head is sure of.
+        kept: bool [M, n], all False, written.
     """
-    groups, heads, width = bits.shape
-    for group in prange(groups):
-        keys = np.zeros((heads, width), dtype=np.uint32)
-        left = totals[group]
-        for head in range(heads):
-            _ordered(bits[group, head, : lengths[group, head]], keys[head])
-        for head in range(heads):
-            sure = min(floor[group, head], lengths[group, head])
-            if sure > 0:
-                _keep_best(keys[head : head + 1], sure, kept[group, head : head + 1])
-                left -= sure
-        _keep_best(keys, left, kept[group])
+    heads, width = bits.shape
+    keys = np.zeros((heads, width), dtype=np.uint32)
+    left = total
+    for head in range(heads):
+        _ordered(bits[head, : lengths[head]], keys[head])
+    for head in range(heads):
+        sure = min(floor[head], lengths[head])
+        if sure > 0:
+            _keep_best(keys[head : head + 1], sure, kept[head : head + 1])
+            left -= sure
+    _keep_best(keys, left, kept)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _ordered(bits: Any, keys: Any) -> None:
     """Turn float32 bits into integers of the same order, all above 0, which stands for no candidate."""
     for i in range(len(bits)):
@@ -68,7 +96,7 @@ def _ordered(bits: Any, keys: Any) -> None:
         keys[i] = ~x if x & _SIGN else x | _SIGN
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _keep_best(keys: Any, count: int, kept: Any) -> None:
     """Mark the `count` highest candidates of [M, n] in `kept`; they stop being candidates."""
     threshold, ties = _threshold(keys.ravel(), count)
@@ -82,7 +110,7 @@ def _keep_best(keys: Any, count: int, kept: Any) -> None:
                 keys[head, i] = 0
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _threshold(keys: Any, count: int) -> tuple[Any, int]:
     """Find the `count`-th highest key by three digits, the highest first.
 
@@ -110,12 +138,11 @@ def _threshold(keys: Any, count: int) -> tuple[Any, int]:
     return np.uint32(found), count
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@kernel
 def _list(kept: Any, indices: Any) -> None:
-    """Write the indices of the marks [N, n] of each row to `indices`, [N, max_kept]."""
-    for row in prange(len(kept)):
-        count = 0
-        for i in range(kept.shape[1]):
-            if kept[row, i]:
-                indices[row, count] = i
-                count += 1
+    """Write the indices of the marks [n] of a row to `indices`, as many as there are."""
+    count = 0
+    for i in range(len(kept)):
+        if kept[i]:
+            indices[count] = i
+            count += 1
