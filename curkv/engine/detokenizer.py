@@ -17,11 +17,19 @@ class Detokenizer:
         tokenizer: the model's tokenizer.
         prompt: the prompt's token ids; the last few let word-start markers decode as in running text.
         stop: strings that end the sequence; none of them appears in the text.
+        skip_special_tokens: special tokens have no text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: list[int],
+        stop: tuple[str, ...] = (),
+        skip_special_tokens: bool = True,
+    ):
         self._tokenizer = tokenizer
-        self._stream = _stream(prompt[-CONTEXT_TOKENS:])
+        self._skips = skip_special_tokens
+        self._stream = self._started(prompt[-CONTEXT_TOKENS:])
         self._stop = stop
         self._held = ""
 
@@ -53,12 +61,11 @@ class Detokenizer:
         except (
             Exception
         ):  # the library gives up on some sequences of invalid bytes; the next token starts afresh
-            self._stream = _stream([])
+            self._stream = self._started([])
             return self._stream.step(self._tokenizer, token_id) or ""
 
-
-def _stream(context: list[int]) -> DecodeStream:
-    return DecodeStream(ids=context, skip_special_tokens=True)
+    def _started(self, context: list[int]) -> DecodeStream:
+        return DecodeStream(ids=context, skip_special_tokens=self._skips)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -136,7 +136,9 @@ class Engine:
                 order=next(self._order),
                 plan=plan,
                 seed=choice_seed(seed, index),
-                detokenizer=Detokenizer(self.info.tokenizer, prompt, sampling.stop),
+                detokenizer=Detokenizer(
+                    self.info.tokenizer, prompt, sampling.stop, sampling.skip_special_tokens
+                ),
                 matcher=matcher.deep_copy() if matcher is not None else None,
                 candidates=tuple(self._resolve(options, prompt) for options in request.explain),
                 block_keys=blocks,

@@ -20,10 +20,11 @@ from curkv.engine.types import InvalidRequest, Structure
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_FORMATS: dict[str, Literal["json_schema", "regex", "choice"]] = {
+_FORMATS: dict[str, Literal["json_schema", "regex", "choice", "lark"]] = {
     "json": "json_schema",
     "regex": "regex",
     "choice": "choice",
+    "lark": "lark",
 }
 _BITS = 32
 _SHIFTS = torch.arange(_BITS, dtype=torch.int32)

@@ -34,12 +34,12 @@ class Structure:
 
     Attributes:
         kind: "json" for a JSON schema, "regex" for an expression that the whole output matches, "choice" for
-            one of several texts.
+            one of several texts, "lark" for a grammar in llguidance's Lark.
         source: the schema, the expression or the texts.
         param: the request's field that asked for it.
     """
 
-    kind: Literal["json", "regex", "choice"]
+    kind: Literal["json", "regex", "choice", "lark"]
     source: Any
     param: str
 
@@ -67,6 +67,7 @@ class SamplingParams:
         logprobs: alternatives reported per generated token; 0 reports the chosen one alone, None nothing.
         prompt_logprobs: the same of the prompt's tokens, from the second one on.
         structure: form of the output, if it is not free.
+        skip_special_tokens: special tokens have no text in the answer.
     """
 
     max_tokens: int | None = 16
@@ -87,6 +88,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     structure: Structure | None = None
+    skip_special_tokens: bool = True
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from curkv.models.tools.formats import format_of
+from curkv.models.tools.preamble import with_preamble
 
 Message = Mapping[str, Any]
 
@@ -44,18 +48,32 @@ class ChatTemplate:
     Args:
         source: the template.
         special_tokens: name to text of those that it may name.
+
+    Attributes:
+        tool_format: how the model writes calls of tools.
+        thinks: it marks its reasoning by `<think>` and `</think>`.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]):
         self._source = source
         self._special_tokens = special_tokens
+        self.tool_format = format_of(source)
+        self.thinks = "<think>" in source and "</think>" in source
 
-    def render(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        variables: Mapping[str, Any],
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
         """Returns the conversation's text up to where the assistant's next message begins.
 
         Args:
-            messages: with `role`, `content` as a string, and whatever else the template reads.
+            messages: with `role`, `content` as a string, and whatever else the template reads: `tool_calls`,
+                whose arguments are objects, and `tool_call_id`.
             variables: further variables of the template, such as `enable_thinking`.
+            tools: in OpenAI's form. A template that knows none gets them in the system message, and calls and
+                their results as plain text.
 
         Raises:
             ValueError: the template does not take such messages or variables.
@@ -63,11 +81,14 @@ class ChatTemplate:
         taken = sorted(_ARGUMENTS & set(variables))
         if taken:
             raise ValueError(f"{taken[0]!r} is no variable of a chat template")
+        used = any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
+        if (tools or used) and not self._knows_tools:
+            messages, tools = with_preamble(messages, tools), ()
         given = {
             **self._special_tokens,
             **variables,
             "messages": [dict(message) for message in messages],
-            "tools": None,
+            "tools": [dict(tool) for tool in tools] or None,
             "documents": None,
             "add_generation_prompt": True,
         }
@@ -75,6 +96,13 @@ class ChatTemplate:
             return _ENVIRONMENT.from_string(self._source).render(given)
         except Exception as error:  # a template may do anything with what it is given
             raise ValueError(f"the model's chat template refuses the conversation: {error}") from error
+
+    @cached_property
+    def _knows_tools(self) -> bool:
+        try:
+            return "tools" in meta.find_undeclared_variables(_ENVIRONMENT.parse(self._source))
+        except TemplateError:  # which rendering will say
+            return True
 
 
 class _Generation(Extension):

@@ -22,6 +22,7 @@ from curkv.config import Settings
 from curkv.engine.client import EngineUnavailable
 from curkv.engine.stats import StatsSink, StepStats
 from curkv.engine.types import InvalidRequest, KVReport, Output, Request, TokenLogprob
+from curkv.models.tools.hermes import Hermes
 from curkv.server.app import create_app
 
 VOCABULARY = 1000
@@ -38,7 +39,15 @@ def word_tokenizer() -> Tokenizer:
 class WordTemplate:
     """Writes `w1` before what the user says and `w2` before the rest, then `w3` for the answer."""
 
-    def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
+    tool_format = Hermes()
+    thinks = False
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any],
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
         if "refuse" in variables:
             raise ValueError("the template refuses")
         turns = (

@@ -15,6 +15,7 @@ from curkv.server.chat.serving import tokenize
 from tests.server.scripted import ScriptedClient
 
 USER = {"role": "user", "content": "w10 w11"}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 
 
 async def chat(http: httpx.AsyncClient, *messages: Any, **fields: Any) -> httpx.Response:
@@ -148,6 +149,11 @@ def test_the_last_mark_ends_the_context(messages: list[dict[str, Any]], context_
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"functions": [{}]}, "functions"),
+        ({"tools": [TOOL, TOOL]}, "tools"),
+        ({"tools": [TOOL], "functions": [TOOL["function"]]}, "functions"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        ({"tools": [TOOL], "guided_regex": "a+"}, "guided_regex"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, "messages"),
         ({"chat_template_kwargs": {"refuse": True}}, "messages"),
         ({"kv": {"policy": "curdkv", "budget": 0}}, "kv.budget"),
     ],
@@ -171,7 +177,7 @@ async def test_lone_surrogate(http: httpx.AsyncClient) -> None:
 
 
 async def test_tools_that_may_not_be_called_are_ignored(http: httpx.AsyncClient) -> None:
-    assert (await chat(http, tools=[{"type": "function"}], tool_choice="none")).status_code == 200
+    assert (await chat(http, tools=[TOOL], tool_choice="none")).status_code == 200
 
 
 async def test_a_model_without_chat_template(http: httpx.AsyncClient, engine: ScriptedClient) -> None:

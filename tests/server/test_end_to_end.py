@@ -160,6 +160,44 @@ BAD_INPUT: list[tuple[dict[str, Any], dict[str, str], int, str | None]] = [
 ]
 
 
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+async def test_the_default_model_makes_valid_calls(openai: AsyncOpenAI, choice: Any) -> None:
+    place = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 30}},
+        "required": ["city"],
+    }
+    tool = {"type": "function", "function": {"name": "get_weather", "parameters": place}}
+    asked: dict[str, Any] = {
+        "model": NAME,
+        "messages": [{"role": "user", "content": "What is the weather in Paris?"}],
+        "tools": [tool],
+        "tool_choice": choice,
+        "parallel_tool_calls": False,
+        "temperature": 0,
+        "max_completion_tokens": 100,
+    }
+    answer = (await openai.chat.completions.create(**asked)).choices[0]
+    assert answer.finish_reason == "tool_calls" and answer.message.content is None
+    [call] = answer.message.tool_calls
+    assert call.function.name == "get_weather"
+    assert set(json.loads(call.function.arguments)) == {"city"}
+
+    stream = await openai.chat.completions.create(**asked, stream=True)
+    deltas = [chunk.choices[0].delta async for chunk in stream if chunk.choices]
+    pieces = [piece for delta in deltas for piece in delta.tool_calls or ()]
+    assert pieces[0].id and pieces[0].function.name == "get_weather" and len(pieces) > 3
+    assert "".join(piece.function.arguments or "" for piece in pieces) == call.function.arguments
+    assert not any(delta.content for delta in deltas)
+
+    asked["messages"] += [
+        answer.message.model_dump(),
+        {"role": "tool", "tool_call_id": call.id, "content": "sunny"},
+    ]
+    later = await openai.chat.completions.create(**{**asked, "tool_choice": "auto"})
+    assert later.choices[0].finish_reason in ("stop", "tool_calls", "length")
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("change", "headers", "status", "param"), BAD_INPUT)
 async def test_bad_input_takes_no_page(

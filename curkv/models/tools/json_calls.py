@@ -113,7 +113,7 @@ def _read(value: Any, tools: frozenset[str]) -> tuple[str, str] | None:
     """Name and arguments of a decoded call; None if it is none."""
     if not isinstance(value, dict):
         return None
-    function = value.get("function") if isinstance(value.get("function"), dict) else value
+    function: dict[str, Any] = value["function"] if isinstance(value.get("function"), dict) else value
     arguments = function.get("arguments", function.get("parameters", {}))
     if isinstance(arguments, str):
         try:

@@ -69,7 +69,8 @@ def _keywords(tool: Tool) -> list[Lark | Mapping[str, Any] | str]:
     """Arguments as keywords: those required, then any of the others, in the order of the schema."""
     schema = tool.schema
     properties = schema.get("properties", {})
-    definitions = {key: schema[key] for key in ("$defs", "definitions", "x-guidance") if key in schema}
+    shared = ("$defs", "definitions", "x-guidance")
+    definitions: dict[str, Any] = {key: schema[key] for key in shared if key in schema}
     required = [name for name in properties if name in schema.get("required", ())]
     optional = [name for name in properties if name not in required]
 

@@ -14,11 +14,28 @@ from pydantic import (
     model_serializer,
 )
 
-from curkv.server.protocol import MAX_LOGPROBS, FinishReason, GenerationFields, Text, Usage
+from curkv.engine.types import InvalidRequest
+from curkv.server.chat.tools import (
+    MAX_TOOLS,
+    CalledFunction,
+    Choice,
+    FunctionDelta,
+    FunctionName,
+    FunctionSpec,
+    NamedFunction,
+    NamedTool,
+    ToolCall,
+    ToolCallDelta,
+    ToolSpec,
+    ToolUse,
+)
+from curkv.server.protocol import MAX_LOGPROBS, GenerationFields, Text, Usage
 
 MAX_MESSAGES = 4096
 PART_SEPARATOR = "\n"
 """Between the text parts of a message, as in vLLM."""
+
+FinishReason = Literal["stop", "length", "tool_calls", "function_call"]
 
 
 class CacheControl(BaseModel):
@@ -39,25 +56,53 @@ class TextPart(BaseModel):
     cache_control: CacheControl | None = Field(None, description="The context ends behind this part.")
 
 
+class EarlierFunction(BaseModel):
+    """A function that the assistant called."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: FunctionName
+    arguments: Text | None = Field(None, description="JSON object as text, as the model gave it.")
+
+
+class EarlierCall(BaseModel):
+    """A call in an earlier message of the assistant."""
+
+    model_config = ConfigDict(strict=True)
+
+    id: Text | None = None
+    type: Literal["function"] = "function"
+    function: EarlierFunction
+
+
 class Message(BaseModel):
     """One turn of a conversation.
 
     Attributes:
         name: handed to the chat template, which may ignore it.
+        content: null only where the assistant called tools.
+        tool_calls: what the assistant called.
+        tool_call_id: which call a message of role `tool` answers.
+        function_call: older form of `tool_calls`.
+        reasoning_content: what the assistant thought, handed to the chat template.
     """
 
     model_config = ConfigDict(strict=True)
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    tool_calls: Annotated[list[EarlierCall], Field(max_length=MAX_TOOLS)] | None = None
+    function_call: EarlierFunction | None = None
+    content: Annotated[Text | list[TextPart] | None, Field(validate_default=True)] = None
     name: Text | None = None
+    tool_call_id: Text | None = None
+    reasoning_content: Text | None = None
     cache_control: CacheControl | None = Field(None, description="The context ends behind this message.")
-    tool_calls: list[Any] | None = Field(None, description="Not supported: only an empty list is accepted.")
 
     @field_validator("content", mode="before")
     @classmethod
-    def _say_what_is_understood(cls, value: Any) -> Any:
-        if value is None:
+    def _say_what_is_understood(cls, value: Any, info: ValidationInfo) -> Any:
+        calls = info.data.get("tool_calls") or info.data.get("function_call")
+        if value is None and not (calls and info.data.get("role") == "assistant"):
             raise ValueError("a message needs content: a string, or a list of text parts")
         if isinstance(value, list):
             kinds = [part.get("type") for part in value if isinstance(part, dict)]
@@ -65,18 +110,17 @@ class Message(BaseModel):
                 raise ValueError(f"only parts of type 'text' are understood, not {unknown[0]!r:.40}")
         return value
 
-    @field_validator("tool_calls")
-    @classmethod
-    def _refuse(cls, value: list[Any] | None) -> list[Any] | None:
-        if value:
-            raise ValueError("tools are not supported")
-        return value
+    @property
+    def called(self) -> list[EarlierCall]:
+        """What the assistant called in this message."""
+        older = [EarlierCall(function=self.function_call)] if self.function_call is not None else []
+        return [*(self.tool_calls or ()), *older]
 
     @property
     def parts(self) -> list[tuple[str, bool]]:
         """Each part's text, and whether the context ends behind it."""
-        if isinstance(self.content, str):
-            return [(self.content, self.cache_control is not None)]
+        if self.content is None or isinstance(self.content, str):
+            return [(self.content or "", self.cache_control is not None)]
         parts = [(part.text, part.cache_control is not None) for part in self.content]
         if parts and self.cache_control is not None:
             parts[-1] = parts[-1][0], True
@@ -101,9 +145,19 @@ class ChatRequest(GenerationFields):
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="Further variables of the chat template.", examples=[{"enable_thinking": False}]
     )
-    tool_choice: Any = Field(None, description="Only none and auto are accepted.")
-    tools: list[Any] | None = Field(None, description="Not supported: refused unless tool_choice is none.")
-    functions: list[Any] | None = Field(None, description="Not supported: only an empty list is accepted.")
+    tools: Annotated[list[ToolSpec], Field(max_length=MAX_TOOLS)] | None = Field(
+        None, description="Functions that the model may call."
+    )
+    tool_choice: Choice | None = Field(
+        None, description="Whether it may (auto), must (required, or one by name) or must not (none) call."
+    )
+    parallel_tool_calls: bool | None = Field(True, description="Several calls in one answer.")
+    functions: Annotated[list[FunctionSpec], Field(max_length=MAX_TOOLS)] | None = Field(
+        None, description="Older form of tools."
+    )
+    function_call: Literal["none", "auto"] | NamedFunction | None = Field(
+        None, description="Older form of tool_choice."
+    )
 
     @field_validator("top_logprobs")
     @classmethod
@@ -112,19 +166,24 @@ class ChatRequest(GenerationFields):
             raise ValueError("is only allowed with logprobs: true")
         return value
 
-    @field_validator("tool_choice")
-    @classmethod
-    def _refuse_choice(cls, value: Any) -> Any:
-        if value not in (None, "none", "auto"):
-            raise ValueError("tools are not supported: only 'none' and 'auto' are accepted")
-        return value
+    @property
+    def tool_use(self) -> ToolUse:
+        """What may be called.
 
-    @field_validator("tools", "functions")
-    @classmethod
-    def _refuse_tools(cls, value: list[Any] | None, info: ValidationInfo) -> list[Any] | None:
-        if value and info.data.get("tool_choice") != "none":
-            raise ValueError("tools are not supported")
-        return value
+        Raises:
+            InvalidRequest: the fields contradict each other.
+        """
+        if not self.functions:
+            return ToolUse.of(self.tools or (), self.tool_choice, self.parallel_tool_calls is not False)
+        if self.tools:
+            raise InvalidRequest("cannot be had together with tools", "functions")
+        choice: Choice | None
+        if isinstance(self.function_call, NamedFunction):
+            choice = NamedTool(type="function", function=self.function_call)
+        else:
+            choice = self.function_call
+        specs = [ToolSpec(type="function", function=function) for function in self.functions]
+        return ToolUse.of(specs, choice, parallel=False, legacy=True)
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -163,11 +222,19 @@ class ChatLogprobs(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """The assistant's answer."""
+    """The assistant's answer; calls and reasoning are left out where there are none."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    function_call: CalledFunction | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        optional = ("reasoning_content", "tool_calls", "function_call")
+        return {k: v for k, v in handler(self).items() if v is not None or k not in optional}
 
 
 class ChatChoice(BaseModel):
@@ -198,6 +265,9 @@ class Delta(BaseModel):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
+    function_call: FunctionDelta | None = None
 
     @model_serializer(mode="wrap")
     def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Request, Response
 
 from curkv.server.chat.protocol import ChatRequest, ChatResponse
-from curkv.server.chat.serving import ChatAnswer, tokenize
+from curkv.server.chat.serving import ChatAnswer, tokenize, with_tools
 from curkv.server.generation import documented, prepare, respond
 from curkv.server.state import server_state
 
@@ -71,7 +71,9 @@ async def create_chat_completion(
     body: Annotated[ChatRequest, Body(openapi_examples=EXAMPLES)], request: Request
 ) -> Response:
     """Answers a conversation; a `cache_control` mark says where its context ends."""
-    state, sampling = server_state(request), body.sampling(body.wanted_tokens, body.wanted_logprobs)
-    prompts = partial(tokenize, body.messages, body.chat_template_kwargs or {})
+    state, tools = server_state(request), body.tool_use
+    sampling = body.sampling(body.wanted_tokens, body.wanted_logprobs)
+    sampling = with_tools(sampling, tools, state.admitting_client())
+    prompts = partial(tokenize, body.messages, body.chat_template_kwargs or {}, tools=tools.told)
     generation = await prepare(body, sampling, prompts, request, state, "chatcmpl")
-    return await respond(ChatAnswer(generation, body), request)
+    return await respond(ChatAnswer(generation, body, tools), request)
