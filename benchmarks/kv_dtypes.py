@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from curkv.cache.attention import PagedAttention
-from curkv.cache.eviction import plan_kept
+from curkv.cache.eviction import select
 from curkv.cache.layout import CacheLayout, full_attention
 from curkv.cache.page_manager import PageManager
 from curkv.cache.parsing import parse_options
@@ -85,7 +85,7 @@ def cached_logits(
             rows.append(runner.run([slot], [ids[start:end].tolist()], [start], [end - start]))
             start = end
         view = runner.attention.view(slot)
-        indices, counts = plan_kept(view, resolve(plan, range(len(ids)), layout), kernels)
+        indices, counts = select(view, resolve(plan, range(len(ids)), layout), kernels)
         chosen = torch.arange(indices.shape[-1]) < counts[..., None]
         mask = torch.zeros(*counts.shape, len(ids) + 1, dtype=torch.bool)
         mask.scatter_(-1, indices.long().where(chosen, len(ids)), True)

@@ -16,11 +16,11 @@ from statistics import median
 from tqdm import tqdm
 
 from curkv.bench.text import token_spans
-from curkv.cache.eviction import evict, plan_kept
+from curkv.cache.eviction import evict, select
 from curkv.cache.observations import Needs
 from curkv.cache.options import EvictionOptions
-from curkv.cache.parsing import parse_options
-from curkv.cache.plan import policy_needs, resolve
+from curkv.cache.parsing import parse_options, settle
+from curkv.cache.plan import resolve
 from curkv.cache.policies import policy_names
 from curkv.config import EngineOptions
 from curkv.engine.build import build_engine
@@ -62,7 +62,7 @@ def _measure(
     [prompt] = token_spans(engine.info.tokenizer, 1, length, seed=0)
     by_needs: dict[Needs, list[str]] = {}
     for name, options in policies.items():
-        by_needs.setdefault(policy_needs(options), []).append(name)
+        by_needs.setdefault(settle(options).policy.needs, []).append(name)
     slot, _ = _prefill(engine, prompt, Needs())
     engine.kv.free(slot)
     slot, reference = _prefill(engine, prompt, Needs())
@@ -92,7 +92,7 @@ def _evict(engine: Engine, slot: int, prompt: list[int], options: EvictionOption
     plan, view = resolve(options, prompt, engine.kv.layout), engine.runner.attention.view(slot)
     fork = engine.kv.fork(slot, observe=False)
     started = time.perf_counter()
-    evict(engine.kv, fork, view, plan, *plan_kept(view, plan, engine.kv.kernels))
+    evict(engine.kv, fork, view, plan, *select(view, plan, engine.kv.kernels))
     seconds = time.perf_counter() - started
     engine.kv.free(fork)
     return seconds

@@ -9,18 +9,16 @@ import torch
 from torch import Tensor
 
 from curkv.cache.merging import merged
-from curkv.cache.options import EvictionOptions
 from curkv.cache.plan import EvictionPlan
-from curkv.cache.policies import get_policy
-from curkv.cache.policies.base import CacheView
+from curkv.cache.policies.base import CacheView, Scored
 
 if TYPE_CHECKING:
     from curkv.cache.page_manager import PageManager
     from curkv.kernels.dispatch import Kernels
 
 
-def plan_kept(view: CacheView, plan: EvictionPlan, kernels: Kernels) -> tuple[Tensor, Tensor]:
-    """Choose the tokens to keep: score, pool, protect, allocate.
+def select(view: CacheView, plan: EvictionPlan, kernels: Kernels) -> tuple[Tensor, Tensor]:
+    """Select the tokens to keep: score, pool, protect, allocate.
 
     Sinks, newest tokens and protected spans are found by their position in the text, wherever earlier
     evictions have moved them; they count towards the budget.
@@ -38,36 +36,30 @@ def plan_kept(view: CacheView, plan: EvictionPlan, kernels: Kernels) -> tuple[Te
     if k is None:
         raise ValueError("the plan has no decode budget")
     view = replace(view, seed=plan.seed, budget=k)
-    return choose(view, plan, plan_scores(view, plan, kernels), kernels)
+    always = protected(view, plan)
+    return select_scored(view, plan, plan.policy.judge(view, kernels), always, kernels)
 
 
-def plan_scores(view: CacheView, plan: EvictionPlan, kernels: Kernels) -> Tensor:
-    """Score the stored tokens as a plan says: float32 [L, H, n], protected ones +inf, -inf past a length."""
-    return combined_scores(view, plan, kernels).masked_fill_(protected(view, plan), torch.inf)
-
-
-def choose(view: CacheView, plan: EvictionPlan, scores: Tensor, kernels: Kernels) -> tuple[Tensor, Tensor]:
-    """Share the view's budget out among layers and heads, and keep the best of each.
+def select_scored(
+    view: CacheView, plan: EvictionPlan, scored: Scored, always: Tensor, kernels: Kernels
+) -> tuple[Tensor, Tensor]:
+    """Select the tokens to keep of what the plan's policy has scored.
 
     Args:
         view: The sequence; its `budget` is what is kept per head, on average.
         plan: What the request asked for.
-        scores: float32 [L, H, n], of `plan_scores`.
+        scored: The policy's scores, written over.
+        always: bool [L, H, n_max], tokens that are kept in any case.
         kernels: Operations on pages.
 
     Returns:
-        As `plan_kept`.
+        As `select`.
     """
-    if plan.options.allocation == "pyramid":
-        always = int(protected(view, plan).sum(-1).max())
-        keep = pyramid(view, view.budget, always, plan.options)
-    else:
-        keep = torch.full_like(view.lengths, view.budget)
-    floor = None
-    if plan.options.allocation == "adaptive":
-        alpha = plan.options.alpha
-        floor = torch.maximum((alpha * keep).int(), torch.full_like(keep, alpha > 0))
-    return kernels.select(scores, view.lengths, keep, floor)
+    scores = scored.scores
+    if scored.chosen is not None:
+        scores = scores.masked_fill_(~scored.chosen, -torch.inf)
+    scores = scores.masked_fill_(always, torch.inf)
+    return plan.policy.allocation.select(scores, view, always, kernels)
 
 
 def evict(
@@ -80,7 +72,7 @@ def evict(
         slot: The sequence.
         view: Of that sequence or of the one it was forked from.
         plan: What the request asked for.
-        indices: int32 [L, H, n], as `plan_kept` gives them.
+        indices: int32 [L, H, n], as `select` gives them.
         counts: int32 [L, H].
 
     Returns:
@@ -89,45 +81,14 @@ def evict(
     Raises:
         OutOfPages: shared pages cannot be copied; nothing is changed.
     """
-    if plan.options.merge == "none":
-        return kv.evict(slot, indices, counts)
     threshold = plan.options.merge_threshold
+    if threshold is None:
+        return kv.evict(slot, indices, counts)
     layers = [merged(view, i, indices[i], counts[i], threshold) for i in range(view.num_layers)]
     freed = kv.evict(slot, indices, counts)
     for layer, (k, v) in enumerate(layers):
         kv.overwrite(slot, layer, k, v)
     return freed
-
-
-def combined_scores(view: CacheView, plan: EvictionPlan, kernels: Kernels) -> Tensor:
-    """Scores of the plan's policy, times those of a second one if it names one: float32 [L, H, n]."""
-    options = plan.options
-    scores = plan.policy.scores(view, options, kernels)
-    if options.times is not None:
-        second = replace(options, pool=options.times_pool, pool_kind="max")
-        factor = get_policy(options.times).scores(view, second, kernels)
-        scores = torch.where(scores.isfinite() & factor.isfinite(), scores * factor, scores)
-    return scores
-
-
-def pyramid(view: CacheView, k: int, always: int, options: EvictionOptions) -> Tensor:
-    """Budgets that fall linearly over the layers, their mean exactly k (PyramidKV, section 3.2).
-
-    Beside `always` tokens that every layer keeps, the last layer gets 1 / beta of the mean and the first one
-    as much more; if that exceeds what there is, the slope is less. Under preset "kvpress" nothing is set
-    aside.
-
-    Returns:
-        int32 [L, H].
-    """
-    layers, length = view.num_layers, view.width
-    base = k - always if options.preset != "kvpress" else k
-    top = min(2 * base - base / options.beta, length - always)
-    bottom = 2 * base - top
-    steps = torch.linspace(top, bottom, layers, dtype=torch.float64)
-    ends = (steps.cumsum(0) + 1e-9).round().long()
-    budgets = ends.diff(prepend=ends.new_zeros(1)) + (k - base)
-    return budgets.int().to(view.lengths.device)[:, None].expand(view.lengths.shape).contiguous()
 
 
 def protected(view: CacheView, plan: EvictionPlan) -> Tensor:

@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from curkv.cache.eviction import choose, plan_scores
+from curkv.cache.eviction import protected, select_scored
 from curkv.cache.observations import Needs
 from curkv.cache.plan import EvictionPlan
-from curkv.cache.policies.base import CacheView
+from curkv.cache.policies.base import CacheView, Scored
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels
@@ -62,10 +62,10 @@ def explain(view: CacheView, plan: EvictionPlan, kernels: Kernels, page_bytes: i
         The explanation; merging is left out of it.
     """
     view = replace(view, seed=plan.seed, budget=plan.budget_tokens)
-    scores = plan_scores(view, plan, kernels)
-    kept = view.stored
+    scored, always = plan.policy.judge(view, kernels), protected(view, plan)
+    ranks, kept = _ranks(scored, always), view.stored
     if plan.evicts_prompt:
-        indices, counts = choose(view, plan, scores, kernels)
+        indices, counts = select_scored(view, plan, scored, always, kernels)
         kept = _as_mask(indices, counts, view.width)
     size = view.pages.k.shape[1]
     pages = [int((-(-lengths // size)).sum()) for lengths in (view.lengths, kept.sum(-1))]
@@ -73,7 +73,7 @@ def explain(view: CacheView, plan: EvictionPlan, kernels: Kernels, page_bytes: i
         policy=plan.policy.name,
         budget_tokens=plan.budget_tokens,
         kept=kept.numpy(force=True),
-        ranks=_ranks(scores).numpy(force=True),
+        ranks=ranks.numpy(force=True),
         errors=output_errors(view, kept).numpy(force=True),
         bytes_full=pages[0] * page_bytes,
         bytes_kept=pages[1] * page_bytes,
@@ -88,13 +88,20 @@ def _as_mask(indices: Tensor, counts: Tensor, n: int) -> Tensor:
     return mask.scatter_(-1, places, True)[..., :n]
 
 
-def _ranks(scores: Tensor) -> Tensor:
-    """uint8 [L, H, n]: equal scores have one rank, protected tokens (+inf) the highest."""
-    order = scores.sort(-1).values
-    below = torch.searchsorted(order, scores.contiguous())
-    protected = scores == torch.inf
+def _ranks(scored: Scored, protected: Tensor) -> Tensor:
+    """uint8 [L, H, n]: equal scores have one rank, protected tokens (also those of +inf) the highest."""
+    below = _number_below(scored.scores.masked_fill(protected, torch.inf))
+    protected = protected | (scored.scores == torch.inf)
+    if scored.chosen is not None:
+        chosen = scored.chosen | protected
+        below = _number_below(below + chosen * below.shape[-1])
     most = (below.masked_fill(protected, 0)).amax(-1, keepdim=True).clamp_min(1)
     return (below * 254 // most).masked_fill(protected, 255).to(torch.uint8)
+
+
+def _number_below(x: Tensor) -> Tensor:
+    """int64 [L, H, n], entries of the same head that are smaller."""
+    return torch.searchsorted(x.sort(-1).values, x.contiguous())
 
 
 def output_errors(view: CacheView, kept: Tensor) -> Tensor:

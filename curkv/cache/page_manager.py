@@ -303,7 +303,7 @@ class PageManager:
 
     def held_pages(self, plan: EvictionPlan, generated: int) -> int:
         """Most pages that a sequence holds from the last eviction of its prompt on; see `footprint`."""
-        tokens, interval = plan.kept_prompt_tokens + generated, plan.options.decode_interval or 1
+        tokens, interval = plan.kept_prompt_tokens + generated, plan.options.decode_interval
         if plan.decode_budget_tokens is not None:
             tokens = min(tokens, max(plan.decode_budget_tokens, plan.kept_prompt_tokens) + interval)
         return self.layout.sequence_pages(tokens, ragged=plan.ragged, seen=plan.prompt_tokens + generated)

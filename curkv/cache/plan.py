@@ -12,9 +12,8 @@ import numpy as np
 from curkv.cache.budgets import Budget
 from curkv.cache.layout import CacheLayout
 from curkv.cache.observations import Needs
-from curkv.cache.options import PRESETS, EvictionOptions, OptionError, Span
-from curkv.cache.parsing import check_options, merged_spans, settle
-from curkv.cache.policies import get_policy
+from curkv.cache.options import EvictionOptions, OptionError, SettledOptions, Span, merged_spans
+from curkv.cache.parsing import check_options, settle
 from curkv.cache.policies.base import Policy
 
 DECODE_RECENT_TOKENS = 64
@@ -26,9 +25,7 @@ class EvictionPlan:
     """A request's options resolved for its prompt; nothing in it contradicts anything else.
 
     Attributes:
-        policy: The policy.
         options: The options with the preset and the policy's defaults filled in.
-        needs: What has to be observed of the queries.
         prompt_tokens: Length of the prompt.
         context_tokens: First tokens of the prompt that are evicted from; the others are kept.
         budget_tokens: Tokens kept of these per head, on average, at the end of prefill.
@@ -40,9 +37,7 @@ class EvictionPlan:
         seed: Of random numbers, at least 0.
     """
 
-    policy: Policy
-    options: EvictionOptions
-    needs: Needs
+    options: SettledOptions
     prompt_tokens: int
     context_tokens: int
     budget_tokens: int
@@ -52,6 +47,21 @@ class EvictionPlan:
     decode_recent_tokens: int
     protect: tuple[Span, ...]
     seed: int
+
+    @property
+    def policy(self) -> Policy:
+        """The policy."""
+        return self.options.policy
+
+    @property
+    def needs(self) -> Needs:
+        """What has to be observed of the queries."""
+        return self.policy.needs
+
+    @property
+    def ragged(self) -> bool:
+        """Whether heads may end with different numbers of tokens."""
+        return self.policy.allocation.ragged
 
     @property
     def evicts_prompt(self) -> bool:
@@ -72,19 +82,19 @@ class EvictionPlan:
     def peak_prompt_tokens(self) -> int:
         """Most prompt tokens held per head, on average, at any time."""
         context = self.context_tokens
-        if self.streaming:
-            context = min(context, self.budget_tokens + self.options.prefill_chunk)
+        if self.chunk is not None:
+            context = min(context, self.budget_tokens + self.chunk)
         return max(context, self.kept_prompt_tokens)
 
     @property
-    def ragged(self) -> bool:
-        """Whether an eviction may leave the heads different numbers of tokens."""
-        return self.options.allocation != "uniform"
+    def chunk(self) -> int | None:
+        """Tokens between two evictions of the prompt; None: there is at most one, when all is computed."""
+        return self.options.prefill_chunk if self.evicts_prompt else None
 
     @property
     def streaming(self) -> bool:
         """Whether evictions come after every chunk of the prompt."""
-        return self.options.prefill == "streaming" and self.evicts_prompt
+        return self.chunk is not None
 
     @property
     def reusable(self) -> bool:
@@ -101,9 +111,9 @@ class EvictionPlan:
         """Prompt position that a chunk must not cross, because the cache may be evicted there."""
         if computed >= self.context_tokens:
             return self.prompt_tokens
-        chunk = self.options.prefill_chunk
-        stop = (computed // chunk + 1) * chunk if self.streaming else self.context_tokens
-        return min(stop, self.context_tokens)
+        if self.chunk is None:
+            return self.context_tokens
+        return min((computed // self.chunk + 1) * self.chunk, self.context_tokens)
 
     def prefill_due(self, computed: int, held_tokens: float) -> bool:
         """Whether to evict after a chunk of the prompt.
@@ -114,9 +124,7 @@ class EvictionPlan:
         """
         if not self.evicts_prompt or computed > self.context_tokens:
             return False
-        due = computed == self.context_tokens
-        if self.streaming:
-            due = due or computed % self.options.prefill_chunk == 0
+        due = computed == self.context_tokens or (self.chunk is not None and computed % self.chunk == 0)
         return due and held_tokens > self.budget_tokens
 
     def decode_due(self, generated_tokens: int, held_tokens: float) -> bool:
@@ -126,8 +134,7 @@ class EvictionPlan:
             generated_tokens: Stored since the prompt.
             held_tokens: Per head, on average.
         """
-        budget = self.decode_budget_tokens
-        interval = self.options.decode_interval or 1
+        budget, interval = self.decode_budget_tokens, self.options.decode_interval
         return budget is not None and generated_tokens % interval == 0 and held_tokens > budget
 
 
@@ -146,42 +153,32 @@ def resolve(options: EvictionOptions, prompt_tokens: Sequence[int], layout: Cach
         OptionError: options contradict each other, or do not fit this prompt.
     """
     check_options(options)
-    asked, options = options, settle(options)
-    policy, length = get_policy(options.policy), len(prompt_tokens)
-    context = length if options.context_tokens is None else options.context_tokens
+    settled, length = settle(options), len(prompt_tokens)
+    context = length if settled.context_tokens is None else settled.context_tokens
     for field, end in (
-        ("protect", options.protect[-1][1] if options.protect else 0),
+        ("protect", settled.protect[-1][1] if settled.protect else 0),
         ("context_tokens", context),
     ):
         if end > length:
             raise OptionError(field, f"ends at token {end}, past the prompt, which has {length} tokens")
-    budget = _budget_tokens("budget", options, context, layout)
+    budget = _budget_tokens("budget", settled, context, layout)
     k = context if budget is None else min(budget, context)
-    options = _fit_observation(asked, options, policy, k)
-    sinks, recent = _fit_prompt(options, policy, k, context)
+    settled = _fit_observation(options, settled, k)
+    sinks, recent = _fit_prompt(settled, k, context)
     plan = EvictionPlan(
-        policy=policy,
-        options=options,
-        needs=policy_needs(options),
+        options=settled,
         prompt_tokens=length,
         context_tokens=context,
         budget_tokens=k,
-        decode_budget_tokens=_budget_tokens("decode_budget", options, length, layout),
+        decode_budget_tokens=_budget_tokens("decode_budget", settled, length, layout),
         sink_tokens=sinks,
         recent_tokens=recent,
-        decode_recent_tokens=_decode_recent(options, policy),
-        protect=options.protect,
-        seed=content_seed(prompt_tokens[:context]) if options.seed is None else options.seed % (1 << 64),
+        decode_recent_tokens=_decode_recent(settled),
+        protect=settled.protect,
+        seed=content_seed(prompt_tokens[:context]) if settled.seed is None else settled.seed % (1 << 64),
     )
     _check_decode(plan)
     return plan
-
-
-def policy_needs(options: EvictionOptions) -> Needs:
-    """What has to be observed of the queries for a request's policy and the one multiplied with it."""
-    options = settle(options)
-    second = get_policy(options.times).needs(options) if options.times else Needs()
-    return get_policy(options.policy).needs(options) | second
 
 
 def content_seed(prompt_tokens: Sequence[int]) -> int:
@@ -191,41 +188,40 @@ def content_seed(prompt_tokens: Sequence[int]) -> int:
 
 
 def _budget_tokens(
-    field: Literal["budget", "decode_budget"], options: EvictionOptions, length: int, layout: CacheLayout
+    field: Literal["budget", "decode_budget"], options: SettledOptions, length: int, layout: CacheLayout
 ) -> int | None:
     budget: Budget | None = getattr(options, field)
     if budget is None:
         return None
-    slack = (options.decode_interval or 1) if field == "decode_budget" else 0
-    tokens = budget.tokens(length, layout, ragged=options.allocation != "uniform", slack=slack)
+    slack = options.decode_interval if field == "decode_budget" else 0
+    tokens = budget.tokens(length, layout, ragged=options.policy.allocation.ragged, slack=slack)
     if tokens < 1:
         message = f"{budget} is too little for the pages of {layout.num_heads} heads in all layers"
         raise OptionError(field, message)
     return tokens
 
 
-def _fit_observation(
-    asked: EvictionOptions, options: EvictionOptions, policy: Policy, k: int
-) -> EvictionOptions:
+def _fit_observation(asked: EvictionOptions, settled: SettledOptions, k: int) -> SettledOptions:
     """A window that was not asked for takes at most a quarter of the budget; one that was has to fit."""
-    window = policy.window(options)
-    if asked.observation is None:
-        return replace(options, observation=max(1, min(window, k // 4))) if window else options
+    window = settled.policy.observing
+    if window and "observation" not in asked.own:
+        narrow = {"observation": max(1, min(window, k // 4))}
+        return settle(replace(asked, own={**asked.own, **narrow}))
     if window > k:
         message = (
             f"the newest {window} tokens judge the others and are kept, but the budget keeps {k} per head"
         )
         raise OptionError("observation", message, ("budget",))
-    return options
+    return settled
 
 
-def _fit_prompt(options: EvictionOptions, policy: Policy, k: int, length: int) -> tuple[int, int]:
+def _fit_prompt(options: SettledOptions, k: int, length: int) -> tuple[int, int]:
     """First and newest tokens that an eviction of the prompt to k tokens per head keeps.
 
     What the request asks for must fit; what the policy and the preset ask for takes the room that is left.
     """
-    preset, sinks, recent = PRESETS[options.preset], options.sink_tokens, options.recent_tokens
-    window = min(policy.window(options), length)
+    preset, sinks, recent = options.preset, options.sink_tokens, options.recent_tokens
+    published, window = options.policy.published, min(options.policy.observing, length)
     spans = [(start, min(end, length)) for start, end in options.protect if start < length]
     newest = max(recent or 0, window)
     asked = [*spans, (0, min(sinks or 0, length)), (max(0, length - newest), length)]
@@ -235,22 +231,22 @@ def _fit_prompt(options: EvictionOptions, policy: Policy, k: int, length: int) -
         names += ["observation"] if window and newest == window else []
         message = f"{' + '.join(names)} protect {k - room} tokens, but the budget keeps {k} per head"
         raise OptionError("budget", message, tuple(names))
-    published = preset.sink_tokens is None
     if sinks is None:
-        sinks = policy.published_sinks if published else max(policy.published_sinks, preset.sink_tokens or 0)
-        sinks = min(sinks, room)
+        sinks = min(max(published.sinks, preset.sink_tokens or 0), room)
         room -= sinks
     if recent is None:
-        recent = policy.published_recent if published or window else preset.recent_tokens
-        recent = max(min(recent, k // 4), int(policy.recent_share * k))
+        as_published = preset.sink_tokens is None or window
+        recent = published.recent if as_published else preset.recent_tokens
+        recent = max(min(recent, k // 4), int(published.recent_share * k))
         recent = min(recent, newest + room)
     return sinks, max(recent, window)
 
 
-def _decode_recent(options: EvictionOptions, policy: Policy) -> int:
+def _decode_recent(options: SettledOptions) -> int:
+    window = options.policy.observing
     if options.recent_tokens is not None:
-        return max(options.recent_tokens, policy.window(options))
-    return policy.window(options) or DECODE_RECENT_TOKENS
+        return max(options.recent_tokens, window)
+    return window or DECODE_RECENT_TOKENS
 
 
 def _check_decode(plan: EvictionPlan) -> None:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from curkv.cache.eviction import evict, plan_kept
+from curkv.cache.eviction import evict, select
 from curkv.cache.explain import explain
 from curkv.cache.integrity import check_integrity
 from curkv.cache.options import EvictionOptions, OptionError
@@ -285,7 +285,7 @@ class Engine:
         started = time.perf_counter()
         before = self.kv.held_tokens(sequence.slot)
         view = self.runner.attention.view(sequence.slot, sequence.plan.seed, phase, sequence.evictions)
-        indices, counts = plan_kept(view, sequence.plan, self.kv.kernels)
+        indices, counts = select(view, sequence.plan, self.kv.kernels)
         try:
             pages_freed = evict(self.kv, sequence.slot, view, sequence.plan, indices, counts)
         except OutOfPages:

@@ -133,7 +133,7 @@ class Sequence:
 
     def next_stop(self) -> int:
         """Logical position that the next chunk must not cross, because the cache may be evicted there."""
-        prompt, interval = len(self.prompt), self.plan.options.decode_interval or 1
+        prompt, interval = len(self.prompt), self.plan.options.decode_interval
         if self.prefilling:
             return self.plan.next_stop(self.computed)
         if self.plan.decode_budget_tokens is None:

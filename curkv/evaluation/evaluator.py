@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from curkv.cache.eviction import evict, plan_kept
+from curkv.cache.eviction import evict, select
 from curkv.cache.observations import Needs
-from curkv.cache.plan import EvictionPlan, policy_needs, resolve
+from curkv.cache.parsing import settle
+from curkv.cache.plan import EvictionPlan, resolve
 from curkv.engine.engine import Engine
 from curkv.evaluation.perplexity import agreement, token_nll
 from curkv.evaluation.records import ProtocolName, Record
@@ -216,7 +217,7 @@ class Evaluator:
         slot = self._kv.fork(prompt.slot, observe=False)
         if plan.evicts_prompt:
             view = self._runner.attention.view(prompt.slot)
-            evict(self._kv, slot, view, plan, *plan_kept(view, plan, self._kv.kernels))
+            evict(self._kv, slot, view, plan, *select(view, plan, self._kv.kernels))
         kept = self._kv.held_tokens(slot)
         return _Branch(variant, slot, kept / len(prompt.tokens))
 
@@ -299,5 +300,5 @@ def _observed(variants: Iterable[Variant]) -> Needs:
     for variant in variants:
         if variant.options.prefill != "exact":
             raise ValueError(f"{variant.policy!r}: measure prefill={variant.options.prefill} with --url")
-        needs |= policy_needs(variant.options)
+        needs |= settle(variant.options).policy.needs
     return needs

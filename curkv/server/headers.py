@@ -9,9 +9,9 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, WithJsonSchema
 from starlette.datastructures import Headers
 
-from curkv.cache.options import PRESETS, EvictionOptions, OptionError
+from curkv.cache.catalogue import catalogue
+from curkv.cache.options import EvictionOptions, OptionError
 from curkv.cache.parsing import parse_options
-from curkv.cache.policies import KVPRESS_PREFIX, policy_names
 from curkv.config import Settings
 from curkv.engine.types import InvalidRequest
 
@@ -31,103 +31,7 @@ HEADERS = {
 _FIELD_OF = {header.lower(): field for header, field in HEADERS.items()}
 _HEADER_OF = {field: header for header, field in HEADERS.items()}
 
-_BUDGET = {"anyOf": [{"type": "string"}, {"type": "number", "exclusiveMinimum": 0}]}
-_COUNT = {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string"}]}
-
-_SCHEMAS: dict[str, dict[str, Any]] = {
-    "policy": {
-        "anyOf": [
-            {"enum": list(policy_names())},
-            {"type": "string", "pattern": f"^{KVPRESS_PREFIX}[A-Za-z]+$"},
-        ],
-        "description": "What decides which tokens are kept.",
-        "examples": ["curdkv", "snapcur"],
-    },
-    "budget": {
-        **_BUDGET,
-        "description": "What the prompt's cache may keep: a share (25%, 0.25), tokens per head on average "
-        "(512, 512tok) or bytes of the whole request (8MiB).",
-        "examples": ["25%", "512tok", "8MiB"],
-    },
-    "decode_budget": {
-        **_BUDGET,
-        "description": "The same forms: what may be held while generating; absent: no eviction then.",
-        "examples": ["1024tok"],
-    },
-    "sink_tokens": {**_COUNT, "description": "First tokens that are always kept.", "examples": [4]},
-    "recent_tokens": {**_COUNT, "description": "Newest tokens that are always kept.", "examples": [64]},
-    "protect": {
-        "anyOf": [
-            {"type": "string"},
-            {
-                "type": "array",
-                "items": {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2},
-            },
-        ],
-        "description": "Spans of prompt tokens that are never evicted, the end exclusive.",
-        "examples": ["0-128,2048-2100"],
-    },
-    "seed": {
-        "anyOf": [{"type": "integer"}, {"type": "string"}],
-        "description": "Seed of random policies and sketches; absent: derived from the prompt.",
-        "examples": [7],
-    },
-    "preset": {
-        "enum": list(PRESETS),
-        "description": "Named settings: as recommended here, or as published.",
-    },
-    "leverage": {
-        "enum": ["window", "norm", "sketch", "exact"],
-        "description": "How CurDKV measures keys and values.",
-    },
-    "rank": {"type": "integer", "description": "Columns of the sketch."},
-    "window": {"type": "integer", "description": "Tokens of a window of windowed leverage."},
-    "combine": {
-        "enum": ["product", "mean", "key", "value"],
-        "description": "How key and value terms combine.",
-    },
-    "pool": {"type": "integer", "description": "Odd size of the pooling over scores; 1 is off."},
-    "pool_kind": {"enum": ["max", "mean"], "description": "What pooling takes of its neighbourhood."},
-    "allocation": {
-        "enum": ["uniform", "adaptive", "pyramid"],
-        "description": "How heads and layers share the budget; absent: as the policy was published.",
-    },
-    "alpha": {
-        "type": "number",
-        "description": "Share of the kept tokens each head is sure of under adaptive allocation.",
-    },
-    "beta": {"type": "number", "description": "Steepness of the pyramid."},
-    "observation": {"type": "integer", "description": "Newest tokens whose queries judge the others."},
-    "reduction": {"enum": ["mean", "max"], "description": "What counts of the observed attention."},
-    "times": {"type": "string", "description": "A policy whose scores are multiplied with the first one's."},
-    "times_pool": {"type": "integer", "description": "Odd size of the pooling over its scores."},
-    "scorer": {"enum": ["snapkv", "curdkv"], "description": "Whose scores ChunkKV takes."},
-    "chunk": {"type": "integer", "description": "Tokens of ChunkKV's chunks and of SnapCUR's passages."},
-    "first_stage": {
-        "type": "number",
-        "description": "Share of the budget for CriticalKV's attention, SnapCUR's passages.",
-    },
-    "future": {"type": "integer", "description": "Positions that Expected Attention averages over."},
-    "blend": {"type": "number", "description": "Weight of leverage beside attention in Compactor."},
-    "block": {"type": "integer", "description": "Tokens of a block of Compactor's attention."},
-    "ladder": {"type": "integer", "description": "Tokens over which LaCache's pattern repeats."},
-    "decode_interval": {"type": "integer", "description": "Generated tokens between two evictions."},
-    "merge": {
-        "enum": ["none", "nearest"],
-        "description": "What becomes of evicted tokens: dropped, or merged into the most similar kept key.",
-    },
-    "merge_threshold": {"type": "number", "description": "Least cosine of two keys that are merged."},
-    "context_tokens": {
-        "type": "integer",
-        "minimum": 1,
-        "description": "First tokens of the prompt that are compressed before the rest is computed.",
-    },
-    "prefill": {
-        "enum": ["exact", "streaming"],
-        "description": "Evict once, when the prompt is computed, or to the budget after every chunk of it.",
-    },
-    "prefill_chunk": {"type": "integer", "minimum": 1, "description": "Tokens of such a chunk."},
-}
+_SCHEMAS = {name: entry.schema for name, entry in catalogue().items()}
 
 
 def _check_object(value: Any) -> Any:
@@ -197,18 +101,19 @@ class EvictionControls:
 
 
 def default_options(settings: Settings) -> EvictionOptions:
-    """Options of a request that says nothing.
+    """Options of a request that says nothing; its budgets give way to what a request makes possible.
 
     Raises:
         OptionError: the server's settings are wrong; the field is one of `kv`.
     """
-    return parse_options(
+    options = parse_options(
         {
             "policy": settings.kv.policy,
             "budget": settings.kv.budget,
             "decode_budget": settings.kv.decode_budget,
         }
     )
+    return replace(options, bending=frozenset({"budget", "decode_budget"}))
 
 
 def eviction_controls(

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from curkv.cache.attention import PagedAttention
 from curkv.cache.batch import Batch
-from curkv.cache.eviction import plan_kept
+from curkv.cache.eviction import select
 from curkv.cache.layout import CacheLayout, full_attention
 from curkv.cache.observations import Needs
 from curkv.cache.page_manager import PageManager
@@ -117,7 +117,7 @@ def our_kept(text: Text, k: int, **raw: object) -> Tensor:
         parse_options({"budget": k, "preset": "kvpress"} | raw), range(text.view.width), text.layout
     )
     with torch.no_grad():
-        indices, counts = plan_kept(text.view, plan, KERNELS)
+        indices, counts = select(text.view, plan, KERNELS)
     assert counts.sum() == k * counts.numel()
     mask = torch.zeros(*counts.shape, text.view.width + 1, dtype=torch.bool)
     return mask.scatter_(2, indices.long().masked_fill(indices < 0, text.view.width), True)[..., :-1]

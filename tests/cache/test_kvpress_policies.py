@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from curkv.cache.eviction import plan_kept
+from curkv.cache.eviction import select
 from curkv.cache.options import OptionError
 from curkv.cache.parsing import parse_options
 from curkv.cache.plan import resolve
@@ -24,7 +24,7 @@ def test_a_press_keeps_what_our_own_policy_keeps() -> None:
     for policy in ("knorm", "kvpress:KnormPress"):
         options = parse_options({"policy": policy, "budget": 20, "preset": "kvpress"})
         plan = resolve(options, list(range(50)), cache.layout)
-        found.append(plan_kept(view_of(cache, slot), plan, get_kernels("reference"))[0])
+        found.append(select(view_of(cache, slot), plan, get_kernels("reference"))[0])
     assert torch.equal(*found)
 
 

@@ -37,8 +37,8 @@ def test_headers_and_json_say_the_same():
     }  # fmt: skip
     expected = EvictionOptions(
         policy="adacurdkv", budget=Budget("ratio", 0.25), decode_budget=Budget("tokens", 512),
-        sink_tokens=8, recent_tokens=32, protect=((0, 16), (100, 128)), seed=-7, leverage="sketch", rank=10,
-        pool=7, alpha=0.3,
+        sink_tokens=8, recent_tokens=32, protect=((0, 16), (100, 128)), seed=-7,
+        own={"leverage": "sketch", "rank": 10, "pool": 7, "alpha": 0.3},
     )  # fmt: skip
     assert parse_options(header) == parse_options(body) == expected
 
@@ -120,8 +120,9 @@ def test_a_byte_budget_below_a_page_per_head_is_refused():
 def test_serving_defaults():
     resolved = plan(policy="curdkv", budget="50%")
     assert (resolved.budget_tokens, resolved.sink_tokens, resolved.recent_tokens) == (500, 4, 64)
-    assert (resolved.options.leverage, resolved.options.partial_window) == ("window", "corrected")
-    assert (resolved.options.combine, resolved.options.window, resolved.options.pool) == ("product", 16, 1)
+    policy = resolved.policy
+    assert (policy.leverage, policy.preset.partial_window) == ("window", "corrected")
+    assert (policy.combine, policy.window, policy.pool) == ("product", 16, 1)
     assert resolved.decode_budget_tokens is None
 
 
@@ -131,8 +132,8 @@ def test_serving_defaults():
 )
 def test_published_presets_protect_the_sinks_only(preset, leverage, partial):
     resolved = plan(policy="curdkv", budget="50%", preset=preset)
-    assert (resolved.sink_tokens, resolved.recent_tokens, resolved.options.leverage) == (4, 0, leverage)
-    assert partial in (None, resolved.options.partial_window)
+    assert (resolved.sink_tokens, resolved.recent_tokens, resolved.policy.leverage) == (4, 0, leverage)
+    assert partial in (None, resolved.policy.preset.partial_window)
     assert plan(policy="knorm", budget="50%", preset=preset).sink_tokens == 0
 
 
@@ -186,7 +187,7 @@ def test_requests_override_the_servers_defaults():
     assert parse_options({}, defaults) == defaults
     assert parse_options({"budget": "50%", "seed": None}, defaults).budget == Budget("ratio", 0.5)
     assert parse_options({"policy": "full"}, defaults) == EvictionOptions()
-    assert parse_options({"policy": "streaming-llm"}, defaults).pool is None
+    assert "pool" not in parse_options({"policy": "streaming-llm"}, defaults).own
     with pytest.raises(OptionError, match="pool"):
         parse_options({"policy": "streaming-llm", "pool": 7}, defaults)
 

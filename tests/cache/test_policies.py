@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 from kvpress.utils import compute_n_kept
 from torch import Tensor
 
-from curkv.cache.eviction import plan_kept
+from curkv.cache.eviction import select
 from curkv.cache.integrity import check_integrity
 from curkv.cache.layout import CacheLayout, full_attention
 from curkv.cache.parsing import parse_options
 from curkv.cache.plan import EvictionPlan, resolve
-from curkv.cache.policies import get_policy
 from curkv.cache.policies.base import CacheView, pooled
 from curkv.kernels.leverage_scores import cpu as leverage_cpu
 from curkv.kernels.leverage_scores import reference as leverage_reference
@@ -183,7 +182,7 @@ def test_kept_sets_equal_those_of_kvpress(kv, n, ratio, policy):
     press = PRESSES[policy](ratio)
     view = make_view(keys, values, page_size=64)
     plan = make_plan(view, policy=policy, budget=compute_n_kept(n, ratio), preset="kvpress")
-    kept = as_mask(*plan_kept(view, plan, CPU), n)
+    kept = as_mask(*select(view, plan, CPU), n)
     scores = kvpress_scores(press, keys, values)
     if policy == "adacurdkv":
         expected = kvpress_adaptive_kept(kvpress.AdaKVPress(press), keys, values)
@@ -200,7 +199,7 @@ def test_combinations_equal_those_of_kvpress(kv, n, combine, theirs):
     view = make_view(keys, values)
     plan = make_plan(view, budget=n // 4, policy="curdkv", combine=combine, preset="kvpress")
     expected = kvpress_kept(press, keys, values)
-    kept = as_mask(*plan_kept(view, plan, CPU), n)
+    kept = as_mask(*select(view, plan, CPU), n)
     assert_same_kept(kept, expected, kvpress_scores(press, keys, values))
 
 
@@ -212,7 +211,7 @@ def test_the_authors_preset_pads_on_the_left(kv, n):
     view = make_view(*(x[:, :, :n] for x in kv))
     plan = make_plan(view, policy="curdkv", budget=n // 4, preset="authors", sink_tokens=0)
     expected, scores = kvpress_kept(press, *reverse).flip(2), kvpress_scores(press, *reverse).flip(2)
-    assert_same_kept(as_mask(*plan_kept(view, plan, CPU), n), expected, scores)
+    assert_same_kept(as_mask(*select(view, plan, CPU), n), expected, scores)
 
 
 # Invariants
@@ -242,12 +241,12 @@ def requests(draw) -> tuple[CacheView, dict]:
 def test_budgets_are_met_exactly_and_protected_tokens_kept(request):
     view, raw = request
     plan = make_plan(view, **raw)
-    chosen = plan_kept(view, plan, CPU)
+    chosen = select(view, plan, CPU)
     indices, counts = chosen
     k = plan.budget_tokens
     assert k == min(raw["budget"], view.width)
     assert counts.sum(1).eq(k * counts.shape[1]).all()
-    if plan.policy.allocation == "uniform":
+    if plan.policy.allocation.name == "uniform":
         assert counts.eq(k).all()
     assert counts.ge(int(0.2 * k)).all()
     n = view.width
@@ -256,10 +255,10 @@ def test_budgets_are_met_exactly_and_protected_tokens_kept(request):
     for head in (head for layer in kept_positions(view, chosen) for head in layer):
         assert always <= set(head)
         assert head == sorted(set(head))
-    again = plan_kept(view, plan, CPU)
+    again = select(view, plan, CPU)
     assert torch.equal(again[0], indices)
-    expected = plan_kept(view, plan, REFERENCE)
-    if plan.options.leverage == "window":
+    expected = select(view, plan, REFERENCE)
+    if getattr(plan.policy, "leverage", "window") == "window":
         assert torch.equal(expected[1], counts)
         assert torch.equal(expected[0], indices)
 
@@ -269,13 +268,12 @@ def test_budgets_are_met_exactly_and_protected_tokens_kept(request):
 def test_kept_tokens_are_the_top_scores(request):
     view, raw = request
     plan = make_plan(view, **(raw | {"sink_tokens": 0, "recent_tokens": 0, "protect": None, "alpha": None}))
-    if plan.policy.allocation == "adaptive":
+    if plan.policy.allocation.name == "adaptive":
         plan = make_plan(view, **(raw | {"sink_tokens": 0, "recent_tokens": 0, "protect": None, "alpha": 0}))
-    indices, counts = plan_kept(view, plan, CPU)
-    scores = plan.policy.score(CacheView(view.pages, view.table, view.lengths, plan.seed), plan.options, CPU)
-    scores = pooled(scores, view.stored, plan.options.pool, "max")
+    indices, counts = select(view, plan, CPU)
+    scores = plan.policy.score(CacheView(view.pages, view.table, view.lengths, plan.seed), CPU)
     kept = as_mask(indices, counts, scores.shape[2])
-    dim = (1, 2) if plan.policy.allocation == "adaptive" else 2
+    dim = (1, 2) if plan.policy.allocation.name == "adaptive" else 2
     worst_kept = scores.masked_fill(~kept, torch.inf).amin(dim)
     best_dropped = scores.masked_fill(kept, -torch.inf).amax(dim)
     assert worst_kept.ge(best_dropped).all()
@@ -289,9 +287,9 @@ def test_scoring_reads_no_unused_memory_and_writes_nothing(policy, dtype):
     if dtype == torch.int8:
         view = as_int8(view)
     before = {name: array.clone() for name, array in view.pages.arrays.items()}
-    options = make_plan(view, policy=policy, budget=20).options
+    scoring = make_plan(view, policy=policy, budget=20).policy
     for kernels in (CPU, REFERENCE):
-        scores = get_policy(policy).score(view, options, kernels)
+        scores = scoring.score(view, kernels)
         assert scores.dtype == torch.float32
         assert scores.shape == (2, 3, 100)
         assert torch.equal(scores == -torch.inf, ~view.stored)
@@ -304,14 +302,14 @@ def test_scoring_reads_no_unused_memory_and_writes_nothing(policy, dtype):
 def test_norms_decide_alike_whatever_the_cache_rounds_to(policy):
     view = random_view()
     plan = make_plan(view, policy=policy, budget=20)
-    kept = [plan_kept(x, plan, CPU)[0] for x in (view, as_int8(view))]
+    kept = [select(x, plan, CPU)[0] for x in (view, as_int8(view))]
     assert torch.equal(*kept)
 
 
 @pytest.mark.parametrize("policy", EVICTING)
 def test_a_head_shorter_than_the_budget_keeps_all_of_it(policy):
     view = random_view(lengths=torch.tensor([[1, 50, 100], [17, 16, 30]], dtype=torch.int32))
-    counts = plan_kept(view, make_plan(view, policy=policy, budget=40), CPU)[1]
+    counts = select(view, make_plan(view, policy=policy, budget=40), CPU)[1]
     if policy == "adacurdkv":
         assert counts.sum(1).tolist() == [120, 63]
     else:
@@ -327,7 +325,7 @@ def test_what_is_drawn_depends_on_seed_and_round_alone(policy, leverage):
 
     def kept(round, **more):
         decode = CacheView(view.pages, view.table, view.lengths, phase="decode", round=round)
-        return kept_positions(decode, plan_kept(decode, make_plan(view, **(raw | more)), CPU))
+        return kept_positions(decode, select(decode, make_plan(view, **(raw | more)), CPU))
 
     drawn = policy == "random" or leverage == "sketch"
     assert kept(1) == kept(1)
@@ -347,7 +345,7 @@ def test_protection_goes_by_position_after_earlier_evictions():
     view = make_view(*torch.randn(2, 1, 3, n, 8, generator=generator), positions=positions, lengths=lengths)
     view = CacheView(view.pages, view.table, view.lengths, phase="decode", round=1)
     plan = make_plan(view, prompt=300, policy="curdkv", decode_budget=100, protect="44-50")
-    for head, tokens in enumerate(kept_positions(view, plan_kept(view, plan, CPU))[0]):
+    for head, tokens in enumerate(kept_positions(view, select(view, plan, CPU))[0]):
         assert len(tokens) == 100
         assert set(tokens) <= set(held[head])
         assert {0, 1, 2, 3, *range(44, 50), *range(400, 464)} & set(held[head]) <= set(tokens)
@@ -360,15 +358,15 @@ def test_the_cache_gives_back_all_pages_that_the_plan_empties(policy):
     step(cache, {slot: 150}, {slot: 0}, torch.Generator().manual_seed(0))
     raw = {"policy": policy, "budget": "25%", "decode_budget": 30, "recent_tokens": 5}
     plan = resolve(parse_options(raw), range(150), cache.layout)
-    cache.evict(slot, *plan_kept(view_of(cache, slot), plan, CPU))
+    cache.evict(slot, *select(view_of(cache, slot), plan, CPU))
     check_integrity(cache)
     lengths = cache.lengths[slot]
     assert lengths.sum(1).eq(37 * 3).all()
     assert cache.used_pages == int((-(-lengths // cache.layout.page_size)).sum())
-    assert cache.evict(slot, *plan_kept(view_of(cache, slot), plan, CPU)) == 0
+    assert cache.evict(slot, *select(view_of(cache, slot), plan, CPU)) == 0
     for round in (1, 2):
         step(cache, {slot: 8}, {slot: 142 + 8 * round}, torch.Generator().manual_seed(round))
-        cache.evict(slot, *plan_kept(view_of(cache, slot, phase="decode", round=round), plan, CPU))
+        cache.evict(slot, *select(view_of(cache, slot, phase="decode", round=round), plan, CPU))
         check_integrity(cache)
         assert cache.lengths[slot].sum(1).eq(30 * 3).all()
     cache.free(slot)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from curkv.cache.eviction import plan_kept
+from curkv.cache.eviction import select
 from curkv.cache.explain import output_errors
 from curkv.cache.observations import Needs, Observations
 from curkv.cache.parsing import parse_options
@@ -42,14 +42,14 @@ def test_explained_is_what_would_be_kept(
     kept: list[np.ndarray] = []
 
     def spy(*args: Any) -> Any:
-        indices, counts = plan_kept(*args)
+        indices, counts = select(*args)
         mask = np.zeros((*counts.shape, len(prompt)), dtype=bool)
         for place in np.ndindex(*counts.shape):
             mask[place][indices[place][: counts[place]]] = True
         kept.append(mask)
         return indices, counts
 
-    monkeypatch.setattr("curkv.engine.engine.plan_kept", spy)
+    monkeypatch.setattr("curkv.engine.engine.select", spy)
     for kv, found in zip(options, output.explanations, strict=True):
         [[*_, last]] = run(engine, request(prompt, 1, kv=kv)).values()
         assert found.policy == kv.policy and found.budget_tokens == last.kv.budget_tokens

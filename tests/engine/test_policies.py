@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from curkv.cache.declarations import options_of
 from curkv.cache.parsing import parse_options
 from curkv.cache.policies import get_policy, policy_names
 from curkv.engine.engine import Engine
@@ -29,7 +30,7 @@ def test_budgets_are_met_in_prefill_and_decode_whatever_the_chunks(
     make_engine: MakeEngine, loaded: Loaded, policy: str
 ) -> None:
     raw = {"policy": policy, "budget": 40, "decode_budget": 44, "decode_interval": 5, "recent_tokens": 16}
-    raw |= {"observation": 16} if "observation" in get_policy(policy).reads else {}
+    raw |= {"observation": 16} if "observation" in options_of(type(get_policy(policy))) else {}
     found = []
     for max_step_tokens in (128, 50):
         engine = make_engine(max_step_tokens=max_step_tokens)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import httpx
 import pytest
 
-from curkv.cache.options import EvictionOptions
+from curkv.cache.catalogue import catalogue
 from tests.server.scripted import MAX_MODEL_LEN
 
 
@@ -45,5 +43,5 @@ async def test_openapi_describes_every_field_of_kv(http: httpx.AsyncClient) -> N
     document = (await http.get("/openapi.json")).json()
     schemas = [s for s in document["components"]["schemas"].values() if "kv" in s.get("properties", {})]
     [kv] = [part for part in schemas[0]["properties"]["kv"]["anyOf"] if part.get("title") == "KVFields"]
-    assert set(kv["properties"]) == {field.name for field in dataclasses.fields(EvictionOptions)}
+    assert set(kv["properties"]) == set(catalogue())
     assert all(field["description"] for field in kv["properties"].values())

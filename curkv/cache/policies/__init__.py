@@ -10,12 +10,12 @@ from curkv.cache.policies.base import Policy, UnknownPolicy
 _POLICIES = {
     "full": ("full", "Full"),
     "curdkv": ("curdkv", "CurDKV"),
-    "adacurdkv": ("adacurdkv", "AdaCurDKV"),
+    "adacurdkv": ("curdkv", "ADA_CURDKV"),
     "cur-exact": ("cur_exact", "CurExact"),
     "snapcur": ("snapcur", "SnapCur"),
     "snapkv": ("snapkv", "SnapKV"),
-    "adasnapkv": ("snapkv", "AdaSnapKV"),
-    "pyramidkv": ("snapkv", "PyramidKV"),
+    "adasnapkv": ("snapkv", "ADA_SNAPKV"),
+    "pyramidkv": ("snapkv", "PYRAMIDKV"),
     "chunkkv": ("chunkkv", "ChunkKV"),
     "criticalkv": ("criticalkv", "CriticalKV"),
     "defensivekv": ("defensivekv", "DefensiveKV"),
@@ -47,7 +47,7 @@ def get_policy(name: str) -> Policy:
         name: One of `policy_names()`, or `kvpress:` and the name of one of that package's presses.
 
     Returns:
-        The policy; it holds no state.
+        The policy with its defaults; it holds no state.
 
     Raises:
         UnknownPolicy: the name is unknown, or the press cannot be used.
@@ -61,7 +61,8 @@ def get_policy(name: str) -> Policy:
             f"expected one of {', '.join(_POLICIES)} or kvpress:<PressName>, not {name[:40]!r}"
         )
     module, attribute = _POLICIES[name]
-    policy: Policy = getattr(import_module(f"curkv.cache.policies.{module}"), attribute)()
+    found = getattr(import_module(f"curkv.cache.policies.{module}"), attribute)
+    policy: Policy = found() if isinstance(found, type) else found
     return policy
 
 

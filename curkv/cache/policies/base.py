@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from curkv.cache.allocation import ALLOCATIONS, Allocation
+from curkv.cache.declarations import Choice, Configurable, Integer, option, unless
 from curkv.cache.observations import Needs, Observations
-from curkv.cache.options import Allocation, EvictionOptions
 from curkv.kernels.pages import Pages
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels
 
-ANY_ALLOCATION: frozenset[Allocation] = frozenset({"uniform", "adaptive", "pyramid"})
-SAME_FOR_ALL_HEADS: frozenset[Allocation] = frozenset({"uniform", "pyramid"})
+POOLING = Integer(1, 1023, odd=True)
+"""Sizes of a pooling."""
 
 
 @dataclass(frozen=True)
@@ -160,63 +160,109 @@ class UnknownPolicy(KeyError):
         return str(self.args[0])
 
 
-class Policy(ABC):
-    """Scores stored tokens; who keeps how many is decided by the allocation, and the cache moves them.
+@dataclass(frozen=True)
+class Published:
+    """What a policy keeps in any case, as it was published.
+
+    Attributes:
+        sinks: First tokens.
+        recent: Newest tokens, under the presets that follow a publication.
+        recent_share: Share of the budget that the newest tokens take unless told.
+    """
+
+    sinks: int = 0
+    recent: int = 0
+    recent_share: float = 0.0
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a policy thinks of the stored tokens.
+
+    Attributes:
+        scores: float32 [L, H, n_max], higher is kept, -inf past a head's length.
+        chosen: bool [L, H, n_max], the tokens that the policy has chosen itself: no other one is kept unless
+            it is protected. None: the allocation chooses by score.
+    """
+
+    scores: Tensor
+    chosen: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy(Configurable, ABC):
+    """Scores stored tokens; its allocation decides who keeps how many, and the cache moves them.
+
+    A policy is a frozen dataclass: the fields that are declared with `option` are what a request can set.
 
     Attributes:
         name: As a request names it.
         description: One line for `curkv model policies`.
-        allocation: How heads and layers share the budget unless the request says otherwise.
-        allocations: Those that make sense with its scores.
-        published_sinks: First tokens it always keeps under the presets that follow a publication.
-        published_recent: Newest tokens it always keeps under these.
-        recent_share: Share of the budget that the newest tokens take unless told.
-        defaults: Values of options that neither the request nor the preset gives.
-        reads: Options, of those that not every policy has, that change its outcome.
+        allocation: How heads and layers share the budget.
+        published: What it keeps in any case.
+        decode_interval: Generated tokens between two evictions unless the request says otherwise.
+        heads_compete: Whether scores tell the heads of a layer apart, so that these can compete for tokens.
         factor: Whether scores are shares of something, at least 0, so that they can be multiplied.
     """
 
     name: str
     description: str
-    allocation: Allocation = "uniform"
-    allocations: frozenset[Allocation] = ANY_ALLOCATION
-    published_sinks: int = 0
-    published_recent: int = 0
-    recent_share: float = 0.0
-    defaults: Mapping[str, Any] = MappingProxyType({})
-    reads: frozenset[str] = frozenset()
-    factor: bool = False
+    allocation: Allocation = ALLOCATIONS["uniform"]
+    published: Published = Published()
+    decode_interval: int = 64
+    heads_compete: ClassVar[bool] = True
+    factor: ClassVar[bool] = False
 
-    def needs(self, options: EvictionOptions) -> Needs:
+    @property
+    def needs(self) -> Needs:
         """What it reads besides the pages."""
         return Needs()
 
-    def window(self, options: EvictionOptions) -> int:
+    @property
+    def observing(self) -> int:
         """Newest tokens whose queries do the scoring: they are kept, and pooling does not reach them."""
         return 0
 
     @abstractmethod
-    def score(self, view: CacheView, options: EvictionOptions, kernels: Kernels) -> Tensor:
+    def score(self, view: CacheView, kernels: Kernels) -> Tensor:
         """Score every stored token.
 
         Args:
             view: The sequence.
-            options: The request's options, with the preset filled in.
             kernels: Operations on pages.
 
         Returns:
-            float32 [L, H, n_max], higher is kept, -inf past a head's length.
+            float32 [L, H, n_max], higher is kept, +inf for tokens that observe, -inf past a head's length.
         """
 
-    def scores(self, view: CacheView, options: EvictionOptions, kernels: Kernels) -> Tensor:
-        """`score` with the options applied that all policies have: pooling, and the window kept (+inf)."""
-        scores = self.score(view, options, kernels)
-        window = self.window(options)
-        kept = view.newest(window) if window else None
-        if "pool" in self.reads:
-            judged = view.stored if kept is None else view.stored & ~kept
-            scores = pooled(scores, judged, options.pool or 1, options.pool_kind or "max")
-        return scores if kept is None else scores.masked_fill_(kept, torch.inf)
+    def judge(self, view: CacheView, kernels: Kernels) -> Scored:
+        """Score every stored token, and choose some if scores cannot say what is meant."""
+        return Scored(self.score(view, kernels))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PooledPolicy(Policy):
+    """A policy whose scores can be pooled over neighbouring tokens."""
+
+    pool: int = option(1, POOLING, "Odd size of the pooling over a head's scores; 1 is off.")
+    pool_kind: Literal["max", "mean"] = option(
+        "max",
+        Choice(("max", "mean")),
+        "What the pooling takes of its neighbourhood.",
+        effective=unless(pool=1),
+    )
+
+    @abstractmethod
+    def score_tokens(self, view: CacheView, kernels: Kernels) -> Tensor:
+        """`score` before it is pooled, and whatever it is for tokens that observe."""
+
+    def score(self, view: CacheView, kernels: Kernels) -> Tensor:
+        """Score every stored token and pool the scores of those that do not observe."""
+        scores, observing = self.score_tokens(view, kernels), self.observing
+        newest = view.newest(observing) if observing else None
+        judged = view.stored if newest is None else view.stored & ~newest
+        scores = pooled(scores, judged, self.pool, self.pool_kind)
+        return scores if newest is None else scores.masked_fill_(newest, torch.inf)
 
 
 def pooled(scores: Tensor, judged: Tensor, kernel: int, kind: Literal["max", "mean"]) -> Tensor:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from curkv.cache.declarations import Choice, Integer, option, options_of
 from curkv.cache.observations import Needs
-from curkv.cache.options import EvictionOptions
-from curkv.cache.policies import get_policy
-from curkv.cache.policies.base import SAME_FOR_ALL_HEADS, CacheView, Policy
+from curkv.cache.policies.base import CacheView, Policy
+from curkv.cache.policies.curdkv import CurDKV, LeveragePolicy
+from curkv.cache.policies.snapkv import AttentionPolicy, SnapKV
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels
 
+CHUNK = Integer(1, 4096)
+"""Lengths of chunks and passages."""
 
-class ChunkKV(Policy):
+_SCORERS: dict[str, Policy] = {"snapkv": SnapKV(), "curdkv": CurDKV()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkKV(AttentionPolicy, LeveragePolicy):
     """ChunkKV (https://arxiv.org/abs/2502.00299, algorithm 1): chunks of `chunk` = 20 tokens are kept whole.
 
     A chunk's score is the mean over its tokens of the sum over heads of another policy's scores, SnapKV's or
@@ -25,31 +33,39 @@ class ChunkKV(Policy):
     budget is met exactly. A chunk with a token of SnapKV's window is kept.
     """
 
-    name = "chunkkv"
-    description = "ChunkKV: whole chunks of 20 tokens, by SnapKV's or CurDKV's scores"
-    allocations = SAME_FOR_ALL_HEADS
-    reads = frozenset(
-        {"scorer", "chunk", "observation", "reduction", "leverage", "rank", "window", "combine"}
+    name: str = "chunkkv"
+    description: str = "ChunkKV: whole chunks of 20 tokens, by SnapKV's or CurDKV's scores"
+    scorer: Literal["snapkv", "curdkv"] = option(
+        "snapkv", Choice(tuple(_SCORERS)), "Whose scores ChunkKV takes."
     )
+    chunk: int = option(20, CHUNK, "Tokens of ChunkKV's chunks.")
+    heads_compete = False
 
-    def needs(self, options: EvictionOptions) -> Needs:
+    @cached_property
+    def scored_by(self) -> Policy:
+        """The scorer, with the options that it shares with this policy."""
+        own = {name: getattr(self, name) for name in options_of(type(self))}
+        return _SCORERS[self.scorer].configured(own, self.preset)
+
+    @property
+    def needs(self) -> Needs:
         """What the scorer needs."""
-        return get_policy(options.scorer).needs(options)
+        return self.scored_by.needs
 
-    def window(self, options: EvictionOptions) -> int:
+    @property
+    def observing(self) -> int:
         """That of the scorer."""
-        return get_policy(options.scorer).window(options)
+        return self.scored_by.observing
 
-    def score(self, view: CacheView, options: EvictionOptions, kernels: Kernels) -> Tensor:
+    def score(self, view: CacheView, kernels: Kernels) -> Tensor:
         """Score tokens by their chunk."""
-        scorer = get_policy(options.scorer)
-        pooling: dict[str, Any] = {name: scorer.defaults.get(name) for name in ("pool", "pool_kind")}
-        scores = scorer.scores(view, replace(options, **pooling), kernels)
+        scores = self.scored_by.score(view, kernels)
         stored = view.stored
         # Heads of a layer hold as many tokens as each other, since they always keep the same ones.
         by_layer = scores.masked_fill(~stored, 0.0).sum(1)
-        chunk = torch.arange(view.width, device=scores.device) // (options.chunk or 1)
+        chunk = torch.arange(view.width, device=scores.device) // self.chunk
         sums = by_layer.new_zeros(view.num_layers, int(chunk[-1]) + 1).index_add_(1, chunk, by_layer)
         counts = sums.new_zeros(sums.shape).index_add_(1, chunk, stored[:, 0].to(sums.dtype))
         means = (sums / counts.clamp_min(1))[:, chunk]
-        return means[:, None].expand_as(scores).masked_fill(~stored, -torch.inf)
+        spread = means[:, None].expand_as(scores).masked_fill(~stored, -torch.inf)
+        return spread.masked_fill_(view.newest(self.observing), torch.inf) if self.observing else spread

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from curkv.cache.declarations import SHARE, Integer, option
 from curkv.cache.observations import BLOCK_SKIP, Needs
-from curkv.cache.options import EvictionOptions
-from curkv.cache.policies.base import CacheView, Policy
+from curkv.cache.policies.base import CacheView, Policy, Published
 from curkv.cache.policies.curdkv import leverage
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ _LAST = 4
 """Newest tokens that are always kept."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class Compactor(Policy):
     """Compactor (https://arxiv.org/abs/2507.08143, section 3): outlying keys, and attention not causal.
 
@@ -33,17 +35,18 @@ class Compactor(Policy):
     which are kept.
     """
 
-    name = "compactor"
-    description = "Compactor: leverage of the keys before RoPE, blended with attention inside blocks"
-    published_sinks = BLOCK_SKIP
-    published_recent = _LAST
-    reads = frozenset({"blend", "block"})
+    name: str = "compactor"
+    description: str = "Compactor: leverage of the keys before RoPE, blended with attention inside blocks"
+    published: Published = Published(sinks=BLOCK_SKIP, recent=_LAST)
+    blend: float = option(0.5, SHARE, "Weight of leverage beside attention in Compactor.")
+    block: int = option(256, Integer(8, 4096), "Tokens of a block of Compactor's attention.")
 
-    def needs(self, options: EvictionOptions) -> Needs:
+    @property
+    def needs(self) -> Needs:
         """Attention inside blocks."""
-        return Needs(block=options.block)
+        return Needs(block=self.block)
 
-    def score(self, view: CacheView, options: EvictionOptions, kernels: Kernels) -> Tensor:
+    def score(self, view: CacheView, kernels: Kernels) -> Tensor:
         """Score tokens by leverage and attention; sinks and newest tokens get the layer's best score."""
         assert view.observations is not None
         position, generator = view.position, view.generator()
@@ -60,7 +63,7 @@ class Compactor(Policy):
             attention = (sums.gather(1, place) * norms[layer]).masked_fill(~judged[layer], 0.0)
             attention = F.avg_pool1d(attention, 3, stride=1, padding=1)
             layers.append(
-                options.blend * _normalised(geometry, judged[layer]) + _normalised(attention, judged[layer])
+                self.blend * _normalised(geometry, judged[layer]) + _normalised(attention, judged[layer])
             )
         scores = torch.stack(layers)
         scores = torch.where(judged, scores, scores.amax((1, 2), keepdim=True))

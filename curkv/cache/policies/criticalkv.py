@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from curkv.cache.options import EvictionOptions
-from curkv.cache.policies.base import CacheView, best_of_heads
+from curkv.cache.declarations import SHARE, option
+from curkv.cache.policies.base import CacheView, Scored, best_of_heads
 from curkv.cache.policies.snapkv import SnapKV
 
 if TYPE_CHECKING:
@@ -18,34 +19,36 @@ _EPSILON = 1e-4
 """Added to the attention before it is weighted, so that what nobody looks at is told apart by its value."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class CriticalKV(SnapKV):
     """CriticalKV (https://arxiv.org/abs/2502.03805, algorithm 1) over SnapKV: attention, then what it moves.
 
     The first stage keeps the `first_stage` = half of a head's budget with the most attention. The second
     ranks the others by (attention + 1e-4) times ||v W_o||_1, the value's part of the layer's output, mean
-    over the group. With adaptive allocation the heads' budgets come from attention alone (section 4.3).
+    over the group. Where heads compete, their budgets come from attention alone (section 4.3), so that the
+    policy chooses each head's tokens itself.
     """
 
-    name = "criticalkv"
-    description = "CriticalKV: SnapKV's attention, then attention times the norm of the projected value"
-    reads = SnapKV.reads | {"first_stage"}
+    name: str = "criticalkv"
+    description: str = "CriticalKV: SnapKV's attention, then attention times the norm of the projected value"
+    first_stage: float = option(0.5, SHARE, "Share of the budget that CriticalKV gives to attention alone.")
     factor = False
 
-    def scores(self, view: CacheView, options: EvictionOptions, kernels: Kernels) -> Tensor:
-        """SnapKV's pooled scores in two stages; kept tokens of the window stay +inf."""
-        scores = super().scores(view, options, kernels)
+    def score(self, view: CacheView, kernels: Kernels) -> Tensor:
+        """The second stage's scores; what the first one keeps, and the window, is +inf."""
+        return self.judge(view, kernels).scores
+
+    def judge(self, view: CacheView, kernels: Kernels) -> Scored:
+        """SnapKV's pooled scores in two stages."""
+        scores, competing = super().score(view, kernels), self.allocation.by_score
         counts = torch.full_like(view.lengths, view.budget)
-        if options.allocation == "adaptive":
-            floor = torch.full_like(counts, max(int(options.alpha * view.budget), options.alpha > 0))
-            counts = kernels.select(scores, view.lengths, counts, floor)[1]
-        first = best_of_heads(scores, (counts * options.first_stage).int(), view, kernels)
+        if competing:
+            nothing = torch.zeros_like(scores, dtype=torch.bool)
+            counts = self.allocation.select(scores, view, nothing, kernels)[1]
+        first = best_of_heads(scores, (counts * self.first_stage).int(), view, kernels)
         weighted = (scores + _EPSILON) * projected_norms(view)
         weighted.masked_fill_(first, torch.inf)
-        if options.allocation != "adaptive":
-            return weighted
-        # Heads keep their own budgets: the best of each head stand above everything else.
-        chosen = best_of_heads(weighted, counts, view, kernels)
-        return weighted + chosen * weighted.masked_fill(weighted.isinf(), 0.0).max()
+        return Scored(weighted, best_of_heads(weighted, counts, view, kernels) if competing else None)
 
 
 def projected_norms(view: CacheView) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
 from curkv.cache.policies.curdkv import CurDKV
+from curkv.cache.presets import Leverage
 
 
+@dataclass(frozen=True, kw_only=True)
 class CurExact(CurDKV):
     """Leverage as the theory of CUR has it, mean of keys and values, largest of 7 neighbours.
 
@@ -17,6 +19,10 @@ class CurExact(CurDKV):
     (docs/policies.md).
     """
 
-    name = "cur-exact"
-    description = "exact leverage of keys and values: recommended when the question comes after compression"
-    defaults: Mapping[str, Any] = {"leverage": "exact", "combine": "mean", "pool": 7, "pool_kind": "max"}
+    name: str = "cur-exact"
+    description: str = (
+        "exact leverage of keys and values: recommended when the question comes after compression"
+    )
+    leverage: Leverage = "exact"
+    combine: Literal["product", "mean", "key", "value"] = "mean"
+    pool: int = 7

@@ -1,21 +1,63 @@
-"""CurDKV."""
+"""CurDKV, and with Ada-KV's allocation AdaCurDKV."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from curkv.cache.options import EvictionOptions
-from curkv.cache.policies.base import CacheView, Policy
+from curkv.cache.allocation import ALLOCATIONS
+from curkv.cache.declarations import Choice, Integer, option, when
+from curkv.cache.policies.base import CacheView, Policy, PooledPolicy, Published
+from curkv.cache.presets import Leverage
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels
 
 
-class CurDKV(Policy):
+@dataclass(frozen=True, kw_only=True)
+class LeveragePolicy(Policy):
+    """A policy that reads how much keys and values weigh."""
+
+    leverage: Leverage = option(
+        "window",
+        Choice(("window", "norm", "sketch", "exact")),
+        "How CurDKV measures keys and values: their energy in windows or (norm) in the whole head, in a "
+        "random sketch, or exact statistical leverage.",
+        yields=True,
+        preset="leverage",
+    )
+    rank: int = option(20, Integer(1, 1024), "Columns of the sketch.", effective=when(leverage="sketch"))
+    window: int = option(
+        16, Integer(1, 65536), "Tokens of a window of windowed leverage.", effective=when(leverage="window")
+    )
+    combine: Literal["product", "mean", "key", "value"] = option(
+        "product",
+        Choice(("product", "mean", "key", "value")),
+        "How the terms of key and value combine.",
+        yields=True,
+    )
+
+    def leverage_scores(self, view: CacheView, kernels: Kernels) -> Tensor:
+        """Approximate leverage of every stored token: float32 [L, H, n_max], a head's sum is 1."""
+        settings: dict[str, Any] = {"combine": self.combine}
+        if self.leverage == "exact":
+            return exact_leverage(view, self.combine)
+        if self.leverage == "sketch":
+            settings |= {"normalization": "head", "sketch": gaussian_sketch(view, self.rank)}
+        elif self.leverage == "norm":
+            settings |= {"normalization": "head"}
+        else:
+            settings |= {"window": self.window, "partial": self.preset.partial_window}
+        scores = kernels.leverage_scores(view.pages, *view.rows, **settings)
+        return scores.view(*view.lengths.shape, view.width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurDKV(LeveragePolicy, PooledPolicy):
     """CurDKV, value-guided KV compression by approximated CUR decomposition
     (https://arxiv.org/abs/2509.15038).
 
@@ -29,26 +71,24 @@ class CurDKV(Policy):
     In decode G is drawn afresh at each round, as VaSE found it to matter (https://arxiv.org/abs/2606.03928).
     """
 
-    name = "curdkv"
-    description = "CurDKV: tokens whose keys and values carry the most energy, the same number for every head"
-    published_sinks = 4
-    reads = frozenset({"leverage", "rank", "window", "combine", "pool", "pool_kind"})
-
+    name: str = "curdkv"
+    description: str = (
+        "CurDKV: tokens whose keys and values carry the most energy, the same number for every head"
+    )
+    published: Published = Published(sinks=4)
     factor = True
 
-    def score(self, view: CacheView, options: EvictionOptions, kernels: Kernels) -> Tensor:
-        """Score tokens by approximate leverage; a head's scores sum to 1."""
-        settings: dict[str, Any] = {"combine": options.combine}
-        if options.leverage == "exact":
-            return exact_leverage(view, options.combine or "product")
-        if options.leverage == "sketch":
-            settings |= {"normalization": "head", "sketch": gaussian_sketch(view, options.rank)}
-        elif options.leverage == "norm":
-            settings |= {"normalization": "head"}
-        else:
-            settings |= {"window": options.window, "partial": options.partial_window}
-        scores = kernels.leverage_scores(view.pages, *view.rows, **settings)
-        return scores.view(*view.lengths.shape, view.width)
+    def score_tokens(self, view: CacheView, kernels: Kernels) -> Tensor:
+        """Score tokens by approximate leverage."""
+        return self.leverage_scores(view, kernels)
+
+
+ADA_CURDKV = CurDKV(
+    name="adacurdkv",
+    description="AdaCurDKV: CurDKV's scores, heads of a layer compete for its tokens above a floor",
+    allocation=ALLOCATIONS["adaptive"],
+)
+"""CurDKV's scores with Ada-KV's allocation (https://arxiv.org/abs/2509.15038 section 4)."""
 
 
 def gaussian_sketch(view: CacheView, rank: int) -> Tensor:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from curkv.cache.options import EvictionOptions
 from curkv.cache.policies.base import CacheView
 from curkv.cache.policies.snapkv import SnapKV
 
 
+@dataclass(frozen=True, kw_only=True)
 class DapQ(SnapKV):
     """DapQ, decoding-aligned pseudo queries: SnapKV with queries at the positions that the answer will have.
 
@@ -17,13 +19,13 @@ class DapQ(SnapKV):
     ahead by as many positions (RoPE turns add up), which puts them right behind the prompt.
     """
 
-    name = "dapq"
-    description = "DapQ: SnapKV with its queries moved to the positions of the answer"
+    name: str = "dapq"
+    description: str = "DapQ: SnapKV with its queries moved to the positions of the answer"
 
-    def queries(self, view: CacheView, options: EvictionOptions) -> Tensor:
+    def queries(self, view: CacheView) -> Tensor:
         """The window's queries, moved behind the prompt."""
         assert view.rope is not None
-        queries = super().queries(view, options)
+        queries = super().queries(view)
         cos, sin = (table[min(queries.shape[1], len(table) - 1)] for table in view.rope)
         first, second = queries.chunk(2, -1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

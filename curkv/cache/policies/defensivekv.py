@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from curkv.cache.options import EvictionOptions
 from curkv.cache.policies.base import CacheView
 from curkv.cache.policies.criticalkv import projected_norms
 from curkv.cache.policies.snapkv import SnapKV
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels
 
 
+@dataclass(frozen=True, kw_only=True)
 class DefensiveKV(SnapKV):
     """DefensiveKV (https://arxiv.org/abs/2510.13334, section 3) over SnapKV: the worst case, not the mean.
 
@@ -23,13 +23,15 @@ class DefensiveKV(SnapKV):
     the mean of its head (a prior risk for tokens that nobody looked at yet), times ||v W_o||_1.
     """
 
-    name = "defensivekv"
-    description = "DefensiveKV: the most attention of any of the last 32 tokens, times the projected value"
-    defaults: Mapping[str, Any] = {**SnapKV.defaults, "reduction": "max"}
+    name: str = "defensivekv"
+    description: str = (
+        "DefensiveKV: the most attention of any of the last 32 tokens, times the projected value"
+    )
+    reduction: Literal["mean", "max"] = "max"
 
-    def scores(self, view: CacheView, options: EvictionOptions, kernels: Kernels) -> Tensor:
+    def score(self, view: CacheView, kernels: Kernels) -> Tensor:
         """The pooled scores, bounded from below and weighted; tokens of the window stay +inf."""
-        scores = super().scores(view, options, kernels)
+        scores = super().score(view, kernels)
         judged = scores.isfinite()
         total, count = scores.masked_fill(~judged, 0.0).sum(-1, keepdim=True), judged.sum(-1, keepdim=True)
         clamped = scores.maximum(total / count.clamp_min(1)).where(judged, scores)

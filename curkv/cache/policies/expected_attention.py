@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from curkv.cache.declarations import Integer, option
 from curkv.cache.observations import Needs
-from curkv.cache.options import EvictionOptions
-from curkv.cache.policies.base import CacheView, Policy
+from curkv.cache.policies.base import CacheView, PooledPolicy, Published
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels
 
 
-class ExpectedAttention(Policy):
+@dataclass(frozen=True, kw_only=True)
+class ExpectedAttention(PooledPolicy):
     """Expected Attention (https://arxiv.org/abs/2510.00636, section 3): what future queries will look at.
 
     Queries before RoPE are taken as Gaussian; their mean and covariance, rotated by the mean rotation of the
@@ -23,22 +25,25 @@ class ExpectedAttention(Policy):
     the group, times ||v||.
     """
 
-    name = "expected-attention"
-    description = "Expected Attention: tokens that Gaussian future queries would attend to, times ||v||"
-    published_sinks = 4
-    reads = frozenset({"future", "pool", "pool_kind"})
+    name: str = "expected-attention"
+    description: str = "Expected Attention: tokens that Gaussian future queries would attend to, times ||v||"
+    published: Published = Published(sinks=4)
+    future: int = option(
+        512, Integer(1, 65536), "Positions after the prompt that Expected Attention averages over."
+    )
     factor = True
 
-    def needs(self, options: EvictionOptions) -> Needs:
+    @property
+    def needs(self) -> Needs:
         """The mean and covariance of all queries."""
         return Needs(query_statistics=True)
 
-    def score(self, view: CacheView, options: EvictionOptions, kernels: Kernels) -> Tensor:
+    def score_tokens(self, view: CacheView, kernels: Kernels) -> Tensor:
         """Score tokens by the expected attention times the norm of their value."""
         assert view.observations is not None
-        rotation = self._mean_rotation(view, options.future)
+        rotation = self._mean_rotation(view)
         position = view.position
-        judged = position >= self.published_sinks
+        judged = position >= self.published.sinks
         layers = []
         for layer in range(view.num_layers):
             statistics = view.observations.statistics[layer]
@@ -61,11 +66,11 @@ class ExpectedAttention(Policy):
         logits = (logits + spread).masked_fill_(~judged[:, None], -torch.inf)
         return logits.softmax(-1).nan_to_num_(0.0).mean(1)
 
-    def _mean_rotation(self, view: CacheView, future: int) -> Tensor:
+    def _mean_rotation(self, view: CacheView) -> Tensor:
         """The mean of the rotary matrices of the positions to come, float32 [head_dim, head_dim]."""
         assert view.rope is not None
         start = int(view.position.max()) + 1
-        cos, sin = (table[start : start + future].mean(0) for table in self._ahead(view.rope, start))
+        cos, sin = (table[start : start + self.future].mean(0) for table in self._ahead(view.rope, start))
         return torch.cat([torch.cat([cos.diag(), -sin.diag()], 1), torch.cat([sin.diag(), cos.diag()], 1)])
 
     def _ahead(self, rope: tuple[Tensor, Tensor], start: int) -> tuple[Tensor, Tensor]:

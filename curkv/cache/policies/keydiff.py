@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curkv.cache.options import EvictionOptions
-from curkv.cache.policies.base import CacheView, Policy
+from curkv.cache.policies.base import CacheView, PooledPolicy
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels
 
 
-class KeyDiff(Policy):
+@dataclass(frozen=True, kw_only=True)
+class KeyDiff(PooledPolicy):
     """KeyDiff (https://arxiv.org/abs/2504.15364, section 3): keys unlike the others receive attention.
 
     The score is the negative cosine of a key and the mean of the normalised keys of its head.
     """
 
-    name = "keydiff"
-    description = "KeyDiff: tokens whose keys differ most from the mean key"
-    reads = frozenset({"pool", "pool_kind"})
+    name: str = "keydiff"
+    description: str = "KeyDiff: tokens whose keys differ most from the mean key"
 
-    def score(self, view: CacheView, options: EvictionOptions, kernels: Kernels) -> Tensor:
+    def score_tokens(self, view: CacheView, kernels: Kernels) -> Tensor:
         """Score tokens by how unlike the mean key theirs is."""
         layers = []
         for layer in range(view.num_layers):

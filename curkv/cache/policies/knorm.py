@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from curkv.cache.options import EvictionOptions
-from curkv.cache.policies.base import CacheView, Policy
+from curkv.cache.policies.base import CacheView, PooledPolicy
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels
 
 
-class Knorm(Policy):
+@dataclass(frozen=True, kw_only=True)
+class Knorm(PooledPolicy):
     """Knorm, or L2 (https://arxiv.org/abs/2406.11430, section 3): keys of low norm receive the most
     attention.
 
@@ -22,10 +23,9 @@ class Knorm(Policy):
     whole; here, as in kvpress, all layers are treated alike.
     """
 
-    name = "knorm"
-    description = "Knorm: tokens whose keys have the lowest norm"
-    reads = frozenset({"pool", "pool_kind"})
+    name: str = "knorm"
+    description: str = "Knorm: tokens whose keys have the lowest norm"
 
-    def score(self, view: CacheView, options: EvictionOptions, kernels: Kernels) -> Tensor:
+    def score_tokens(self, view: CacheView, kernels: Kernels) -> Tensor:
         """Score tokens by the negative norm of their key."""
         return view.gather(view.pages.k_sq, torch.inf).sqrt_().neg_()

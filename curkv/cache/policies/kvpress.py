@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from curkv.cache.options import EvictionOptions
-from curkv.cache.policies.base import CacheView, Policy, UnknownPolicy
+from curkv.cache.policies.base import CacheView, Policy, PooledPolicy, UnknownPolicy
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels
 
 
-class KVPress(Policy):
+@dataclass(frozen=True, kw_only=True)
+class KVPress(PooledPolicy):
     """A score-based press of kvpress (https://github.com/NVIDIA/kvpress) that reads keys and values alone.
 
     Attributes:
-        press: The press, with its own defaults.
+        press: The press, with its own defaults; the name tells it.
     """
 
-    reads = frozenset({"pool", "pool_kind"})
+    press: Any = field(compare=False)
 
-    def __init__(self, press: Any) -> None:
-        self.press = press
-        self.name = f"kvpress:{type(press).__name__}"
-        self.description = f"{type(press).__name__} of the kvpress package"
-
-    def score(self, view: CacheView, options: EvictionOptions, kernels: Kernels) -> Tensor:
+    def score_tokens(self, view: CacheView, kernels: Kernels) -> Tensor:
         """Score tokens head by head, each with its own length."""
         scores = torch.full(view.stored.shape, -torch.inf)
         for layer in range(view.num_layers):
@@ -68,7 +64,7 @@ def load_press(name: str) -> Policy:
             f"kvpress:{name} needs more than keys and values (hidden states, attention weights or a trained "
             f"model), which the adapter does not give: {str(error)[:80]}"
         ) from None
-    return KVPress(press)
+    return KVPress(name=f"kvpress:{name}", description=f"{name} of the kvpress package", press=press)
 
 
 def _score(press: Any, keys: Tensor, values: Tensor, layer: int) -> Tensor:

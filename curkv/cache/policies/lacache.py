@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from curkv.cache.options import EvictionOptions
-from curkv.cache.policies.base import SAME_FOR_ALL_HEADS, CacheView, Policy
+from curkv.cache.declarations import Integer, option
+from curkv.cache.policies.base import CacheView, Policy, Published
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels
 
 
+@dataclass(frozen=True, kw_only=True)
 class LaCache(Policy):
     """LaCache (https://arxiv.org/abs/2507.14204, section 3): a ladder over layers and tokens.
 
@@ -22,16 +24,16 @@ class LaCache(Policy):
     stored, so that a further eviction thins out what is old again (iterative compaction).
     """
 
-    name = "lacache"
-    description = "LaCache: a ladder-shaped pattern, every layer keeps other tokens"
-    allocations = SAME_FOR_ALL_HEADS
-    published_sinks = 4
-    reads = frozenset({"ladder"})
+    name: str = "lacache"
+    description: str = "LaCache: a ladder-shaped pattern, every layer keeps other tokens"
+    published: Published = Published(sinks=4)
+    ladder: int = option(256, Integer(2), "Tokens over which LaCache's pattern repeats.")
+    heads_compete = False
 
-    def score(self, view: CacheView, options: EvictionOptions, kernels: Kernels) -> Tensor:
+    def score(self, view: CacheView, kernels: Kernels) -> Tensor:
         """Score tokens by their distance from the layer's rung."""
         device = view.lengths.device
-        place = torch.arange(view.width, device=device) % options.ladder / options.ladder
+        place = torch.arange(view.width, device=device) % self.ladder / self.ladder
         rung = torch.arange(view.num_layers, device=device)[:, None] / view.num_layers
         around = (place - rung).abs()
         distance = torch.minimum(around, 1 - around)

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from curkv.cache.options import EvictionOptions
-from curkv.cache.policies.base import SAME_FOR_ALL_HEADS, CacheView, Policy
+from curkv.cache.policies.base import CacheView, Policy
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels
 
 
+@dataclass(frozen=True, kw_only=True)
 class Random(Policy):
     """Keeps a random choice of tokens in every head: what a policy has to beat."""
 
-    name = "random"
-    description = "random tokens, reproducible by seed"
-    allocations = SAME_FOR_ALL_HEADS
+    name: str = "random"
+    description: str = "random tokens, reproducible by seed"
+    heads_compete = False
 
-    def score(self, view: CacheView, options: EvictionOptions, kernels: Kernels) -> Tensor:
+    def score(self, view: CacheView, kernels: Kernels) -> Tensor:
         """Draw a uniform score for every token."""
         scores = torch.rand(view.stored.shape, generator=view.generator(), device=view.lengths.device)
         return scores.masked_fill_(~view.stored, -torch.inf)

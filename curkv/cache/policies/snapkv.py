@@ -2,20 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
+from curkv.cache.allocation import ALLOCATIONS
+from curkv.cache.declarations import Choice, Integer, option
 from curkv.cache.observations import Needs
-from curkv.cache.options import Allocation, EvictionOptions
-from curkv.cache.policies.base import CacheView, Policy
+from curkv.cache.policies.base import CacheView, Policy, PooledPolicy
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels
 
 
-class SnapKV(Policy):
+@dataclass(frozen=True, kw_only=True)
+class ObservingPolicy(Policy):
+    """A policy that reads the attention of the newest tokens, which are kept."""
+
+    observation: int = option(32, Integer(1, 4096), "Newest tokens whose queries judge the others.")
+
+    @property
+    def needs(self) -> Needs:
+        """The queries of the window."""
+        return Needs(queries=self.observation)
+
+    @property
+    def observing(self) -> int:
+        """The tokens of the window."""
+        return self.observation
+
+    def queries(self, view: CacheView) -> Tensor:
+        """The queries that observe: float32 [L * H, w, group, head_dim], after RoPE."""
+        return view.queries(self.observation)
+
+    def attention(self, view: CacheView, kernels: Kernels, reduction: Literal["mean", "max"]) -> Tensor:
+        """Attention that every token receives from the window: float32 [L, H, n_max], mean over the group.
+
+        Args:
+            view: The sequence.
+            kernels: Operations on pages.
+            reduction: What counts of the queries of the window.
+        """
+        scores = kernels.window_scores(self.queries(view), view.pages, *view.rows, view.scale, reduction)
+        return scores.view(*view.lengths.shape, view.width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionPolicy(ObservingPolicy):
+    """A policy that reads the attention of several of the newest tokens."""
+
+    reduction: Literal["mean", "max"] = option(
+        "mean", Choice(("mean", "max")), "What counts of the observed queries' attention.", yields=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapKV(AttentionPolicy, PooledPolicy):
     """SnapKV (https://arxiv.org/abs/2404.14469, section 4): what the last queries of the prompt look at.
 
     The score is the attention of the last `observation` = 32 tokens, mean over them and the group of query
@@ -23,49 +66,27 @@ class SnapKV(Policy):
     are kept.
     """
 
-    name = "snapkv"
-    description = "SnapKV: tokens that the last 32 tokens attend to"
-    defaults: Mapping[str, Any] = {"observation": 32, "pool": 5, "pool_kind": "mean"}
-    reads = frozenset({"observation", "reduction", "pool", "pool_kind"})
+    name: str = "snapkv"
+    description: str = "SnapKV: tokens that the last 32 tokens attend to"
+    pool: int = 5
+    pool_kind: Literal["max", "mean"] = "mean"
     factor = True
 
-    def needs(self, options: EvictionOptions) -> Needs:
-        """The queries of the window."""
-        return Needs(queries=options.observation or 0)
-
-    def window(self, options: EvictionOptions) -> int:
-        """The tokens that observe."""
-        return options.observation or 0
-
-    def queries(self, view: CacheView, options: EvictionOptions) -> Tensor:
-        """The queries that observe: float32 [L * H, w, group, head_dim], after RoPE."""
-        return view.queries(options.observation or 0)
-
-    def score(self, view: CacheView, options: EvictionOptions, kernels: Kernels) -> Tensor:
+    def score_tokens(self, view: CacheView, kernels: Kernels) -> Tensor:
         """Score tokens by the attention of the window."""
-        queries, reduction = self.queries(view, options), options.reduction or "mean"
-        scores = kernels.window_scores(queries, view.pages, *view.rows, view.scale, reduction)
-        return scores.view(*view.lengths.shape, view.width)
+        return self.attention(view, kernels, self.reduction)
 
 
-class AdaSnapKV(SnapKV):
-    """SnapKV's scores with Ada-KV's allocation (https://arxiv.org/abs/2407.11550, algorithm 1).
+ADA_SNAPKV = SnapKV(
+    name="adasnapkv",
+    description="Ada-SnapKV: SnapKV's scores, heads of a layer compete for its tokens above a floor",
+    allocation=ALLOCATIONS["adaptive"],
+)
+"""SnapKV's scores with Ada-KV's allocation (https://arxiv.org/abs/2407.11550, algorithm 1)."""
 
-    The heads of a layer share its tokens by score, each sure of its best alpha * k.
-    """
-
-    name = "adasnapkv"
-    description = "Ada-SnapKV: SnapKV's scores, heads of a layer compete for its tokens above a floor"
-    allocation: Allocation = "adaptive"
-
-
-class PyramidKV(SnapKV):
-    """SnapKV's scores with PyramidKV's budgets (https://arxiv.org/abs/2406.02069, section 3.2).
-
-    They fall linearly over the layers: the last one gets 1 / beta of the mean, beta = 20, beside what is
-    always kept.
-    """
-
-    name = "pyramidkv"
-    description = "PyramidKV: SnapKV's scores, lower layers keep more"
-    allocation: Allocation = "pyramid"
+PYRAMIDKV = SnapKV(
+    name="pyramidkv",
+    description="PyramidKV: SnapKV's scores, lower layers keep more",
+    allocation=ALLOCATIONS["pyramid"],
+)
+"""SnapKV's scores with PyramidKV's budgets (https://arxiv.org/abs/2406.02069, section 3.2)."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from curkv.cache.options import EvictionOptions
-from curkv.cache.policies.base import SAME_FOR_ALL_HEADS, CacheView, Policy
+from curkv.cache.policies.base import CacheView, Policy, Published
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels
 
 
+@dataclass(frozen=True, kw_only=True)
 class StreamingLLM(Policy):
     """StreamingLLM (https://arxiv.org/abs/2309.17453, section 3.2): attention sinks and the most recent
     tokens.
@@ -21,11 +22,11 @@ class StreamingLLM(Policy):
     rotary positions stay those of the text.
     """
 
-    name = "streaming-llm"
-    description = "StreamingLLM: the first 4 and the most recent tokens"
-    allocations = SAME_FOR_ALL_HEADS
-    published_sinks = 4
+    name: str = "streaming-llm"
+    description: str = "StreamingLLM: the first 4 and the most recent tokens"
+    published: Published = Published(sinks=4)
+    heads_compete = False
 
-    def score(self, view: CacheView, options: EvictionOptions, kernels: Kernels) -> Tensor:
+    def score(self, view: CacheView, kernels: Kernels) -> Tensor:
         """Score tokens by their position."""
         return view.gather(view.pages.position, -1).float().masked_fill_(~view.stored, float("-inf"))

@@ -1,0 +1,120 @@
+"""How heads and layers share a budget."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from curkv.cache.declarations import SHARE, Configurable, Number, option
+
+if TYPE_CHECKING:
+    from curkv.cache.policies.base import CacheView
+    from curkv.kernels.dispatch import Kernels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation(Configurable, ABC):
+    """Says how many tokens each head keeps.
+
+    Attributes:
+        name: As a request names it.
+        ragged: Whether heads may end with different numbers of tokens.
+        by_score: Whether the scores decide how many tokens a head gets.
+    """
+
+    name: ClassVar[str]
+    ragged: ClassVar[bool] = True
+    by_score: ClassVar[bool] = False
+
+    @abstractmethod
+    def budgets(self, view: CacheView, protected: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Share the view's budget out.
+
+        Args:
+            view: The sequence; its `budget` is what is kept per head, on average.
+            protected: bool [L, H, n_max], tokens that are kept in any case.
+
+        Returns:
+            int32 [L, H], tokens of each head; and None, or int32 [L, H], the tokens each head is sure of
+            where those of a layer compete for the others.
+        """
+
+    def select(
+        self, scores: Tensor, view: CacheView, protected: Tensor, kernels: Kernels
+    ) -> tuple[Tensor, Tensor]:
+        """Select the best tokens of each head.
+
+        Args:
+            scores: float32 [L, H, n_max], higher is kept.
+            view: The sequence.
+            protected: bool [L, H, n_max], tokens that are kept in any case.
+            kernels: Operations on pages.
+
+        Returns:
+            indices: int32 [L, H, max(counts)], ascending indices of each head's tokens, -1 past its count.
+            counts: int32 [L, H].
+        """
+        keep, floor = self.budgets(view, protected)
+        return kernels.select(scores, view.lengths, keep, floor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform(Allocation):
+    """The same number of tokens for every head."""
+
+    name = "uniform"
+    ragged = False
+
+    def budgets(self, view: CacheView, protected: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The mean for all."""
+        return torch.full_like(view.lengths, view.budget), None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adaptive(Allocation):
+    """The heads of a layer compete for its tokens (Ada-KV, https://arxiv.org/abs/2407.11550, algorithm 1)."""
+
+    name = "adaptive"
+    by_score = True
+    alpha: float = option(
+        0.2, SHARE, "Share of the kept tokens that each head is sure of under adaptive allocation."
+    )
+
+    def budgets(self, view: CacheView, protected: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The mean for all, of which a head is sure of alpha, and of one token at least."""
+        keep = torch.full_like(view.lengths, view.budget)
+        return keep, torch.maximum((self.alpha * keep).int(), torch.full_like(keep, self.alpha > 0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pyramid(Allocation):
+    """Lower layers keep more (PyramidKV, https://arxiv.org/abs/2406.02069, section 3.2)."""
+
+    name = "pyramid"
+    beta: float = option(
+        20.0, Number(1), "Steepness of the pyramid: the last layer gets 1 / beta of the mean."
+    )
+
+    def budgets(self, view: CacheView, protected: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Budgets that fall linearly over the layers, their mean exactly the view's budget.
+
+        Beside the tokens that every layer keeps, the last layer gets 1 / beta of the mean and the first one
+        as much more; if that exceeds what there is, the slope is less. As in kvpress, nothing is set aside.
+        """
+        layers, length, k = view.num_layers, view.width, view.budget
+        always = int(protected.sum(-1).max())
+        base = k if self.preset.like_kvpress else k - always
+        top = min(2 * base - base / self.beta, length - always)
+        bottom = 2 * base - top
+        steps = torch.linspace(top, bottom, layers, dtype=torch.float64)
+        ends = (steps.cumsum(0) + 1e-9).round().long()
+        budgets = ends.diff(prepend=ends.new_zeros(1)) + (k - base)
+        return budgets.int().to(view.lengths.device)[:, None].expand(view.lengths.shape).contiguous(), None
+
+
+ALLOCATIONS: dict[str, Allocation] = {kind.name: kind for kind in (Uniform(), Adaptive(), Pyramid())}
+"""By the names that a request gives them, with their defaults."""
