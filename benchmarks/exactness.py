@@ -24,9 +24,11 @@ from curkv.engine.engine import Engine
 from curkv.engine.runner import Runner
 from curkv.engine.types import Request, SamplingParams
 from curkv.kernels.dispatch import get_kernels
+from curkv.models.decoder import Decoder
 from curkv.models.info import ModelInfo
-from curkv.models.llama import Llama, rope_tables
-from curkv.models.loading import Checkpoint, load_config, load_tokenizer, resolve_model
+from curkv.models.loading import load_config, load_tokenizer, resolve_model
+from curkv.models.loading.checkpoint import Checkpoint
+from curkv.models.rope import rope_tables
 
 CHUNKS = (64, 333, 512, 4096)
 
@@ -44,7 +46,7 @@ def main() -> None:
 
     directory = resolve_model(args.model)
     config, kernels, tokenizer = load_config(directory), get_kernels(), load_tokenizer(directory)
-    model = Llama(config, Checkpoint(directory, config), kernels)
+    model = Decoder(config, Checkpoint(directory, config), kernels)
     ids = tokenizer.encode(documentation_text()).ids
     ratio = (args.longest / 5) ** (1 / (args.prompts - 1))
     lengths = [round(5 * ratio**i) for i in range(args.prompts)]

@@ -24,8 +24,10 @@ from curkv.engine.runner import Runner
 from curkv.evaluation.corpora import load_corpus
 from curkv.evaluation.perplexity import Logits, compare, token_windows
 from curkv.kernels.dispatch import get_kernels
-from curkv.models.llama import Llama, rope_tables
-from curkv.models.loading import Checkpoint, load_config, load_tokenizer, resolve_model
+from curkv.models.decoder import Decoder
+from curkv.models.loading import load_config, load_tokenizer, resolve_model
+from curkv.models.loading.checkpoint import Checkpoint
+from curkv.models.rope import rope_tables
 
 CHUNK = 512
 
@@ -44,7 +46,7 @@ def main() -> None:
 
     directory = resolve_model(args.model)
     config = load_config(directory)
-    model = Llama(config, Checkpoint(directory, config), get_kernels("cpu"))
+    model = Decoder(config, Checkpoint(directory, config), get_kernels("cpu"))
     windows = token_windows(load_tokenizer(directory), load_corpus(args.corpus), args.length, args.windows)
     print(f"{args.windows} windows of {args.length} tokens, the last {args.decoded} decoded one by one")
     print("dtype       bytes  perplexity   ratio        KL   top-1   kept as with float32")
@@ -61,7 +63,7 @@ def main() -> None:
         )
 
 
-def layout_of(model: Llama, dtype: torch.dtype) -> CacheLayout:
+def layout_of(model: Decoder, dtype: torch.dtype) -> CacheLayout:
     """A cache for one window."""
     config = model.config
     layers = full_attention(config.num_layers, config.num_kv_heads)
@@ -69,7 +71,7 @@ def layout_of(model: Llama, dtype: torch.dtype) -> CacheLayout:
 
 
 def cached_logits(
-    model: Llama, dtype: torch.dtype, decoded: int, kept: dict[torch.dtype, list[Tensor]]
+    model: Decoder, dtype: torch.dtype, decoded: int, kept: dict[torch.dtype, list[Tensor]]
 ) -> Logits:
     """The model over a cache of a dtype; adds what `curdkv` would keep of each window, bool [L, H, n]."""
     layout, kernels = layout_of(model, dtype), get_kernels("cpu")

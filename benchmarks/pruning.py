@@ -37,9 +37,10 @@ from curkv.evaluation.report import group, table
 from curkv.evaluation.run import Plan, run_local
 from curkv.evaluation.variants import Variant, cross
 from curkv.kernels.dispatch import get_kernels
-from curkv.models.default_model import DEFAULT_MODEL
-from curkv.models.llama import Llama
-from curkv.models.loading import Checkpoint, load_config, load_tokenizer, resolve_model
+from curkv.models.decoder import Decoder
+from curkv.models.loading import load_config, load_tokenizer, resolve_model
+from curkv.models.loading.checkpoint import Checkpoint
+from curkv.models.loading.default_model import DEFAULT_MODEL
 from curkv.models.pruning.prune import PruneOptions, prune
 from curkv.models.pruning.self_text import TEXT_FILE, Writing
 from curkv.models.pruning.source import Source
@@ -145,7 +146,7 @@ def _read(path: Path) -> list[Result]:
 
 def _load(directory: Path) -> Logits:
     config = load_config(directory)
-    return dense_logits(Llama(config, Checkpoint(directory, config), get_kernels("auto")))
+    return dense_logits(Decoder(config, Checkpoint(directory, config), get_kernels("auto")))
 
 
 def _remembered(logits: Logits) -> Logits:

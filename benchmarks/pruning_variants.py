@@ -23,8 +23,9 @@ from torch.nn import functional as F
 
 from curkv.evaluation.corpora import load_corpus
 from curkv.evaluation.perplexity import perplexity, token_windows
-from curkv.models.default_model import DEFAULT_MODEL
-from curkv.models.loading import LayerWeights, load_tokenizer, resolve_model
+from curkv.models.blocks import LayerWeights
+from curkv.models.loading import load_tokenizer, resolve_model
+from curkv.models.loading.default_model import DEFAULT_MODEL
 from curkv.models.pruning.distil import distil as distil_layers
 from curkv.models.pruning.forward import LayerForward, Model, fast_products
 from curkv.models.pruning.methods.base import DOWN, LayerCut
@@ -124,18 +125,23 @@ class Study:
         plain, result = torch.eye(self.config.q_size), Seen([], [])
         for weights in self.layers:
             attended = torch.zeros_like(plain)
-            activated = torch.zeros(weights.down.shape[1], weights.down.shape[1])
+            activated = torch.zeros(weights.mlp.down.shape[1], weights.mlp.down.shape[1])
             for index, x in enumerate(states):
-                heads = forward.attention(x, replace(weights, o=plain)) - x
-                after = x + F.linear(heads, weights.o)
+                heads = forward.attention(x, with_output(weights, plain)) - x
+                after = x + F.linear(heads, weights.attention.o)
                 hidden = forward.activations(after, weights)
-                states[index] = after + F.linear(hidden, weights.down)
+                states[index] = after + F.linear(hidden, weights.mlp.down)
                 weight = states[index].square().mean(-1, keepdim=True).rsqrt()
                 _add(attended, weight * heads)
                 _add(activated, weight * hidden)
             result.attended.append(attended)
             result.activated.append(activated)
         return result
+
+
+def with_output(weights: LayerWeights, o: Tensor) -> LayerWeights:
+    """Returns the layer with another output projection."""
+    return replace(weights, attention=replace(weights.attention, o=o))
 
 
 def _add(gram: Tensor, values: Tensor) -> None:
@@ -152,7 +158,7 @@ def by_loss(study: Study, seen: Seen, weighted: bool) -> list[int]:
     rows, asked = study.config.intermediate_size, round(RATIO * study.config.intermediate_size)
     curves = []
     for index, (weights, gram) in enumerate(zip(study.layers, seen.activated, strict=True)):
-        curve, cut = _loss_curve(gram, weights.down, rows - asked)
+        curve, cut = _loss_curve(gram, weights.mlp.down, rows - asked)
         if weighted:
             alone = [*study.layers[:index], cut.apply(weights), *study.layers[index + 1 :]]
             effect = study.loss(alone) / curve[asked // STEP]
@@ -190,16 +196,17 @@ def without_groups(study: Study, seen: Seen) -> Layers:
     losses = {}
     for index, weights in enumerate(study.layers):
         for group in range(config.num_kv_heads):
-            o = weights.o.clone()
+            o = weights.attention.o.clone()
             o[:, group * width : (group + 1) * width] = 0
-            changed = [*study.layers[:index], replace(weights, o=o), *study.layers[index + 1 :]]
+            changed = [*study.layers[:index], with_output(weights, o), *study.layers[index + 1 :]]
             losses[index, group] = study.loss(changed)
     layers = list(study.layers)
     chosen = sorted(losses, key=losses.__getitem__)[:GROUPS]
     for index in {index for index, _ in chosen}:
         left = [group for group in range(config.num_kv_heads) if (index, group) not in chosen]
         columns = torch.tensor([group * width + i for group in left for i in range(width)], dtype=torch.int64)
-        layers[index] = replace(layers[index], o=_refitted(seen.attended[index], layers[index].o, columns))
+        o = layers[index].attention.o
+        layers[index] = with_output(layers[index], _refitted(seen.attended[index], o, columns))
     print(f"KV groups removed, as (layer, group): {sorted(chosen)}", flush=True)
     return layers
 

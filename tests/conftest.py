@@ -5,7 +5,7 @@ import pytest
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # settled when triton is first imported, by whichever test
 
-from curkv.models.default_model import DEFAULT_MODEL, ensure_built_in
+from curkv.models.loading.default_model import DEFAULT_MODEL, ensure_built_in
 
 
 @pytest.fixture(scope="session")

@@ -39,11 +39,13 @@ from curkv.engine.types import Request, SamplingParams
 from curkv.kernels.aot import MODELS, ModelShape
 from curkv.kernels.costs import COSTS, evaluate
 from curkv.kernels.dispatch import get_kernels
+from curkv.kernels.linear.formats import BFLOAT16
 from curkv.kernels.pages import Pages
+from curkv.models.blocks import AttentionWeights, LayerWeights, MlpWeights
 from curkv.models.config import ModelConfig
+from curkv.models.decoder import Decoder
 from curkv.models.info import ModelInfo
-from curkv.models.llama import Llama, rope_tables
-from curkv.models.loading import LayerWeights
+from curkv.models.rope import rope_tables
 
 TOLERANCE = 1e-2
 """Relative RMS error allowed for bfloat16."""
@@ -294,19 +296,20 @@ class RandomCheckpoint:
     def layer(self, index: int) -> LayerWeights:
         c = self._config
         return LayerWeights(
-            input_norm=self._weight(c.hidden_size),
-            qkv=self._weight(c.q_size + 2 * c.num_kv_heads * c.head_dim, c.hidden_size),
-            qkv_bias=None,
-            q_norm=None,
-            k_norm=None,
-            o=self._weight(c.hidden_size, c.q_size),
-            o_bias=None,
-            post_attention_norm=self._weight(c.hidden_size),
-            gate_up=self._weight(2 * c.intermediate_size, c.hidden_size),
-            gate_up_bias=None,
-            down=self._weight(c.hidden_size, c.intermediate_size),
-            down_bias=None,
+            AttentionWeights(
+                norm=self._weight(c.hidden_size),
+                qkv=self._weight(c.q_size + 2 * c.num_kv_heads * c.head_dim, c.hidden_size),
+                o=self._weight(c.hidden_size, c.q_size),
+            ),
+            MlpWeights(
+                norm=self._weight(c.hidden_size),
+                gate_up=self._weight(2 * c.intermediate_size, c.hidden_size),
+                down=self._weight(c.hidden_size, c.intermediate_size),
+            ),
         )
+
+    def attention_output(self, index: int) -> Tensor:
+        return self._weight(self._config.hidden_size, self._config.q_size)
 
     def _weight(self, *shape: int) -> Tensor:
         return torch.randn(shape, device=self._device, dtype=torch.bfloat16) * shape[-1] ** -0.5
@@ -320,7 +323,7 @@ def end_to_end(model: ModelShape, device: str, prompt: int, outputs: int, batch:
         True, None, (),
     )  # fmt: skip
     kernels = get_kernels("triton")
-    weights = Llama(config, RandomCheckpoint(config, device), kernels)
+    weights = Decoder(config, RandomCheckpoint(config, device), kernels, BFLOAT16)
     tokenizer = Tokenizer(WordLevel({str(i): i for i in range(1024)}, unk_token="0"))
     layout = CacheLayout(
         full_attention(model.layers, model.kv_heads),

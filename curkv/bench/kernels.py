@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from curkv.cache.page_pool import PagePool
 from curkv.kernels.dispatch import Kernels, get_kernels
+from curkv.kernels.linear.formats import WEIGHT_FORMATS, WeightFormat
 from curkv.kernels.pages import Pages, rounded
 from curkv.tables import columns
 
@@ -32,7 +33,7 @@ LINEAR = (  # [out, in] of a layer: qkv, o, gate and up, down
     (HIDDEN, INTERMEDIATE),
 )
 LONG = 8 * (4000,)
-WEIGHTS = ("float32", "int8", "int4")
+WEIGHTS = [form for form in WEIGHT_FORMATS.values() if form.device == "cpu"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 READ, MATMUL = "streaming read", "matmul"
 
@@ -142,16 +143,14 @@ def limits() -> Iterator[Case]:
     yield Case(MATMUL, f"{n}^3", torch.float32, lambda: a @ b, flops=2 * n**3)
 
 
-def linear(kernels: Kernels, weights: str) -> Iterator[Case]:
+def linear(kernels: Kernels, weights: WeightFormat) -> Iterator[Case]:
     """All linear layers of the model, for one token, eight, and a chunk of one prompt."""
-    packs = {
-        "float32": kernels.pack_linear,
-        "int8": kernels.pack_linear_int8,
-        "int4": kernels.pack_linear_int4,
-    }
-    pack = packs[weights]
-    layers = [pack(torch.randn(shape)) for _ in range(MODEL_LAYERS) for shape in LINEAR]
-    head = packs["int8" if weights == "int4" else weights](torch.randn(VOCABULARY, HIDDEN))
+    layers = [
+        kernels.pack_linear(torch.randn(shape), None, weights)
+        for _ in range(MODEL_LAYERS)
+        for shape in LINEAR
+    ]
+    head = kernels.pack_linear(torch.randn(VOCABULARY, HIDDEN), None, weights.of_head)
     count = MODEL_LAYERS * sum(rows * columns for rows, columns in LINEAR)
     for tokens, sampled in ((1, 1), (8, 8), (CHUNK, 1)):
         inputs = MODEL_LAYERS * [torch.randn(tokens, columns) for _, columns in LINEAR]
@@ -164,7 +163,7 @@ def linear(kernels: Kernels, weights: str) -> Iterator[Case]:
 
         read = head.nbytes + sum(layer.nbytes for layer in layers)
         flops = 2 * (tokens * count + sampled * VOCABULARY * HIDDEN)
-        yield Case("linear, the whole model", f"{tokens} tokens", weights, run, bytes=read, flops=flops)
+        yield Case("linear, the whole model", f"{tokens} tokens", weights.name, run, bytes=read, flops=flops)
 
 
 def decode(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:

@@ -14,8 +14,8 @@ app = typer.Typer(help="Models and eviction policies.", no_args_is_help=True)
 @app.command("list")
 def list_models() -> None:
     """List the built-in models and those converted before."""
-    from curkv.models.cache_directory import models_directory
-    from curkv.models.default_model import BUILT_IN
+    from curkv.models.loading.cache_directory import models_directory
+    from curkv.models.loading.default_model import BUILT_IN
 
     for name, wheel in BUILT_IN.items():
         typer.echo(f"{name}  built in, {wheel.megabytes} MB to fetch")

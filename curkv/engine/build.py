@@ -22,11 +22,14 @@ from curkv.engine.recorded_decodes import RecordedDecodes
 from curkv.engine.runner import Runner
 from curkv.engine.types import Request, SamplingParams
 from curkv.kernels.dispatch import get_kernels
+from curkv.kernels.linear.formats import WEIGHT_FORMATS, WeightFormat
 from curkv.models.chat_template import load_chat_template
 from curkv.models.config import ModelConfig
+from curkv.models.decoder import Decoder
 from curkv.models.info import ModelInfo
-from curkv.models.llama import Llama, Rounding, rope_tables
-from curkv.models.loading import Checkpoint, load_config, load_pruning, load_tokenizer, resolve_model
+from curkv.models.loading import load_config, load_pruning, load_tokenizer, resolve_model
+from curkv.models.loading.checkpoint import Checkpoint
+from curkv.models.rope import rope_tables
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +64,8 @@ def build_engine(options: EngineOptions) -> Engine:
     device = torch.device(_device(options.device))
     on_gpu = device.type == "cuda"
     kernels = get_kernels(options.kernels, device)
-    rounding = _rounding(options.weights, on_gpu)
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    model = Llama(config, Checkpoint(directory, config, dtype, device), kernels, rounding)
+    form = _weight_format(options.weights, device)
+    model = Decoder(config, Checkpoint(directory, config, form.dtype, device), kernels, form)
     max_model_len = _max_model_len(options.max_model_len, config)
     layout = CacheLayout(
         layers=full_attention(config.num_layers, config.num_kv_heads),
@@ -82,7 +84,7 @@ def build_engine(options: EngineOptions) -> Engine:
     if prefix_bytes is None:
         prefix_bytes = int(num_bytes * PREFIX_SHARE)
     num_pages, prefix_pages = num_pages_for(num_bytes, layout), prefix_bytes // layout.page_bytes
-    prefill_dtype = torch.bfloat16 if rounding else None
+    prefill_dtype = torch.bfloat16 if form.rounds else None
     kv = PageManager(layout, num_pages, kernels, device, prefix_pages)
     attention = PagedAttention(kv, rope, model.output_projection, prefill_dtype)
     replay = kernels.backend.replay
@@ -109,10 +111,12 @@ def _device(wanted: DeviceName) -> str:
     return wanted
 
 
-def _rounding(wanted: Weights, on_gpu: bool) -> Rounding | None:
-    if on_gpu and wanted != "auto":
+def _weight_format(wanted: Weights, device: torch.device) -> WeightFormat:
+    default = next(form for form in WEIGHT_FORMATS.values() if form.device == device.type)
+    form = default if wanted == "auto" else WEIGHT_FORMATS[wanted]
+    if form.device != device.type:
         raise ValueError(f"--weights {wanted} is for the CPU; weights on a GPU are bfloat16")
-    return wanted if wanted in ("int8", "int4") else None
+    return form
 
 
 def _kv_dtype(wanted: KVDtype, on_gpu: bool, head_dim: int) -> torch.dtype:

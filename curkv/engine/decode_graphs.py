@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curkv.cache.attention import PagedAttention
 from curkv.cache.batch import Batch
-from curkv.models.llama import Llama
+from curkv.models.decoder import Decoder
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class DecodeGraphs:
         attention: its attention.
     """
 
-    def __init__(self, model: Llama, attention: PagedAttention):
+    def __init__(self, model: Decoder, attention: PagedAttention):
         self._model = model
         self._attention = attention
         kv = attention.kv

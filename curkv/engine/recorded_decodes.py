@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from curkv.cache.attention import PagedAttention
 from curkv.cache.batch import Batch
 from curkv.kernels.cpu.workers import Memory, Recording, recording
-from curkv.models.llama import Llama
+from curkv.models.decoder import Decoder
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class RecordedDecodes:
         attention: its attention.
     """
 
-    def __init__(self, model: Llama, attention: PagedAttention):
+    def __init__(self, model: Decoder, attention: PagedAttention):
         most = attention.kv.layout.max_sequences
         self._model = model
         self._attention = attention

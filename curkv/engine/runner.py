@@ -11,7 +11,7 @@ from curkv.cache.batch import Batch
 from curkv.cache.page_manager import PageManager
 from curkv.engine.decode_graphs import DecodeGraphs
 from curkv.engine.recorded_decodes import RecordedDecodes
-from curkv.models.llama import Llama
+from curkv.models.decoder import Decoder
 
 
 class Runner:
@@ -24,7 +24,7 @@ class Runner:
     """
 
     def __init__(
-        self, model: Llama, attention: PagedAttention, replay: DecodeGraphs | RecordedDecodes | None = None
+        self, model: Decoder, attention: PagedAttention, replay: DecodeGraphs | RecordedDecodes | None = None
     ) -> None:
         self.model = model
         self.attention = attention

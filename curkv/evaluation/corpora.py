@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from curkv.bench.text import documentation_text
-from curkv.models.cache_directory import models_directory
+from curkv.models.loading.cache_directory import models_directory
 
 NOVELS = ("emma", "mansfield-park", "northanger-abbey", "persuasion", "pride-prejudice", "sense-sensibility")
 """Jane Austen's novels in the order in which Debian's r-cran-janeaustenr stores them."""

@@ -6,15 +6,15 @@ import math
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from curkv.cache.batch import Batch
-from curkv.kernels.rope.reference import rope
-from curkv.models.llama import Llama, rope_tables
+from curkv.models.decoder import Decoder
+from curkv.models.dense import DenseAttention
+from curkv.models.rope import rope_tables
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -140,26 +140,12 @@ def compare(reference: Logits, model: Logits, windows: Iterable[Tensor]) -> Comp
     )
 
 
-def dense_logits(model: Llama) -> Logits:
-    """A Llama without a paged cache: one causal pass per window, logits of every token."""
-    attention = _CausalAttention(*rope_tables(model.config))
+def dense_logits(model: Decoder) -> Logits:
+    """A model without a paged cache: one causal pass per window, logits of every token."""
+    attention = DenseAttention(rope_tables(model.config))
 
     def logits(ids: Tensor) -> Tensor:
         batch = Batch.build([0], [ids.tolist()], [0])
         return model.forward(replace(batch, logit_rows=torch.arange(len(ids))), attention)
 
     return logits
-
-
-class _CausalAttention:
-    """Attention among the tokens of one window; nothing is stored."""
-
-    def __init__(self, cos: Tensor, sin: Tensor):
-        self._cos, self._sin = cos, sin
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Any) -> Tensor:
-        for heads in (q, k):
-            rope(heads, self._cos, self._sin, batch.positions)
-        q, k, v = (heads.transpose(0, 1)[None] for heads in (q, k, v))
-        attended = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return attended[0].transpose(0, 1)

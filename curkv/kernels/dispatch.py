@@ -73,11 +73,9 @@ class Kernels:
     rms_norm: RmsNorm
     silu_mul: SiluMul
     pack_linear: PackLinear
-    pack_linear_int8: PackLinear
-    pack_linear_int4: PackLinear
 
 
-_MODULES = dict.fromkeys(("pack_linear", "pack_linear_int8", "pack_linear_int4"), "linear")
+_MODULES = {"pack_linear": "linear"}
 
 
 def get_kernels(name: KernelsName = "auto", device: str | torch.device = "cpu") -> Kernels:

@@ -14,6 +14,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from curkv.models.loading.json_file import read_json
 from curkv.models.tools.formats import format_of
 from curkv.models.tools.preamble import with_preamble
 
@@ -137,9 +138,9 @@ _ENVIRONMENT.globals |= {"raise_exception": _raise_exception, "strftime_now": _s
 
 def load_chat_template(directory: Path) -> ChatTemplate | None:
     """Returns the template of a model directory, None if it has none (a base model)."""
-    config = _read(directory / "tokenizer_config.json")
+    config = read_json(directory / "tokenizer_config.json") or {}
     if "added_tokens_decoder" not in config:  # an older form
-        config |= _read(directory / "special_tokens_map.json")
+        config |= read_json(directory / "special_tokens_map.json") or {}
     source, file = config.get("chat_template"), directory / "chat_template.jinja"
     if isinstance(source, list):  # several, by name
         source = {entry["name"]: entry["template"] for entry in source}.get("default")
@@ -147,11 +148,6 @@ def load_chat_template(directory: Path) -> ChatTemplate | None:
         source = file.read_text(encoding="utf-8")
     tokens = {name: _text(config[name]) for name in _SPECIAL_TOKENS if config.get(name) is not None}
     return ChatTemplate(source, tokens) if source else None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return content
 
 
 def _text(token: str | dict[str, Any]) -> str:

@@ -20,9 +20,11 @@ from curkv.engine.recorded_decodes import RecordedDecodes
 from curkv.engine.runner import Runner
 from curkv.engine.types import Output, Request, SamplingParams
 from curkv.kernels.dispatch import Kernels, get_kernels
+from curkv.models.decoder import Decoder
 from curkv.models.info import ModelInfo
-from curkv.models.llama import Llama, rope_tables
-from curkv.models.loading import Checkpoint, load_config, load_tokenizer
+from curkv.models.loading import load_config, load_tokenizer
+from curkv.models.loading.checkpoint import Checkpoint
+from curkv.models.rope import rope_tables
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Loaded:
 
     directory: Path
     kernels: Kernels
-    model: Llama
+    model: Decoder
     tokenizer: Tokenizer
     text_ids: list[int]
 
@@ -67,7 +69,7 @@ class Loaded:
 @pytest.fixture(scope="session")
 def loaded(default_model_dir: Path) -> Loaded:
     config, kernels = load_config(default_model_dir), get_kernels("cpu")
-    model = Llama(config, Checkpoint(default_model_dir, config), kernels)
+    model = Decoder(config, Checkpoint(default_model_dir, config), kernels)
     tokenizer = load_tokenizer(default_model_dir)
     text_ids = tokenizer.encode(documentation_text()[:60_000]).ids
     return Loaded(default_model_dir, kernels, model, tokenizer, text_ids)

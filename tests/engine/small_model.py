@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from curkv.models.blocks import AttentionWeights, LayerWeights, MlpWeights
 from curkv.models.config import ModelConfig
-from curkv.models.loading import LayerWeights
 
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM",
@@ -46,18 +46,18 @@ def random_checkpoint(device: str = "cpu") -> SimpleNamespace:
 
     layers = [
         LayerWeights(
-            input_norm=ones(c.hidden_size),
-            qkv=weight(c.q_size + 2 * c.num_kv_heads * c.head_dim, c.hidden_size),
-            qkv_bias=None,
-            q_norm=1.5 * ones(c.head_dim),
-            k_norm=1.5 * ones(c.head_dim),
-            o=weight(c.hidden_size, c.q_size),
-            o_bias=None,
-            post_attention_norm=ones(c.hidden_size),
-            gate_up=weight(2 * c.intermediate_size, c.hidden_size),
-            gate_up_bias=None,
-            down=weight(c.hidden_size, c.intermediate_size),
-            down_bias=None,
+            AttentionWeights(
+                norm=ones(c.hidden_size),
+                qkv=weight(c.q_size + 2 * c.num_kv_heads * c.head_dim, c.hidden_size),
+                o=weight(c.hidden_size, c.q_size),
+                q_norm=1.5 * ones(c.head_dim),
+                k_norm=1.5 * ones(c.head_dim),
+            ),
+            MlpWeights(
+                norm=ones(c.hidden_size),
+                gate_up=weight(2 * c.intermediate_size, c.hidden_size),
+                down=weight(c.hidden_size, c.intermediate_size),
+            ),
         )
         for _ in range(c.num_layers)
     ]

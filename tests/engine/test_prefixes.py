@@ -19,8 +19,9 @@ from curkv.engine.engine import Engine
 from curkv.engine.runner import Runner
 from curkv.engine.types import Output, Request
 from curkv.kernels.dispatch import get_kernels
+from curkv.models.decoder import Decoder
 from curkv.models.info import ModelInfo
-from curkv.models.llama import Llama, rope_tables
+from curkv.models.rope import rope_tables
 
 from .conftest import request, run, tokens
 from .small_model import CONFIG as SMALL
@@ -32,8 +33,8 @@ PAGE, HEADS, PLENTY = 32, CONFIG.num_layers * CONFIG.num_kv_heads, 10_000
 
 
 @functools.cache
-def model() -> Llama:
-    return Llama(CONFIG, random_checkpoint(), get_kernels("cpu"))
+def model() -> Decoder:
+    return Decoder(CONFIG, random_checkpoint(), get_kernels("cpu"))
 
 
 def make_engine(

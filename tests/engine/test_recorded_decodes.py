@@ -19,8 +19,11 @@ from curkv.cache.page_manager import PageManager
 from curkv.cache.parsing import parse_options
 from curkv.engine.recorded_decodes import RecordedDecodes
 from curkv.kernels.dispatch import get_kernels
-from curkv.models.llama import Llama, Rounding, rope_tables
-from curkv.models.loading import Checkpoint, load_config
+from curkv.kernels.linear.formats import WEIGHT_FORMATS
+from curkv.models.decoder import Decoder
+from curkv.models.loading import load_config
+from curkv.models.loading.checkpoint import Checkpoint
+from curkv.models.rope import rope_tables
 
 from .conftest import Loaded, request, tokens
 
@@ -41,15 +44,15 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("rounding", [None, "int8", "int4"])
+@pytest.mark.parametrize("form", ["float32", "int8", "int4"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_can_be_recorded(
-    family: str, rounding: Rounding | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    family: str, form: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(FAMILIES[family]).save_pretrained(tmp_path)
     config, kernels = load_config(tmp_path), get_kernels("cpu")
-    model = Llama(config, Checkpoint(tmp_path, config), kernels, rounding)
+    model = Decoder(config, Checkpoint(tmp_path, config), kernels, WEIGHT_FORMATS[form])
     layout = CacheLayout(
         full_attention(config.num_layers, config.num_kv_heads), config.head_dim, 16, torch.float16, 4, 128
     )

@@ -21,8 +21,9 @@ from curkv.engine.decode_graphs import DecodeGraphs
 from curkv.engine.engine import Engine
 from curkv.engine.runner import Runner
 from curkv.kernels.dispatch import get_kernels
+from curkv.models.decoder import Decoder
 from curkv.models.info import ModelInfo
-from curkv.models.llama import Llama, rope_tables
+from curkv.models.rope import rope_tables
 
 from .conftest import request, tokens
 from .small_model import CONFIG, random_checkpoint
@@ -43,7 +44,7 @@ class Trace:
 
 def engine_over(kernels_name: str, num_pages: int, graphs: bool = False, apart: bool = False) -> Engine:
     kernels = get_kernels(kernels_name)
-    model = Llama(CONFIG, random_checkpoint(), kernels)
+    model = Decoder(CONFIG, random_checkpoint(), kernels)
     layout = CacheLayout(
         full_attention(CONFIG.num_layers, CONFIG.num_kv_heads), CONFIG.head_dim, 16, torch.float32, 4, 256
     )
@@ -119,7 +120,7 @@ def test_the_host_waits_for_nothing_within_a_decode_step(monkeypatch: pytest.Mon
     monkeypatch.setattr(GridExecutor, "__call__", lambda *_, **__: None)
     monkeypatch.setattr("curkv.kernels.paged_decode_attention.triton.num_processors", lambda _: 132)
     kernels = get_kernels("triton")
-    model = Llama(CONFIG, random_checkpoint("meta"), kernels)
+    model = Decoder(CONFIG, random_checkpoint("meta"), kernels)
     layout = CacheLayout(
         full_attention(CONFIG.num_layers, CONFIG.num_kv_heads), CONFIG.head_dim, 16, torch.float32, 4, 256
     )

@@ -15,10 +15,12 @@ from curkv.cache.page_manager import PageManager
 from curkv.engine.engine import Engine
 from curkv.engine.runner import Runner
 from curkv.kernels.dispatch import get_kernels
+from curkv.models.blocks import AttentionWeights, LayerWeights, MlpWeights
 from curkv.models.config import ModelConfig
+from curkv.models.decoder import Decoder
+from curkv.models.families import read_config
 from curkv.models.info import ModelInfo
-from curkv.models.llama import Llama, rope_tables
-from curkv.models.loading import LayerWeights
+from curkv.models.rope import rope_tables
 
 MakeEngine = Callable[..., Engine]
 MAX_TOKENS = 2048
@@ -37,18 +39,16 @@ class RandomCheckpoint:
     def layer(self, index: int) -> LayerWeights:
         config, hidden = self._config, self._config.hidden_size
         return LayerWeights(
-            input_norm=torch.ones(hidden),
-            qkv=self._draw(config.q_size + 2 * config.kv_size, hidden),
-            qkv_bias=None,
-            q_norm=None,
-            k_norm=None,
-            o=self._draw(hidden, config.q_size),
-            o_bias=None,
-            post_attention_norm=torch.ones(hidden),
-            gate_up=self._draw(2 * config.intermediate_size, hidden),
-            gate_up_bias=None,
-            down=self._draw(hidden, config.intermediate_size),
-            down_bias=None,
+            AttentionWeights(
+                norm=torch.ones(hidden),
+                qkv=self._draw(config.q_size + 2 * config.kv_size, hidden),
+                o=self._draw(hidden, config.q_size),
+            ),
+            MlpWeights(
+                norm=torch.ones(hidden),
+                gate_up=self._draw(2 * config.intermediate_size, hidden),
+                down=self._draw(hidden, config.intermediate_size),
+            ),
         )
 
     def _draw(self, rows: int, columns: int) -> Tensor:
@@ -66,7 +66,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def make_engine(tokenizer: Tokenizer) -> MakeEngine:
-    config = ModelConfig.from_dict(
+    config = read_config(
         {
             "architectures": ["LlamaForCausalLM"],
             "vocab_size": 128,
@@ -81,7 +81,7 @@ def make_engine(tokenizer: Tokenizer) -> MakeEngine:
         }
     )
     kernels = get_kernels("reference")
-    model = Llama(config, RandomCheckpoint(config), kernels)
+    model = Decoder(config, RandomCheckpoint(config), kernels)
 
     def make(num_pages: int = 4000, max_sequences: int = 32) -> Engine:
         layout = CacheLayout(full_attention(2, 2), 16, 16, torch.float32, max_sequences, MAX_TOKENS)

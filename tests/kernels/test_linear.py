@@ -12,7 +12,7 @@ from curkv.kernels.cpu.features import MULTIPLIES_QUADS
 from curkv.kernels.cpu.memory import INT8
 from curkv.kernels.cpu.quads import NIBBLES, NIBBLES_BY_ANY, NIBBLES_BY_AVX2, OWN_NIBBLES
 from curkv.kernels.cpu.tiles import panel_tile
-from curkv.kernels.linear import cpu, reference
+from curkv.kernels.linear import cpu, formats, reference
 from curkv.kernels.rms_norm.cpu import rms_norm
 from curkv.kernels.silu_mul.cpu import silu_mul
 
@@ -42,9 +42,8 @@ def pack_cpu(name: str, weight: Tensor, bias: Tensor | None = None) -> cpu.Packe
 
 def pack_reference(name: str, weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
     if name in NIBBLE_FORMS:
-        return reference.pack_linear_int4(weight, bias)
-    pack = reference.pack_linear if name == "float32" else reference.pack_linear_int8
-    return pack(weight, bias)
+        return reference.pack_linear(weight, bias, formats.INT4)
+    return reference.pack_linear(weight, bias, formats.FLOAT32 if name == "float32" else formats.INT8)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -92,7 +91,7 @@ def test_a_row_does_not_depend_on_the_batch_it_is_in(pack: str) -> None:
 @pytest.mark.parametrize("rows", [16, 37])
 def test_rows_are_rounded_in_steps_of_a_127th_of_their_largest_value(rows: int) -> None:
     weight = torch.randn(rows, 40) * torch.logspace(-3, 3, rows)[:, None]
-    integers, scales = reference.quantise(weight)
+    integers, scales = formats.quantise(weight)
     assert integers.abs().amax(dim=1).tolist() == [127] * rows
     assert ((weight - integers * scales[:, None]).abs() <= 0.501 * scales[:, None]).all()
 
@@ -102,7 +101,7 @@ def test_weights_on_a_grid_of_16_values_are_not_changed_by_int4() -> None:
     grid = torch.randint(0, 16, (24, 3, 32))
     grid[..., 0], grid[..., 1] = 0, 15
     weight = (grid * steps[..., None] + lows[..., None]).flatten(1)
-    integers, found_steps, found_lows = reference.quantise_int4(weight)
+    integers, found_steps, found_lows = formats.quantise_int4(weight)
     assert torch.equal(integers, grid.flatten(1).to(torch.uint8))
     assert torch.equal(found_steps.float(), steps)
     assert torch.equal(found_lows.float(), lows)
@@ -110,7 +109,7 @@ def test_weights_on_a_grid_of_16_values_are_not_changed_by_int4() -> None:
 
 def test_int4_is_no_worse_than_the_whole_range_in_15_steps() -> None:
     weight = torch.randn(64, 50)
-    integers, steps, lows = reference.quantise_int4(weight)
+    integers, steps, lows = formats.quantise_int4(weight)
     assert integers.shape == (64, 64)
     assert integers.max() == 15
     rounded = integers.view(64, 2, 32) * steps.float()[..., None] + lows.float()[..., None]
@@ -179,9 +178,14 @@ def test_bytes_are_those_of_the_padded_weight(pack: str) -> None:
 def test_weights_are_multiplied_as_the_machine_can() -> None:
     weight, x = torch.randn(16, 64), torch.randn(3, 64)
     by_bytes = "quads" if MULTIPLIES_QUADS else "pairs"
-    assert torch.equal(cpu.pack_linear_int8(weight)(x), pack_cpu(by_bytes, weight)(x))
+    assert torch.equal(cpu.pack_linear(weight, None, formats.INT8)(x), pack_cpu(by_bytes, weight)(x))
     own = next(name for name, form in NIBBLE_FORMS.items() if form == OWN_NIBBLES)
-    assert torch.equal(cpu.pack_linear_int4(weight)(x), pack_cpu(own, weight)(x))
+    assert torch.equal(cpu.pack_linear(weight, None, formats.INT4)(x), pack_cpu(own, weight)(x))
+
+
+def test_formats_that_a_backend_lacks_are_refused() -> None:
+    with pytest.raises(ValueError, match="bfloat16; only float32, int8, int4"):
+        cpu.pack_linear(torch.randn(16, 16), None, formats.BFLOAT16)
 
 
 def test_nibbles_give_the_same_on_all_machines() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from curkv.kernels.dispatch import BACKENDS, Kernels, load, operations
+from curkv.kernels.linear.formats import WEIGHT_FORMATS, WeightFormat
 from curkv.kernels.linear.spec import Linear
 
 BACKEND_NAMES = [backend.name for backend in BACKENDS]
@@ -31,11 +32,11 @@ def test_an_implementation_has_the_signature_of_its_spec(operation: str, backend
 
 
 @pytest.mark.parametrize("backend", BACKEND_NAMES)
-@pytest.mark.parametrize("pack", ["pack_linear", "pack_linear_int8", "pack_linear_int4"])
-def test_a_packed_layer_has_the_methods_of_a_linear_layer(pack: str, backend: str) -> None:
+@pytest.mark.parametrize("form", [form for form in WEIGHT_FORMATS.values() if form.device == "cpu"])
+def test_a_packed_layer_has_the_methods_of_a_linear_layer(form: WeightFormat, backend: str) -> None:
     if backend == "triton":
         pytest.importorskip("triton")
-    layer = load(pack, backend)(torch.ones(16, 32))
+    layer = load("pack_linear", backend)(torch.ones(16, 32), None, form)
     for method in ("__call__", "after_rms_norm", "after_silu_mul"):
         assert parameters(getattr(type(layer), method)) == parameters(getattr(Linear, method))
     assert layer.nbytes > 0

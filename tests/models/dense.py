@@ -2,24 +2,15 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from curkv.kernels.gather_rows import reference as gather_rows
-from curkv.kernels.linear import reference as linear
-from curkv.kernels.rms_norm import reference as rms_norm
+from curkv.kernels.dispatch import get_kernels
 from curkv.models.config import ModelConfig
-from curkv.models.llama import rope_tables
+from curkv.models.rope import rope_tables
 
-REFERENCE = SimpleNamespace(
-    gather_rows=gather_rows.gather_rows,
-    rms_norm=rms_norm.rms_norm,
-    pack_linear=linear.pack_linear,
-    pack_linear_int8=linear.pack_linear_int8,
-    pack_linear_int4=linear.pack_linear_int4,
-)
+REFERENCE = get_kernels("reference")
 
 
 @dataclass

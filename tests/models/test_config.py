@@ -2,8 +2,9 @@ from typing import Any
 
 import pytest
 
-from curkv.models.config import SUPPORTED_ARCHITECTURES, Llama3Scaling, ModelConfig
 from curkv.models.errors import UnsupportedModel
+from curkv.models.families import SUPPORTED_ARCHITECTURES, read_config
+from curkv.models.rope import LinearScaling, Llama3Scaling
 
 
 def raw(architecture: str = "LlamaForCausalLM", **changes: Any) -> dict[str, Any]:
@@ -34,8 +35,11 @@ LLAMA3 = {
 }
 
 
+WINDOWS = {"sliding_window": 256, "max_window_layers": 1}
+
+
 def test_plain_llama() -> None:
-    config = ModelConfig.from_dict(raw(rope_theta=5e5, tie_word_embeddings=True))
+    config = read_config(raw(rope_theta=5e5, tie_word_embeddings=True))
     assert (config.head_dim, config.q_size, config.kv_size) == (16, 64, 32)
     assert config.rope_theta == 5e5
     assert config.rope_scaling is None
@@ -53,7 +57,7 @@ def test_plain_llama() -> None:
     ],
 )
 def test_llama3_scaling_in_the_forms_of_transformers_4_and_5(form: dict[str, Any]) -> None:
-    config = ModelConfig.from_dict(raw(**form))
+    config = read_config(raw(**form))
     assert config.rope_theta == 5e5
     assert config.rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 8192)
 
@@ -62,18 +66,18 @@ def test_missing_optional_keys_mean_what_transformers_assumes() -> None:
     content = raw()
     for key in ("num_key_value_heads", "bos_token_id", "eos_token_id", "hidden_act", "rms_norm_eps"):
         del content[key]
-    config = ModelConfig.from_dict(content)
+    config = read_config(content)
     assert config.num_kv_heads == 4
     assert config.rope_theta == 10000.0
     assert (config.bos_token_id, config.eos_token_ids) == (None, ())
 
 
 def test_families_differ_in_biases_and_norms() -> None:
-    qwen2 = ModelConfig.from_dict(raw("Qwen2ForCausalLM"))
+    qwen2 = read_config(raw("Qwen2ForCausalLM"))
     assert (qwen2.qkv_bias, qwen2.o_bias, qwen2.qk_norm) == (True, False, False)
-    qwen3 = ModelConfig.from_dict(raw("Qwen3ForCausalLM"))
+    qwen3 = read_config(raw("Qwen3ForCausalLM"))
     assert (qwen3.qkv_bias, qwen3.o_bias, qwen3.qk_norm, qwen3.head_dim) == (False, False, True, 128)
-    llama = ModelConfig.from_dict(raw(attention_bias=True, mlp_bias=True, eos_token_id=[2, 3]))
+    llama = read_config(raw(attention_bias=True, mlp_bias=True, eos_token_id=[2, 3]))
     assert (llama.qkv_bias, llama.o_bias, llama.mlp_bias) == (True, True, True)
     assert llama.eos_token_ids == (2, 3)
 
@@ -83,7 +87,7 @@ def test_families_differ_in_biases_and_norms() -> None:
 )
 def test_other_architectures_are_refused_with_a_list_of_the_supported_ones(content: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedModel) as refusal:
-        ModelConfig.from_dict(content)
+        read_config(content)
     for name in SUPPORTED_ARCHITECTURES:
         assert name in str(refusal.value)
 
@@ -91,23 +95,57 @@ def test_other_architectures_are_refused_with_a_list_of_the_supported_ones(conte
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (raw("MistralForCausalLM", sliding_window=4096), "sliding_window = 4096"),
-        (raw("Qwen2ForCausalLM", use_sliding_window=True), "use_sliding_window"),
+        (raw("MistralForCausalLM", sliding_window=256), "sliding_window = 256"),
+        (raw("Qwen2ForCausalLM", use_sliding_window=True, **WINDOWS), "use_sliding_window"),
+        (raw("Qwen3ForCausalLM", use_sliding_window=True, **WINDOWS), "use_sliding_window"),
         (raw(hidden_act="gelu"), "supported: silu"),
-        (raw(rope_scaling={"type": "yarn", "factor": 4.0}), "rope type yarn; supported: default, llama3"),
-        (raw(rope_parameters={"rope_type": "linear", "rope_theta": 1e4}), "rope type linear"),
+        (raw(rope_scaling={"type": "yarn", "factor": 4.0}), "rope type yarn; supported: default, linear"),
+        (raw(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4}), "rope type dynamic"),
+        (raw(rope_parameters={"rope_type": "linear", "rope_theta": 1e4}), "factor"),
         (raw(rope_scaling={"rope_type": "llama3"}), "factor"),
         (raw(partial_rotary_factor=0.5), "partial_rotary_factor"),
         (raw(num_key_value_heads=3), "num_key_value_heads"),
         (raw(head_dim=15), "head_dim"),
         (raw(hidden_size=None), "hidden_size"),
+        (raw(hidden_size="wide"), "hidden_size = 'wide'"),
+        (raw(num_hidden_layers=0), "num_hidden_layers = 0"),
+        (raw(vocab_size=-1), "vocab_size = -1"),
+        (raw(rms_norm_eps="small"), "rms_norm_eps = 'small'"),
+        (raw(rope_scaling=[1]), "rope_scaling"),
+        (raw(eos_token_id="</s>"), "eos_token_id = '</s>'"),
         (raw(quantization_config={"quant_method": "gptq"}), "gptq"),
     ],
 )
 def test_unsupported_settings_are_refused_by_name(content: dict[str, Any], words: str) -> None:
     with pytest.raises(UnsupportedModel, match=words):
-        ModelConfig.from_dict(content)
+        read_config(content)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        raw("MistralForCausalLM", sliding_window=512),
+        raw("Qwen2ForCausalLM", use_sliding_window=True, sliding_window=256, max_window_layers=2),
+        raw("Qwen3ForCausalLM", use_sliding_window=True, sliding_window=512, max_window_layers=0),
+        raw("Qwen2ForCausalLM", sliding_window=256),
+    ],
+)
+def test_windows_that_hide_nothing_are_accepted(content: dict[str, Any]) -> None:
+    assert read_config(content).architecture == content["architectures"][0]
+
+
+def test_the_model_type_names_the_family_where_no_architecture_does() -> None:
+    content = raw() | {"architectures": None, "model_type": "qwen3"}
+    assert read_config(content).qk_norm
+
+
+def test_linear_scaling_in_the_forms_of_transformers_4_and_5() -> None:
+    for form in (
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2}},
+    ):
+        assert read_config(raw(**form)).rope_scaling == LinearScaling(2.0)
 
 
 def test_mistral_with_full_attention_is_accepted() -> None:
-    assert ModelConfig.from_dict(raw("MistralForCausalLM")).architecture == "MistralForCausalLM"
+    assert read_config(raw("MistralForCausalLM")).architecture == "MistralForCausalLM"

@@ -16,8 +16,9 @@ from transformers import (
 )
 
 from curkv.models.errors import ModelError, UnsupportedModel
-from curkv.models.gguf import TENSOR_NAMES, GGUFFile, convert_gguf, read_config
+from curkv.models.families.gguf_names import TENSOR_NAMES
 from curkv.models.loading import load_config, resolve_model
+from curkv.models.loading.gguf import GGUFFile, convert_gguf
 from tests.models.test_llama import LLAMA3, SHAPE
 from tests.models.test_tokenizer import byte_level_metadata
 
@@ -164,7 +165,7 @@ def test_unsupported_files_are_refused(
 ) -> None:
     write_gguf(tmp_path / "a.gguf", architecture, random_model(MODELS["llama"]), **fields)
     with pytest.raises(UnsupportedModel, match=words):
-        read_config(GGUFFile(tmp_path / "a.gguf"))
+        convert_gguf(tmp_path / "a.gguf", tmp_path)
 
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:

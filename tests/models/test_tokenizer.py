@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from curkv.models.errors import UnsupportedModel
-from curkv.models.gguf_tokenizer import build_tokenizer, write_tokenizer
 from curkv.models.loading import load_tokenizer
+from curkv.models.loading.gguf_tokenizer import build_tokenizer, write_tokenizer
 
 TEXTS = [
     "Hello world",

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from curkv.models.llama import Llama
-from curkv.models.loading import Checkpoint, load_config
+from curkv.models.decoder import Decoder
+from curkv.models.loading import load_config
+from curkv.models.loading.checkpoint import Checkpoint
 from curkv.models.pruning import export
 from curkv.models.pruning.methods.base import LayerCut
 from curkv.models.pruning.methods.random import Random
@@ -61,7 +62,7 @@ def test_our_forward_generates_the_same_tokens(tmp_path: Path, family: str) -> N
     expected = reference.generate(PROMPT, max_new_tokens=12, min_new_tokens=12, do_sample=False)[0].tolist()
 
     config = load_config(tmp_path / "pruned")
-    model = Llama(config, Checkpoint(tmp_path / "pruned", config), REFERENCE)
+    model = Decoder(config, Checkpoint(tmp_path / "pruned", config), REFERENCE)
     ids = PROMPT[0].tolist()
     while len(ids) < len(expected):
         logits = model.forward(DenseBatch.of([ids], [0]), DenseAttention(config))

@@ -5,8 +5,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from curkv.models.dense import DenseCache
 from curkv.models.pruning import self_text
-from curkv.models.pruning.forward import DenseCache, Model
+from curkv.models.pruning.forward import Model
 from curkv.models.pruning.methods.self_calibrated import DOWN, SelfCalibrated
 from curkv.models.pruning.plan import PruningError
 from curkv.models.pruning.self_text import TEXT_FILE, Writing, load_text, texts_at_once, write_text
@@ -102,7 +103,7 @@ def test_useless_rows_go_and_nothing_else_changes(tmp_path: Path) -> None:
             assert cut.rows.tolist() == useful
             if compensate:
                 torch.testing.assert_close(
-                    cut.replaced[DOWN], weights.down[:, cut.rows], rtol=1e-3, atol=1e-3
+                    cut.replaced[DOWN], weights.mlp.down[:, cut.rows], rtol=1e-3, atol=1e-3
                 )
 
 

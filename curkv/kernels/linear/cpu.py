@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,9 @@ from curkv.kernels.cpu.memory import FLOAT32, INT8, address, floats, load, store
 from curkv.kernels.cpu.quads import BYTES, NIBBLE_BLOCK_BYTES, OWN_NIBBLES, QUAD_BLOCK, quad_tile
 from curkv.kernels.cpu.tiles import PANEL, TILE_ROWS, panel_tile
 from curkv.kernels.cpu.workers import compile_worker, empty, launch, read_arguments
-from curkv.kernels.linear.reference import ComposedLinear, quantise, quantise_int4
+from curkv.kernels.linear import formats
+from curkv.kernels.linear.formats import WeightFormat, quantise, quantise_int4
+from curkv.kernels.linear.reference import ComposedLinear
 from curkv.kernels.linear.rounded_rows import (
     PART_SIZE,
     QUAD_UNIT,
@@ -58,25 +61,19 @@ PACKED_ROWS = 64 * PANEL
 """Rows quantised at a time, so that loading needs little memory."""
 
 
-def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
-    """Makes a linear layer, see `reference.pack_linear`; `weight` may be freed afterwards."""
-    return FloatLinear(weight, bias)
+def pack_linear(
+    weight: Tensor, bias: Tensor | None = None, form: WeightFormat = formats.FLOAT32
+) -> PackedLinear:
+    """Makes a linear layer, see `reference.pack_linear`; `weight` may be freed afterwards.
 
+    With weights that are rounded, a row of x that has NaN or infinity gives a row of NaN.
 
-def pack_linear_int8(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
-    """Makes a linear layer, see `reference.pack_linear_int8`; `weight` may be freed afterwards.
-
-    A row of x that has NaN or infinity gives a row of NaN.
+    Raises:
+        ValueError: there are no panels of the format.
     """
-    return QuadLinear(weight, bias) if MULTIPLIES_QUADS else PairLinear(weight, bias)
-
-
-def pack_linear_int4(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
-    """Makes a linear layer, see `reference.pack_linear_int4`; `weight` may be freed afterwards.
-
-    A row of x that has NaN or infinity gives a row of NaN.
-    """
-    return NibbleLinear(weight, bias)
+    if form.name not in _LAYERS:
+        raise ValueError(f"there are no CPU kernels for weights of {form.name}; only {', '.join(_LAYERS)}")
+    return _LAYERS[form.name](weight, bias)
 
 
 class PackedLinear(ComposedLinear):
@@ -208,6 +205,13 @@ class NibbleLinear(RoundingLinear):
             part[..., PANEL * QUAD_BLOCK // 2 :] = torch.cat(values, 2).contiguous().view(torch.uint8)
         super().__init__(rows, blocks * QUAD_BLOCK, packed, bias, None)
         self.form = form
+
+
+_LAYERS: dict[str, Callable[[Tensor, Tensor | None], PackedLinear]] = {
+    formats.FLOAT32.name: FloatLinear,
+    formats.INT8.name: QuadLinear if MULTIPLIES_QUADS else PairLinear,
+    formats.INT4.name: NibbleLinear,
+}
 
 
 def _packed_bytes(

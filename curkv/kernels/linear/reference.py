@@ -7,17 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 
+from curkv.kernels.linear.formats import FLOAT32, WeightFormat
 from curkv.kernels.rms_norm.reference import rms_norm
 from curkv.kernels.silu_mul.reference import silu_mul
-
-GROUP = 32
-"""Columns of an int4 weight that have a step and a lowest value in common."""
-SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)
-"""How much of a group's range its 16 values may span; the one with the least squared error is taken."""
 
 
 class ComposedLinear(ABC):
@@ -88,94 +83,16 @@ class ReferenceLinear(ComposedLinear):
         return out if self.bias is None else out + self.bias
 
 
-def pack_linear(weight: Tensor, bias: Tensor | None = None) -> ReferenceLinear:
-    """Makes a linear layer.
+def pack_linear(weight: Tensor, bias: Tensor | None = None, form: WeightFormat = FLOAT32) -> ReferenceLinear:
+    """Makes a linear layer whose weight is stored in a format; bias and x are not rounded.
 
     Args:
         weight: [N, K].
         bias: [N].
+        form: The weight's format.
 
     Returns:
         A function from x [T, K] to x W^T + b, [T, N], see `ReferenceLinear`.
     """
-    return ReferenceLinear(weight, bias)
-
-
-def pack_linear_int8(weight: Tensor, bias: Tensor | None = None) -> ReferenceLinear:
-    """Makes a linear layer whose weight is rounded to int8, see `quantise`; bias and x are not rounded.
-
-    Args:
-        weight: [N, K].
-        bias: [N].
-
-    Returns:
-        A function from x [T, K] to x W^T + b, [T, N], see `ReferenceLinear`.
-    """
-    integers, scales = quantise(weight)
-    return ReferenceLinear(integers, bias, scales)
-
-
-def pack_linear_int4(weight: Tensor, bias: Tensor | None = None) -> ReferenceLinear:
-    """Makes a linear layer whose weight is rounded to 4 bits, see `quantise_int4`; bias and x are not.
-
-    Args:
-        weight: [N, K].
-        bias: [N].
-
-    Returns:
-        A function from x [T, K] to x W^T + b, [T, N], see `ReferenceLinear`.
-    """
-    integers, steps, lows = quantise_int4(weight)
-    rounded = integers.view(*steps.shape, GROUP) * steps.float()[..., None] + lows.float()[..., None]
-    return ReferenceLinear(rounded.flatten(1)[:, : weight.shape[1]].to(weight.dtype), bias)
-
-
-def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rounds each row to integers of at most 127, in steps of a 127th of its largest value.
-
-    Args:
-        weight: [N, K].
-
-    Returns:
-        integers: int8 [N, K].
-        scales: float32 [N]; a row is about its integers times its scale.
-    """
-    scales = weight.abs().amax(dim=1).float() / 127
-    steps = torch.where(scales > 0, scales, 1)[:, None]
-    return (weight / steps).round().to(torch.int8), scales
-
-
-def quantise_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rounds each group of 32 columns of a row to 16 evenly spaced values.
-
-    A weight that has been rounded so before (llama.cpp's Q4_1 and Q4_0) is not changed.
-
-    Args:
-        weight: [N, K].
-
-    Returns:
-        integers: uint8 [N, K up to a multiple of 32], 0 to 15.
-        steps: float16 [N, groups].
-        lows: float16 [N, groups]; a group is about its integers times its step plus its lowest value.
-    """
-    groups = pad(weight.float(), (0, -weight.shape[1] % GROUP)).view(len(weight), -1, GROUP)
-    low, high = groups.amin(-1), groups.amax(-1)
-    best = _round_groups(groups, low, high)
-    for share in SHRINK[1:]:
-        other = _round_groups(groups, share * low, share * high)
-        better = other[3] < best[3]
-        best = tuple(
-            torch.where(better[..., None] if a.dim() > 2 else better, a, b)
-            for a, b in zip(other, best, strict=True)
-        )
-    integers, steps, lows, _error = best
-    return integers.flatten(1), steps, lows
-
-
-def _round_groups(groups: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, ...]:
-    """Integers, steps and lowest values of groups [N, G, 32] over given ranges, and the squared errors."""
-    lows, steps = low.half(), ((high - low) / 15).half()
-    offset, step = lows.float()[..., None], steps.float()[..., None]
-    integers = ((groups - offset) / torch.where(step > 0, step, 1)).round().clamp(0, 15)
-    error = (integers * step + offset - groups).square().sum(-1)
-    return integers.to(torch.uint8), steps, lows, error
+    stored, scales = form.encode(weight)
+    return ReferenceLinear(stored, bias, scales)

@@ -6,6 +6,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from curkv.kernels.linear.formats import FLOAT32, WeightFormat
+
 
 class Linear(Protocol):
     """A linear layer over packed weights: x W^T + b; see `reference.ComposedLinear`."""
@@ -27,6 +29,8 @@ class Linear(Protocol):
 
 
 class PackLinear(Protocol):
-    """Makes a linear layer of weight [N, K] and bias [N]; see `reference.pack_linear`."""
+    """Makes a linear layer of weight [N, K] and bias [N] in a format; see `reference.pack_linear`."""
 
-    def __call__(self, weight: Tensor, bias: Tensor | None = None) -> Linear: ...  # noqa: D102
+    def __call__(  # noqa: D102
+        self, weight: Tensor, bias: Tensor | None = None, form: WeightFormat = FLOAT32
+    ) -> Linear: ...

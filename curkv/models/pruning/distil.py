@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from curkv.models.blocks import AttentionWeights, LayerWeights, MlpWeights
 from curkv.models.config import ModelConfig
-from curkv.models.loading import LayerWeights
 from curkv.models.pruning.forward import LayerForward, Model, fast_products
 from curkv.models.pruning.methods.base import DOWN
 
@@ -24,7 +24,8 @@ MAX_NORM = 1.0
 BATCH = 4
 """Texts of a step."""
 
-TRAINED = ("input_norm", "qkv", "o", "post_attention_norm", "gate_up", "down")
+TRAINED_OF_ATTENTION = ("norm", "qkv", "o")
+TRAINED_OF_MLP = ("norm", "gate_up", "down")
 
 
 def distil(
@@ -50,7 +51,7 @@ def distil(
     """
     layers = [_trainable(weights) for weights in model.layers]
     model.layers = layers
-    parameters = [getattr(weights, name) for weights in layers for name in TRAINED]
+    parameters = [parameter for weights in layers for parameter in _trained(weights)]
     optimizer = torch.optim.AdamW(parameters, betas=BETAS, weight_decay=0.0, fused=True)
     order = torch.split(_shuffled(len(text), steps * BATCH, seed), BATCH)
     losses = []
@@ -68,27 +69,41 @@ def distil(
 
 def trained_tensors(weights: LayerWeights, config: ModelConfig) -> dict[str, Tensor]:
     """Returns what `distil` changes in a layer by its names in a checkpoint, below `model.layers.<i>.`."""
-    q, k, v = torch.split(weights.qkv, [config.q_size, config.kv_size, config.kv_size])
-    gate, up = weights.gate_up.chunk(2)
+    attention, mlp = weights.attention, weights.mlp
+    q, k, v = torch.split(attention.qkv, [config.q_size, config.kv_size, config.kv_size])
+    gate, up = mlp.gate_up.chunk(2)
     return {
         name: tensor.detach()
         for name, tensor in {
-            "input_layernorm.weight": weights.input_norm,
+            "input_layernorm.weight": attention.norm,
             "self_attn.q_proj.weight": q,
             "self_attn.k_proj.weight": k,
             "self_attn.v_proj.weight": v,
-            "self_attn.o_proj.weight": weights.o,
-            "post_attention_layernorm.weight": weights.post_attention_norm,
+            "self_attn.o_proj.weight": attention.o,
+            "post_attention_layernorm.weight": mlp.norm,
             "mlp.gate_proj.weight": gate,
             "mlp.up_proj.weight": up,
-            DOWN: weights.down,
+            DOWN: mlp.down,
         }.items()
     }
 
 
 def _trainable(weights: LayerWeights) -> LayerWeights:
-    changed: dict[str, Any] = {name: getattr(weights, name).clone().requires_grad_() for name in TRAINED}
-    return replace(weights, **changed)
+    return LayerWeights(
+        replace(weights.attention, **_copies(weights.attention, TRAINED_OF_ATTENTION)),
+        replace(weights.mlp, **_copies(weights.mlp, TRAINED_OF_MLP)),
+    )
+
+
+def _copies(weights: AttentionWeights | MlpWeights, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(weights, name).clone().requires_grad_() for name in names}
+
+
+def _trained(weights: LayerWeights) -> list[Tensor]:
+    return [
+        *(getattr(weights.attention, name) for name in TRAINED_OF_ATTENTION),
+        *(getattr(weights.mlp, name) for name in TRAINED_OF_MLP),
+    ]
 
 
 def _shuffled(count: int, wanted: int, seed: int) -> Tensor:

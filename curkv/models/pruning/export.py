@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from curkv.models.loading import PROVENANCE
+from curkv.models.loading.safetensors_file import TensorEntry, write_safetensors
 from curkv.models.pruning.methods.base import DOWN, LayerCut
 from curkv.models.pruning.plan import PruningError
 from curkv.models.pruning.source import Source
-from curkv.models.safetensors_file import TensorEntry, write_safetensors
 
 WEIGHTS = "model.safetensors"
 CARRIED = (

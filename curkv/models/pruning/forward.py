@@ -1,7 +1,7 @@
-"""A plain forward over dense batches: what calibration and self-written text run on.
+"""A forward over dense batches: what calibration and self-written text run on.
 
-The server's forward (`curkv.models.llama`) reads a paged cache and packed weights; this one needs neither,
-exposes the activations inside the MLP, and can be differentiated.
+It runs the blocks of the server's forward over the reference kernels and plain tensors, with weights given at
+each call: no pages, no packing, the activations inside the MLP exposed, and all of it differentiable.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from curkv.kernels.dispatch import get_kernels
+from curkv.models.blocks import Layer, LayerWeights, Packer
 from curkv.models.config import ModelConfig
-from curkv.models.llama import rope_tables
-from curkv.models.loading import Checkpoint, LayerWeights
+from curkv.models.dense import DenseAttention, DenseCache
+from curkv.models.families import family_of
+from curkv.models.loading.checkpoint import Checkpoint
+from curkv.models.rope import rope_tables
 
 
 def fast_products() -> torch.autocast:
@@ -27,91 +30,43 @@ def fast_products() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=fast)
 
 
-class DenseCache:
-    """Keys and values of B sequences that grow in lockstep.
-
-    Attributes:
-        k: [layers, B, kv_heads, capacity, head_dim].
-        v: Same.
-        length: Tokens stored; the caller advances it after a step.
-    """
-
-    def __init__(self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype):
-        shape = (config.num_layers, batch, config.num_kv_heads, capacity, config.head_dim)
-        self.k = torch.empty(shape, dtype=dtype)
-        self.v = torch.empty(shape, dtype=dtype)
-        self.length = 0
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores [B, kv_heads, T, head_dim] after `length` and returns everything up to there."""
-        end = self.length + k.shape[2]
-        self.k[layer, :, :, self.length : end] = k
-        self.v[layer, :, :, self.length : end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
-
-
 class LayerForward:
     """The arithmetic of one model's decoder layers on x: [B, T, hidden]; weights are given with each call."""
 
-    def __init__(self, config: ModelConfig, max_tokens: int, dtype: torch.dtype = torch.float32):
-        self.config = config
-        cos, sin = rope_tables(config, max_tokens)
-        self._cos, self._sin = cos.to(dtype), sin.to(dtype)
+    def __init__(self, config: ModelConfig, max_tokens: int):
+        self._config = config
+        self._family = family_of(config)
+        self._pack = Packer(get_kernels("reference"))
+        self._rope = rope_tables(config, max_tokens)
 
     def __call__(
         self, x: Tensor, weights: LayerWeights, cache: DenseCache | None = None, layer: int = 0
     ) -> Tensor:
         """Runs a whole layer."""
         x = self.attention(x, weights, cache, layer)
-        return x + F.linear(self.activations(x, weights), weights.down, weights.down_bias)
+        out, total = self._layer(weights).mlp(x.flatten(0, 1), None)
+        return (total + out).view_as(x)
 
     def attention(
         self, x: Tensor, weights: LayerWeights, cache: DenseCache | None = None, layer: int = 0
     ) -> Tensor:
         """Runs the attention half, residual included."""
-        config = self.config
-        batch, tokens = x.shape[:2]
-        qkv = F.linear(self._norm(x, weights.input_norm), weights.qkv, weights.qkv_bias)
-        q, k, v = (
-            part.view(batch, tokens, -1, config.head_dim).transpose(1, 2)
-            for part in torch.split(qkv, [config.q_size, config.kv_size, config.kv_size], dim=-1)
-        )
-        if weights.q_norm is not None and weights.k_norm is not None:
-            q, k = self._norm(q, weights.q_norm), self._norm(k, weights.k_norm)
-        start = cache.length if cache else 0
-        q, k = self._rotate(q, start), self._rotate(k, start)
-        if cache:
-            k, v = cache.append(layer, k, v)
-        attended = self._attend(q, k, v).transpose(1, 2).reshape(batch, tokens, -1)
-        return x + F.linear(attended, weights.o, weights.o_bias)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attends causally: [B, heads, T, head_dim]."""
-        if q.shape[2] > 1:
-            grouped = q.shape[1] != k.shape[1]
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        per_kv_head = q.view(len(q), k.shape[1], -1, q.shape[-1])  # K and V are not copied per query head
-        return F.scaled_dot_product_attention(per_kv_head, k, v).view(q.shape)
+        attention = DenseAttention(self._rope, len(x), cache)
+        out, total = self._layer(weights, layer).attention(x.flatten(0, 1), None, attention, None)
+        return (total + out).view_as(x)
 
     def activations(self, x: Tensor, weights: LayerWeights) -> Tensor:
         """Returns what the down projection reads, [B, T, intermediate], from x after the attention half."""
-        normed = self._norm(x, weights.post_attention_norm)
-        gate, up = F.linear(normed, weights.gate_up, weights.gate_up_bias).chunk(2, dim=-1)
-        return F.silu(gate) * up
+        gate_up, _ = self._layer(weights).mlp.gate_up(x.flatten(0, 1), None)
+        return self._pack.kernels.silu_mul(gate_up).view(*x.shape[:2], -1)
 
     def logits(self, x: Tensor, final_norm: Tensor, head: Tensor) -> Tensor:
         """Returns float32 [..., vocab]."""
-        return F.linear(self._norm(x, final_norm), head).float()
+        block = self._family.head_block(self._config, final_norm, head, self._pack)
+        return block(x.flatten(0, -2), None).view(*x.shape[:-1], -1)
 
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), self.config.rms_norm_eps)
-
-    def _rotate(self, heads: Tensor, start: int) -> Tensor:
-        """Applies RoPE to [B, heads, T, head_dim], whose first token has position `start`."""
-        end = start + heads.shape[2]
-        cos, sin = self._cos[start:end], self._sin[start:end]
-        low, high = heads.chunk(2, dim=-1)
-        return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+    def _layer(self, weights: LayerWeights, index: int = 0) -> Layer:
+        return self._family.layer_blocks(self._config, index, weights, self._pack)
 
 
 class _MappedLayers(Sequence[LayerWeights]):
@@ -156,7 +111,7 @@ class Model:
     def hidden(self, token_ids: Tensor, cache: DenseCache | None = None) -> Tensor:
         """Returns [B, T, hidden] after the last layer, before the final norm, from int64 [B, T]."""
         tokens = token_ids.shape[1]
-        forward = LayerForward(self.config, tokens + (cache.length if cache else 0), self.embedding.dtype)
+        forward = LayerForward(self.config, tokens + (cache.length if cache else 0))
         x = self.embedding[token_ids]
         for index, weights in enumerate(self.layers):
             x = forward(x, weights, cache, index)

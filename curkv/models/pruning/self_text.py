@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from curkv.models.config import ModelConfig
-from curkv.models.pruning.forward import DenseCache, Model
+from curkv.models.dense import DenseCache
+from curkv.models.pruning.forward import Model
 from curkv.models.pruning.plan import PruningError
 
 TEXT_FILE = "self_text.json"

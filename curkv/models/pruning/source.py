@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from curkv.models.errors import ModelNotFound
-from curkv.models.loading import Checkpoint, load_config, load_pruning, tensor_files
+from curkv.models.loading import load_config, load_pruning
+from curkv.models.loading.checkpoint import Checkpoint, TensorFiles
+from curkv.models.loading.json_file import read_json
 from curkv.models.pruning.plan import check_gated
 
 HASH_CHUNK = 1 << 24
@@ -27,9 +27,9 @@ class Source:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self.raw_config = read_json(directory / "config.json")
-        self._files = tensor_files(directory)
-        check_gated(self._files)
+        self.raw_config = read_json(directory / "config.json") or {}
+        self._headers = TensorFiles(directory).headers()
+        check_gated(self._headers)
         self.config = load_config(directory)
 
     @cached_property
@@ -40,19 +40,19 @@ class Source:
     @property
     def names(self) -> list[str]:
         """Every tensor of the checkpoint."""
-        return list(self._files)
+        return list(self._headers)
 
     def tensor(self, name: str) -> Tensor:
         """Reads a tensor as it is stored."""
-        return self.checkpoint.stored(name)
+        return self.checkpoint.files.read(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns a tensor's shape without reading it."""
-        return tuple(self._files[name].get_slice(name).get_shape())
+        return self._headers[name][0]
 
     def dtype_name(self, name: str) -> str:
         """Returns a tensor's dtype in the words of the safetensors format, such as `BF16`."""
-        return str(self._files[name].get_slice(name).get_dtype())
+        return self._headers[name][1]
 
     @property
     def provenance(self) -> dict[str, Any] | None:
@@ -75,15 +75,3 @@ class Source:
 
     def _weight_files(self) -> list[Path]:
         return sorted(self.directory.glob("*.safetensors"))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-        ModelNotFound: There is no such file.
-    """
-    if not path.is_file():
-        raise ModelNotFound(f"{path.parent} has no {path.name}")
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curkv.models.loading import LayerWeights
+from curkv.models.blocks import LayerWeights
 from curkv.models.pruning.source import Source
 
 Progress = Callable[[str, int, int], None]
@@ -35,14 +35,16 @@ class LayerCut:
 
     def apply(self, weights: LayerWeights) -> LayerWeights:
         """Returns the layer that remains."""
-        gate, up = (part[self.rows] for part in weights.gate_up.chunk(2))
-        bias = weights.gate_up_bias
-        return replace(
-            weights,
+        mlp = weights.mlp
+        gate, up = (part[self.rows] for part in mlp.gate_up.chunk(2))
+        bias = mlp.gate_up_bias
+        cut = replace(
+            mlp,
             gate_up=torch.cat([gate, up]),
             gate_up_bias=None if bias is None else torch.cat([part[self.rows] for part in bias.chunk(2)]),
-            down=self.replaced.get(DOWN, weights.down[:, self.rows]),
+            down=self.replaced.get(DOWN, mlp.down[:, self.rows]),
         )
+        return replace(weights, mlp=cut)
 
 
 class Method(ABC):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from curkv.models.loading import LayerWeights
+from curkv.models.blocks import LayerWeights
 from curkv.models.pruning.methods.base import LayerCut, Method, best_rows
 
 
@@ -15,5 +15,5 @@ class Magnitude(Method):
 
     def cut(self, layer: int, weights: LayerWeights, kept: int) -> LayerCut:
         """Keeps the rows of largest product."""
-        gate, up = weights.gate_up.chunk(2)
-        return LayerCut(best_rows(gate.norm(dim=1) * up.norm(dim=1) * weights.down.norm(dim=0), kept))
+        gate, up = weights.mlp.gate_up.chunk(2)
+        return LayerCut(best_rows(gate.norm(dim=1) * up.norm(dim=1) * weights.mlp.down.norm(dim=0), kept))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from curkv.models.loading import LayerWeights
+from curkv.models.blocks import LayerWeights
 from curkv.models.pruning.ks import ks_distance, singular_values
 from curkv.models.pruning.methods.base import LayerCut, Method, Progress, best_rows
 from curkv.models.pruning.plan import PruningError
@@ -103,7 +103,7 @@ class PruneNet(Method):
     def cut(self, layer: int, weights: LayerWeights, kept: int) -> LayerCut:
         """Keeps the rows of highest logit: no sampling once the policy is trained."""
         assert self._policy is not None
-        gate, _ = weights.gate_up.chunk(2)
+        gate, _ = weights.mlp.gate_up.chunk(2)
         return LayerCut(best_rows(self._policy.logits(gate), kept))
 
     def save(self, directory: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from curkv.models.loading import LayerWeights
+from curkv.models.blocks import LayerWeights
 from curkv.models.pruning.methods.base import LayerCut, Method
 
 
@@ -16,5 +16,5 @@ class Random(Method):
 
     def cut(self, layer: int, weights: LayerWeights, kept: int) -> LayerCut:
         """Draws the rows of a layer."""
-        order = torch.randperm(weights.down.shape[1], generator=self._generator)
+        order = torch.randperm(weights.mlp.down.shape[1], generator=self._generator)
         return LayerCut(order[:kept].sort().values)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from curkv.models.loading import LayerWeights
+from curkv.models.blocks import LayerWeights
 from curkv.models.pruning.distil import distil, trained_tensors
 from curkv.models.pruning.forward import LayerForward, Model
 from curkv.models.pruning.methods.base import DOWN, LayerCut, Method, Progress, best_rows
@@ -135,32 +135,32 @@ class SelfCalibrated(Method):
         ]
 
     def _scored(self, weights: LayerWeights, kept: int) -> LayerCut:
-        energy = torch.zeros(weights.down.shape[1])
+        energy = torch.zeros(weights.mlp.down.shape[1])
         for index, x in enumerate(self._dense):
             after = self._forward.attention(x, weights)
             hidden = self._forward.activations(after, weights)
-            self._dense[index] = after + F.linear(hidden, weights.down, weights.down_bias)
+            self._dense[index] = after + F.linear(hidden, weights.mlp.down, weights.mlp.down_bias)
             energy += hidden.square().sum((0, 1))
-        return LayerCut(best_rows(energy.sqrt() * weights.down.norm(dim=0), kept))
+        return LayerCut(best_rows(energy.sqrt() * weights.mlp.down.norm(dim=0), kept))
 
     def _compensated(self, weights: LayerWeights, kept: int) -> LayerCut:
-        hidden_size, rows = weights.down.shape
+        hidden_size, rows = weights.mlp.down.shape
         seen, held_out = Moments.zeros(rows, hidden_size), Moments.zeros(rows, hidden_size)
         for index, (dense, pruned) in enumerate(zip(self._dense, self._pruned, strict=True)):
             self._dense[index] = self._forward(dense, weights)
             after = self._forward.attention(pruned, weights)
             hidden = self._forward.activations(after, weights)
             wanted = self._dense[index] - after
-            if weights.down_bias is not None:
-                wanted = wanted - weights.down_bias
+            if weights.mlp.down_bias is not None:
+                wanted = wanted - weights.mlp.down_bias
             weight = self._dense[index].square().mean(-1, keepdim=True).rsqrt()
             (seen if index < self._calibrating else held_out).add(weight * hidden, weight * wanted)
             self._pruned[index] = after
-        best = self._choose(seen, held_out, weights.down, kept)
+        best = self._choose(seen, held_out, weights.mlp.down, kept)
         cut = best.apply(weights)  # its activations are computed again: kept for all texts, they are large
         for index, after in enumerate(self._pruned):
             hidden = self._forward.activations(after, cut)
-            self._pruned[index] = after + F.linear(hidden, cut.down, cut.down_bias)
+            self._pruned[index] = after + F.linear(hidden, cut.mlp.down, cut.mlp.down_bias)
         return best
 
     def _choose(self, seen: Moments, held_out: Moments, down: Tensor, kept: int) -> LayerCut:

@@ -11,9 +11,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from curkv.models.cache_directory import build_once
 from curkv.models.errors import ModelError, ModelNotFound
-from curkv.models.gguf import convert_gguf
+from curkv.models.loading.cache_directory import build_once
+from curkv.models.loading.gguf import convert_gguf
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 

@@ -11,20 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 
-from curkv.models.errors import UnsupportedModel
+from curkv.models.errors import ModelError, UnsupportedModel
+from curkv.models.families import pre_tokenizers
 
 Metadata = Callable[[str], Any]
 
 # Values of `tokenizer.ggml.token_type`.
 CONTROL, USER_DEFINED = 3, 4
 
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-    r"\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _SPACE = "▁"
 
 
@@ -42,7 +39,7 @@ def write_tokenizer(metadata: Metadata, directory: Path, max_positions: int) -> 
         "model_max_length": max_positions,
         "clean_up_tokenization_spaces": False,
     }
-    tokens = metadata("tokenizer.ggml.tokens")
+    tokens = _required(metadata, "tokens")
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         id = metadata(f"tokenizer.ggml.{key}_token_id")
         if id is not None:
@@ -58,8 +55,11 @@ def build_tokenizer(metadata: Metadata) -> Tokenizer:
 
     Raises:
         UnsupportedModel: Another kind of tokenizer, or an unknown pre-tokenizer.
+        ModelError: A part of it is missing.
     """
     kind = metadata("tokenizer.ggml.model")
+    if kind is None:
+        raise ModelError("the GGUF file has no tokenizer (no tokenizer.ggml.model)")
     if kind == "gpt2":
         tokenizer, adds_bos = _byte_level(metadata)
     elif kind == "llama":
@@ -75,53 +75,37 @@ def build_tokenizer(metadata: Metadata) -> Tokenizer:
     return tokenizer
 
 
+def _required(metadata: Metadata, key: str) -> Any:
+    value = metadata(f"tokenizer.ggml.{key}")
+    if value is None:
+        raise ModelError(f"the GGUF file's tokenizer is incomplete: no tokenizer.ggml.{key}")
+    return value
+
+
 def _byte_level(metadata: Metadata) -> tuple[Tokenizer, bool]:
     """Returns the tokenizer, and whether it puts the bos token first unless the file says otherwise."""
-    name = metadata("tokenizer.ggml.pre")
-    if name not in _PRE_TOKENIZERS:
+    name, known = metadata("tokenizer.ggml.pre"), pre_tokenizers()
+    if name not in known:
         raise UnsupportedModel(
-            f"unsupported GGUF pre-tokenizer {name}; supported: {', '.join(_PRE_TOKENIZERS)}. "
+            f"unsupported GGUF pre-tokenizer {name}; supported: {', '.join(known)}. "
             "A directory or Hub id with a tokenizer.json works for every supported architecture"
         )
-    llama3 = name == "llama-bpe"
-    vocabulary = {token: id for id, token in enumerate(metadata("tokenizer.ggml.tokens"))}
-    merges = [tuple(merge.split(" ")) for merge in metadata("tokenizer.ggml.merges")]
-    tokenizer = Tokenizer(BPE(vocabulary, merges, ignore_merges=llama3))
-    tokenizer.pre_tokenizer = _PRE_TOKENIZERS[name]()
+    chosen = known[name]
+    vocabulary = {token: id for id, token in enumerate(_required(metadata, "tokens"))}
+    merges = [tuple(merge.split(" ")) for merge in _required(metadata, "merges")]
+    tokenizer = Tokenizer(BPE(vocabulary, merges, ignore_merges=chosen.whole_words))
+    tokenizer.pre_tokenizer = chosen.make()
     tokenizer.decoder = decoders.ByteLevel()
-    if name == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()
-    return tokenizer, llama3
-
-
-def _digits_and_bytes() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-
-
-def _words_and_bytes(digits: str) -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_WORDS % digits), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
-_PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
-    "smollm": _digits_and_bytes,
-    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
-    "llama-bpe": lambda: _words_and_bytes("{1,3}"),
-    "qwen2": lambda: _words_and_bytes(""),
-}
+    if chosen.normalizer is not None:
+        tokenizer.normalizer = chosen.normalizer()
+    return tokenizer, chosen.adds_bos
 
 
 def _sentence_piece(metadata: Metadata) -> Tokenizer:
-    tokens = metadata("tokenizer.ggml.tokens")
+    tokens = _required(metadata, "tokens")
     unknown = metadata("tokenizer.ggml.unknown_token_id")
     vocabulary = {token: id for id, token in enumerate(tokens)}
-    merges = _merges_by_score(vocabulary, metadata("tokenizer.ggml.scores"))
+    merges = _merges_by_score(vocabulary, _required(metadata, "scores"))
     unk_token = None if unknown is None else tokens[unknown]
     tokenizer = Tokenizer(BPE(vocabulary, merges, unk_token=unk_token, fuse_unk=True, byte_fallback=True))
     spaces = normalizers.Replace(" ", _SPACE)
@@ -151,7 +135,7 @@ def _merges_by_score(vocabulary: dict[str, int], scores: list[float]) -> list[tu
 
 
 def _add_special_tokens(tokenizer: Tokenizer, metadata: Metadata) -> None:
-    tokens = metadata("tokenizer.ggml.tokens")
+    tokens = _required(metadata, "tokens")
     types = metadata("tokenizer.ggml.token_type") or []
     chosen = [
         (token, kind) for token, kind in zip(tokens, types, strict=False) if kind in (CONTROL, USER_DEFINED)
@@ -163,7 +147,7 @@ def _add_special_tokens(tokenizer: Tokenizer, metadata: Metadata) -> None:
 
 def _prepend_bos(tokenizer: Tokenizer, metadata: Metadata) -> None:
     id = metadata("tokenizer.ggml.bos_token_id")
-    bos = metadata("tokenizer.ggml.tokens")[id]
+    bos = _required(metadata, "tokens")[id]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, id)]
     )

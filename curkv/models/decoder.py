@@ -1,0 +1,109 @@
+"""The forward pass over the flattened tokens of a batch: embedding, the layers of the family, head."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from curkv.kernels.dispatch import Kernels
+from curkv.kernels.linear.formats import FLOAT32, WeightFormat
+from curkv.models.blocks import CacheAttention, LayerWeights, Packer
+from curkv.models.config import ModelConfig
+from curkv.models.families import family_of
+
+
+class Batch(Protocol):
+    """What the forward reads of a batch of T tokens; the attention reads the rest.
+
+    Attributes:
+        token_ids: int64 [T], the sequences' new tokens one after another.
+        logit_rows: int64 [R], the tokens whose logits are wanted.
+    """
+
+    @property
+    def token_ids(self) -> Tensor: ...  # noqa: D102
+
+    @property
+    def logit_rows(self) -> Tensor: ...  # noqa: D102
+
+
+class Weights(Protocol):
+    """A model's weights, such as a `Checkpoint`.
+
+    Attributes:
+        embedding: [vocab, hidden].
+        final_norm: [hidden].
+        head: [vocab, hidden].
+    """
+
+    @property
+    def embedding(self) -> Tensor: ...  # noqa: D102
+
+    @property
+    def final_norm(self) -> Tensor: ...  # noqa: D102
+
+    @property
+    def head(self) -> Tensor: ...  # noqa: D102
+
+    def layer(self, index: int) -> LayerWeights:
+        """The weights of a decoder layer."""
+
+    def attention_output(self, index: int) -> Tensor:
+        """[hidden, q_size], the weight of a layer's output projection."""
+
+
+class Decoder:
+    """A decoder of any family.
+
+    Attributes:
+        config: its shape.
+        weights_bytes: memory of its weights by kind: embedding, attention, mlp, norm, head.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, kernels: Kernels, form: WeightFormat = FLOAT32):
+        """Reads the weights; those of the linear layers are stored in the format."""
+        family, pack = family_of(config), Packer(kernels, form)
+        self.config = config
+        self._form = form
+        self._weights = weights
+        self._gather_rows = kernels.gather_rows
+        # The head first, while little else is held beside it.
+        self._head = family.head_block(config, weights.final_norm, weights.head, pack)
+        self._embedding = pack.keep("embedding", weights.embedding)
+        self._layers = [
+            family.layer_blocks(config, index, weights.layer(index), pack)
+            for index in range(config.num_layers)
+        ]
+        self.weights_bytes: Counter[str] = pack.nbytes
+
+    @property
+    def weights(self) -> str:
+        """Name of the format of the linear layers' weights."""
+        return self._form.name
+
+    @torch.no_grad()
+    def forward(self, batch: Batch, cache: CacheAttention) -> Tensor:
+        """Runs the batch's new tokens through the model.
+
+        Args:
+            batch: The T new tokens and the R rows whose logits are wanted.
+            cache: Stores the new keys and values, and attends over everything stored.
+
+        Returns:
+            float32 [R, vocab_size], logits of `batch.logit_rows`.
+        """
+        x, rows = self._gather_rows(self._embedding, batch.token_ids), batch.logit_rows
+        residual: Tensor | None = None
+        for layer in self._layers:
+            x, residual = layer.attention(x, residual, cache, batch)
+            x, residual = layer.mlp(x, residual)
+        x = self._gather_rows(x, rows)
+        return self._head(x, None if residual is None else self._gather_rows(residual, rows))
+
+    def output_projection(self, index: int) -> Tensor:
+        """W_o of a layer, by query head: [num_heads, head_dim, hidden]."""
+        weight = self._weights.attention_output(index)
+        return weight.T.reshape(self.config.num_heads, self.config.head_dim, -1)

@@ -1,0 +1,56 @@
+"""The families of models that can be served: one file each, registered here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from curkv.models.config import ModelConfig, unsupported
+from curkv.models.families.base import Family, PreTokenizer
+from curkv.models.families.llama import Llama
+from curkv.models.families.mistral import Mistral
+from curkv.models.families.qwen2 import Qwen2
+from curkv.models.families.qwen3 import Qwen3
+
+FAMILIES: tuple[Family, ...] = (Llama(), Mistral(), Qwen2(), Qwen3())
+
+SUPPORTED_ARCHITECTURES = tuple(family.architectures[0] for family in FAMILIES)
+
+
+def family_of(config: ModelConfig) -> Family:
+    """Returns the family that a configuration was read by."""
+    return next(family for family in FAMILIES if family.architectures[0] == config.architecture)
+
+
+def read_config(raw: Mapping[str, Any]) -> ModelConfig:
+    """Reads a parsed `config.json`, in the form of transformers 4 or 5.
+
+    Raises:
+        UnsupportedModel: The architecture, or a setting of it, is not implemented.
+    """
+    names = raw.get("architectures") or []
+    names = [str(name) for name in names] if isinstance(names, list) else [str(names)]
+    for family in FAMILIES:
+        if set(names) & set(family.architectures) or (
+            not names and raw.get("model_type") == family.model_type
+        ):
+            return family.config(raw)
+    found = ", ".join(names) or f"model_type {raw.get('model_type')!r} without architectures"
+    raise unsupported("architecture", found, SUPPORTED_ARCHITECTURES)
+
+
+def family_of_gguf(architecture: str) -> Family:
+    """Returns the family whose GGUF files name this architecture.
+
+    Raises:
+        UnsupportedModel: There is none.
+    """
+    known = {family.gguf_architecture: family for family in FAMILIES if family.gguf_architecture}
+    if architecture not in known:
+        raise unsupported("GGUF architecture", architecture, tuple(map(str, known)))
+    return known[architecture]
+
+
+def pre_tokenizers() -> dict[str, PreTokenizer]:
+    """Returns every pre-tokenizer by its name in GGUF files."""
+    return {name: made for family in FAMILIES for name, made in family.pre_tokenizers.items()}

@@ -1,0 +1,157 @@
+"""What GGUF files of all families have in common: names of tensors, keys of metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from curkv.models.errors import ModelError, UnsupportedModel
+
+TENSOR_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+ROPE_FREQS = "rope_freqs.weight"
+
+ROPE_KEYS = {
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scale_linear",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.finetuned",
+}
+"""What is read, or says nothing that matters; anything else about RoPE is refused."""
+
+# GGUF keeps Llama 3's frequency divisors but not the parameters; every released model uses these.
+LLAMA3_LOW_FREQ, LLAMA3_HIGH_FREQ, LLAMA3_CONTEXT = 1.0, 4.0, 8192
+
+# Dequantised weights are exact in float32; models beyond this many bytes are stored in float16 instead, whose
+# rounding (2^-11) is far below that of the quantisation.
+FLOAT32_LIMIT = 4 << 30
+
+
+class GGUF(Protocol):
+    """A GGUF file as a family sees it; `loading.gguf.GGUFFile` is one.
+
+    Attributes:
+        tensors: Those of the file, with the shapes and numbers of the `gguf` package, by name.
+        keys: All keys of metadata under the architecture's prefix, without it.
+    """
+
+    @property
+    def tensors(self) -> Mapping[str, Any]: ...  # noqa: D102
+
+    @property
+    def keys(self) -> set[str]: ...  # noqa: D102
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Returns the value of a metadata key."""
+
+    def setting(self, key: str, default: Any = None) -> Any:
+        """Returns the value of a key under the architecture's prefix."""
+
+
+def read_metadata(gguf: GGUF) -> dict[str, Any]:
+    """Returns the part of a `config.json` that all families write alike.
+
+    Raises:
+        UnsupportedModel: A setting is not implemented.
+        ModelError: A key or the embedding is missing.
+    """
+    if gguf.get("split.count", 1) > 1:
+        raise UnsupportedModel("GGUF files in several parts are not supported; join them first")
+    if gguf.setting("attention.sliding_window"):
+        raise UnsupportedModel("sliding-window attention is not supported; full attention is")
+    heads, kv_heads = _required(gguf, "attention.head_count"), gguf.setting("attention.head_count_kv")
+    if isinstance(heads, list) or isinstance(kv_heads, list):
+        raise UnsupportedModel("GGUF models whose layers differ in their heads are not supported")
+    hidden_size = _required(gguf, "embedding_length")
+    head_dim = gguf.setting("attention.key_length", hidden_size // heads)
+    if gguf.setting("rope.dimension_count", head_dim) != head_dim:
+        raise UnsupportedModel("partial rotary embeddings are not supported; RoPE must cover the whole head")
+    if "token_embd.weight" not in gguf.tensors:
+        raise ModelError("the GGUF file has no tensor token_embd.weight")
+    parameters = sum(int(tensor.n_elements) for tensor in gguf.tensors.values())
+    return {
+        "attention_bias": "blk.0.attn_q.bias" in gguf.tensors,
+        "bos_token_id": gguf.get("tokenizer.ggml.bos_token_id"),
+        "dtype": "float32" if parameters * 4 <= FLOAT32_LIMIT else "float16",
+        "eos_token_id": gguf.get("tokenizer.ggml.eos_token_id"),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "hidden_size": hidden_size,
+        "intermediate_size": _required(gguf, "feed_forward_length"),
+        "max_position_embeddings": _required(gguf, "context_length"),
+        "mlp_bias": "blk.0.ffn_gate.bias" in gguf.tensors,
+        "num_attention_heads": heads,
+        "num_hidden_layers": _required(gguf, "block_count"),
+        "num_key_value_heads": kv_heads or heads,
+        "pad_token_id": gguf.get("tokenizer.ggml.padding_token_id"),
+        "rms_norm_eps": _shortest(_required(gguf, "attention.layer_norm_rms_epsilon")),
+        "rope_scaling": _rope_scaling(gguf, head_dim),
+        "rope_theta": gguf.setting("rope.freq_base", 10000.0),
+        "tie_word_embeddings": "output.weight" not in gguf.tensors,
+        "vocab_size": int(gguf.tensors["token_embd.weight"].shape[1]),
+    }
+
+
+def _required(gguf: GGUF, key: str) -> Any:
+    value = gguf.setting(key)
+    if value is None:
+        raise ModelError(f"the GGUF file does not name {gguf.get('general.architecture')}.{key}")
+    return value
+
+
+def _shortest(value: float) -> float:
+    """Returns the shortest decimal that rounds to the same float32: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def _rope_scaling(gguf: GGUF, head_dim: int) -> dict[str, Any] | None:
+    unknown = sorted(key for key in gguf.keys if key.startswith("rope.") and key not in ROPE_KEYS)
+    if unknown:
+        raise UnsupportedModel(f"the GGUF file sets {unknown[0]}, which is not supported")
+    kind = gguf.setting("rope.scaling.type", "linear")
+    factor = gguf.setting("rope.scaling.factor") or gguf.setting("rope.scale_linear") or 1.0
+    scaled = kind != "none" and (factor != 1.0 or kind != "linear")
+    if ROPE_FREQS in gguf.tensors:
+        if scaled:
+            raise UnsupportedModel(
+                "RoPE frequencies and a scaling beside them are not supported in GGUF files"
+            )
+        return _llama3_scaling(gguf, head_dim)
+    return {"rope_type": kind, "factor": _shortest(factor)} if scaled else None
+
+
+def _llama3_scaling(gguf: GGUF, head_dim: int) -> dict[str, Any]:
+    divisors = gguf.tensors[ROPE_FREQS].data.view(np.float32)
+    factor = float(divisors.max())
+    frequency = gguf.setting("rope.freq_base", 10000.0) ** -(np.arange(0, head_dim, 2) / head_dim)
+    waves = LLAMA3_CONTEXT * frequency / (2 * np.pi)
+    blend = ((waves - LLAMA3_LOW_FREQ) / (LLAMA3_HIGH_FREQ - LLAMA3_LOW_FREQ)).clip(0, 1)
+    expected = 1 / ((1 - blend) / factor + blend)
+    if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-3):
+        raise UnsupportedModel("the RoPE frequencies of this GGUF file are not those of a Llama 3 model")
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": LLAMA3_LOW_FREQ,
+        "high_freq_factor": LLAMA3_HIGH_FREQ,
+        "original_max_position_embeddings": LLAMA3_CONTEXT,
+    }

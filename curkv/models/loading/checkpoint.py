@@ -1,0 +1,154 @@
+"""The safetensors files of a model directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from curkv.models.blocks import LayerWeights
+from curkv.models.config import ModelConfig
+from curkv.models.errors import ModelError, ModelNotFound
+from curkv.models.families import family_of
+from curkv.models.loading.json_file import read_json
+from curkv.models.loading.tensors import check_shapes, not_finite
+
+INDEX = "model.safetensors.index.json"
+
+
+class TensorFiles:
+    """The tensors of a model directory, memory-mapped.
+
+    Each that is read has a mapping of its own: what was read of a file counts as memory of the process until
+    its mapping is gone.
+
+    Raises:
+        ModelNotFound: A file is missing.
+        ModelError: A file is damaged.
+    """
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+        self._path_of = _paths(directory)
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor."""
+        return list(self._path_of)
+
+    def path(self, name: str) -> Path:
+        """Returns the file that holds a tensor, or the directory if none does."""
+        return self._path_of.get(name, self._directory)
+
+    def read(self, name: str) -> Tensor:
+        """Reads a tensor in the type that it is stored in."""
+        if name not in self._path_of:
+            raise ModelError(f"{self._directory} has no tensor {name}")
+        tensor: Tensor = _open(self._path_of[name]).get_tensor(name)
+        return tensor
+
+    def headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Returns the shape of each tensor, and its dtype in the words of the format, such as `BF16`."""
+        found = {}
+        for path in dict.fromkeys(self._path_of.values()):
+            file = _open(path)
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                found[name] = tuple(part.get_shape()), str(part.get_dtype())
+        return found
+
+
+class Checkpoint:
+    """The weights of a model directory.
+
+    They are read when asked for, so that a caller which repacks them holds one layer twice, never the whole
+    model. Those that are neither fused nor converted are views of the file.
+
+    Raises:
+        ModelNotFound: A file is missing.
+        ModelError: A file is damaged, a tensor is missing or has another shape than the configuration says.
+            When a tensor is read: it holds NaN or infinity.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        config: ModelConfig,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ):
+        self.config = config
+        self.dtype = dtype
+        self.device = device
+        self.files = TensorFiles(directory)
+        self._family = family_of(config)
+        self._checked: set[str] = set()
+        self._projections: dict[int, Tensor] = {}
+        shapes = {name: shape for name, (shape, _) in self.files.headers().items()}
+        check_shapes(shapes, self._family.tensors(config), self.files.path)
+
+    @property
+    def embedding(self) -> Tensor:
+        """[vocab, hidden]."""
+        return self._family.embedding(self._read, self.config)
+
+    @property
+    def final_norm(self) -> Tensor:
+        """[hidden]."""
+        return self._family.final_norm(self._read, self.config)
+
+    @property
+    def head(self) -> Tensor:
+        """[vocab, hidden]; the embedding if the model ties them."""
+        return self._family.head(self._read, self.config)
+
+    def layer(self, index: int) -> LayerWeights:
+        """Reads one decoder layer and fuses its projections."""
+        return self._family.layer(self._read, self.config, index)
+
+    def attention_output(self, index: int) -> Tensor:
+        """[hidden, query heads * head_dim], the weight of a layer's output projection; stays mapped."""
+        if index not in self._projections:
+            read = lambda name, *_: self.files.read(name)  # noqa: E731
+            self._projections[index] = self._family.attention_output(read, self.config, index)
+        return self._projections[index].to(self.device, self.dtype)
+
+    def _read(self, name: str, *_shape: int) -> Tensor:
+        tensor = self.files.read(name)
+        if name not in self._checked:
+            self._check_finite(name, tensor)
+            self._checked.add(name)
+        return tensor.to(self.device, self.dtype)
+
+    def _check_finite(self, name: str, tensor: Tensor) -> None:
+        """Looks for NaN and infinity by a sum, which is over as soon as memory is read."""
+        if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
+            raise not_finite(self.files.path(name), name)
+
+
+def _paths(directory: Path) -> dict[str, Path]:
+    """Returns the file that holds each tensor."""
+    index, names = read_json(directory / INDEX), ["model.safetensors"]
+    if index is not None:
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ModelError(f"{directory / INDEX} has no weight_map")
+        names = sorted(set(map(str, weight_map.values())))
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        named = f", which {INDEX} names" if index else ""
+        raise ModelNotFound(
+            f"{directory} has no {', '.join(missing)}{named}; weights are read from safetensors files"
+        )
+    paths = [directory / name for name in names]
+    return {tensor: path for path in paths for tensor in _open(path).keys()}  # noqa: SIM118
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"the safetensors file {path} is damaged: {error}") from error
