@@ -132,13 +132,13 @@ class Sequence:
         return self.prompt_logprobs if self.request.sampling.prompt_logprobs is not None else None
 
     def next_stop(self) -> int:
-        """Logical position that the next chunk must not cross, because the cache may be evicted there."""
-        prompt, interval = len(self.prompt), self.plan.options.decode_interval
-        if self.prefilling:
-            return self.plan.next_stop(self.computed)
-        if self.plan.decode_budget_tokens is None:
-            return self.num_tokens
-        return prompt + ((self.computed - prompt) // interval + 1) * interval
+        """Logical position that the next chunk must not cross.
+
+        The cache may be evicted there; and generated tokens go one by one even if they are known, because the
+        sequence was preempted: as a chunk of several they would be computed as a prompt is, which rounds
+        differently.
+        """
+        return self.plan.next_stop(self.computed) if self.prefilling else self.computed + 1
 
     def tokens(self, start: int, count: int) -> list[int]:
         """Token ids at logical positions start .. start + count."""

@@ -139,9 +139,9 @@ def test_choices_share_the_prompt_and_differ(make_engine: MakeEngine, loaded: Lo
 def test_preemption_gives_the_same_answer(
     make_engine: MakeEngine, loaded: Loaded, kv: dict[str, str]
 ) -> None:
-    options = parse_options(kv)
+    options, drawn = parse_options(kv), {"temperature": 0.8, "logprobs": 1}
     items = [
-        request(loaded.prompt(128, start=200 * i), 70, id=str(i), kv=options, temperature=0.8, seed=i)
+        request(loaded.prompt(128, start=200 * i), 70, id=str(i), kv=options, **drawn, seed=i)
         for i in range(3)
     ]
     roomy = run(make_engine(), *items)
@@ -159,6 +159,11 @@ def test_preemption_gives_the_same_answer(
         assert preempted > 0
     for item in items:
         assert tokens(found[item.id]) == tokens(roomy[item.id, 0])
+        assert logprobs(found[item.id]) == logprobs(roomy[item.id, 0])
+
+
+def logprobs(outputs: list[Output]) -> list[float]:
+    return [entry.logprob for output in outputs for entry in output.logprobs or ()]
 
 
 def test_choices_that_cannot_copy_shared_pages_are_computed_again(
