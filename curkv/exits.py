@@ -21,7 +21,7 @@ class Exit(IntEnum):
     """The model is not there, damaged or not supported: starting again will not help."""
 
     NO_RESOURCE = 4
-    """The machine lacks something, which may pass: a port, memory, space, a GPU, the network."""
+    """The machine lacks something, which may pass: a port, memory, space, rights, the network."""
 
 
 class StartupError(Exception):

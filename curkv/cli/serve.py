@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +30,8 @@ def serve(
 
     An option wins over its environment variable (--kv-budget: CURKV_KV_BUDGET), which wins over the file.
     """
+    for number in (signal.SIGTERM, signal.SIGINT):  # until the server is there to handle them
+        signal.signal(number, lambda *_: sys.exit(Exit.DONE))
     settings = _load(config, given)
     from curkv.server.run import serve
 

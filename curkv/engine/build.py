@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-from pathlib import Path
 
 import torch
 from numba import set_num_threads
@@ -21,6 +19,7 @@ from curkv.engine.engine import Engine
 from curkv.engine.recorded_decodes import RecordedDecodes
 from curkv.engine.runner import Runner
 from curkv.engine.types import Request, SamplingParams
+from curkv.kernels import compile_cache
 from curkv.kernels.dispatch import get_kernels
 from curkv.kernels.linear.formats import WEIGHT_FORMATS, WeightFormat
 from curkv.models.chat_template import load_chat_template
@@ -30,6 +29,7 @@ from curkv.models.info import ModelInfo
 from curkv.models.loading import load_config, load_pruning, load_tokenizer, resolve_model
 from curkv.models.loading.checkpoint import Checkpoint
 from curkv.models.rope import rope_tables
+from curkv.units import format_size
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,11 @@ def build_engine(options: EngineOptions) -> Engine:
         prefix_bytes = int(num_bytes * PREFIX_SHARE)
     num_pages, prefix_pages = num_pages_for(num_bytes, layout), prefix_bytes // layout.page_bytes
     prefill_dtype = torch.bfloat16 if form.rounds else None
-    kv = PageManager(layout, num_pages, kernels, device, prefix_pages)
+    try:
+        kv = PageManager(layout, num_pages, kernels, device, prefix_pages)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        message = f"a KV cache of {format_size(num_bytes)} is more than the memory: lower --kv-cache-memory"
+        raise MemoryError(message) from error
     attention = PagedAttention(kv, rope, model.output_projection, prefill_dtype)
     replay = kernels.backend.replay
     graphs = DecodeGraphs(model, attention) if on_gpu and replay == "cuda graph" else None
@@ -132,7 +136,7 @@ def _kv_dtype(wanted: KVDtype, on_gpu: bool, head_dim: int) -> torch.dtype:
 
 def _warm_up(engine: Engine) -> None:
     """Runs every kernel once, so that what Numba compiles on a new machine is not waited for by a request."""
-    if not Path(os.environ["NUMBA_CACHE_DIR"]).exists():
+    if compile_cache.is_empty():
         logger.info("compiling the kernels, once on this machine: about a minute")
     layout = engine.kv.layout
     room = engine.kv.num_pages // layout.num_heads * layout.page_size

