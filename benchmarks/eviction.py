@@ -38,7 +38,8 @@ def main() -> None:
     args = parser.parse_args()
 
     engine = build_engine(EngineOptions(model=args.model, kv_cache_memory=2**31, prefix_cache_memory=0))
-    print(f"8 requests of {args.prompt_tokens} + {args.new_tokens} tokens, {engine.kv.layout.dtype} cache\n")
+    name = engine.kv.layout.format.name
+    print(f"8 requests of {args.prompt_tokens} + {args.new_tokens} tokens, {name} cache\n")
     print("| policy | peak MiB | after prefill MiB | share of full | eviction / prefill time |")
     print("|---|---|---|---|---|")
     full, histories = 0, {}

@@ -24,6 +24,7 @@ from curkv.engine.engine import Engine
 from curkv.engine.runner import Runner
 from curkv.engine.types import Request, SamplingParams
 from curkv.kernels.dispatch import get_kernels
+from curkv.kernels.formats import get_format
 from curkv.models.decoder import Decoder
 from curkv.models.info import ModelInfo
 from curkv.models.loading import load_config, load_tokenizer, resolve_model
@@ -52,12 +53,12 @@ def main() -> None:
     lengths = [round(5 * ratio**i) for i in range(args.prompts)]
     prompts = [ids[1000 * i : 1000 * i + n] for i, n in enumerate(lengths)]
 
-    def engine(dtype: torch.dtype, chunk: int) -> Engine:
+    def engine(kv_dtype: str, chunk: int) -> Engine:
         layout = CacheLayout(
             full_attention(config.num_layers, config.num_kv_heads),
             config.head_dim,
             32,
-            dtype,
+            get_format(kv_dtype),
             args.prompts,
             args.longest + 64,
         )
@@ -85,14 +86,14 @@ def main() -> None:
         f"{len(prompts)} prompts of {lengths[0]} to {lengths[-1]} tokens, {args.new_tokens} new tokens each"
     )
     for chunk in CHUNKS:
-        target = engine(torch.float32, chunk)
+        target = engine("float32", chunk)
         together = generate(target, everything)
         same = sum(together[i] == expected[i] for i in everything)
         alone = sum(generate(target, [i])[i] == expected[i] for i in tqdm(everything, desc=f"chunk {chunk}"))
         print(f"float32, chunks of {chunk:>4}: of {len(prompts)}, {same} equal batched, {alone} alone")
-    for dtype in (torch.float16, torch.bfloat16):
-        together = generate(engine(dtype, 512), everything)
-        _report_divergence(reference, prompts, expected, together, dtype)
+    for kv_dtype in ("float16", "bfloat16"):
+        together = generate(engine(kv_dtype, 512), everything)
+        _report_divergence(reference, prompts, expected, together, kv_dtype)
 
 
 def _transformers(model: PreTrainedModel, prompt: list[int], count: int) -> list[int]:
@@ -115,11 +116,11 @@ def _report_divergence(
     prompts: list[list[int]],
     expected: list[list[int]],
     found: dict[int, list[int]],
-    dtype: torch.dtype,
+    kv_dtype: str,
 ) -> None:
     """Prints, for each prompt whose tokens differ, the first place and the reference's logit gap there."""
     different = [i for i in found if found[i] != expected[i]]
-    print(f"{dtype}, chunks of  512: {len(prompts) - len(different)}/{len(prompts)} equal")
+    print(f"{kv_dtype}, chunks of  512: {len(prompts) - len(different)}/{len(prompts)} equal")
     for i in different:
         pairs = zip(expected[i], found[i], strict=True)
         place = next(itertools.compress(itertools.count(), (a != b for a, b in pairs)))

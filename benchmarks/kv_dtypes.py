@@ -24,6 +24,7 @@ from curkv.engine.runner import Runner
 from curkv.evaluation.corpora import load_corpus
 from curkv.evaluation.perplexity import Logits, compare, token_windows
 from curkv.kernels.dispatch import get_kernels
+from curkv.kernels.formats import KV_FORMATS, get_format
 from curkv.models.decoder import Decoder
 from curkv.models.loading import load_config, load_tokenizer, resolve_model
 from curkv.models.loading.checkpoint import Checkpoint
@@ -50,31 +51,28 @@ def main() -> None:
     windows = token_windows(load_tokenizer(directory), load_corpus(args.corpus), args.length, args.windows)
     print(f"{args.windows} windows of {args.length} tokens, the last {args.decoded} decoded one by one")
     print("dtype       bytes  perplexity   ratio        KL   top-1   kept as with float32")
-    kept: dict[torch.dtype, list[Tensor]] = {}
-    exact = cached_logits(model, torch.float32, args.decoded, kept)
-    for dtype in (torch.float16, torch.bfloat16, torch.int8):
+    kept: dict[str, list[Tensor]] = {}
+    exact = cached_logits(model, "float32", args.decoded, kept)
+    for name in (name for name in KV_FORMATS if name != "float32"):
         kept.clear()
-        found = compare(exact, cached_logits(model, dtype, args.decoded, kept), tqdm(windows, disable=None))
-        same = [(a & b).sum() / a.sum() for a, b in zip(kept[torch.float32], kept[dtype], strict=True)]
-        name = str(dtype).removeprefix("torch.")
+        found = compare(exact, cached_logits(model, name, args.decoded, kept), tqdm(windows, disable=None))
+        same = [(a & b).sum() / a.sum() for a, b in zip(kept["float32"], kept[name], strict=True)]
         print(
-            f"{name:<9} {layout_of(model, dtype).head_token_bytes:>7} {found.perplexity:>11.4f} "
+            f"{name:<9} {layout_of(model, name).head_token_bytes:>7} {found.perplexity:>11.4f} "
             f"{found.ratio:>7.4f} {found.kl:>9.6f} {found.top1:>7.2%} {torch.stack(same).mean():>22.2%}"
         )
 
 
-def layout_of(model: Decoder, dtype: torch.dtype) -> CacheLayout:
+def layout_of(model: Decoder, kv_dtype: str) -> CacheLayout:
     """A cache for one window."""
     config = model.config
     layers = full_attention(config.num_layers, config.num_kv_heads)
-    return CacheLayout(layers, config.head_dim, 64, dtype, 1, config.max_positions)
+    return CacheLayout(layers, config.head_dim, 64, get_format(kv_dtype), 1, config.max_positions)
 
 
-def cached_logits(
-    model: Decoder, dtype: torch.dtype, decoded: int, kept: dict[torch.dtype, list[Tensor]]
-) -> Logits:
-    """The model over a cache of a dtype; adds what `curdkv` would keep of each window, bool [L, H, n]."""
-    layout, kernels = layout_of(model, dtype), get_kernels("cpu")
+def cached_logits(model: Decoder, kv_dtype: str, decoded: int, kept: dict[str, list[Tensor]]) -> Logits:
+    """The model over a cache of a format; adds what `curdkv` would keep of each window, bool [L, H, n]."""
+    layout, kernels = layout_of(model, kv_dtype), get_kernels("cpu")
     plan = parse_options({"policy": "curdkv", "budget": "25%"})
 
     def logits(ids: Tensor) -> Tensor:
@@ -91,7 +89,7 @@ def cached_logits(
         chosen = torch.arange(indices.shape[-1]) < counts[..., None]
         mask = torch.zeros(*counts.shape, len(ids) + 1, dtype=torch.bool)
         mask.scatter_(-1, indices.long().where(chosen, len(ids)), True)
-        kept.setdefault(dtype, []).append(mask[..., :-1])
+        kept.setdefault(kv_dtype, []).append(mask[..., :-1])
         return torch.cat(rows)
 
     return logits

@@ -11,18 +11,22 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
+from curkv.kernels.formats import KV_FORMATS
 from curkv.units import format_size, parse_size
 
 VARIABLE_PREFIX = "CURKV_"
 
 Weights = Literal["auto", "float32", "int8", "int4"]
-KVDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 KernelsName = Literal["auto", "cpu", "triton", "reference"]
+if TYPE_CHECKING:
+    KVDtype = str
+else:
+    KVDtype = Literal["auto", *KV_FORMATS]
 
 
 def _size(value: Any) -> Any:

@@ -39,8 +39,9 @@ from curkv.engine.types import Request, SamplingParams
 from curkv.kernels.aot import MODELS, ModelShape
 from curkv.kernels.costs import COSTS, evaluate
 from curkv.kernels.dispatch import get_kernels
+from curkv.kernels.formats import get_format
 from curkv.kernels.linear.formats import BFLOAT16
-from curkv.kernels.pages import Pages
+from curkv.kernels.pages import allocate
 from curkv.models.blocks import AttentionWeights, LayerWeights, MlpWeights
 from curkv.models.config import ModelConfig
 from curkv.models.decoder import Decoder
@@ -92,11 +93,12 @@ class Inputs:
         position[self.tables.long()] = torch.arange(
             per_row * sizes.page_size, dtype=torch.int32, device=device
         ).view(per_row, -1)
-        self.pages = Pages(
-            *(torch.randn(*shape, model.head_dim, device=device).bfloat16() for _ in range(2)),
-            position,
-            *(torch.rand(shape, device=device) for _ in range(3)),
-        )
+        self.pages = allocate(get_format("bfloat16"), *shape, model.head_dim, device)
+        for store in (self.pages.k, self.pages.v):
+            store.write(torch.randn(*shape, model.head_dim, device=device))
+        for side in (self.pages.k_sq, self.pages.v_sq, self.pages.attention):
+            side.uniform_()
+        self.pages.position.copy_(position)
         self.lengths = torch.full(self.tables.shape[1:3], sizes.tokens, dtype=torch.int32, device=device)
         self.slots = torch.arange(sizes.sequences, dtype=torch.int32, device=device)
         self.cos, self.sin = torch.rand(2, sizes.tokens, model.head_dim // 2, device=device)
@@ -124,7 +126,7 @@ def cases(x: Inputs) -> Iterator[Case]:
     yield Case(
         "store_kv",
         lambda f, i: f.store_kv(pages, k, v, x.cos, x.sin, positions, x.tables[i], x.lengths, one, chunk),
-        lambda: (pages.k.clone(), pages.v.clone(), pages.k_sq.clone(), pages.v_sq.clone()),
+        lambda: [array.clone() for array in pages.arrays.values()],
     )
     yield Case(
         "paged_decode_attention",
@@ -169,7 +171,7 @@ def cases(x: Inputs) -> Iterator[Case]:
     yield Case(
         "compact",
         lambda f, i: f.compact(pages, x.rows(i)[0], x.rows(i)[0], kept, keep.flatten()),
-        lambda: (pages.k.clone(), pages.v.clone(), pages.position.clone()),
+        lambda: [array.clone() for array in pages.arrays.values()],
     )
     hidden, weight = torch.randn(s.chunk, m.hidden, device=x.device).bfloat16(), torch.ones(m.hidden)
     weight = weight.bfloat16().to(x.device)
@@ -329,7 +331,7 @@ def end_to_end(model: ModelShape, device: str, prompt: int, outputs: int, batch:
         full_attention(model.layers, model.kv_heads),
         model.head_dim,
         64,
-        torch.bfloat16,
+        get_format("bfloat16"),
         batch,
         prompt + outputs,
     )

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from curkv.cache.page_pool import PagePool
 from curkv.kernels.dispatch import Kernels, get_kernels
+from curkv.kernels.formats import KV_FORMATS, get_format
 from curkv.kernels.linear.formats import WEIGHT_FORMATS, WeightFormat
-from curkv.kernels.pages import Pages, rounded
+from curkv.kernels.pages import Pages, allocate
 from curkv.tables import columns
 
 HEAD_DIM, HEADS, GROUP = 64, 3, 3  # of smollm2-135m
@@ -34,7 +34,6 @@ LINEAR = (  # [out, in] of a layer: qkv, o, gate and up, down
 )
 LONG = 8 * (4000,)
 WEIGHTS = [form for form in WEIGHT_FORMATS.values() if form.device == "cpu"]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 READ, MATMUL = "streaming read", "matmul"
 
 
@@ -54,7 +53,7 @@ class Case:
 
     kernel: str
     shape: str
-    dtype: torch.dtype | str
+    dtype: str
     run: Callable[[], object]
     calls: int = 1
     bytes: int = 0
@@ -103,15 +102,15 @@ class Layers:
     @property
     def token_bytes(self) -> int:
         """Bytes of one head's K and V of one token, scales included."""
-        scale = 0 if self.pages.k_scale is None else self.pages.k_scale.element_size()
-        return 2 * (self.pages.k.shape[2] * self.pages.k.element_size() + scale)
+        stores = self.pages.k, self.pages.v
+        return sum(store.format.token_bytes(store.head_dim) for store in stores)
 
     def layer(self, layer: int) -> tuple[Pages, Tensor, Tensor, Tensor]:
         """What the attention kernels take."""
         return self.pages, self.tables[:, layer], self.lengths[:, layer], self.slots
 
 
-def make_layers(contexts: tuple[int, ...], layers: int, dtype: torch.dtype) -> Layers:
+def make_layers(contexts: tuple[int, ...], layers: int, kv_dtype: str) -> Layers:
     """Fill a pool with sequences of `contexts` tokens, each head a few tokens longer than the one before."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor(contexts)[:, None, None] + 7 * torch.arange(HEADS)
@@ -121,13 +120,10 @@ def make_layers(contexts: tuple[int, ...], layers: int, dtype: torch.dtype) -> L
     tables = torch.zeros(owned.shape, dtype=torch.int32)
     num_pages = int(counts.sum())
     tables[owned] = torch.randperm(num_pages, generator=generator).to(torch.int32)
-    pages = PagePool(num_pages, PAGE_SIZE, HEAD_DIM, dtype).pages
-    some = rounded(torch.randn(64, PAGE_SIZE, HEAD_DIM, generator=generator), dtype)
-    for stored in ((pages.k, pages.k_scale), (pages.v, pages.v_scale)):
-        for memory, values in zip(stored, some, strict=True):
-            if memory is not None and values is not None:
-                times = (-(-num_pages // 64), *(1 for _ in memory.shape[1:]))
-                memory.copy_(values.repeat(times)[:num_pages])
+    pages = allocate(get_format(kv_dtype), num_pages, PAGE_SIZE, HEAD_DIM)
+    some = torch.randn(64, PAGE_SIZE, HEAD_DIM, generator=generator)
+    for store in (pages.k, pages.v):
+        store.write(some[torch.arange(num_pages) % len(some)])
     for side in (pages.k_sq, pages.v_sq, pages.attention):
         side.uniform_(generator=generator)
     pages.position.zero_()
@@ -137,10 +133,10 @@ def make_layers(contexts: tuple[int, ...], layers: int, dtype: torch.dtype) -> L
 def limits() -> Iterator[Case]:
     """What the machine can do: reading 256 MiB in order, a float32 matrix product."""
     memory = torch.ones(64 << 20)
-    yield Case(READ, "256 MiB", torch.float32, memory.sum, bytes=memory.nbytes)
+    yield Case(READ, "256 MiB", "float32", memory.sum, bytes=memory.nbytes)
     n = 1024
     a, b = torch.rand(n, n), torch.rand(n, n)
-    yield Case(MATMUL, f"{n}^3", torch.float32, lambda: a @ b, flops=2 * n**3)
+    yield Case(MATMUL, f"{n}^3", "float32", lambda: a @ b, flops=2 * n**3)
 
 
 def linear(kernels: Kernels, weights: WeightFormat) -> Iterator[Case]:
@@ -166,10 +162,10 @@ def linear(kernels: Kernels, weights: WeightFormat) -> Iterator[Case]:
         yield Case("linear, the whole model", f"{tokens} tokens", weights.name, run, bytes=read, flops=flops)
 
 
-def decode(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
+def decode(kernels: Kernels, kv_dtype: str) -> Iterator[Case]:
     """One token for each of eight sequences of 2,000 to 4,000 tokens, of eight of 4,000, and of one."""
     for contexts in (CONTEXTS, LONG, LONG[:1]):
-        cache = make_layers(contexts, LAYERS if len(contexts) > 1 else LAYERS * len(LONG), dtype)
+        cache = make_layers(contexts, LAYERS if len(contexts) > 1 else LAYERS * len(LONG), kv_dtype)
         q = torch.randn(len(contexts), HEADS * GROUP, HEAD_DIM)
         layers = cache.tables.shape[1]
 
@@ -179,13 +175,13 @@ def decode(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
 
         lengths = "-".join(f"{n:,}" for n in sorted({contexts[0], contexts[-1]}))
         shape = f"{len(contexts)} x {lengths} tokens"
-        yield Case("paged_decode_attention", shape, dtype, run, layers, cache.tokens * cache.token_bytes)
+        yield Case("paged_decode_attention", shape, kv_dtype, run, layers, cache.tokens * cache.token_bytes)
 
 
-def prefill(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
+def prefill(kernels: Kernels, kv_dtype: str) -> Iterator[Case]:
     """A chunk of a prompt after nothing, and after earlier chunks; torch's attention on the same shape."""
     for before in (0, 2000, 4000):
-        cache = make_layers((before + CHUNK,), 1, dtype)
+        cache = make_layers((before + CHUNK,), 1, kv_dtype)
         cache.lengths.fill_(before + CHUNK)
         q = torch.randn(CHUNK, HEADS * GROUP, HEAD_DIM)
         starts = torch.tensor([0, CHUNK], dtype=torch.int32)
@@ -199,8 +195,10 @@ def prefill(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
         bytes_read = cache.tokens * cache.token_bytes
         for name, queries in (("", q), (", bfloat16 queries", q.bfloat16())):
             attend = partial(run, queries)
-            yield Case(f"paged_prefill_attention{name}", shape, dtype, attend, bytes=bytes_read, flops=flops)
-        if dtype is torch.float32:
+            yield Case(
+                f"paged_prefill_attention{name}", shape, kv_dtype, attend, bytes=bytes_read, flops=flops
+            )
+        if kv_dtype == "float32":
             queries = q.transpose(0, 1)[None].contiguous()
             keys = torch.randn(1, HEADS * GROUP, before + CHUNK, HEAD_DIM)
             mask = torch.ones(CHUNK, before + CHUNK, dtype=torch.bool).tril(before)
@@ -208,16 +206,16 @@ def prefill(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
             def run_torch(queries: Tensor = queries, keys: Tensor = keys, mask: Tensor = mask) -> None:
                 functional.scaled_dot_product_attention(queries, keys, keys, attn_mask=mask)
 
-            yield Case("(torch attention)", shape, dtype, run_torch, bytes=bytes_read, flops=flops)
+            yield Case("(torch attention)", shape, kv_dtype, run_torch, bytes=bytes_read, flops=flops)
 
 
-def store(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
+def store(kernels: Kernels, kv_dtype: str) -> Iterator[Case]:
     """Rotating queries, and rotating and storing keys and values: one prompt chunk, one decode step."""
     angles = torch.rand(CHUNK, HEAD_DIM // 2)
     cos, sin = angles.cos(), angles.sin()
     for new_tokens in ((CHUNK,), (1,) * len(CONTEXTS)):
         tokens, layers = sum(new_tokens), 30
-        cache = make_layers(tuple(CHUNK for _ in new_tokens), layers, dtype)
+        cache = make_layers(tuple(CHUNK for _ in new_tokens), layers, kv_dtype)
         q = torch.randn(tokens, HEADS * GROUP, HEAD_DIM)
         k, v = torch.randn(2, tokens, HEADS, HEAD_DIM)
         positions = torch.zeros(tokens, dtype=torch.int32)
@@ -239,16 +237,16 @@ def store(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
                 kernels.store_kv(pages, k, v, cos, sin, positions, table, lengths, slots, starts)
 
         shape = f"{tokens} tokens"
-        if dtype is torch.float32:
-            yield Case("rope", shape, dtype, rotate, layers, 2 * q.nbytes)
+        if kv_dtype == "float32":
+            yield Case("rope", shape, kv_dtype, rotate, layers, 2 * q.nbytes)
         written = tokens * HEADS * (cache.token_bytes + 16)
-        yield Case("store_kv", shape, dtype, run, layers, k.nbytes + v.nbytes + written)
+        yield Case("store_kv", shape, kv_dtype, run, layers, k.nbytes + v.nbytes + written)
 
 
-def evict(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
+def evict(kernels: Kernels, kv_dtype: str) -> Iterator[Case]:
     """Scoring 30 layers of a 4,000-token prompt, choosing a quarter of each head, moving it to the front."""
     layers, length = 30, CONTEXTS[-1]
-    cache = make_layers((length,), layers, dtype)
+    cache = make_layers((length,), layers, kv_dtype)
     cache.lengths.fill_(length)
     tables, lengths = cache.tables[0].flatten(0, 1), cache.lengths[0].flatten()
     shape, tokens = f"{layers} x {HEADS} x {length:,} tokens", layers * HEADS * length
@@ -256,16 +254,16 @@ def evict(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
     scores = torch.rand(layers, HEADS, length)
     indices, counts = kernels.select(scores, cache.lengths[0], keep)
     rows = indices.flatten(0, 1), counts.flatten()
-    if dtype is torch.float32:
+    if kv_dtype == "float32":
         score = lambda: kernels.leverage_scores(cache.pages, tables, lengths)  # noqa: E731
-        yield Case("leverage_scores", shape, dtype, score, bytes=12 * tokens)
+        yield Case("leverage_scores", shape, kv_dtype, score, bytes=12 * tokens)
         choose = lambda: kernels.select(scores, cache.lengths[0], keep)  # noqa: E731
-        yield Case("select", shape, dtype, choose, bytes=4 * tokens)
+        yield Case("select", shape, kv_dtype, choose, bytes=4 * tokens)
     move = lambda: kernels.compact(cache.pages, tables, tables, *rows)  # noqa: E731
     yield Case(
         "compact",
         f"a quarter of {shape}",
-        dtype,
+        kv_dtype,
         move,
         bytes=2 * int(counts.sum()) * (cache.token_bytes + 16),
     )
@@ -280,7 +278,7 @@ def run(rounds: int = 15) -> list[Timing]:
     kernels = get_kernels("cpu")
     cases = [*limits(), *(case for weights in WEIGHTS for case in linear(kernels, weights))]
     for make in (decode, prefill, store, evict):
-        cases += [case for dtype in DTYPES for case in make(kernels, dtype)]
+        cases += [case for kv_dtype in KV_FORMATS for case in make(kernels, kv_dtype)]
     best = [float("inf")] * len(cases)
     for _ in range(rounds + 1):  # the first run of each compiles and warms up
         for i, case in enumerate(cases):
@@ -303,6 +301,5 @@ def table(timings: list[Timing]) -> str:
             moved = (f"{case.bytes / 1e6:.2f}", f"{bandwidth / 1e9:.1f}", f"{bandwidth / read:.0%}")
         if case.flops:
             computed = (f"{timing.flops / 1e9:.1f}", f"{timing.flops / matmul:.0%}")
-        dtype = str(case.dtype).removeprefix("torch.")
-        rows.append((case.kernel, case.shape, dtype, f"{timing.seconds * 1e3:.3f}", *moved, *computed))
+        rows.append((case.kernel, case.shape, case.dtype, f"{timing.seconds * 1e3:.3f}", *moved, *computed))
     return columns(header, rows, texts=3)

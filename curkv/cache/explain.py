@@ -67,7 +67,7 @@ def explain(view: CacheView, plan: EvictionPlan, kernels: Kernels, page_bytes: i
     if plan.evicts_prompt:
         indices, counts = select_scored(view, plan, scored, always, kernels)
         kept = _as_mask(indices, counts, view.width)
-    size = view.pages.k.shape[1]
+    size = view.pages.page_size
     pages = [int((-(-lengths // size)).sum()) for lengths in (view.lengths, kept.sum(-1))]
     return Explanation(
         policy=plan.policy.name,

@@ -5,13 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
-
-_SIDE_BYTES = 16
-"""Bytes of a token's side arrays: position, k_sq, v_sq and attention, 4 bytes each."""
-
-_SCALE_BYTES = 8
-"""Bytes of the scales of an int8 key and value."""
+from curkv.kernels.formats.base import KVFormat
+from curkv.kernels.pages import SIDE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +33,7 @@ class CacheLayout:
         layers: every layer of the model; those with KV heads have equally many.
         head_dim: channels of a key or value.
         page_size: tokens per page.
-        dtype: of keys and values: float32, bfloat16, float16 or int8.
+        format: how keys and values lie in memory.
         max_sequences: sequences held at once.
         max_tokens: most tokens that a head of one sequence can hold.
         max_step_tokens: most tokens that a step adds to one sequence; None: `max_tokens`.
@@ -47,7 +42,7 @@ class CacheLayout:
     layers: tuple[LayerSpec, ...]
     head_dim: int
     page_size: int
-    dtype: torch.dtype
+    format: KVFormat
     max_sequences: int
     max_tokens: int
     max_step_tokens: int | None = None
@@ -99,8 +94,7 @@ class CacheLayout:
     @property
     def head_token_bytes(self) -> int:
         """Bytes of one token in one head, side arrays included."""
-        sides = _SIDE_BYTES + (_SCALE_BYTES if self.dtype == torch.int8 else 0)
-        return 2 * self.head_dim * self.dtype.itemsize + sides
+        return self.format.token_bytes(self.head_dim) + SIDE_BYTES
 
     @property
     def token_bytes(self) -> int:

@@ -18,7 +18,7 @@ from curkv.cache.plan import EvictionPlan
 from curkv.cache.prefixes import Prefix, PrefixCache
 from curkv.cache.usage import CacheUsage
 from curkv.kernels.dispatch import Kernels
-from curkv.kernels.pages import Pages, rounded
+from curkv.kernels.pages import Pages
 
 
 class OutOfSlots(RuntimeError):
@@ -64,7 +64,7 @@ class PageManager:
         """
         heads = (layout.max_sequences, layout.num_layers, layout.num_kv_heads)
         self.layout = layout
-        self.pool = PagePool(num_pages, layout.page_size, layout.head_dim, layout.dtype, device)
+        self.pool = PagePool(num_pages, layout.page_size, layout.head_dim, layout.format, device)
         self.prefixes = PrefixCache(self.pool, max_prefix_pages)
         self.observed: dict[int, Observations] = {}
         self._table = np.zeros((*heads, layout.max_pages), dtype=np.int32)
@@ -432,14 +432,9 @@ class PageManager:
         alone = torch.from_numpy(self.pool.owners == 1).to(k.device)[ids.clamp(0, self.num_pages - 1)]
         head, token = (alone & (index < self.lengths[slot, row, :, None])).nonzero(as_tuple=True)
         place = ids[head, token], token % size
-        for storage, scales, squares, x in (
-            (pages.k, pages.k_scale, pages.k_sq, k),
-            (pages.v, pages.v_scale, pages.v_sq, v),
-        ):
-            storage[place], scale = rounded(x[head, token], storage.dtype)
+        for store, squares, x in ((pages.k, pages.k_sq, k), (pages.v, pages.v_sq, v)):
+            store.write(x[head, token], *place)
             squares[place] = x[head, token].square().sum(-1)
-            if scales is not None and scale is not None:
-                scales[place] = scale
 
     def _check_active(self, slot: int) -> None:
         if not self._active[slot]:
@@ -575,4 +570,5 @@ class PageManager:
     def _move(self, source: Ids, target: Ids, indices: Tensor, counts: NDArray[np.int32]) -> None:
         """Moves tokens `indices` [N, n] of the table rows `source` [N, pages] to the front of `target`."""
         tables = self._upload(source), self._upload(target)
-        self.kernels.compact(self.pages, *tables, indices, self._upload(counts))
+        move = self.layout.format.move
+        move(self.kernels.compact, self.pages, *tables, indices, self._upload(counts))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from curkv.kernels.pages import Pages
+from curkv.kernels.formats.base import KVFormat
+from curkv.kernels.pages import allocate
 
 Ids = NDArray[np.int32]
 """Page ids, on the host like all bookkeeping: numpy costs a fifth of torch on arrays this small."""
@@ -44,7 +44,7 @@ class PagePool:
         num_pages: int,
         page_size: int,
         head_dim: int,
-        dtype: torch.dtype,
+        format: KVFormat,
         device: str | torch.device = "cpu",
     ) -> None:
         """Allocates `num_pages` free pages.
@@ -53,21 +53,10 @@ class PagePool:
             num_pages: pages in the pool, at least 1.
             page_size: tokens per page.
             head_dim: channels of a key or value.
-            dtype: float32, bfloat16, float16 or int8.
+            format: of keys and values.
             device: where the pages' memory lies.
         """
-        slots = (num_pages, page_size)
-        scaled = dtype == torch.int8
-        self.pages = Pages(
-            k=_memory((*slots, head_dim), dtype, device),
-            v=_memory((*slots, head_dim), dtype, device),
-            position=_memory(slots, torch.int32, device),
-            k_sq=_memory(slots, torch.float32, device),
-            v_sq=_memory(slots, torch.float32, device),
-            attention=_memory(slots, torch.float32, device),
-            k_scale=_memory(slots, torch.float32, device) if scaled else None,
-            v_scale=_memory(slots, torch.float32, device) if scaled else None,
-        )
+        self.pages = allocate(format, num_pages, page_size, head_dim, device)
         self.owners: Ids = np.zeros(num_pages, dtype=np.int32)
         self.held: Ids = np.zeros(num_pages, dtype=np.int32)
         self._stack: Ids = np.arange(num_pages - 1, -1, -1, dtype=np.int32)
@@ -160,11 +149,3 @@ class PagePool:
         if held:
             self.held[pages] += change
         self._num_idle += int(np.count_nonzero(self.owners[pages] == self.held[pages])) - idle
-
-
-def _memory(shape: tuple[int, ...], dtype: torch.dtype, device: str | torch.device) -> Tensor:
-    """Allocates uninitialised memory; on the host by numpy, which asks for huge pages: fewer TLB misses."""
-    if torch.device(device).type != "cpu":
-        return torch.empty(shape, dtype=dtype, device=device)
-    words = np.empty(shape, dtype={1: np.int8, 2: np.int16, 4: np.int32}[dtype.itemsize])
-    return torch.from_numpy(words).view(dtype)

@@ -21,6 +21,8 @@ from curkv.engine.runner import Runner
 from curkv.engine.types import Request, SamplingParams
 from curkv.kernels import compile_cache
 from curkv.kernels.dispatch import get_kernels
+from curkv.kernels.formats import get_format
+from curkv.kernels.formats.base import KVFormat
 from curkv.kernels.linear.formats import WEIGHT_FORMATS, WeightFormat
 from curkv.models.chat_template import load_chat_template
 from curkv.models.config import ModelConfig
@@ -54,7 +56,7 @@ def build_engine(options: EngineOptions) -> Engine:
     Raises:
         ModelError: the model cannot be found or is not supported.
         ValueError: the cache cannot hold a single page per KV head, max_model_len exceeds the model's, the
-            device has no weights of the type, or heads are too odd for a cache of int8.
+            device has no weights of the type, or heads are too odd for the cache's format.
     """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -71,7 +73,7 @@ def build_engine(options: EngineOptions) -> Engine:
         layers=full_attention(config.num_layers, config.num_kv_heads),
         head_dim=config.head_dim,
         page_size=options.page_size,
-        dtype=_kv_dtype(options.kv_dtype, on_gpu, config.head_dim),
+        format=_kv_format(options.kv_dtype, on_gpu, config.head_dim),
         max_sequences=options.max_sequences,
         max_tokens=max_model_len,
         max_step_tokens=options.max_step_tokens,
@@ -123,15 +125,16 @@ def _weight_format(wanted: Weights, device: torch.device) -> WeightFormat:
     return form
 
 
-def _kv_dtype(wanted: KVDtype, on_gpu: bool, head_dim: int) -> torch.dtype:
-    if wanted == "int8" and head_dim % 16:
-        raise ValueError(
-            f"--kv-dtype int8 needs heads of a multiple of 16 channels; the model's have {head_dim}"
-        )
+def _kv_format(wanted: KVDtype, on_gpu: bool, head_dim: int) -> KVFormat:
     if wanted == "auto":
         wanted = GPU_KV_DTYPE if on_gpu else CPU_KV_DTYPE
-    dtype: torch.dtype = getattr(torch, wanted)
-    return dtype
+    format = get_format(wanted)
+    if head_dim % format.multiple:
+        raise ValueError(
+            f"--kv-dtype {wanted} needs heads of a multiple of {format.multiple} channels; "
+            f"the model's have {head_dim}"
+        )
+    return format
 
 
 def _warm_up(engine: Engine) -> None:

@@ -27,10 +27,11 @@ from triton.runtime.jit import JITFunction
 
 from curkv.kernels.column_sums.triton import column_sums
 from curkv.kernels.compact.triton import compact
+from curkv.kernels.formats import get_format
 from curkv.kernels.leverage_scores.triton import leverage_scores
 from curkv.kernels.paged_decode_attention.triton import paged_decode_attention
 from curkv.kernels.paged_prefill_attention.triton import paged_prefill_attention
-from curkv.kernels.pages import Pages
+from curkv.kernels.pages import allocate
 from curkv.kernels.rms_norm.triton import rms_norm
 from curkv.kernels.rope.triton import rope
 from curkv.kernels.select.triton import select
@@ -112,18 +113,18 @@ class Call:
         name: Of the operation, as in `curkv.kernels.costs`.
         shapes: For the formulas there.
         launches: What it launched.
-        dtype: Of the cache.
+        kv_dtype: Of the cache.
     """
 
     name: str
     shapes: dict[str, int]
     launches: list[Launch]
-    dtype: torch.dtype = torch.bfloat16
+    kv_dtype: str = "bfloat16"
 
     @property
     def label(self) -> str:
         """What the call's kernels and costs are told apart by, besides their names."""
-        return ", int8" if self.dtype == torch.int8 else ""
+        return "" if self.kv_dtype == "bfloat16" else f", {self.kv_dtype}"
 
 
 @dataclass(frozen=True)
@@ -156,9 +157,9 @@ def calls(model: ModelShape, target: Target) -> list[Call]:
     Decode: 32 sequences with 4,096 tokens each, and one with 32,768; prefill: a chunk of 2,048 tokens of
     8,192; eviction: one sequence, 8,192 tokens down to 2,048.
     """
-    found = [_record(*call, torch.bfloat16, target) for call in _calls(model, torch.bfloat16)]
-    with_int8 = (call for call in _calls(model, torch.int8) if call[0] in _READ_OR_WRITE_VECTORS)
-    return found + [_record(*call, torch.int8, target) for call in with_int8]
+    found = [_record(*call, "bfloat16", target) for call in _calls(model, "bfloat16")]
+    with_int8 = (call for call in _calls(model, "int8") if call[0] in _READ_OR_WRITE_VECTORS)
+    return found + [_record(*call, "int8", target) for call in with_int8]
 
 
 _READ_OR_WRITE_VECTORS = {
@@ -195,11 +196,11 @@ _reports: dict[tuple[str, str], Report] = {}
 def smallest_wide_loads(launch: Launch) -> int:
     """16-byte loads that a kernel needs at least for one block of K, or of K and V; 0 if it reads neither."""
     values = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.options
-    tensors = [values[name] for name in ("pages_k", "pages_v") if name in values and "BLOCK_N" in values]
+    stores = [values[name] for name in ("pages_k", "pages_v") if name in values and "BLOCK_N" in values]
     warp = 64
     return sum(
         max(1, values["BLOCK_N"] * x.shape[2] * x.element_size() // (16 * warp * launch.options["num_warps"]))
-        for x in tensors
+        for x, *_ in stores
     )
 
 
@@ -209,7 +210,7 @@ def _pretend(target: Target) -> None:
 
 
 def _record(
-    name: str, shapes: dict[str, int], call: Callable[[], object], dtype: torch.dtype, target: Target
+    name: str, shapes: dict[str, int], call: Callable[[], object], kv_dtype: str, target: Target
 ) -> Call:
     launches: list[Launch] = []
 
@@ -226,17 +227,19 @@ def _record(
     ):
         call()
     splits = launches[0].grid[2] if len(launches[0].grid) == 3 else 1
-    return Call(name, shapes | {"S": splits}, launches, dtype)
+    return Call(name, shapes | {"S": splits}, launches, kv_dtype)
 
 
-def _calls(m: ModelShape, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, int], Callable[[], object]]]:
-    """Name, shapes and a function without arguments for every operation, `dtype` being the cache's."""
+def _calls(m: ModelShape, kv_dtype: str) -> Iterator[tuple[str, dict[str, int], Callable[[], object]]]:
+    """Name, shapes and a function without arguments for every operation, `kv_dtype` being the cache's."""
     activations = torch.bfloat16
     heads, group, scale = m.kv_heads, m.query_heads // m.kv_heads, m.head_dim**-0.5
     fixed = {"L": m.layers, "H": heads, "Q": m.query_heads, "G": group, "D": m.head_dim, "P": 64}
-    fixed |= {"d": m.hidden, "I": m.intermediate, "s": dtype.itemsize, "a": activations.itemsize}
-    fixed["e"] = 4 if dtype == torch.int8 else 0
-    pages = _pages(m.head_dim, fixed["P"], dtype)
+    fixed |= {"d": m.hidden, "I": m.intermediate, "a": activations.itemsize}
+    format = get_format(kv_dtype)
+    vectors, *others = format.keys.arrays(m.head_dim).values()
+    fixed |= {"s": vectors.dtype.itemsize, "e": sum(other.nbytes for other in others)}
+    pages = allocate(format, 1, fixed["P"], m.head_dim)  # nothing is ever read
     cos = torch.empty(8192, m.head_dim // 2)
 
     def qkv(tokens: int) -> tuple[Tensor, ...]:
@@ -308,13 +311,6 @@ def _calls(m: ModelShape, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, i
     yield "silu_mul", prefill, lambda: silu_mul(torch.empty(2048, 2 * m.intermediate, dtype=activations))
 
 
-def _pages(head_dim: int, page_size: int, dtype: torch.dtype) -> Pages:
-    """A pool of one page; nothing is ever read."""
-    vectors, side = torch.zeros(1, page_size, head_dim, dtype=dtype), torch.zeros(1, page_size)
-    scale = side if dtype == torch.int8 else None
-    return Pages(vectors, vectors, side.int(), side, side, side, scale, scale)
-
-
 _TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -329,12 +325,20 @@ def _source(launch: Launch) -> ASTSource:
     """The launch's kernel, specialised to its arguments as `JITFunction` does it."""
     kernel = launch.kernel
     values = dict(zip(kernel.arg_names, launch.arguments, strict=False)) | launch.options
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, Any] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, parameter in enumerate(kernel.params):
         value = values[parameter.name]
         fixed = isinstance(value, int) and not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or (fixed and value == 1):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        if isinstance(value, tuple):
+            signature[parameter.name] = tuple("*" + _TYPES[part.dtype] for part in value)
+            for j, part in enumerate(value):
+                if part.data_ptr() % 16 == 0:
+                    attributes[i, j] = [["tt.divisibility", 16]]
             continue
         if isinstance(value, Tensor):
             signature[parameter.name] = "*" + _TYPES[value.dtype]

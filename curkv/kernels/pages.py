@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-LARGEST_INT8 = 127
-"""Of the numbers that a key or value is rounded to, so that the range is symmetric."""
+from curkv.kernels.formats.base import KVFormat, Store, VectorFormat
+
+SIDES = {
+    "position": torch.int32,
+    "k_sq": torch.float32,
+    "v_sq": torch.float32,
+    "attention": torch.float32,
+}
+"""What a page holds of each token besides its key and value, see `Pages`."""
+SIDE_BYTES = sum(dtype.itemsize for dtype in SIDES.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,47 +27,73 @@ class Pages:
     A page holds `page_size` consecutive kept tokens of exactly one (sequence, layer, KV head).
 
     Attributes:
-        k: [num_pages, page_size, head_dim], float32, bfloat16, float16 or int8. Keys after RoPE.
-        v: [num_pages, page_size, head_dim], same dtype.
+        k: Keys after RoPE, in a format of the cache.
+        v: Values.
         position: int32 [num_pages, page_size], logical position of the token in its sequence.
-        k_sq: float32 [num_pages, page_size], squared norm of the key before rounding to the KV dtype.
+        k_sq: float32 [num_pages, page_size], squared norm of the key before it was rounded to the format.
         v_sq: float32 [num_pages, page_size], squared norm of the value before rounding.
         attention: float32 [num_pages, page_size], attention probability received so far, 0 when stored.
-        k_scale: float32 [num_pages, page_size], what an int8 key is multiplied with; None for other dtypes.
-        v_scale: float32 [num_pages, page_size], the same for values.
     """
 
-    k: Tensor
-    v: Tensor
+    k: Store
+    v: Store
     position: Tensor
     k_sq: Tensor
     v_sq: Tensor
     attention: Tensor
-    k_scale: Tensor | None = None
-    v_scale: Tensor | None = None
+
+    @property
+    def page_size(self) -> int:
+        """Tokens per page."""
+        return self.position.shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a key or value."""
+        return self.k.head_dim
 
     @property
     def arrays(self) -> dict[str, Tensor]:
         """Every tensor there is, by name; a token is one entry of each."""
-        named = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {name: array for name, array in named.items() if array is not None}
+        stored = {
+            f"{kind}.{name}": array
+            for kind, store in (("k", self.k), ("v", self.v))
+            for name, array in store.arrays.items()
+        }
+        return stored | {name: getattr(self, name) for name in SIDES}
 
 
-def rounded(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Round vectors to the dtype of a cache.
-
-    An int8 vector's largest element becomes 127 or -127: no element is off by more than half of its scale,
-    which is a 254th of the largest one.
+def allocate(
+    format: KVFormat, num_pages: int, page_size: int, head_dim: int, device: str | torch.device = "cpu"
+) -> Pages:
+    """Allocates pages without touching their memory.
 
     Args:
-        x: float32 [..., head_dim].
-        dtype: Of `Pages.k`.
+        format: Of keys and values.
+        num_pages: Pages.
+        page_size: Tokens per page.
+        head_dim: Channels of a key or value.
+        device: Where the memory lies.
 
     Returns:
-        [..., head_dim] of `dtype`, and float32 [...], its scales if that is int8.
+        Pages of undefined content.
     """
-    if dtype != torch.int8:
-        return x.to(dtype), None
-    largest = x.abs().amax(-1)
-    factor = torch.where(largest > 0, LARGEST_INT8 / largest, 0.0)
-    return (x * factor[..., None]).round().to(torch.int8), largest / LARGEST_INT8
+    slots = (num_pages, page_size)
+
+    def store(vectors: VectorFormat) -> Store:
+        arrays = {
+            name: _memory((*slots, *array.shape), array.dtype, device)
+            for name, array in vectors.arrays(head_dim).items()
+        }
+        return Store(vectors, head_dim, arrays)
+
+    sides = {name: _memory(slots, dtype, device) for name, dtype in SIDES.items()}
+    return Pages(store(format.keys), store(format.values), **sides)
+
+
+def _memory(shape: tuple[int, ...], dtype: torch.dtype, device: str | torch.device) -> Tensor:
+    """Allocates uninitialised memory; on the host by numpy, which asks for huge pages: fewer TLB misses."""
+    if torch.device(device).type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    words = np.empty(shape, dtype={1: np.int8, 2: np.int16, 4: np.int32}[dtype.itemsize])
+    return torch.from_numpy(words).view(dtype)

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: dots, page lookup, the softmax's running state and block sizes."""
+"""What the Triton kernels share: dots, rounding, page lookup and block sizes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.runtime import driver
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -26,21 +25,6 @@ def power_of_two(n: int) -> int:
 def sequence_block(num_sequences: int) -> int:
     """Block that holds every sequence of a batch; few different ones, since each is a compilation."""
     return max(64, power_of_two(num_sequences))
-
-
-def attention_block(pages_k: Tensor, tokens: int, tile_bytes: int) -> int:
-    """Tokens per block of keys, a power of two up to `tokens`: as many as keep a tile within `tile_bytes`.
-
-    Keys of int8 are held as they were read and widened.
-    """
-    widened = power_of_two(pages_k.shape[2]) if pages_k.element_size() == 1 else 0
-    fitting = tile_bytes // (operand_bytes(pages_k) + widened)
-    return max(16, min(tokens, power_of_two(fitting + 1) // 2))
-
-
-def operand_bytes(pages_k: Tensor) -> int:
-    """Bytes of a key as a dot takes it: int8 is widened to 16 bits."""
-    return power_of_two(pages_k.shape[2]) * max(2, pages_k.element_size())
 
 
 @cache
@@ -97,40 +81,6 @@ def find_slots(row, index, mask, PAGE_SIZE: tl.constexpr):
 
 
 @triton.jit
-def load_tokens(memory, place, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Read keys or values [tokens, BLOCK_D] at places of the pool; 0 where masked and past HEAD_DIM."""
-    d = tl.arange(0, BLOCK_D)
-    pointers = memory + place[:, None] * HEAD_DIM + d[None, :]
-    return tl.load(pointers, mask=mask[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
-
-
-@triton.jit
-def operands(vectors):
-    """Stored vectors as a dot takes them: int8 as bfloat16, which has all of its numbers."""
-    if vectors.dtype == tl.int8:
-        vectors = narrow(vectors.to(tl.float32), tl.bfloat16)
-    return vectors
-
-
-@triton.jit
-def narrow_queries(queries, pages):
-    """Round queries to the type in which a dot takes the pages' vectors."""
-    if pages.dtype.element_ty == tl.int8:
-        rounded = narrow(queries, tl.bfloat16)
-    else:
-        rounded = narrow(queries, pages.dtype.element_ty)
-    return rounded
-
-
-@triton.jit
-def scaled(x, scales, place, mask):
-    """Multiply the columns of x [M, tokens] by their scales in the pool; as they are if there are none."""
-    if scales is not None:
-        x = x * tl.load(scales + place, mask=mask, other=0.0)[None, :]
-    return x
-
-
-@triton.jit
 def find_sequence(query_start, tile, num_sequences, TILE: tl.constexpr, BLOCK_B: tl.constexpr):
     """Sequence of a tile of up to TILE queries, when sequence b's tiles begin at query_start[b] // TILE + b.
 
@@ -141,20 +91,3 @@ def find_sequence(query_start, tile, num_sequences, TILE: tl.constexpr, BLOCK_B:
     starts = tl.load(query_start + b, mask=b < num_sequences, other=0)
     before = (b < num_sequences) & (starts // TILE + b <= tile)
     return tl.sum(before.to(tl.int32), 0) - 1
-
-
-@triton.jit
-def softmax_step(logits, values, v_scale, place, valid, peak, total, acc):
-    """Fold a block of base-2 logits [M, N] and values [N, D] into a running softmax.
-
-    `v_scale` are the scales in the pool, if there are any, and `place` [N] where those of `valid` tokens lie.
-    `peak` [M] is the highest logit so far, `total` [M] the sum of 2^(logit - peak), `acc` [M, D] the weighted
-    values. Every row must have seen a finite logit by the end of the block.
-    """
-    new_peak = tl.maximum(peak, tl.max(logits, 1))
-    weights = tl.exp2(logits - new_peak[:, None])
-    decay = tl.exp2(peak - new_peak)
-    total = total * decay + tl.sum(weights, 1)
-    weights = scaled(weights, v_scale, place, valid)
-    acc = dot(narrow(weights, values.dtype), values, acc * decay[:, None])
-    return new_peak, total, acc

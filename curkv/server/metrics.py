@@ -151,7 +151,7 @@ class Metrics:
         shape = {
             "page_size": layout.page_size,
             "num_pages": stats.num_pages,
-            "kv_dtype": str(layout.dtype).removeprefix("torch."),
+            "kv_dtype": layout.format.name,
             "num_layers": layout.num_layers,
             "num_kv_heads": layout.num_kv_heads,
             "head_dim": layout.head_dim,
@@ -172,7 +172,7 @@ class Metrics:
             "engine": VLLMNames.ENGINE,
             "block_size": layout.page_size,
             "num_gpu_blocks": client.stats.num_pages // layout.num_heads,
-            "cache_dtype": str(layout.dtype).removeprefix("torch."),
+            "cache_dtype": layout.format.name,
         }
         info = Gauge(
             "vllm:cache_config_info",

@@ -223,7 +223,6 @@ class Server(uvicorn.Server):
     def _welcome(self, seconds: float) -> str:
         assert self._state.client is not None
         layout, stats = self._state.client.cache_layout, self._state.client.stats
-        dtype = str(layout.dtype).removeprefix("torch.")
         return WELCOME.format(
             version=curkv.__version__,
             model=self._settings.model_name,
@@ -231,7 +230,7 @@ class Server(uvicorn.Server):
             memory=stats.capacity_bytes / 2**30,
             pages=stats.num_pages,
             page_size=layout.page_size,
-            dtype=dtype,
+            dtype=layout.format.name,
             policy=self._settings.kv.policy,
             url=self._url(),
         )

@@ -1,17 +1,17 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from curkv.cache.budgets import Budget, parse_budget
 from curkv.cache.layout import CacheLayout, full_attention
+from curkv.kernels.formats import get_format
 
 
 def layout(page_size: int = 64, heads: int = 3) -> CacheLayout:
     return CacheLayout(
-        full_attention(30, heads), 64, page_size, torch.float32, max_sequences=8, max_tokens=8192
+        full_attention(30, heads), 64, page_size, get_format("float32"), max_sequences=8, max_tokens=8192
     )
 
 

@@ -12,6 +12,7 @@ from curkv.cache.integrity import IntegrityError, check_integrity
 from curkv.cache.layout import CacheLayout
 from curkv.cache.page_manager import OutOfSlots, PageManager
 from curkv.cache.page_pool import OutOfPages
+from curkv.kernels.formats import KV_FORMATS
 from curkv.kernels.rope.reference import rope
 from tests.cache.util import attention_over, books, head_tokens, kept, make_cache, same_books, step
 
@@ -117,9 +118,9 @@ def test_a_new_cache_uses_nothing() -> None:
     check_integrity(cache)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8])
-def test_the_layout_counts_the_bytes_that_pages_really_have(dtype: torch.dtype) -> None:
-    cache = make_cache(num_pages=3, dtype=dtype)
+@pytest.mark.parametrize("kv_dtype", KV_FORMATS)
+def test_the_layout_counts_the_bytes_that_pages_really_have(kv_dtype: str) -> None:
+    cache = make_cache(num_pages=3, kv_dtype=kv_dtype)
     assert sum(array.nbytes for array in cache.pages.arrays.values()) == 3 * cache.page_bytes
     assert cache.layout.token_bytes * cache.layout.page_size == 4 * cache.page_bytes
 

@@ -16,6 +16,7 @@ from curkv.cache.batch import Batch
 from curkv.cache.integrity import check_integrity
 from curkv.cache.page_manager import OutOfSlots
 from curkv.cache.page_pool import OutOfPages
+from curkv.kernels.formats.base import Store
 from curkv.kernels.store_kv.reference import store_kv
 from tests.cache.util import books, kept, make_cache, poison, same_books, token_slots
 
@@ -222,7 +223,9 @@ class CacheMachine(RuleBasedStateMachine):
         assert torch.equal(pages.position[page, place], expected[:, 3].int())
         _, layer, head, _, value = expected.unbind(1)
         for name, content in contents(value, layer, head).items():
-            assert torch.equal(getattr(pages, name)[page, place], content), name
+            held = getattr(pages, name)
+            found = held.read(page, place) if isinstance(held, Store) else held[page, place]
+            assert torch.equal(found, content), name
         poison(self.cache)
 
     def teardown(self) -> None:

@@ -26,6 +26,7 @@ from curkv.cache.parsing import parse_options
 from curkv.cache.plan import resolve
 from curkv.cache.policies.base import CacheView
 from curkv.kernels.dispatch import get_kernels
+from curkv.kernels.formats import get_format
 
 LAYERS = (0, 9, 19, 29)
 CHUNK = 700
@@ -84,7 +85,7 @@ def text(request, model, default_model_dir) -> Text:
             kept = out.past_key_values.layers[index]
             hidden = decoder.input_layernorm(out.hidden_states[index])
             layers.append(Layer(decoder.self_attn, hidden, kept.keys, kept.values, rope))
-        layout = CacheLayout(full_attention(len(LAYERS), 3), 64, 32, torch.float32, 1, 2048)
+        layout = CacheLayout(full_attention(len(LAYERS), 3), 64, 32, get_format("float32"), 1, 2048)
         return Text(layers, observe(layers, layout, n), layout)
 
 

@@ -12,6 +12,7 @@ from curkv.cache.layout import CacheLayout, full_attention
 from curkv.cache.observations import BLOCK_SKIP, STATISTICS_SKIP, Needs
 from curkv.cache.page_manager import PageManager
 from curkv.kernels.dispatch import get_kernels
+from curkv.kernels.formats import get_format
 from curkv.kernels.rope.reference import rope
 from tests.cache.util import poison
 from tests.kernels.util import rope_tables
@@ -22,7 +23,7 @@ EVERYTHING = Needs(queries=12, column_sums=True, query_statistics=True, block=16
 
 
 def make_cache() -> PageManager:
-    layout = CacheLayout(full_attention(LAYERS, HEADS), DIM, 8, torch.float32, 6, 128)
+    layout = CacheLayout(full_attention(LAYERS, HEADS), DIM, 8, get_format("float32"), 6, 128)
     cache = PageManager(layout, 400, get_kernels("cpu"))
     poison(cache)
     return cache

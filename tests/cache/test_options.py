@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from curkv.cache.budgets import Budget
 from curkv.cache.layout import CacheLayout, full_attention
@@ -9,8 +8,9 @@ from curkv.cache.options import EvictionOptions, OptionError
 from curkv.cache.parsing import parse_options
 from curkv.cache.plan import content_seed, resolve
 from curkv.cache.policies import get_policy, policy_descriptions, policy_names
+from curkv.kernels.formats import get_format
 
-LAYOUT = CacheLayout(full_attention(30, 3), 64, 64, torch.float32, max_sequences=8, max_tokens=8192)
+LAYOUT = CacheLayout(full_attention(30, 3), 64, 64, get_format("float32"), max_sequences=8, max_tokens=8192)
 PROMPT = list(range(1000))
 
 

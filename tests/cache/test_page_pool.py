@@ -5,16 +5,18 @@ import pytest
 import torch
 
 from curkv.cache.page_pool import OutOfPages, PagePool
+from curkv.kernels.formats import get_format
 
 
 def make_pool(num_pages: int = 10) -> PagePool:
-    return PagePool(num_pages, page_size=4, head_dim=8, dtype=torch.float16)
+    return PagePool(num_pages, page_size=4, head_dim=8, format=get_format("float16"))
 
 
 def test_pages_have_the_shapes_and_types_that_kernels_expect() -> None:
     pages = make_pool().pages
-    assert pages.k.shape == pages.v.shape == (10, 4, 8)
-    assert pages.k.dtype == pages.v.dtype == torch.float16
+    for store in (pages.k, pages.v):
+        assert store.arrays["vectors"].shape == (10, 4, 8)
+        assert store.arrays["vectors"].dtype == torch.float16
     sides = (pages.position, pages.k_sq, pages.v_sq, pages.attention)
     assert [side.shape for side in sides] == [(10, 4)] * 4
     assert [side.dtype for side in sides] == [torch.int32, *[torch.float32] * 3]

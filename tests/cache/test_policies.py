@@ -17,9 +17,11 @@ from curkv.cache.layout import CacheLayout, full_attention
 from curkv.cache.parsing import parse_options
 from curkv.cache.plan import EvictionPlan, resolve
 from curkv.cache.policies.base import CacheView, pooled
+from curkv.kernels.formats import get_format
+from curkv.kernels.formats.base import Store, VectorFormat
 from curkv.kernels.leverage_scores import cpu as leverage_cpu
 from curkv.kernels.leverage_scores import reference as leverage_reference
-from curkv.kernels.pages import Pages, rounded
+from curkv.kernels.pages import Pages
 from curkv.kernels.select import cpu as select_cpu
 from curkv.kernels.select import reference as select_reference
 from tests.cache.util import make_cache, step, view_of
@@ -28,6 +30,7 @@ CPU = SimpleNamespace(leverage_scores=leverage_cpu.leverage_scores, select=selec
 REFERENCE = SimpleNamespace(
     leverage_scores=leverage_reference.leverage_scores, select=select_reference.select
 )
+FLOAT32 = get_format("float32")
 EVICTING = ["curdkv", "adacurdkv", "streaming-llm", "knorm", "random"]
 
 
@@ -56,8 +59,8 @@ def make_view(
 
     nan = float("nan")
     pages = Pages(
-        k=paged(keys, nan),
-        v=paged(values, nan),
+        k=Store(FLOAT32.keys, keys.shape[-1], {"vectors": paged(keys, nan)}),
+        v=Store(FLOAT32.values, keys.shape[-1], {"vectors": paged(values, nan)}),
         position=paged(positions.to(torch.int32), -1),
         k_sq=paged(keys.float().square().sum(-1), nan),
         v_sq=paged(values.float().square().sum(-1), nan),
@@ -68,15 +71,15 @@ def make_view(
 
 def as_int8(view: CacheView) -> CacheView:
     """The same sequence in a cache of int8; the norms are those of the float32 vectors."""
-    pages = view.pages
-    (k, k_scale), (v, v_scale) = (rounded(x.nan_to_num(1e4), torch.int8) for x in (pages.k, pages.v))
-    unused = pages.k_sq.isnan()
-    assert k_scale is not None and v_scale is not None
-    scales = {
-        "k_scale": k_scale.masked_fill(unused, torch.nan),
-        "v_scale": v_scale.masked_fill(unused, torch.nan),
-    }
-    return replace(view, pages=replace(pages, k=k, v=v, **scales))
+    pages, format = view.pages, get_format("int8")
+
+    def encoded(store: Store, vectors: VectorFormat) -> Store:
+        arrays = vectors.encode(store.read().nan_to_num(1e4))
+        arrays["scales"].masked_fill_(pages.k_sq.isnan(), torch.nan)
+        return Store(vectors, store.head_dim, arrays)
+
+    k, v = encoded(pages.k, format.keys), encoded(pages.v, format.values)
+    return replace(view, pages=replace(pages, k=k, v=v))
 
 
 def random_view(layers=2, heads=3, n=100, dim=8, seed=0, **more) -> CacheView:
@@ -89,9 +92,9 @@ def random_view(layers=2, heads=3, n=100, dim=8, seed=0, **more) -> CacheView:
 def make_plan(view: CacheView, /, prompt: int | None = None, **raw) -> EvictionPlan:
     layout = CacheLayout(
         full_attention(*view.lengths.shape),
-        view.pages.k.shape[2],
-        view.pages.k.shape[1],
-        torch.float32,
+        view.pages.head_dim,
+        view.pages.page_size,
+        FLOAT32,
         1,
         9999,
     )
@@ -279,12 +282,12 @@ def test_kept_tokens_are_the_top_scores(request):
     assert worst_kept.ge(best_dropped).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
 @pytest.mark.parametrize("policy", EVICTING)
-def test_scoring_reads_no_unused_memory_and_writes_nothing(policy, dtype):
+def test_scoring_reads_no_unused_memory_and_writes_nothing(policy, kv_dtype):
     lengths = torch.tensor([[1, 50, 100], [17, 16, 0]], dtype=torch.int32)
     view = random_view(lengths=lengths)
-    if dtype == torch.int8:
+    if kv_dtype == "int8":
         view = as_int8(view)
     before = {name: array.clone() for name, array in view.pages.arrays.items()}
     scoring = make_plan(view, policy=policy, budget=20).policy

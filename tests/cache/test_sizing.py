@@ -4,16 +4,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from curkv.cache import sizing
 from curkv.cache.layout import CacheLayout, full_attention
+from curkv.kernels.formats import get_format
 
 LAYOUT = CacheLayout(
     layers=full_attention(2, 3),
     head_dim=64,
     page_size=16,
-    dtype=torch.float16,
+    format=get_format("float16"),
     max_sequences=4,
     max_tokens=100,
 )

@@ -14,8 +14,11 @@ from curkv.cache.layout import CacheLayout, LayerSpec, full_attention
 from curkv.cache.page_manager import PageManager
 from curkv.cache.policies.base import CacheView
 from curkv.kernels.compact.reference import compact
+from curkv.kernels.formats import get_format
+from curkv.kernels.formats.base import KVFormat
 from curkv.kernels.paged_decode_attention.reference import paged_decode_attention
 from curkv.kernels.paged_prefill_attention.reference import paged_prefill_attention
+from curkv.kernels.pages import SIDES
 from curkv.kernels.rope.reference import rope
 from curkv.kernels.store_kv.reference import store_kv
 
@@ -30,7 +33,7 @@ KERNELS = SimpleNamespace(
 
 def make_cache(
     num_pages: int = 64,
-    dtype: torch.dtype = torch.float32,
+    kv_dtype: str | KVFormat = "float32",
     max_prefix_pages: int = 0,
     num_kv_heads: int = 2,
     layers: tuple[LayerSpec, ...] | None = None,
@@ -43,8 +46,9 @@ def make_cache(
         "max_sequences": 4,
         "max_tokens": 24,
     }
+    format = get_format(kv_dtype) if isinstance(kv_dtype, str) else kv_dtype
     layers = layers or full_attention(2, num_kv_heads)
-    cache_layout = CacheLayout(layers, dtype=dtype, **(shape | layout))
+    cache_layout = CacheLayout(layers, format=format, **(shape | layout))
     cache = PageManager(cache_layout, num_pages, KERNELS, max_prefix_pages=max_prefix_pages)
     poison(cache)
     return cache
@@ -84,11 +88,15 @@ def poison(cache: PageManager) -> None:
 
 
 def head_tokens(cache: PageManager, slot: int, layer: int, head: int) -> dict[str, Tensor]:
-    """All that the pages hold about one head's tokens, by field name."""
+    """All that the pages hold about one head's tokens, by field name; keys and values decoded."""
     length = int(cache.lengths[slot, layer, head])
     count = -(-length // cache.layout.page_size)
     ids = cache.page_table[slot, layer, head, :count].long()
-    return {name: array[ids].flatten(0, 1)[:length] for name, array in cache.pages.arrays.items()}
+    pages = cache.pages
+    tokens = {"k": pages.k.read(ids), "v": pages.v.read(ids)} | {
+        name: getattr(pages, name)[ids] for name in SIDES
+    }
+    return {name: x.flatten(0, 1)[:length] for name, x in tokens.items()}
 
 
 def kept(masks: list[list[list[int]]]) -> tuple[Tensor, Tensor]:

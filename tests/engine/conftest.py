@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 from tokenizers import Tokenizer
 
 from curkv.bench.text import documentation_text
@@ -20,6 +19,7 @@ from curkv.engine.recorded_decodes import RecordedDecodes
 from curkv.engine.runner import Runner
 from curkv.engine.types import Output, Request, SamplingParams
 from curkv.kernels.dispatch import Kernels, get_kernels
+from curkv.kernels.formats import get_format
 from curkv.models.decoder import Decoder
 from curkv.models.info import ModelInfo
 from curkv.models.loading import load_config, load_tokenizer
@@ -41,7 +41,7 @@ class Loaded:
         self,
         num_pages: int = 20_000,
         page_size: int = 32,
-        dtype: torch.dtype = torch.float32,
+        kv_dtype: str = "float32",
         max_step_tokens: int = 512,
         max_sequences: int = 16,
         max_model_len: int = 8192,
@@ -53,7 +53,7 @@ class Loaded:
             full_attention(config.num_layers, config.num_kv_heads),
             config.head_dim,
             page_size,
-            dtype,
+            get_format(kv_dtype),
             max_sequences,
             max_model_len,
         )

@@ -104,7 +104,8 @@ def test_output_errors_are_those_of_attention_over_the_kept_tokens(
         for head in range(heads):
             pages = view.table[layer, head, : -(-n // 16)].long().repeat_interleave(16)[:n]
             place = (pages, torch.arange(n) % 16)
-            view.pages.k[place], view.pages.v[place] = k[layer, head], v[layer, head]
+            view.pages.k.write(k[layer, head], *place)
+            view.pages.v.write(v[layer, head], *place)
             view.pages.position[place] = torch.arange(n, dtype=torch.int32)
     observations = Observations(Needs(queries=w))
     q = torch.randn(layers, w, heads * group, dim)

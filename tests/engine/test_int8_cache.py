@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import torch
 
 from curkv.cache.parsing import parse_options
 from curkv.engine.engine import Engine
@@ -29,7 +28,7 @@ OPTIONS = {
 def test_policies_and_options_work_and_bytes_count_the_scales(
     make_engine: MakeEngine, loaded: Loaded, name: str
 ) -> None:
-    engine = make_engine(dtype=torch.int8)
+    engine = make_engine(kv_dtype="int8")
     item = request(loaded.prompt(320), 12, kv=parse_options(OPTIONS[name]), n=2)
     outputs = run(engine, item)
     layout = engine.kv.layout
@@ -44,6 +43,6 @@ def test_policies_and_options_work_and_bytes_count_the_scales(
 
 def test_answers_are_those_of_a_float_cache_almost_always(make_engine: MakeEngine, loaded: Loaded) -> None:
     prompts = [request(loaded.prompt(200 + 31 * i, 50 * i), 8, f"r{i}") for i in range(6)]
-    exact, rounded = (run(make_engine(dtype=dtype), *prompts) for dtype in (torch.float32, torch.int8))
+    exact, rounded = (run(make_engine(kv_dtype=name), *prompts) for name in ("float32", "int8"))
     equal = sum(tokens(exact[key]) == tokens(rounded[key]) for key in exact)
     assert equal >= 4

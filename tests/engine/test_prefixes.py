@@ -19,6 +19,7 @@ from curkv.engine.engine import Engine
 from curkv.engine.runner import Runner
 from curkv.engine.types import Output, Request
 from curkv.kernels.dispatch import get_kernels
+from curkv.kernels.formats import get_format
 from curkv.models.decoder import Decoder
 from curkv.models.info import ModelInfo
 from curkv.models.rope import rope_tables
@@ -41,13 +42,13 @@ def make_engine(
     num_pages: int = 2000,
     max_prefix_pages: int = 0,
     max_step_tokens: int = 512,
-    dtype: torch.dtype = torch.float16,
+    kv_dtype: str = "float16",
 ) -> Engine:
     layout = CacheLayout(
         full_attention(CONFIG.num_layers, CONFIG.num_kv_heads),
         CONFIG.head_dim,
         PAGE,
-        dtype,
+        get_format(kv_dtype),
         8,
         CONFIG.max_positions,
     )
@@ -119,15 +120,15 @@ def questions(count: int, context: int = 300, **kv: str) -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
+@pytest.mark.parametrize("kv_dtype", ["float16", "int8"])
 @pytest.mark.parametrize("name", PLAIN)
-def test_a_shared_prompt_is_computed_once_and_answers_are_the_same(name: str, dtype: torch.dtype) -> None:
+def test_a_shared_prompt_is_computed_once_and_answers_are_the_same(name: str, kv_dtype: str) -> None:
     items = questions(3, **PLAIN[name])
-    engine = make_engine(max_prefix_pages=PLENTY, dtype=dtype)
+    engine = make_engine(max_prefix_pages=PLENTY, kv_dtype=kv_dtype)
     shared = 96 if name == "streaming" else 300
     for i, item in enumerate(items):
         [found] = watched(engine, item).values()
-        [expected] = watched(make_engine(dtype=dtype), item).values()
+        [expected] = watched(make_engine(kv_dtype=kv_dtype), item).values()
         assert same(found, expected)
         assert found[2][-1].cached_tokens == (shared if i else 0)
     [again] = watched(engine, items[2]).values()
@@ -158,14 +159,14 @@ def test_requests_that_arrive_together_share_what_the_first_one_computes() -> No
     assert computed < 2 * 330
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
+@pytest.mark.parametrize("kv_dtype", ["float16", "int8"])
 @pytest.mark.parametrize("name", CONTEXT)
-def test_a_compressed_context_is_used_again(name: str, dtype: torch.dtype) -> None:
+def test_a_compressed_context_is_used_again(name: str, kv_dtype: str) -> None:
     items = questions(3, context_tokens="300", **CONTEXT[name])
-    engine = make_engine(max_prefix_pages=PLENTY, dtype=dtype)
+    engine = make_engine(max_prefix_pages=PLENTY, kv_dtype=kv_dtype)
     for i, item in enumerate(items):
         [found] = watched(engine, item).values()
-        [expected] = watched(make_engine(dtype=dtype), item).values()
+        [expected] = watched(make_engine(kv_dtype=kv_dtype), item).values()
         assert same(found, expected)
         assert found[2][-1].cached_tokens == (300 if i else 0)
         kv, usual = found[2][-1].kv, expected[2][-1].kv

@@ -19,6 +19,7 @@ from curkv.cache.page_manager import PageManager
 from curkv.cache.parsing import parse_options
 from curkv.engine.recorded_decodes import RecordedDecodes
 from curkv.kernels.dispatch import get_kernels
+from curkv.kernels.formats import get_format
 from curkv.kernels.linear.formats import WEIGHT_FORMATS
 from curkv.models.decoder import Decoder
 from curkv.models.loading import load_config
@@ -54,7 +55,12 @@ def test_every_family_can_be_recorded(
     config, kernels = load_config(tmp_path), get_kernels("cpu")
     model = Decoder(config, Checkpoint(tmp_path, config), kernels, WEIGHT_FORMATS[form])
     layout = CacheLayout(
-        full_attention(config.num_layers, config.num_kv_heads), config.head_dim, 16, torch.float16, 4, 128
+        full_attention(config.num_layers, config.num_kv_heads),
+        config.head_dim,
+        16,
+        get_format("float16"),
+        4,
+        128,
     )
     caches = [PageManager(layout, 64, kernels) for _ in range(2)]
     attention, other = (PagedAttention(kv, rope_tables(config, 128)) for kv in caches)
@@ -94,7 +100,7 @@ def test_an_engine_that_records_gives_the_same_tokens(loaded: Loaded) -> None:
 
 
 def test_what_cannot_be_recorded_is_run_kernel_by_kernel(caplog: pytest.LogCaptureFixture) -> None:
-    layout = CacheLayout(full_attention(1, 1), 8, 16, torch.float32, 4, 64)
+    layout = CacheLayout(full_attention(1, 1), 8, 16, get_format("float32"), 4, 64)
     kv = PageManager(layout, 8, get_kernels("cpu"))
     attention = PagedAttention(kv, (torch.ones(64, 4), torch.zeros(64, 4)))
     computed = SimpleNamespace(forward=lambda batch, _: batch.token_ids[:, None].float() + 1)

@@ -21,6 +21,7 @@ from curkv.engine.decode_graphs import DecodeGraphs
 from curkv.engine.engine import Engine
 from curkv.engine.runner import Runner
 from curkv.kernels.dispatch import get_kernels
+from curkv.kernels.formats import get_format
 from curkv.models.decoder import Decoder
 from curkv.models.info import ModelInfo
 from curkv.models.rope import rope_tables
@@ -46,7 +47,12 @@ def engine_over(kernels_name: str, num_pages: int, graphs: bool = False, apart: 
     kernels = get_kernels(kernels_name)
     model = Decoder(CONFIG, random_checkpoint(), kernels)
     layout = CacheLayout(
-        full_attention(CONFIG.num_layers, CONFIG.num_kv_heads), CONFIG.head_dim, 16, torch.float32, 4, 256
+        full_attention(CONFIG.num_layers, CONFIG.num_kv_heads),
+        CONFIG.head_dim,
+        16,
+        get_format("float32"),
+        4,
+        256,
     )
     kv = PageManager(layout, num_pages, kernels)
     attention = PagedAttention(kv, rope_tables(CONFIG, 256))
@@ -122,7 +128,12 @@ def test_the_host_waits_for_nothing_within_a_decode_step(monkeypatch: pytest.Mon
     kernels = get_kernels("triton")
     model = Decoder(CONFIG, random_checkpoint("meta"), kernels)
     layout = CacheLayout(
-        full_attention(CONFIG.num_layers, CONFIG.num_kv_heads), CONFIG.head_dim, 16, torch.float32, 4, 256
+        full_attention(CONFIG.num_layers, CONFIG.num_kv_heads),
+        CONFIG.head_dim,
+        16,
+        get_format("float32"),
+        4,
+        256,
     )
     kv = PageManager(layout, 100, kernels, "meta")
     graphs = DecodeGraphs(model, PagedAttention(kv, rope_tables(CONFIG, 256)))

@@ -15,6 +15,7 @@ from curkv.cache.page_manager import PageManager
 from curkv.engine.engine import Engine
 from curkv.engine.runner import Runner
 from curkv.kernels.dispatch import get_kernels
+from curkv.kernels.formats import get_format
 from curkv.models.blocks import AttentionWeights, LayerWeights, MlpWeights
 from curkv.models.config import ModelConfig
 from curkv.models.decoder import Decoder
@@ -84,7 +85,7 @@ def make_engine(tokenizer: Tokenizer) -> MakeEngine:
     model = Decoder(config, RandomCheckpoint(config), kernels)
 
     def make(num_pages: int = 4000, max_sequences: int = 32) -> Engine:
-        layout = CacheLayout(full_attention(2, 2), 16, 16, torch.float32, max_sequences, MAX_TOKENS)
+        layout = CacheLayout(full_attention(2, 2), 16, 16, get_format("float32"), max_sequences, MAX_TOKENS)
         attention = PagedAttention(PageManager(layout, num_pages, kernels), rope_tables(config))
         return Engine(Runner(model, attention), ModelInfo(tokenizer), 256, MAX_TOKENS)
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from curkv.kernels.compact import cpu, reference
+from curkv.kernels.formats import KV_FORMATS
 from curkv.kernels.pages import Pages
-from tests.kernels.util import KV_DTYPES, Pool, make_pool
+from tests.kernels.util import Pool, make_pool, map_arrays
 
 IMPLEMENTATIONS = [reference, cpu]
 RAGGED = [[0, 1, 15], [16, 17, 100], [333, 64, 31]]
@@ -17,12 +18,12 @@ def rows(pool: Pool) -> tuple[torch.Tensor, torch.Tensor]:
 
 def bits(pages: Pages, name: str) -> torch.Tensor:
     """A tensor's memory as integers, so that NaN equals itself."""
-    storage = getattr(pages, name)
+    storage = pages.arrays[name]
     return storage.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[storage.itemsize])
 
 
 def tokens(pages: Pages, name: str, row: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    size = pages.k.shape[1]
+    size = pages.page_size
     return bits(pages, name)[row[index // size].long(), index % size]
 
 
@@ -43,18 +44,18 @@ def check(before: Pages, after: Pages, source, target, indices, counts) -> None:
         for name in after.arrays:
             expected = tokens(before, name, source[row], indices[row, :count].long())
             assert torch.equal(tokens(after, name, target[row], to), expected)
-            written[name][target[row][to // after.k.shape[1]].long(), to % after.k.shape[1]] = True
+            written[name][target[row][to // after.page_size].long(), to % after.page_size] = True
     for name in after.arrays:
         untouched = ~written[name]
         assert torch.equal(bits(after, name)[untouched], bits(before, name)[untouched])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", KV_DTYPES)
+@pytest.mark.parametrize("kv_dtype", KV_FORMATS)
 @pytest.mark.parametrize(("head_dim", "page_size"), [(64, 16), (96, 48), (128, 128)])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_in_place(implementation, dtype, head_dim, page_size, share):
-    pool = make_pool(RAGGED, head_dim=head_dim, page_size=page_size, dtype=dtype)
+def test_in_place(implementation, kv_dtype, head_dim, page_size, share):
+    pool = make_pool(RAGGED, head_dim=head_dim, page_size=page_size, kv_dtype=kv_dtype)
     table, lengths = rows(pool)
     indices, counts = random_kept(lengths, share)
     after = pool.copy().pages
@@ -68,9 +69,9 @@ def test_shared_pages_are_copied_and_not_written(implementation):
     table, lengths = rows(pool)
     indices, counts = random_kept(lengths, 0.8)
     after = pool.copy().pages
-    fresh = len(after.k) + torch.arange(table.numel(), dtype=torch.int32).view_as(table)
+    fresh = len(after.position) + torch.arange(table.numel(), dtype=torch.int32).view_as(table)
     after, before = (
-        Pages(**{n: torch.cat([x, x.new_zeros(table.numel(), *x.shape[1:])]) for n, x in p.arrays.items()})
+        map_arrays(p, lambda x: torch.cat([x, x.new_zeros(table.numel(), *x.shape[1:])]))
         for p in (after, pool.pages)
     )
     shared = torch.isin(table, table[2:]) & torch.isin(table, table[:2])

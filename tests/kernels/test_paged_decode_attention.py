@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from curkv.kernels.formats import KV_FORMATS, get_format
 from curkv.kernels.paged_decode_attention import cpu, reference
-from tests.kernels.util import KV_DTYPES, assert_close, make_pool, relative_rms
+from tests.kernels.util import assert_close, make_pool, relative_rms
 
 TOLERANCE = 2e-6  # both read the same rounded K and V and compute in float32
 INT8_TOLERANCE = 1e-4  # queries and weights are rounded to int16 besides: 1 / 65,534 of the largest each
@@ -15,7 +16,7 @@ INT8_TOLERANCE = 1e-4  # queries and weights are rounded to int16 besides: 1 / 6
 def check(lengths: list[list[int]], group: int, accumulate: bool = False, **options: object) -> None:
     """Compare outputs, and attention sums, on a random pool."""
     pool = make_pool(lengths, **options)  # type: ignore[arg-type]
-    heads, dim = len(lengths[0]), pool.pages.k.shape[2]
+    heads, dim = len(lengths[0]), pool.pages.head_dim
     q = torch.randn(len(lengths), heads * group, dim, generator=torch.Generator().manual_seed(1))
     mine, theirs = pool.copy(), pool.copy()
     scale = dim**-0.5
@@ -25,12 +26,12 @@ def check(lengths: list[list[int]], group: int, accumulate: bool = False, **opti
     expected = reference.paged_decode_attention(
         q, theirs.pages, pool.table, pool.lengths, pool.slots, scale, accumulate
     )
-    tolerance = INT8_TOLERANCE if pool.pages.k.dtype == torch.int8 else TOLERANCE
+    tolerance = INT8_TOLERANCE if options.get("kv_dtype") == "int8" else TOLERANCE
     assert_close(actual, expected, tolerance)
     assert_close(mine.pages.attention, theirs.pages.attention, tolerance)
 
 
-@pytest.mark.parametrize("dtype", KV_DTYPES)
+@pytest.mark.parametrize("kv_dtype", KV_FORMATS)
 @pytest.mark.parametrize(
     ("head_dim", "page_size", "group"),
     [
@@ -44,22 +45,22 @@ def check(lengths: list[list[int]], group: int, accumulate: bool = False, **opti
         (64, 256, 8),
     ],
 )
-def test_ragged_heads(dtype: torch.dtype, head_dim: int, page_size: int, group: int) -> None:
-    if dtype == torch.int8:
-        head_dim = -(-head_dim // 16) * 16
+def test_ragged_heads(kv_dtype: str, head_dim: int, page_size: int, group: int) -> None:
+    multiple = get_format(kv_dtype).multiple
+    head_dim = -(-head_dim // multiple) * multiple
     lengths = [[1, page_size, page_size + 1], [700, 3, 1025], [page_size - 1, 512, 2 * page_size]]
-    check(lengths, group, head_dim=head_dim, page_size=page_size, dtype=dtype)
+    check(lengths, group, head_dim=head_dim, page_size=page_size, kv_dtype=kv_dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
 @pytest.mark.parametrize("accumulate", [False, True])
-def test_pages_shared_between_sequences(accumulate: bool, dtype: torch.dtype) -> None:
-    check([[600, 40], [900, 33], [64, 700]], 3, accumulate, shared_pages=8, dtype=dtype)
+def test_pages_shared_between_sequences(accumulate: bool, kv_dtype: str) -> None:
+    check([[600, 40], [900, 33], [64, 700]], 3, accumulate, shared_pages=8, kv_dtype=kv_dtype)
 
 
 def test_int8_is_as_far_from_float32_as_rounding_explains() -> None:
     lengths, q = [[3000, 40]], torch.randn(1, 6, 64, generator=torch.Generator().manual_seed(1))
-    exact, rounded = (make_pool(lengths, dtype=dtype) for dtype in (torch.float32, torch.int8))
+    exact, rounded = (make_pool(lengths, kv_dtype=name) for name in ("float32", "int8"))
     out, expected = (
         kernel.paged_decode_attention(q, pool.pages, pool.table, pool.lengths, pool.slots, 0.125)
         for kernel, pool in ((cpu, rounded), (reference, exact))
@@ -70,7 +71,7 @@ def test_int8_is_as_far_from_float32_as_rounding_explains() -> None:
 
 
 def test_int8_with_an_odd_head_is_refused() -> None:
-    pool = make_pool([[5]], head_dim=72, dtype=torch.int8)
+    pool = make_pool([[5]], head_dim=72, kv_dtype="int8")
     with pytest.raises(ValueError, match="multiple of 16"):
         cpu.paged_decode_attention(
             torch.randn(1, 2, 72), pool.pages, pool.table, pool.lengths, pool.slots, 1.0
@@ -87,7 +88,7 @@ def test_head_without_tokens_gives_zeros() -> None:
 
 def test_extreme_scores_stay_exact() -> None:
     pool = make_pool([[1500, 7]])
-    pool.pages.k.mul_(200)
+    pool.pages.k.arrays["vectors"].mul_(200)
     q = torch.randn(1, 6, 64)
     args = (q, pool.pages, pool.table, pool.lengths, pool.slots, 1.0)
     assert_close(cpu.paged_decode_attention(*args), reference.paged_decode_attention(*args), 1e-4)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from curkv.kernels.formats import KV_FORMATS
 from curkv.kernels.paged_prefill_attention import cpu, reference
-from tests.kernels.util import KV_DTYPES, assert_close, make_pool, query_start
+from tests.kernels.util import assert_close, make_pool, query_start
 
 TOLERANCE = 2e-6  # both read the same rounded K and V and compute in float32
 BFLOAT16_TOLERANCE = 2e-2  # keys, values and weights of up to 4 are rounded to 8 bits
@@ -21,7 +22,7 @@ def check(
 ) -> None:
     """Compare outputs and log-sum-exps on a random pool whose sequences end in new tokens."""
     pool = make_pool(lengths, **options)  # type: ignore[arg-type]
-    heads, dim = len(lengths[0]), pool.pages.k.shape[2]
+    heads, dim = len(lengths[0]), pool.pages.head_dim
     q = torch.randn(sum(new_tokens), heads * group, dim, generator=torch.Generator().manual_seed(1))
     q = q.to(q_dtype)
     tolerance = TOLERANCE if q_dtype is torch.float32 else BFLOAT16_TOLERANCE
@@ -34,7 +35,7 @@ def check(
     assert_close(cpu.paged_prefill_attention(*args[:-1]), out, 0)
 
 
-@pytest.mark.parametrize("dtype", KV_DTYPES)
+@pytest.mark.parametrize("kv_dtype", KV_FORMATS)
 @pytest.mark.parametrize(
     ("head_dim", "page_size", "group"),
     [
@@ -48,18 +49,20 @@ def check(
         (64, 256, 8),
     ],
 )
-def test_ragged_heads_and_chunks(dtype: torch.dtype, head_dim: int, page_size: int, group: int) -> None:
+def test_ragged_heads_and_chunks(kv_dtype: str, head_dim: int, page_size: int, group: int) -> None:
     lengths = [[1, 1, 1], [300, 77, 129], [page_size + 1, 2 * page_size, 40], [65, 64, 500]]
-    check(lengths, [1, 77, 9, 17], group, head_dim=head_dim, page_size=page_size, dtype=dtype)
+    check(lengths, [1, 77, 9, 17], group, head_dim=head_dim, page_size=page_size, kv_dtype=kv_dtype)
 
 
-@pytest.mark.parametrize("dtype", KV_DTYPES)
+@pytest.mark.parametrize("kv_dtype", KV_FORMATS)
 @pytest.mark.parametrize(
     ("head_dim", "page_size", "group"), [(64, 64, 3), (96, 24, 2), (256, 16, 5), (72, 8, 1)]
 )
-def test_queries_of_bfloat16(dtype: torch.dtype, head_dim: int, page_size: int, group: int) -> None:
+def test_queries_of_bfloat16(kv_dtype: str, head_dim: int, page_size: int, group: int) -> None:
     lengths = [[1, 1, 1], [300, 77, 129], [65, 64, 501]]
-    check(lengths, [1, 77, 17], group, torch.bfloat16, head_dim=head_dim, page_size=page_size, dtype=dtype)
+    check(
+        lengths, [1, 77, 17], group, torch.bfloat16, head_dim=head_dim, page_size=page_size, kv_dtype=kv_dtype
+    )
 
 
 def test_queries_of_bfloat16_are_widened_where_they_are_not_multiplied(
@@ -86,7 +89,7 @@ def test_growing_scores_are_rescaled() -> None:
     pool = make_pool([[600]])
     row = pool.table[int(pool.slots[0]), 0]
     for page in range(38):
-        pool.pages.k[int(row[page])] *= 1 + page
+        pool.pages.k.arrays["vectors"][int(row[page])] *= 1 + page
     q = torch.randn(600, 2, 64)
     args = (q, pool.pages, pool.table, pool.lengths, pool.slots, query_start([600]), 0.5)
     assert_close(cpu.paged_prefill_attention(*args), reference.paged_prefill_attention(*args), 1e-4)

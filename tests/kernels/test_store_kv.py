@@ -5,18 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
+from curkv.kernels.formats import KV_FORMATS
 from curkv.kernels.pages import Pages
 from curkv.kernels.store_kv import cpu, reference
-from tests.kernels.util import KV_DTYPES, Pool, assert_close, make_pool, query_start, rope_tables
+from tests.kernels.util import Pool, assert_close, make_pool, query_start, rope_tables
 
 # A fused multiply-add may round a few rotated keys to the neighbouring 16-bit value.
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3, torch.int8: 1e-3}
+TOLERANCE = {"float32": 1e-6, "float16": 1e-4, "bfloat16": 1e-3, "int8": 1e-3}
 
 
 def store(kernel: object, pool: Pool, new_tokens: list[int], seed: int = 0) -> Pages:
     """Store random tokens at random positions into a copy of the pool."""
     generator = torch.Generator().manual_seed(seed)
-    heads, head_dim = pool.table.shape[1], pool.pages.k.shape[2]
+    heads, head_dim = pool.table.shape[1], pool.pages.head_dim
     tokens = sum(new_tokens)
     wide = torch.randn(tokens, 2 * heads, head_dim, generator=generator)
     positions = torch.randint(0, 4096, (tokens,), generator=generator, dtype=torch.int32)
@@ -28,36 +29,29 @@ def store(kernel: object, pool: Pool, new_tokens: list[int], seed: int = 0) -> P
     return pages
 
 
-def floats(storage: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
-    """What stored vectors stand for."""
-    return storage.float() if scales is None else storage * scales[..., None]
-
-
 def check(lengths: list[list[int]], new_tokens: list[int], **options: object) -> None:
     pool = make_pool(lengths, new_tokens=new_tokens, **options)  # type: ignore[arg-type]
     actual, expected = store(cpu, pool, new_tokens), store(reference, pool, new_tokens)
-    tolerance = TOLERANCE[pool.pages.k.dtype]
-    assert_close(*(floats(pages.k, pages.k_scale) for pages in (actual, expected)), tolerance)
-    assert torch.equal(actual.v.nan_to_num(), expected.v.nan_to_num())
-    if expected.v_scale is not None:
-        assert torch.equal(actual.v_scale.nan_to_num(-1), expected.v_scale.nan_to_num(-1))
+    assert_close(actual.k.read(), expected.k.read(), TOLERANCE[pool.pages.k.format.name])
+    for name, array in actual.v.arrays.items():
+        assert torch.equal(array.nan_to_num(-1), expected.v.arrays[name].nan_to_num(-1))
     assert torch.equal(actual.position, expected.position)
     assert torch.equal(actual.attention.nan_to_num(-1), expected.attention.nan_to_num(-1))
     assert_close(actual.k_sq, expected.k_sq, 1e-6)
     assert_close(actual.v_sq, expected.v_sq, 1e-6)
 
 
-@pytest.mark.parametrize("dtype", KV_DTYPES)
+@pytest.mark.parametrize("kv_dtype", KV_FORMATS)
 @pytest.mark.parametrize(
     ("head_dim", "page_size"), [(64, 16), (96, 64), (128, 128), (256, 8), (72, 24), (8, 16)]
 )
-def test_ragged_heads(dtype: torch.dtype, head_dim: int, page_size: int) -> None:
+def test_ragged_heads(kv_dtype: str, head_dim: int, page_size: int) -> None:
     lengths = [[1, 1, 1], [100, 41, page_size + 41], [2 * page_size, 3 * page_size + 1, 7]]
-    check(lengths, [1, 41, 7], head_dim=head_dim, page_size=page_size, dtype=dtype)
+    check(lengths, [1, 41, 7], head_dim=head_dim, page_size=page_size, kv_dtype=kv_dtype)
 
 
 def test_int8_is_within_half_a_step_of_the_vector_and_zeros_stay_zeros() -> None:
-    pool = make_pool([[40, 7]], new_tokens=[7], dtype=torch.int8)
+    pool = make_pool([[40, 7]], new_tokens=[7], kv_dtype="int8")
     heads, tokens = 2, 7
     k, v = torch.randn(2, tokens, heads, 64, generator=torch.Generator().manual_seed(2))
     v[3] = 0
@@ -66,14 +60,14 @@ def test_int8_is_within_half_a_step_of_the_vector_and_zeros_stay_zeros() -> None
     for kernel in (cpu, reference):
         pages = pool.copy().pages
         kernel.store_kv(pages, k, v, *still, positions, pool.table, pool.lengths, pool.slots, starts)
-        assert pages.k_scale is not None and pages.v_scale is not None
         for head in range(heads):
             index = int(pool.lengths[pool.slots[0], head]) - tokens + torch.arange(tokens)
             where = pool.table[pool.slots[0], head][index // 16].long(), index % 16
-            for storage, scales, x in ((pages.k, pages.k_scale, k), (pages.v, pages.v_scale, v)):
-                error = (storage[where] * scales[where][:, None] - x[:, head]).abs()
-                assert (error <= 0.5001 * scales[where][:, None]).all()
-                assert torch.allclose(127 * scales[where], x[:, head].abs().amax(-1))
+            for store, x in ((pages.k, k), (pages.v, v)):
+                scales = store.arrays["scales"][where]
+                error = (store.read(*where) - x[:, head]).abs()
+                assert (error <= 0.5001 * scales[:, None]).all()
+                assert torch.allclose(127 * scales, x[:, head].abs().amax(-1))
             assert torch.equal(pages.v_sq[where], v[:, head].square().sum(-1)) or kernel is cpu
 
 

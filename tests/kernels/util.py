@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from curkv.kernels.pages import Pages, rounded
+from curkv.kernels.formats import get_format
+from curkv.kernels.formats.base import KVFormat
+from curkv.kernels.pages import SIDES, Pages, allocate
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-KV_DTYPES = (*DTYPES, torch.int8)
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Pool:
     """A page pool and one layer's view of its tables.
 
     Attributes:
-        pages: The memory; whatever holds no token is NaN (int8: 77, position: -1).
+        pages: The memory; whatever holds no token is NaN (integers: 77, position: -1).
         table: int32 [max_sequences, H, max_pages], strided as a layer's slice is; unused entries are -1.
         lengths: int32 [max_sequences, H]; rows of no sequence are 0.
         slots: int32 [B], the row of each sequence.
@@ -32,8 +33,16 @@ class Pool:
 
     def copy(self) -> Pool:
         """Copy the memory that kernels write, so that two of them can be compared."""
-        arrays = {name: array.clone() for name, array in self.pages.arrays.items()}
-        return Pool(Pages(**arrays), self.table, self.lengths, self.slots)
+        return replace(self, pages=map_arrays(self.pages, Tensor.clone))
+
+
+def map_arrays(pages: Pages, function: Callable[[Tensor], Tensor]) -> Pages:
+    """Pages of what a function makes of each array."""
+    k, v = (
+        replace(store, arrays={name: function(x) for name, x in store.arrays.items()})
+        for store in (pages.k, pages.v)
+    )
+    return Pages(k, v, **{name: function(getattr(pages, name)) for name in SIDES})
 
 
 def rows_of(pool: Pool) -> tuple[Tensor, Tensor]:
@@ -47,7 +56,7 @@ def make_pool(
     *,
     head_dim: int = 64,
     page_size: int = 16,
-    dtype: torch.dtype = torch.float32,
+    kv_dtype: str | KVFormat = "float32",
     new_tokens: Sequence[int] | None = None,
     shared_pages: int = 0,
     seed: int = 0,
@@ -58,7 +67,7 @@ def make_pool(
         lengths: [B][H], tokens of each head.
         head_dim: Size of a head.
         page_size: Tokens per page.
-        dtype: Of K and V.
+        kv_dtype: The format of K and V, or its name.
         new_tokens: [B], last tokens of each head that are not filled in: their pages exist, `store_kv` writes
             them.
         shared_pages: The first that many pages of each head of sequence 0 also belong to all other sequences
@@ -71,18 +80,11 @@ def make_pool(
     max_pages = int(-(-counts.max() // page_size)) + 1
     num_pages = int((-(-counts // page_size)).sum()) + 5
     free = torch.randperm(num_pages, generator=generator).tolist()
-    nothing = 77 if dtype == torch.int8 else torch.nan
-    scales = [torch.full((num_pages, page_size), torch.nan) if dtype == torch.int8 else None for _ in "kv"]
-    pages = Pages(
-        k=torch.full((num_pages, page_size, head_dim), nothing, dtype=dtype),
-        v=torch.full((num_pages, page_size, head_dim), nothing, dtype=dtype),
-        position=torch.full((num_pages, page_size), -1, dtype=torch.int32),
-        k_sq=torch.full((num_pages, page_size), torch.nan),
-        v_sq=torch.full((num_pages, page_size), torch.nan),
-        attention=torch.full((num_pages, page_size), torch.nan),
-        k_scale=scales[0],
-        v_scale=scales[1],
-    )
+    format = get_format(kv_dtype) if isinstance(kv_dtype, str) else kv_dtype
+    pages = allocate(format, num_pages, page_size, head_dim)
+    for array in pages.arrays.values():
+        array.fill_(torch.nan if array.is_floating_point() else 77)
+    pages.position.fill_(-1)
     max_sequences = batch + 2
     table = torch.full((max_sequences, 2, heads, max_pages), -1, dtype=torch.int32)[:, 1]
     slots = torch.randperm(max_sequences, generator=generator)[:batch].to(torch.int32)
@@ -105,13 +107,12 @@ def make_pool(
 
 def _fill_page(pages: Pages, number: int, page: int, filled: int, generator: torch.Generator) -> None:
     """Put the tokens `page * page_size ...` of a head, as far as there are `filled`, into page `number`."""
-    page_size, head_dim = pages.k.shape[1:]
+    page_size, head_dim = pages.page_size, pages.head_dim
     n = max(0, min(page_size, filled - page * page_size))
     k, v = torch.randn(2, n, head_dim, generator=generator)
-    for storage, scales, x in ((pages.k, pages.k_scale, k), (pages.v, pages.v_scale, v)):
-        storage[number, :n], scale = rounded(x, storage.dtype)
-        if scales is not None and scale is not None:
-            scales[number, :n] = scale
+    tokens = torch.full((n,), number), torch.arange(n)
+    pages.k.write(k, *tokens)
+    pages.v.write(v, *tokens)
     pages.position[number, :n] = torch.arange(page * page_size, page * page_size + n, dtype=torch.int32)
     pages.k_sq[number, :n] = k.square().sum(-1)
     pages.v_sq[number, :n] = v.square().sum(-1)

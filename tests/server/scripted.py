@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 import uvicorn
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -22,6 +21,7 @@ from curkv.config import Settings
 from curkv.engine.client import EngineUnavailable
 from curkv.engine.stats import StatsSink, StepStats
 from curkv.engine.types import InvalidRequest, KVReport, Output, Request, TokenLogprob
+from curkv.kernels.formats import get_format
 from curkv.models.tools.hermes import Hermes
 from curkv.server.app import create_app
 
@@ -104,7 +104,7 @@ class ScriptedClient:
 
     @property
     def cache_layout(self) -> CacheLayout:
-        return CacheLayout(full_attention(2, 3), 8, 16, torch.float16, 4, self.max_model_len)
+        return CacheLayout(full_attention(2, 3), 8, 16, get_format("float16"), 4, self.max_model_len)
 
     @property
     def stats(self) -> StepStats:

@@ -14,6 +14,7 @@ from torch import Tensor
 from curkv.cache.allocation import ALLOCATIONS, Allocation
 from curkv.cache.declarations import Choice, Configurable, Integer, option, unless
 from curkv.cache.observations import Needs, Observations
+from curkv.kernels.formats.base import Store
 from curkv.kernels.pages import Pages
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class CacheView:
     @property
     def scale(self) -> float:
         """Factor of attention scores."""
-        return float(self.pages.k.shape[-1] ** -0.5)
+        return float(self.pages.head_dim**-0.5)
 
     def gather(self, side: Tensor, fill: float) -> Tensor:
         """Read one of the pages' per-token side arrays.
@@ -98,20 +99,17 @@ class CacheView:
 
     def keys(self, layer: int) -> Tensor:
         """A layer's keys: float32 [H, n_max, head_dim], 0 past a head's length."""
-        return self._vectors(self.pages.k, self.pages.k_scale, layer)
+        return self._vectors(self.pages.k, layer)
 
     def values(self, layer: int) -> Tensor:
         """A layer's values: float32 [H, n_max, head_dim], 0 past a head's length."""
-        return self._vectors(self.pages.v, self.pages.v_scale, layer)
+        return self._vectors(self.pages.v, layer)
 
-    def _vectors(self, storage: Tensor, scales: Tensor | None, layer: int) -> Tensor:
-        used = -(-self.width // storage.shape[1])
-        pages = self.table[layer, :, :used].clamp(0, len(storage) - 1)
-        tokens = storage.index_select(0, pages.flatten()).float()
-        if scales is not None:
-            tokens *= scales.index_select(0, pages.flatten())[..., None]
+    def _vectors(self, store: Store, layer: int) -> Tensor:
+        used = -(-self.width // self.pages.page_size)
+        pages = self.table[layer, :, :used].clamp(0, len(self.pages.position) - 1)
         past = torch.arange(self.width, device=pages.device) >= self.lengths[layer, :, None]
-        tokens = tokens.view(len(pages), -1, storage.shape[2])[:, : self.width]
+        tokens = store.read(pages.flatten()).view(len(pages), -1, store.head_dim)[:, : self.width]
         return tokens.masked_fill_(past[..., None], 0.0)
 
     def newest(self, count: int) -> Tensor:
@@ -129,7 +127,7 @@ class CacheView:
             float32 [L * H, w, group, head_dim].
         """
         observed = self._observed.queries
-        heads, dim = self.lengths.shape[1], self.pages.k.shape[-1]
+        heads, dim = self.lengths.shape[1], self.pages.head_dim
         layers = torch.stack([observed[layer][-count:] for layer in range(self.num_layers)])
         by_head = layers.view(*layers.shape[:2], heads, -1, dim).transpose(1, 2)
         return by_head.flatten(0, 1).contiguous()

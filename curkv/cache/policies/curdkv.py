@@ -93,7 +93,7 @@ ADA_CURDKV = CurDKV(
 
 def gaussian_sketch(view: CacheView, rank: int) -> Tensor:
     """Draw G, float32 [head_dim, rank] with entries of N(0, 1 / rank), for this request and round."""
-    shape = view.pages.k.shape[-1], rank
+    shape = view.pages.head_dim, rank
     return torch.randn(shape, generator=view.generator(), device=view.lengths.device) / math.sqrt(rank)
 
 

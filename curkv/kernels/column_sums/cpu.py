@@ -19,20 +19,20 @@ from curkv.kernels.cpu.jit import inlined
 from curkv.kernels.cpu.lanes import add, broadcast
 from curkv.kernels.cpu.memory import (
     FLOAT32,
-    KINDS,
     address,
     fetch_add,
     load,
     load_int32,
     load_scalar,
     row_address,
-    scales_address,
     store,
     store_scalar,
 )
 from curkv.kernels.cpu.softmax import row_exp2
 from curkv.kernels.cpu.tiles import STRIP, strip_tile
+from curkv.kernels.cpu.vectors import read_addresses
 from curkv.kernels.cpu.workers import bits_of_float, compile_worker, float_of_bits, launch, read_arguments
+from curkv.kernels.formats.base import VectorFormat
 from curkv.kernels.paged_prefill_attention.cpu import KEY_BLOCK, load_keys, load_queries
 from curkv.kernels.pages import Pages
 
@@ -54,7 +54,7 @@ def column_sums(
     head_dim and the page size are multiples of 8.
     """
     _, query_heads, dim = q.shape
-    heads, page_size, dtype = table.shape[1], pages.k.shape[1], pages.k.dtype
+    heads, page_size = table.shape[1], pages.page_size
     if dim % 8 or page_size % 8:
         raise ValueError(f"head_dim {dim} and page size {page_size} must be multiples of 8")
     if q.stride()[1:] != (dim, 1):
@@ -67,9 +67,9 @@ def column_sums(
     counter = torch.zeros(1, dtype=torch.int64)
     scratch = torch.empty((threads, (rows + KEY_BLOCK) * dim + (STRIP + 1) * KEY_BLOCK))
     launch(
-        _worker(dtype), threads,
-        row_address(q, torch.float32), q.stride(0), address(lse, torch.float32), address(pages.k, dtype),
-        scales_address(pages.k_scale), address(pages.attention, torch.float32),
+        _worker(pages.k.format), threads,
+        row_address(q, torch.float32), q.stride(0), address(lse, torch.float32),
+        address(pages.k.addresses, torch.int64), address(pages.attention, torch.float32),
         row_address(table, torch.int32), table.stride(0), table.stride(1),
         row_address(lengths, torch.int32), lengths.stride(0), address(slots, torch.int32),
         address(query_start, torch.int32), slots.shape[0], heads, group, dim, page_size, block,
@@ -79,23 +79,23 @@ def column_sums(
 
 
 @functools.cache
-def _worker(dtype: torch.dtype) -> int:
-    kind = KINDS[dtype]
+def _worker(format: VectorFormat) -> int:
+    vectors = format.on_cpu()
 
     def work(arguments: int, worker: int) -> None:
-        _work(kind, arguments, worker)
+        _work(vectors, arguments, worker)
 
     return compile_worker(work)
 
 
 @inlined
-def _work(kind: Any, arguments: int, worker: int) -> None:
+def _work(vectors: Any, arguments: int, worker: int) -> None:
     """Take blocks of stored tokens until none is left.
 
     The arguments, addresses unless stated otherwise:
         q: float32 [T, H, group, dim], `q_stride` floats per token.
         lse: float32 [T, H, group].
-        k, k_scale, attention: The pages of K, of its scales (or 0) and of sums.
+        k, attention: The store of the keys, and the pages of sums.
         table: The page table, `table_stride` and `head_stride` entries per sequence and head.
         lengths: The lengths, `lengths_stride` entries per sequence.
         slots, query_start: int32 [B] and [B + 1].
@@ -106,10 +106,10 @@ def _work(kind: Any, arguments: int, worker: int) -> None:
         scratch: `scratch_bytes` for each worker: queries, a block of keys, scores of a strip, sums.
     """
     (
-        q, q_stride, lse, k, k_scale, attention, table, table_stride, head_stride, lengths, lengths_stride,
+        q, q_stride, lse, k, attention, table, table_stride, head_stride, lengths, lengths_stride,
         slots, query_start, batch, heads, group, dim, page_size, block, factor_bits, counter, scratch,
         scratch_bytes,
-    ) = read_arguments(arguments, 23)  # fmt: skip
+    ) = read_arguments(arguments, 22)  # fmt: skip
     rows = (block * group + STRIP - 1) // STRIP * STRIP
     queries = scratch + worker * scratch_bytes
     keys = queries + 4 * rows * dim
@@ -134,7 +134,7 @@ def _work(kind: Any, arguments: int, worker: int) -> None:
         pages = table + 4 * (slot * table_stride + head * head_stride)
         start = (item - first_item) * KEY_BLOCK
         width = min(KEY_BLOCK, length - start)
-        load_keys(kind, FLOAT32, dim, k, k_scale, pages, page_size, start, width, keys)
+        load_keys(vectors, FLOAT32, dim, read_addresses(vectors, k), pages, page_size, start, width, keys)
         _sum_block(
             q + 4 * (begin * q_stride + head * group * dim), q_stride,
             lse + 4 * (begin * heads + head) * group, heads * group, chunk, start - (length - chunk), width,

@@ -35,13 +35,13 @@ def column_sums(
         query_start: int32 [B + 1], cumulative count of queries.
         scale: Factor of the scores, usually head_dim ** -0.5.
     """
-    page_size, num_heads = pages.k.shape[1], table.shape[1]
+    page_size, num_heads = pages.page_size, table.shape[1]
     group = q.shape[1] // num_heads
     starts = query_start.tolist()
     for slot, start, end in zip(slots.tolist(), starts, starts[1:], strict=False):
         for head in range(num_heads):
             length, row = int(lengths[slot, head]), table[slot, head]
-            keys = gather_vectors(pages.k, pages.k_scale, row, length)
+            keys = gather_vectors(pages.k, row, length)
             heads = slice(head * group, (head + 1) * group)
             scores = scale * torch.einsum("tgd,nd->tgn", q[start:end, heads].float(), keys)
             index = torch.arange(length, device=q.device)

@@ -6,19 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from curkv.kernels.formats.triton import attention_block, load_operands, pointers, scaled
 from curkv.kernels.paged_prefill_attention.triton import load_queries, query_rows
 from curkv.kernels.pages import Pages
-from curkv.kernels.triton_util import (
-    LOG2_E,
-    attention_block,
-    dot,
-    find_slots,
-    load_tokens,
-    narrow,
-    operands,
-    power_of_two,
-    scaled,
-)
+from curkv.kernels.triton_util import LOG2_E, dot, find_slots, narrow, power_of_two
 
 _MAX_BLOCK_N = 64
 _TILE_BYTES = 16384
@@ -36,7 +27,7 @@ def column_sums(
 ) -> None:
     """Add the attention that a chunk's queries pay to each stored token; see `reference.column_sums`."""
     tokens, query_heads, head_dim = q.shape
-    heads, page_size = table.shape[1], pages.k.shape[1]
+    heads, page_size = table.shape[1], pages.page_size
     if not tokens:
         return
     group = query_heads // heads
@@ -45,8 +36,7 @@ def column_sums(
     _add_sums[(triton.cdiv(table.shape[2] * page_size, block_n), heads, len(slots))](
         q,
         lse,
-        pages.k,
-        pages.k_scale,
+        pointers(pages.k),
         pages.attention,
         table,
         lengths,
@@ -57,6 +47,7 @@ def column_sums(
         *table.stride()[:2],
         *lengths.stride(),
         scale * LOG2_E.value,
+        KEYS=pages.k.format.name,
         GROUP=group,
         HEAD_DIM=head_dim,
         PAGE_SIZE=page_size,
@@ -74,7 +65,6 @@ def _add_sums(
     q,
     lse,
     pages_k,
-    k_scale,
     attention,
     table,
     lengths,
@@ -87,6 +77,7 @@ def _add_sums(
     stride_lengths_slot,
     stride_lengths_head,
     scale_log2,
+    KEYS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -110,7 +101,7 @@ def _add_sums(
     index = block + tl.arange(0, BLOCK_N)
     valid = index < length
     place = find_slots(table + slot * stride_table_slot + head * stride_table_head, index, valid, PAGE_SIZE)
-    keys = tl.trans(operands(load_tokens(pages_k, place, valid, HEAD_DIM, BLOCK_D)))
+    keys = tl.trans(load_operands(pages_k, place, valid, KEYS, HEAD_DIM, BLOCK_D))
     r = tl.arange(0, BLOCK_M)
     query_head = head * GROUP + r % GROUP
     sums = tl.zeros([BLOCK_N], tl.float32)
@@ -121,7 +112,7 @@ def _add_sums(
         token = start + step
         queries = load_queries(q, token, query_head, stride_q_token, stride_q_head, reads, HEAD_DIM, BLOCK_D)
         scores = dot(narrow(queries, keys.dtype), keys, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-        scores = scaled(scores * scale_log2, k_scale, place, valid)
+        scores = scaled(scores * scale_log2, pages_k, place, valid, KEYS)
         normaliser = tl.load(
             lse + token.to(tl.int64) * (tl.num_programs(1) * GROUP) + query_head, mask=reads, other=0.0
         )

@@ -20,7 +20,7 @@ def compact(pages: Pages, source: Tensor, target: Tensor, indices: Tensor, count
     What a page holds of a token is a multiple of four bytes in each of its arrays.
     """
     rows = [x.contiguous() for x in (source, target, indices, counts)]
-    page_size, arrays = pages.k.shape[1], pages.arrays.values()
+    page_size, arrays = pages.page_size, pages.arrays.values()
     words = [(address(x, x.dtype), x.stride(0) * x.itemsize // (4 * page_size)) for x in arrays]
     launch(
         _worker(), len(counts),

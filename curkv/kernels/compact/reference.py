@@ -22,7 +22,7 @@ def compact(pages: Pages, source: Tensor, target: Tensor, indices: Tensor, count
         indices: int32 [N, max_kept], strictly ascending; read up to a row's count only.
         counts: int32 [N], tokens that move.
     """
-    page_size = pages.k.shape[1]
+    page_size = pages.page_size
     row, to = (torch.arange(indices.shape[1], device=counts.device) < counts[:, None]).nonzero(as_tuple=True)
     index = indices[row, to].long()
     read = source[row, index // page_size].long(), index % page_size

@@ -17,22 +17,16 @@ _BLOCK_SIDE = 256
 def compact(pages: Pages, source: Tensor, target: Tensor, indices: Tensor, counts: Tensor) -> None:
     """Move tokens of each row, with everything a page holds about them; see `reference.compact`.
 
-    Keys and values move as 32-bit words, whatever their dtype.
+    Every array moves as 32-bit words, whatever its dtype.
     """
     rows = len(counts)
     if not rows:
         return
-    k, v = (x.view(torch.int32) for x in (pages.k, pages.v))
-    words = k.shape[2]
-    _move_rows[(rows, len(pages.arrays))](
-        k,
-        v,
-        pages.position,
-        pages.k_sq,
-        pages.v_sq,
-        pages.attention,
-        pages.k_scale,
-        pages.v_scale,
+    arrays = [x if x.ndim > 2 else x.unsqueeze(-1) for x in pages.arrays.values()]
+    memories = tuple(x.view(torch.int32) for x in arrays)
+    words = tuple(x.shape[2] for x in memories)
+    _move_rows[(rows, len(memories))](
+        memories,
         source,
         target,
         indices,
@@ -40,25 +34,18 @@ def compact(pages: Pages, source: Tensor, target: Tensor, indices: Tensor, count
         source.stride(0),
         target.stride(0),
         indices.stride(0),
-        PAGE_SIZE=pages.k.shape[1],
+        PAGE_SIZE=pages.page_size,
         WORDS=words,
-        BLOCK_WORDS=power_of_two(words),
-        BLOCK_N=_BLOCK_BYTES // 4 // power_of_two(words),
-        BLOCK_SIDE=_BLOCK_SIDE,
+        BLOCKS=tuple(_BLOCK_SIDE if n == 1 else _BLOCK_BYTES // 4 // power_of_two(n) for n in words),
+        BLOCKS_WORDS=tuple(map(power_of_two, words)),
+        COUNT=len(memories),
         num_warps=4,
     )
 
 
 @triton.jit(do_not_specialize=["stride_indices"])
 def _move_rows(
-    k,
-    v,
-    position,
-    k_sq,
-    v_sq,
-    attention,
-    k_scale,
-    v_scale,
+    memories,
     source,
     target,
     indices,
@@ -68,9 +55,9 @@ def _move_rows(
     stride_indices,
     PAGE_SIZE: tl.constexpr,
     WORDS: tl.constexpr,
-    BLOCK_WORDS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_SIDE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCKS_WORDS: tl.constexpr,
+    COUNT: tl.constexpr,
 ):
     """Program (row, one of the arrays): no two programs touch the same memory."""
     row = tl.program_id(0).to(tl.int64)
@@ -79,23 +66,11 @@ def _move_rows(
     source += row * stride_source
     target += row * stride_target
     indices += row * stride_indices
-    if array == 0:
-        _move(k, source, target, indices, count, PAGE_SIZE, WORDS, BLOCK_WORDS, BLOCK_N)
-    elif array == 1:
-        _move(v, source, target, indices, count, PAGE_SIZE, WORDS, BLOCK_WORDS, BLOCK_N)
-    elif array == 2:
-        _move(position, source, target, indices, count, PAGE_SIZE, 1, 1, BLOCK_SIDE)
-    elif array == 3:
-        _move(k_sq, source, target, indices, count, PAGE_SIZE, 1, 1, BLOCK_SIDE)
-    elif array == 4:
-        _move(v_sq, source, target, indices, count, PAGE_SIZE, 1, 1, BLOCK_SIDE)
-    elif array == 5:
-        _move(attention, source, target, indices, count, PAGE_SIZE, 1, 1, BLOCK_SIDE)
-    elif k_scale is not None:
-        if array == 6:
-            _move(k_scale, source, target, indices, count, PAGE_SIZE, 1, 1, BLOCK_SIDE)
-        else:
-            _move(v_scale, source, target, indices, count, PAGE_SIZE, 1, 1, BLOCK_SIDE)
+    for i in tl.static_range(COUNT):
+        if array == i:
+            _move(
+                memories[i], source, target, indices, count, PAGE_SIZE, WORDS[i], BLOCKS_WORDS[i], BLOCKS[i]
+            )
 
 
 @triton.jit

@@ -7,6 +7,7 @@
 | `llvm` | emitting instructions: types, 16-bit floats, address arithmetic |
 | `lanes` | eight float32 in a register |
 | `memory` | loads, stores and addresses by `kind` |
+| `vectors` | keys and values in whatever format they lie |
 | `softmax` | powers of two, and rows of scores |
 | `rows` | queries against keys and weights against values, of decode attention |
 | `tiles` | micro-kernels of matrix products |

@@ -1,7 +1,7 @@
 """Memory by its address: how kernels read and write it.
 
 Kernels take addresses (`tensor.data_ptr()` as an integer) instead of arrays: a call with twenty integers
-costs a microsecond, one with ten arrays twenty. Memory of the KV dtype is read and written through a `kind`,
+costs a microsecond, one with ten arrays twenty. Memory is read and written through a `kind`,
 an empty array whose dtype tells which it is, so that one function body specialises per dtype:
 
 | torch | kind (numpy) | widening in registers |
@@ -9,7 +9,7 @@ an empty array whose dtype tells which it is, so that one function body speciali
 | float32 | float32 | none |
 | float16 | uint16 | bit cast to half, extended |
 | bfloat16 | int16 | shifted left by 16 bits |
-| int8 | int8 | extended, converted; scales are applied elsewhere |
+| int8 | int8 | extended, converted |
 
 An address does not keep its array alive: whoever takes the address of a tensor or an array keeps that one
 in a variable that is used again after the last access.
@@ -82,11 +82,6 @@ def row_address(tensor: torch.Tensor, dtype: torch.dtype) -> int:
             f"expected {dtype} with contiguous rows, got {tensor.dtype}, strides {tensor.stride()}"
         )
     return tensor.data_ptr()
-
-
-def scales_address(scales: torch.Tensor | None) -> int:
-    """The address of the scales of an int8 cache; 0 where there are none."""
-    return 0 if scales is None else address(scales, torch.float32)
 
 
 @intrinsic

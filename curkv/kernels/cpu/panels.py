@@ -10,20 +10,17 @@ from numba import types
 from curkv.kernels.cpu.jit import intrinsic
 from curkv.kernels.cpu.lanes import float32x8
 from curkv.kernels.cpu.llvm import (
-    F32,
     F32X8,
     I16X16,
     LANES,
     Args,
     bfloat16_bits,
-    item_size,
     offset,
     pointer,
     shuffle,
-    splat,
-    widen,
 )
 from curkv.kernels.cpu.tiles import PANEL
+from curkv.kernels.cpu.vectors import addresses
 
 
 @intrinsic
@@ -58,40 +55,39 @@ def _transposed(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
 
 @intrinsic
 def store_panel_columns(
-    context: Any, kind: Any, location: Any, source_kind: Any, source: Any, source_stride: Any, scales: Any
+    context: Any, kind: Any, location: Any, primitives: Any, store: Any, dim: Any, token: Any, first: Any
 ) -> Any:
-    """Store eight columns of 8 rows (bfloat16: 16) of a B of `strip_tile`, whose transpose is read.
+    """Store eight channels (bfloat16: 16) of 8 vectors as columns of a B of `strip_tile`.
 
     Args:
         context: Numba's.
         kind: Of B, float32 or bfloat16.
         location: Address in the panel.
-        source_kind: Of the source.
-        source: Address of [8, 8] of `source_kind`; bfloat16: [8, 16].
-        source_stride: Values from one row of the source to the next.
-        scales: Address of float32 [8], what the rows of an int8 source are multiplied with.
+        primitives: Of the vectors' format.
+        store: Where the vectors lie.
+        dim: Channels of a vector.
+        token: Number of the first vector; the others follow.
+        first: Of the channels.
     """
+    own = primitives.primitives
 
     def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
-        pairs, kind = signature.args[0].dtype == types.int16, signature.args[2]
-        _kind, location, _source_kind, source, source_stride, scales = args
-        size = item_size(kind)
+        pairs = signature.args[0].dtype == types.int16
+        _kind, location, _primitives, store, dim, token, first = args
+        arrays = addresses(builder, store)
 
-        def eight(row: int, first: int) -> ir.Value:
-            start = offset(builder, offset(builder, source, source_stride, size * row), size * first)
-            values = widen(builder, kind, start, F32X8)
-            if kind.dtype != types.int8:
-                return values
-            scale = builder.load(pointer(builder, offset(builder, scales, 4 * row), F32), align=4)
-            return builder.fmul(values, splat(builder, scale))
+        def eight(row: int) -> ir.Value:
+            return own.row(builder, arrays, dim, builder.add(token, token.type(row)))(first)
 
         def sixteen(row: int) -> ir.Value:
-            bits = [bfloat16_bits(builder, eight(row, first)) for first in (0, LANES)]
+            channels = own.row(builder, arrays, dim, builder.add(token, token.type(row)))
+            places = (first, builder.add(first, first.type(LANES)))
+            bits = [bfloat16_bits(builder, channels(place)) for place in places]
             return builder.bitcast(shuffle(builder, bits[0], bits[1], list(range(2 * LANES))), F32X8)
 
-        rows = [sixteen(row) if pairs else eight(row, 0) for row in range(LANES)]
+        rows = [sixteen(row) if pairs else eight(row) for row in range(LANES)]
         for i, column in enumerate(_transposed(builder, rows)):
             place = offset(builder, location, 4 * PANEL * i)
             builder.store(column, pointer(builder, place, F32X8), align=4)
 
-    return types.void(kind, types.int64, source_kind, *[types.int64] * 3), generate
+    return types.void(kind, types.int64, primitives, store, *[types.int64] * 3), generate

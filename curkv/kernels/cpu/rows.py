@@ -6,6 +6,7 @@ the instructions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -28,7 +29,6 @@ from curkv.kernels.cpu.llvm import (
     call_own,
     constant,
     int16s,
-    item_size,
     multiply_add,
     offset,
     pair_products,
@@ -36,56 +36,57 @@ from curkv.kernels.cpu.llvm import (
     prefetch_line,
     shuffle,
     splat,
-    widen,
 )
 from curkv.kernels.cpu.tiles import float_tile
+from curkv.kernels.cpu.vectors import addresses
 
 
 @intrinsic
 def dot_rows(
-    context: Any, kind: Any, rows: Any,
-    q: Any, dim: Any, k: Any, keys: Any, out: Any, out_stride: Any, ahead: Any,
+    context: Any, primitives: Any, rows: Any,
+    q: Any, dim: Any, store: Any, token: Any, keys: Any, out: Any, out_stride: Any, ahead: Any,
 ) -> Any:  # fmt: skip
     """Products of `rows` query vectors and consecutive keys, four keys at a time.
 
     Args:
         context: Numba's.
-        kind: Of the keys.
+        primitives: Of the keys' format.
         rows: Literal, 1 to 3.
         q: Address of float32 [rows, dim].
         dim: Multiple of 8.
-        k: Address of [keys, dim] of `kind`.
+        store: Where the keys lie.
+        token: Number of the first key.
         keys: Taken up to a multiple of four: so many are read, and written to `out`.
         out: Address of float32 [rows, keys], written.
         out_stride: Floats from one row of `out` to the next.
-        ahead: Bytes from `k` to the keys that will be read next, to be prefetched: into the L2 cache, since
-            a page of keys and the next one together push each other out of L1.
+        ahead: Bytes from the first key to the keys that will be read next, to be prefetched: into the L2
+            cache, since a page of keys and the next one together push each other out of L1.
     """
-    count, block = rows.literal_value, 4
+    own, count, block = primitives.primitives, rows.literal_value, 4
 
     def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
-        kind = signature.args[0]
-        name = f"dot_rows_{count}_{kind.dtype}"
-        call_own(builder, name, args[2:], lambda inner, own: body(inner, kind, *own))
+        _primitives, _rows, q, dim, store, *others = args
+        arguments = [q, dim, *others, *addresses(builder, store)]
+        call_own(builder, f"dot_rows_{count}_{own.name}", arguments, body)
 
-    def body(builder: ir.IRBuilder, kind: Any, *args: ir.Value) -> None:
-        q, dim, k, keys, out, out_stride, ahead = args
-        size = item_size(kind)
+    def body(builder: ir.IRBuilder, args: Args) -> None:
+        q, dim, token, keys, out, out_stride, ahead, *store = args
         sums = accumulators(builder, count * block)
         with cgutils.for_range_slice(builder, keys.type(0), keys, keys.type(block)) as (key, _first):
             for slot in sums:
                 builder.store(constant(F32X8, 0.0), slot)
-            starts = [offset(builder, k, builder.add(key, key.type(t)), dim, size) for t in range(block)]
+            first = builder.add(token, key)
+            vectors = [own.row(builder, store, dim, builder.add(first, key.type(t))) for t in range(block)]
             with cgutils.for_range_slice(builder, dim.type(0), dim, dim.type(LANES)) as (d, _second):
                 places = [offset(builder, offset(builder, q, dim, 4 * m), d, 4) for m in range(count)]
                 queries = [builder.load(pointer(builder, place, F32X8), align=4) for place in places]
                 for t in range(block):
-                    loaded = widen(builder, kind, offset(builder, starts[t], d, size), F32X8)
+                    loaded = vectors[t](d)
                     for m in range(count):
                         slot = sums[m * block + t]
                         builder.store(multiply_add(builder, queries[m], loaded, builder.load(slot)), slot)
-            block_bytes = builder.mul(dim, dim.type(block * size))
-            next_block = builder.add(starts[0], ahead)
+            block_bytes = builder.lshr(builder.mul(dim, dim.type(block * own.bits)), dim.type(3))
+            next_block = builder.add(own.place(builder, store, dim, first), ahead)
             with cgutils.for_range_slice(builder, dim.type(0), block_bytes, dim.type(LINE)) as (
                 line,
                 _third,
@@ -96,7 +97,7 @@ def dot_rows(
                 place = offset(builder, offset(builder, out, out_stride, 4 * m), key, 4)
                 builder.store(four, pointer(builder, place, four.type), align=4)
 
-    return types.void(kind, rows, *[types.int64] * 7), generate
+    return types.void(primitives, rows, *[types.int64] * 2, store, *[types.int64] * 5), generate
 
 
 def _sum_four(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
@@ -231,33 +232,51 @@ def weigh_rows_int8(
 
 @intrinsic
 def weigh_rows(
-    context: Any, kind: Any, rows: Any, vectors: Any,
-    weights: Any, weights_stride: Any, v: Any, dim: Any, values: Any, out: Any, out_stride: Any, ahead: Any,
+    context: Any, primitives: Any, rows: Any, vectors: Any,
+    weights: Any, weights_stride: Any, store: Any, dim: Any, token: Any, channel: Any, values: Any, out: Any,
+    out_stride: Any, ahead: Any,
 ) -> Any:  # fmt: skip
     """Add weighted sums of consecutive values to `out`, for `rows` rows of weights at once.
 
     Args:
         context: Numba's.
-        kind: Of the values.
+        primitives: Of the values' format.
         rows: Literal, rows of weights and of `out`.
         vectors: Literal, columns in eights.
         weights: Address of float32 [rows, values].
         weights_stride: Floats from one row of weights to the next.
-        v: Address of [values, 8 * vectors] of `kind`.
-        dim: Numbers from one row of `v` to the next.
+        store: Where the values lie.
+        dim: Channels of a value.
+        token: Number of the first value.
+        channel: The first of the 8 * vectors channels that are read.
         values: How many.
         out: Address of float32 [rows, 8 * vectors].
         out_stride: Floats from one row of `out` to the next.
-        ahead: Bytes from `v` to the values that will be read next, to be prefetched into the L2 cache.
+        ahead: Bytes from the first value to those that will be read next, to be prefetched into the L2
+            cache.
     """
-    height, width = rows.literal_value, vectors.literal_value
+    own, height, width = primitives.primitives, rows.literal_value, vectors.literal_value
 
     def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
-        kind = signature.args[0]
+        weights, weights_stride, store, *others = args[3:]
+        arguments = [weights, weights_stride, *others, *addresses(builder, store)]
+        call_own(builder, f"weigh_rows_{height}_{width}_{own.name}", arguments, body)
 
-        def body(inner: ir.IRBuilder, own: Args) -> None:
-            float_tile(inner, kind, height, width, False, *own, cache=L2)
+    def body(builder: ir.IRBuilder, args: Args) -> None:
+        weights, weights_stride, dim, token, channel, values, out, out_stride, ahead, *store = args
 
-        call_own(builder, f"weigh_rows_{height}_{width}_{kind.dtype}", args[3:], body)
+        def columns(index: ir.Value) -> Callable[[int], ir.Value]:
+            value = builder.add(token, index)
+            bits = builder.mul(channel, channel.type(own.bits))
+            start = builder.add(own.place(builder, store, dim, value), builder.lshr(bits, bits.type(3)))
+            for line in range(0, LANES * width * own.bits // 8, LINE):
+                prefetch_line(builder, offset(builder, builder.add(start, ahead), line), L2)
+            read = own.row(builder, store, dim, value)
+            return lambda n: read(builder.add(channel, channel.type(LANES * n)))
 
-    return types.void(kind, rows, vectors, *[types.int64] * 8), generate
+        float_tile(builder, height, width, False, weights, weights_stride, columns, values, out, out_stride)
+
+    return (
+        types.void(primitives, rows, vectors, *[types.int64] * 2, store, *[types.int64] * 7),
+        generate,
+    )

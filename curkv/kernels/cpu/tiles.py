@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -17,7 +18,6 @@ from curkv.kernels.cpu.llvm import (
     I32,
     I32X8,
     I64,
-    L1,
     LANES,
     LINE,
     Args,
@@ -45,16 +45,20 @@ TILE_ROWS = 6
 
 def float_tile(
     builder: ir.IRBuilder,
-    kind: Any,
     height: int,
     width: int,
     replace: bool,
-    *args: ir.Value,
-    cache: int = L1,
+    a: ir.Value,
+    a_stride: ir.Value,
+    columns_of: Callable[[ir.Value], Callable[[int], ir.Value]],
+    inner: ir.Value,
+    c: ir.Value,
+    c_stride: ir.Value,
 ) -> None:
-    """The float32 body of `panel_tile` and `strip_tile`, and that of `weigh_rows`."""
-    a, a_stride, b, b_stride, inner, c, c_stride, ahead = args
-    size = item_size(kind)
+    """C += A B (or C = A B) in float32, on a tile held in registers.
+
+    `columns_of` a row of B emits what is done once for a row; what it gives emits the n-th eight columns.
+    """
     tile = accumulators(builder, height * width)
     starts = [offset(builder, a, a_stride, 4 * m) for m in range(height)]
     rows_of_c = [offset(builder, c, c_stride, 4 * m) for m in range(height)]
@@ -66,17 +70,11 @@ def float_tile(
     for slot, target in zip(tile, targets, strict=True):
         builder.store(constant(F32X8, 0.0) if replace else builder.load(target, align=4), slot)
     with cgutils.for_range(builder, inner) as loop:
-        row = offset(builder, b, loop.index, b_stride, size)
-
-        for line in range(0, LANES * size * width, LINE):
-            prefetch_line(builder, offset(builder, builder.add(row, ahead), line), cache)
+        column = columns_of(loop.index)
 
         def factor(m: int) -> ir.Value:
             place = offset(builder, starts[m], loop.index, 4)
             return splat(builder, builder.load(pointer(builder, place, F32), align=4))
-
-        def column(n: int) -> ir.Value:
-            return widen(builder, kind, offset(builder, row, LANES * size * n), F32X8)
 
         # The fewer operands wait in registers, the other ones are loaded one after the other.
         if height < width:
@@ -100,6 +98,20 @@ def float_tile(
             builder.store(multiply_add(builder, left, right, builder.load(slot)), slot)
     for slot, target in zip(tile, targets, strict=True):
         builder.store(builder.load(slot), target, align=4)
+
+
+def _float_panel(builder: ir.IRBuilder, kind: Any, height: int, replace: bool, *args: ir.Value) -> None:
+    """The float32 body of `panel_tile` and `strip_tile`: `float_tile` over a panel."""
+    a, a_stride, b, inner, c, c_stride, ahead = args
+    size = item_size(kind)
+
+    def columns(index: ir.Value) -> Callable[[int], ir.Value]:
+        row = offset(builder, b, index, PANEL, size)
+        for line in range(0, PANEL * size, LINE):
+            prefetch_line(builder, offset(builder, builder.add(row, ahead), line))
+        return lambda n: widen(builder, kind, offset(builder, row, LANES * size * n), F32X8)
+
+    float_tile(builder, height, PANEL // LANES, replace, a, a_stride, columns, inner, c, c_stride)
 
 
 @intrinsic
@@ -131,14 +143,14 @@ def panel_tile(
         kind = signature.args[0]
         a, a_stride, _a_scales, b, _b_scales, *others = args[3:]
         int8 = kind.dtype == types.int8
-        arguments = args[3:] if int8 else [a, a_stride, b, b.type(PANEL), *others]
+        arguments = args[3:] if int8 else [a, a_stride, b, *others]
 
         def tile(height: int) -> None:
             def body(own: ir.IRBuilder, args: Args) -> None:
                 if int8:
                     _int8_tile(own, height, replace, *args)
                 else:
-                    float_tile(own, kind, height, 2, replace, *args)
+                    _float_panel(own, kind, height, replace, *args)
 
             call_own(builder, f"panel_tile_{height}_{int(replace)}_{kind.dtype}", arguments, body)
 
@@ -228,8 +240,8 @@ def strip_tile(
             call_own(builder, name, args[2:], lambda own, args: _bfloat16_tile(own, replace, *args))
             return
         call_own(
-            builder, name, [a, a_stride, b, b.type(PANEL), *others],
-            lambda own, args: float_tile(own, kind, STRIP, 2, replace, *args),
+            builder, name, [a, a_stride, b, *others],
+            lambda own, args: _float_panel(own, kind, STRIP, replace, *args),
         )  # fmt: skip
 
     return types.void(kind, fresh, *[types.int64] * 7), generate

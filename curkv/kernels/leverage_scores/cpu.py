@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from curkv.kernels.cpu.jit import kernel
-from curkv.kernels.cpu.memory import FLOAT32, KINDS, address, floats, load_int32, load_scalar, scales_address
+from curkv.kernels.cpu.memory import address, floats, load_int32
 from curkv.kernels.cpu.rows import dot_rows
+from curkv.kernels.cpu.vectors import read_addresses
 from curkv.kernels.cpu.workers import compile_worker, launch, read_arguments
+from curkv.kernels.formats.base import VectorFormat
 from curkv.kernels.pages import Pages
 
 _COMBINE = {"product": 0, "mean": 1, "key": 2, "value": 3}
@@ -39,7 +41,7 @@ def leverage_scores(
     where = (
         key.data_ptr(), value.data_ptr(), scores.data_ptr(), address(lengths, torch.int32), width,
         window if normalization == "window" else 0, partial == "left", partial == "corrected",
-        _COMBINE[combine], address(table, torch.int32), table.shape[1], pages.k.shape[1],
+        _COMBINE[combine], address(table, torch.int32), table.shape[1], pages.page_size,
     )  # fmt: skip
     if sketch is None:
         launch(
@@ -48,9 +50,9 @@ def leverage_scores(
     else:
         columns = _in_threes(sketch.T)
         launch(
-            _sketched_worker(pages.k.dtype), count, *where,
-            *(address(x, x.dtype) for x in (pages.k, pages.v)),
-            *(scales_address(x) for x in (pages.k_scale, pages.v_scale)), columns.data_ptr(), *columns.shape,
+            _sketched_worker(pages.k.format, pages.v.format), count, *where,
+            *(address(x.addresses, torch.int64) for x in (pages.k, pages.v)), columns.data_ptr(),
+            *columns.shape,
         )  # fmt: skip
     return scores
 
@@ -78,18 +80,18 @@ def _stored_worker() -> int:
 
 
 @functools.cache
-def _sketched_worker(dtype: torch.dtype) -> int:
+def _sketched_worker(key_format: VectorFormat, value_format: VectorFormat) -> int:
     """Scores a row by energies that are estimated from its keys and values."""
-    kind = KINDS[dtype]
+    keys, values = key_format.on_cpu(), value_format.on_cpu()
 
     def work(arguments: int, row: int) -> None:
         key, value, out, lengths, width, window, left, corrected, combine = read_arguments(arguments, 9)
         table, max_pages, page_size, k_pages, v_pages = read_arguments(arguments + 8 * 9, 5)
-        k_scales, v_scales, columns, rank, head_dim = read_arguments(arguments + 8 * 14, 5)
+        columns, rank, head_dim = read_arguments(arguments + 8 * 14, 3)
         start, length, own = 4 * row * width, load_int32(lengths + 4 * row), table + 4 * row * max_pages
         k, v = floats(key + start, length), floats(value + start, length)
-        _sketch(kind, k_pages, k_scales, page_size, columns, rank, head_dim, own, k)
-        _sketch(kind, v_pages, v_scales, page_size, columns, rank, head_dim, own, v)
+        _sketch(keys, read_addresses(keys, k_pages), page_size, columns, rank, head_dim, own, k)
+        _sketch(values, read_addresses(values, v_pages), page_size, columns, rank, head_dim, own, v)
         _score(k, v, window, left, corrected, combine, floats(out + start, width))
 
     return compile_worker(work)
@@ -109,15 +111,14 @@ def _gather(k_sq: int, v_sq: int, table: int, page_size: int, key: Any, value: A
 
 @kernel
 def _sketch(
-    kind: Any, storage: int, scales: int, page_size: int, columns: int, rank: int, head_dim: int, table: int,
+    vectors: Any, store: Any, page_size: int, columns: int, rank: int, head_dim: int, table: int,
     energies: Any,
 ) -> None:  # fmt: skip
     """Write ||x G||^2 of a row's tokens to `energies`.
 
     Args:
-        kind: Of the storage, see `cpu.memory`.
-        storage: Address of K or V.
-        scales: Address of their scales, or 0.
+        vectors: Primitives of the format.
+        store: Where keys or values lie.
         page_size: Tokens per page, a multiple of 4.
         columns: Address of float32 [rank, head_dim], the columns of G.
         rank: A multiple of 3.
@@ -128,25 +129,21 @@ def _sketch(
     products = np.empty((rank, 4), dtype=np.float32)
     length = len(energies)
     for page in range((length + page_size - 1) // page_size):
-        start, number = page * page_size, load_int32(table + 4 * page)
-        place = storage + number * page_size * head_dim * kind.itemsize
+        start, token = page * page_size, load_int32(table + 4 * page) * page_size
         stored = energies[start : min(start + page_size, length)]
-        _sketch_page(kind, place, columns, head_dim, products, stored)
-        if scales:
-            factors = scales + 4 * number * page_size
-            for token in range(len(stored)):
-                stored[token] *= load_scalar(FLOAT32, factors + 4 * token) ** 2
+        _sketch_page(vectors, store, token, columns, head_dim, products, stored)
 
 
 @kernel
-def _sketch_page(kind: Any, tokens: int, columns: int, head_dim: int, products: Any, energies: Any) -> None:
+def _sketch_page(
+    vectors: Any, store: Any, page_token: int, columns: int, head_dim: int, products: Any, energies: Any
+) -> None:
     """Sketch the tokens of one page, four at a time; up to three more are read and ignored."""
     rank = len(products)
     for first in range(0, len(energies), 4):
-        place = tokens + first * head_dim * kind.itemsize
         for column in range(0, rank, 3):
             three, out = columns + column * head_dim * 4, products.ctypes.data + column * 16
-            dot_rows(kind, 3, three, head_dim, place, 4, out, 4, 0)
+            dot_rows(vectors, 3, three, head_dim, store, page_token + first, 4, out, 4, 0)
         for token in range(min(4, len(energies) - first)):
             total = np.float32(0)
             for column in range(rank):

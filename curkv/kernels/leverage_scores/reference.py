@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from curkv.kernels.formats.base import Store
 from curkv.kernels.pages import Pages
 
 
@@ -48,8 +49,7 @@ def leverage_scores(
         key, value = (_gather(side, table, stored) for side in (pages.k_sq, pages.v_sq))
     else:
         key, value = (
-            (_vectors(*x, table, stored) @ sketch).square().sum(-1)
-            for x in ((pages.k, pages.k_scale), (pages.v, pages.v_scale))
+            (_vectors(store, table, stored) @ sketch).square().sum(-1) for store in (pages.k, pages.v)
         )
     if normalization == "window":
         shift = -lengths[:, None] % window if partial == "left" else torch.zeros_like(lengths[:, None])
@@ -62,18 +62,23 @@ def leverage_scores(
 
 
 def _gather(storage: Tensor, table: Tensor, stored: Tensor) -> Tensor:
-    """Read tokens [N, width, ...] of every row; what is not stored reads as 0."""
-    page_size = storage.shape[1]
-    row, index = stored.nonzero(as_tuple=True)
-    tokens = storage.new_zeros(*stored.shape, *storage.shape[2:])
-    tokens[row, index] = storage[table[row, index // page_size].long(), index % page_size]
+    """Read numbers [N, width] of every row's tokens; what is not stored reads as 0."""
+    tokens = storage.new_zeros(stored.shape)
+    tokens[stored] = storage[_places(table, stored, storage.shape[1])]
     return tokens
 
 
-def _vectors(storage: Tensor, scales: Tensor | None, table: Tensor, stored: Tensor) -> Tensor:
-    """Read keys or values, float32 [N, width, head_dim]."""
-    vectors = _gather(storage, table, stored).float()
-    return vectors if scales is None else vectors * _gather(scales, table, stored)[..., None]
+def _vectors(store: Store, table: Tensor, stored: Tensor) -> Tensor:
+    """Read keys or values, float32 [N, width, head_dim]; what is not stored reads as 0."""
+    vectors = torch.zeros(*stored.shape, store.head_dim, device=table.device)
+    vectors[stored] = store.read(*_places(table, stored, store.page_size))
+    return vectors
+
+
+def _places(table: Tensor, stored: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
+    """Page and place in the page of each stored token, row by row."""
+    row, index = stored.nonzero(as_tuple=True)
+    return table[row, index // page_size].long(), index % page_size
 
 
 def _share_of_window(energy: Tensor, stored: Tensor, number: Tensor, window: int, corrected: bool) -> Tensor:

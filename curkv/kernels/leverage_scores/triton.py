@@ -9,8 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from curkv.kernels.formats.triton import (
+    attention_block,
+    load_operands,
+    operands_of,
+    pointers,
+    scaled_energies,
+)
 from curkv.kernels.pages import Pages
-from curkv.kernels.triton_util import attention_block, dot, find_slots, load_tokens, operands, power_of_two
+from curkv.kernels.triton_util import dot, find_slots, power_of_two
 
 _BLOCK = 2048
 _MAX_BLOCK_N = 64
@@ -43,7 +50,7 @@ def leverage_scores(
         scores,
         table.stride(0),
         width,
-        PAGE_SIZE=pages.k.shape[1],
+        PAGE_SIZE=pages.page_size,
         PAGED=sketch is None,
         BY_WINDOW=normalization == "window",
         LEFT=partial == "left",
@@ -62,30 +69,31 @@ def _sketch(
 ) -> tuple[Tensor, Tensor]:
     """Energies float32 [N, width] of keys and of values projected by `sketch` [head_dim, rank]."""
     rows, rank = len(lengths), sketch.shape[1]
-    dtype = torch.bfloat16 if pages.k.dtype == torch.int8 else pages.k.dtype
+    operands = operands_of(pages.k), operands_of(pages.v)
     block_n = attention_block(pages.k, _MAX_BLOCK_N, _TILE_BYTES)
     key = torch.empty(rows, width, dtype=torch.float32, device=lengths.device)
     value = torch.empty_like(key)
     _sketch_rows[(triton.cdiv(width, block_n), rows)](
-        pages.k,
-        pages.v,
-        pages.k_scale,
-        pages.v_scale,
+        pointers(pages.k),
+        pointers(pages.v),
         table,
         lengths,
-        _parts(sketch, dtype),
+        *(_parts(sketch, each.dtype) for each in operands),
         key,
         value,
         table.stride(0),
         width,
-        PARTS=1 if dtype == torch.float32 else 2,
+        KEYS=pages.k.format.name,
+        VALUES=pages.v.format.name,
+        KEY_PARTS=_num_parts(operands[0].dtype),
+        VALUE_PARTS=_num_parts(operands[1].dtype),
         RANK=rank,
-        HEAD_DIM=pages.k.shape[2],
-        PAGE_SIZE=pages.k.shape[1],
+        HEAD_DIM=pages.head_dim,
+        PAGE_SIZE=pages.page_size,
         BLOCK_N=block_n,
-        BLOCK_D=power_of_two(pages.k.shape[2]),
+        BLOCK_D=power_of_two(pages.head_dim),
         BLOCK_R=max(16, power_of_two(rank)),
-        num_warps=4 if pages.k.dtype == torch.int8 else 8,
+        num_warps=4 if any(each.widened for each in operands) else 8,
     )
     return key, value
 
@@ -93,8 +101,11 @@ def _sketch(
 def _parts(sketch: Tensor, dtype: torch.dtype) -> Tensor:
     """G as parts [1 or 2, head_dim, rank] of a dtype, whose sum keeps G's precision in 16 bits too."""
     high = sketch.to(dtype)
-    parts = [high] if dtype == torch.float32 else [high, (sketch - high.float()).to(dtype)]
-    return torch.stack(parts)
+    return torch.stack([high, (sketch - high.float()).to(dtype)][: _num_parts(dtype)])
+
+
+def _num_parts(dtype: torch.dtype) -> int:
+    return 1 if dtype == torch.float32 else 2
 
 
 @triton.jit
@@ -119,29 +130,22 @@ def _energies(
     return tl.sum(product * product, 1)
 
 
-@triton.jit
-def _of_scaled(energies, scales, place, mask):
-    """Energies [tokens] of vectors that are multiplied by their scales, if there are any."""
-    if scales is not None:
-        scale = tl.load(scales + place, mask=mask, other=0.0)
-        energies = energies * scale * scale
-    return energies
-
-
 @triton.jit(do_not_specialize=["width"])
 def _sketch_rows(
     pages_k,
     pages_v,
-    k_scale,
-    v_scale,
     table,
     lengths,
-    sketch,
+    key_sketch,
+    value_sketch,
     key,
     value,
     stride_table,
     width,
-    PARTS: tl.constexpr,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
+    KEY_PARTS: tl.constexpr,
+    VALUE_PARTS: tl.constexpr,
     RANK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -159,13 +163,13 @@ def _sketch_rows(
     valid = index < length
     place = find_slots(table + row * stride_table, index, valid, PAGE_SIZE)
     out = row * width + index
-    keys = operands(load_tokens(pages_k, place, valid, HEAD_DIM, BLOCK_D))
-    key_energies = _energies(keys, sketch, PARTS, RANK, HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_R)
-    key_energies = _of_scaled(key_energies, k_scale, place, valid)
+    keys = load_operands(pages_k, place, valid, KEYS, HEAD_DIM, BLOCK_D)
+    key_energies = _energies(keys, key_sketch, KEY_PARTS, RANK, HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_R)
+    key_energies = scaled_energies(key_energies, pages_k, place, valid, KEYS)
     tl.store(key + out, key_energies, mask=valid)
-    values = operands(load_tokens(pages_v, place, valid, HEAD_DIM, BLOCK_D))
-    value_energies = _energies(values, sketch, PARTS, RANK, HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_R)
-    value_energies = _of_scaled(value_energies, v_scale, place, valid)
+    values = load_operands(pages_v, place, valid, VALUES, HEAD_DIM, BLOCK_D)
+    value_energies = _energies(values, value_sketch, VALUE_PARTS, RANK, HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_R)
+    value_energies = scaled_energies(value_energies, pages_v, place, valid, VALUES)
     tl.store(value + out, value_energies, mask=valid)
 
 

@@ -19,25 +19,21 @@ import torch
 from torch import Tensor
 
 from curkv.kernels.cpu.jit import inlined, kernel
-from curkv.kernels.cpu.lanes import absolute, broadcast, fma, keep_first, lane_max, maximum, mul
+from curkv.kernels.cpu.lanes import broadcast, fma
 from curkv.kernels.cpu.memory import (
     FLOAT32,
-    KINDS,
     address,
     fetch_add,
     load,
     load_int32,
-    load_int32s,
     load_scalar,
-    prefetch,
     row_address,
-    scales_address,
     store,
-    store_int16,
     store_scalar,
 )
-from curkv.kernels.cpu.rows import dot_rows, dot_rows_int8, weigh_rows, weigh_rows_int8
+from curkv.kernels.cpu.rows import weigh_rows
 from curkv.kernels.cpu.softmax import row_exp2, row_max
+from curkv.kernels.cpu.vectors import address_of, read_addresses
 from curkv.kernels.cpu.workers import (
     bits_of_float,
     compile_worker,
@@ -47,10 +43,19 @@ from curkv.kernels.cpu.workers import (
     launch,
     read_arguments,
 )
+from curkv.kernels.formats.base import VectorFormat
+from curkv.kernels.formats.cpu.base import (
+    finish,
+    prefetch_page,
+    round_queries,
+    round_weights,
+    score_page,
+    weigh_page,
+)
+from curkv.kernels.formats.cpu.plain import FLOAT32_VECTORS
 from curkv.kernels.pages import Pages
 
 SPLIT_TOKENS = 512  # 127 times as many int16 are less than an int32 holds
-_LARGEST_INT16 = np.float32(32767)
 
 
 def paged_decode_attention(
@@ -64,14 +69,17 @@ def paged_decode_attention(
 ) -> Tensor:
     """Attend with one query per sequence; see `reference.paged_decode_attention`.
 
-    head_dim and the page size are multiples of 8, and head_dim of 16 with pages of int8.
+    head_dim and the page size are multiples of 8.
     """
     batch, query_heads, dim = q.shape
-    heads, page_size, dtype = table.shape[1], pages.k.shape[1], pages.k.dtype
+    heads, page_size = table.shape[1], pages.page_size
     if dim % 8 or page_size % 8:
         raise ValueError(f"head_dim {dim} and page size {page_size} must be multiples of 8")
-    if dtype == torch.int8 and dim % 16:
-        raise ValueError(f"head_dim {dim} must be a multiple of 16 with a cache of int8")
+    for format in (pages.k.format, pages.v.format):
+        if dim % format.multiple:
+            raise ValueError(
+                f"head_dim {dim} must be a multiple of {format.multiple} with a cache of {format.name}"
+            )
     if q.stride()[1:] != (dim, 1):
         q = q.contiguous()
     where = (
@@ -88,15 +96,16 @@ def paged_decode_attention(
     finished = counters(batch * heads + 1)
     partial = empty(items, group, dim + 2)
     scores = empty(items if accumulate else workers, group, width)
-    scratch_bytes = group * (6 * dim + 2 * width + 4) if dtype == torch.int8 else 0
+    for_queries, for_weights = _scratch(pages.k.format, pages.v.format, group, dim, width)
+    scratch_bytes = for_queries + for_weights
     scratch = empty(workers, scratch_bytes, dtype=torch.int8) if scratch_bytes else partial
     launch(
-        _worker(dtype), workers,
-        row_address(q, torch.float32), q.stride(0), address(pages.k, dtype), address(pages.v, dtype),
-        scales_address(pages.k_scale), scales_address(pages.v_scale), *where,
+        _worker(pages.k.format, pages.v.format), workers,
+        row_address(q, torch.float32), q.stride(0), address(pages.k.addresses, torch.int64),
+        address(pages.v.addresses, torch.int64), *where,
         out.data_ptr(), batch, heads, group, dim, page_size, width, bits_of_float(scale * math.log2(math.e)),
-        finished.data_ptr(), partial.data_ptr(), scores.data_ptr(), scratch.data_ptr(), scratch_bytes,
-        accumulate,
+        finished.data_ptr(), partial.data_ptr(), scores.data_ptr(), scratch.data_ptr(), for_queries,
+        scratch_bytes, accumulate,
     )  # fmt: skip
     if accumulate:
         _add_attention(
@@ -123,23 +132,30 @@ def _splits(length: int, width: int) -> int:
 
 
 @functools.cache
-def _worker(dtype: torch.dtype) -> int:
-    kind = KINDS[dtype]
+def _scratch(keys: VectorFormat, values: VectorFormat, group: int, dim: int, width: int) -> tuple[int, int]:
+    """Bytes that a worker needs to round queries and to round weights."""
+    for_queries, _ = keys.on_cpu().scratch(group, dim, width)
+    _, for_weights = values.on_cpu().scratch(group, dim, width)
+    return for_queries, for_weights
+
+
+@functools.cache
+def _worker(key_format: VectorFormat, value_format: VectorFormat) -> int:
+    keys, values = key_format.on_cpu(), value_format.on_cpu()
 
     def work(arguments: int, worker: int) -> None:
-        _work(kind, arguments, worker)
+        _work(keys, values, arguments, worker)
 
     return compile_worker(work)
 
 
 @inlined
-def _work(kind: Any, arguments: int, worker: int) -> None:
+def _work(keys: Any, values: Any, arguments: int, worker: int) -> None:
     """Take splits until none is left, and merge the heads whose last split was finished here.
 
     The arguments, addresses unless stated otherwise:
         q: float32 [B, H, group, dim], `q_stride` floats per sequence.
-        k, v: The pages of K and V.
-        k_scale, v_scale: The pages of their scales, or 0.
+        k, v: The stores of keys and values, of the formats `keys` and `values`.
         table: The page table, `table_stride` and `head_stride` entries per sequence and head.
         lengths: The lengths, `lengths_stride` entries per sequence.
         slots: int32 [B].
@@ -151,15 +167,16 @@ def _work(kind: Any, arguments: int, worker: int) -> None:
         partial: float32 [splits, group, dim + 2], weighted values of each split, its largest score, and the
             sum of its exponentials relative to that.
         scores: float32 [splits or workers, group, width].
-        scratch: `scratch_bytes` for each worker, if there are scales: queries int16 [group, dim], weights
-            int16 [group, width], sums int32 [group, dim], float32 [group].
+        scratch: `scratch_bytes` for each worker, the first `for_queries` for queries, the rest for weights.
         keep: 1 to keep the exponentials of all splits in `scores`, 0 to keep those of each worker's last.
     """
     (
-        q, q_stride, k, v, k_scale, v_scale, table, table_stride, head_stride, lengths, lengths_stride, slots,
-        out, batch, heads, group, dim, page_size, width, factor_bits, finished, partial, scores, scratch,
+        q, q_stride, k, v, table, table_stride, head_stride, lengths, lengths_stride, slots, out, batch,
+        heads, group, dim, page_size, width, factor_bits, finished, partial, scores, scratch, for_queries,
         scratch_bytes, keep,
-    ) = read_arguments(arguments, 26)  # fmt: skip
+    ) = read_arguments(arguments, 25)  # fmt: skip
+    k_store, v_store = read_addresses(keys, k), read_addresses(values, v)
+    own = scratch + worker * scratch_bytes
     factor = float_of_bits(factor_bits)
     rows = batch * heads
     row, first_item, splits, slot, length = -1, 0, 0, 0, 0
@@ -180,15 +197,10 @@ def _work(kind: Any, arguments: int, worker: int) -> None:
         count = min(width, length - split * width)
         exponentials = scores + 4 * (item if keep else worker) * group * width
         mine = partial + 4 * item * group * (dim + 2)
-        if k_scale:
-            _attend_int8_split(
-                group, dim, query, k, v, k_scale, v_scale, pages, page_size, count, width, factor,
-                exponentials, scratch + worker * scratch_bytes, mine,
-            )  # fmt: skip
-        else:
-            _attend_split(
-                kind, group, dim, query, k, v, pages, page_size, count, width, factor, exponentials, mine
-            )
+        _attend_split(
+            keys, values, group, dim, query, k_store, v_store, pages, page_size, count, width, factor,
+            exponentials, own, own + for_queries, mine,
+        )  # fmt: skip
         if fetch_add(finished + 8 * row, 1) == splits - 1:
             stride = 4 * group * (dim + 2)
             _merge(out + 4 * row * group * dim, group, dim, factor, splits, partial + first_item * stride)
@@ -196,254 +208,56 @@ def _work(kind: Any, arguments: int, worker: int) -> None:
 
 @inlined
 def _attend_split(
-    kind: Any,
+    keys: Any,
+    values: Any,
     group: int,
     dim: int,
     q: int,
-    k: int,
-    v: int,
+    k: Any,
+    v: Any,
     table: int,
     page_size: int,
     count: int,
     width: int,
     factor: float,
     scores: int,
+    key_scratch: int,
+    value_scratch: int,
     partial: int,
 ) -> None:
     """Attend with a group's queries over `count` tokens, which start on the first page of `table`.
 
     Writes the exponentials to `scores` and the rest to `partial`, float32 [group, dim + 2].
     """
-    page_bytes = page_size * dim * kind.itemsize
+    queries = round_queries(keys, group, dim, q, key_scratch)
     for start in range(0, count, page_size):
-        page = load_int32(table + 4 * (start // page_size))
+        token = load_int32(table + 4 * (start // page_size)) * page_size
         tokens = min(page_size, count - start)
-        keys = k + page * page_bytes
+        place = address_of(keys, k, dim, token)
         if start + page_size < count:
-            next_read = k + load_int32(table + 4 * (start // page_size + 1)) * page_bytes
+            next_token = load_int32(table + 4 * (start // page_size + 1)) * page_size
+            ahead = address_of(keys, k, dim, next_token) - place
+            prefetch_page(keys, k, next_token, tokens)
         else:
-            next_read = v + load_int32(table) * page_bytes
-        _score_page(kind, group, dim, q, keys, tokens, scores + 4 * start, width, next_read - keys)
+            ahead = address_of(values, v, dim, load_int32(table) * page_size) - place
+        prefetch_page(values, v, token, tokens)
+        score_page(keys, group, dim, queries, k, token, tokens, scores + 4 * start, width, ahead, key_scratch)
     for g in range(group):
         row = scores + 4 * g * width
         top = row_max(row, count)
         mine = partial + 4 * g * (dim + 2)
         store_scalar(FLOAT32, mine + 4 * dim, top)
         store_scalar(FLOAT32, mine + 4 * dim + 4, row_exp2(FLOAT32, row, count, count, factor, top))
-        for d in range(0, dim, 8):
-            store(FLOAT32, mine + 4 * d, broadcast(np.float32(0.0)))
+    round_weights(values, group, dim, scores, width, v, table, page_size, count, value_scratch, partial)
     for start in range(0, count, page_size):
-        page = load_int32(table + 4 * (start // page_size))
+        token = load_int32(table + 4 * (start // page_size)) * page_size
         tokens = min(page_size, count - start)
-        values = v + page * page_bytes
-        next_read = values
+        next_token = token
         if start + page_size < count:
-            next_read = v + load_int32(table + 4 * (start // page_size + 1)) * page_bytes
-        _weigh_page(kind, group, dim, scores + 4 * start, width, values, tokens, partial, next_read - values)
-
-
-@inlined
-def _attend_int8_split(
-    group: int,
-    dim: int,
-    q: int,
-    k: int,
-    v: int,
-    k_scale: int,
-    v_scale: int,
-    table: int,
-    page_size: int,
-    count: int,
-    width: int,
-    factor: float,
-    scores: int,
-    scratch: int,
-    partial: int,
-) -> None:
-    """`_attend_split` for pages of int8: a key's scale multiplies its scores, a value's its weights.
-
-    Queries and weights are rounded to int16, each row by its largest number. What a weight is off by is at
-    most a 65,534th of the largest weight of the split.
-    """
-    weights = scratch + 2 * group * dim
-    sums = weights + 2 * group * width
-    ranges = sums + 4 * group * dim
-    for g in range(group):
-        store_scalar(FLOAT32, ranges + 4 * g, _round_row(q + 4 * g * dim, dim, scratch + 2 * g * dim))
-        for d in range(0, dim, 8):
-            store(FLOAT32, sums + 4 * (g * dim + d), broadcast(np.float32(0.0)))
-    for start in range(0, count, page_size):
-        page = load_int32(table + 4 * (start // page_size))
-        tokens = min(page_size, count - start)
-        next_page, base = load_int32(table), v
-        if start + page_size < count:
-            next_page, base = load_int32(table + 4 * (start // page_size + 1)), k
-        keys = k + page * page_size * dim
-        ahead = base + next_page * page_size * dim - keys
-        _score_int8_page(group, dim, scratch, keys, tokens, scores + 4 * start, width, ahead)
-        for t in range(0, tokens, 8):
-            place = 4 * (page * page_size + t)
-            prefetch(v_scale + place)
-            prefetch(k_scale + 4 * (next_page * page_size + t))
-            scale = load(FLOAT32, k_scale + place)
-            for g in range(group):
-                score = scores + 4 * (g * width + start + t)
-                spread = broadcast(load_scalar(FLOAT32, ranges + 4 * g))
-                store(FLOAT32, score, mul(load(FLOAT32, score), mul(scale, spread)))
-    for g in range(group):
-        row = scores + 4 * g * width
-        top = row_max(row, count)
-        mine = partial + 4 * g * (dim + 2)
-        store_scalar(FLOAT32, mine + 4 * dim, top)
-        store_scalar(FLOAT32, mine + 4 * dim + 4, row_exp2(FLOAT32, row, count, count, factor, top))
-        largest = _weigh_row(row, v_scale, table, page_size, count, weights + 2 * g * width)
-        store_scalar(FLOAT32, ranges + 4 * g, largest)
-    for start in range(0, count, page_size):
-        page = load_int32(table + 4 * (start // page_size))
-        tokens = min(page_size, count - start)
-        next_page = page
-        if start + page_size < count:
-            next_page = load_int32(table + 4 * (start // page_size + 1))
-        ahead = (next_page - page) * page_size * dim
-        values = v + page * page_size * dim
-        _weigh_int8_page(group, dim, weights + 2 * start, width, values, tokens, sums, ahead)
-    for g in range(group):
-        spread = broadcast(load_scalar(FLOAT32, ranges + 4 * g))
-        for d in range(0, dim, 8):
-            total = mul(load_int32s(sums + 4 * (g * dim + d)), spread)
-            store(FLOAT32, partial + 4 * (g * (dim + 2) + d), total)
-
-
-@inlined
-def _round_row(source: int, count: int, target: int) -> Any:
-    """Write float32 [count] as int16; returns what those must be multiplied with."""
-    largest = broadcast(np.float32(0.0))
-    for d in range(0, count, 8):
-        largest = maximum(absolute(load(FLOAT32, source + 4 * d)), largest)
-    most = lane_max(largest)
-    spread = broadcast(_LARGEST_INT16 / most if most > 0 else np.float32(0.0))
-    for d in range(0, count, 8):
-        store_int16(target + 2 * d, mul(load(FLOAT32, source + 4 * d), spread))
-    return most / _LARGEST_INT16
-
-
-@inlined
-def _weigh_row(row: int, v_scale: int, table: int, page_size: int, count: int, target: int) -> Any:
-    """Multiply exponentials float32 [count] by their values' scales; write int16, and zeros up to an eight.
-
-    Returns:
-        What those must be multiplied with.
-    """
-    zeros = broadcast(np.float32(0.0))
-    largest = zeros
-    for start in range(0, count, page_size):
-        scales = v_scale + 4 * load_int32(table + 4 * (start // page_size)) * page_size
-        for t in range(0, min(page_size, count - start), 8):
-            weight = mul(load(FLOAT32, row + 4 * (start + t)), load(FLOAT32, scales + 4 * t))
-            largest = maximum(keep_first(weight, count - start - t, zeros), largest)
-    most = lane_max(largest)
-    spread = broadcast(_LARGEST_INT16 / most if most > 0 else np.float32(0.0))
-    for start in range(0, count, page_size):
-        scales = v_scale + 4 * load_int32(table + 4 * (start // page_size)) * page_size
-        for t in range(0, min(page_size, count - start), 8):
-            weight = mul(load(FLOAT32, row + 4 * (start + t)), load(FLOAT32, scales + 4 * t))
-            weight = mul(keep_first(weight, count - start - t, zeros), spread)
-            store_int16(target + 2 * (start + t), weight)
-    return most / _LARGEST_INT16
-
-
-@inlined
-def _score_int8_page(
-    group: int, dim: int, q: int, k: int, tokens: int, scores: int, width: int, ahead: int
-) -> None:
-    """`_score_page` for int16 queries and int8 keys, without scales."""
-    g = 0
-    while g < group:
-        rows = _block(group - g)
-        query, target = q + 2 * g * dim, scores + 4 * g * width
-        if rows == 3:
-            dot_rows_int8(3, query, dim, k, tokens, target, width, ahead)
-        elif rows == 2:
-            dot_rows_int8(2, query, dim, k, tokens, target, width, ahead)
-        else:
-            dot_rows_int8(1, query, dim, k, tokens, target, width, ahead)
-        g += rows
-
-
-@inlined
-def _weigh_int8_page(
-    group: int, dim: int, weights: int, width: int, v: int, tokens: int, sums: int, ahead: int
-) -> None:
-    """Add a page's int8 values, weighted by int16 [group, width], to `sums`, int32 [group, dim]."""
-    body = dim - dim % 32
-    g = 0
-    while g < group:
-        rows = _block(group - g)
-        row, target = weights + 2 * g * width, sums + 4 * g * dim
-        for d in range(0, body, 32):
-            if rows == 3:
-                weigh_rows_int8(3, 4, row, width, v + d, dim, tokens, target + 4 * d, dim, ahead)
-            elif rows == 2:
-                weigh_rows_int8(2, 4, row, width, v + d, dim, tokens, target + 4 * d, dim, ahead)
-            else:
-                weigh_rows_int8(1, 4, row, width, v + d, dim, tokens, target + 4 * d, dim, ahead)
-        if body < dim:
-            for r in range(rows):
-                single, place = row + 2 * r * width, target + 4 * (r * dim + body)
-                weigh_rows_int8(1, 2, single, width, v + body, dim, tokens, place, dim, ahead)
-        g += rows
-
-
-@inlined
-def _block(rows: int) -> int:
-    """How many of the query heads that are left to take together: 3 x 4 accumulators fit 16 registers."""
-    return 3 if rows == 3 or rows >= 5 else min(rows, 2)
-
-
-@inlined
-def _score_page(
-    kind: Any, group: int, dim: int, q: int, k: int, tokens: int, scores: int, width: int, ahead: int
-) -> None:
-    """Write the scores [group, tokens] of a page's keys, four at a time: up to three too many."""
-    g = 0
-    while g < group:
-        rows = _block(group - g)
-        query, target = q + 4 * g * dim, scores + 4 * g * width
-        if rows == 3:
-            dot_rows(kind, 3, query, dim, k, tokens, target, width, ahead)
-        elif rows == 2:
-            dot_rows(kind, 2, query, dim, k, tokens, target, width, ahead)
-        else:
-            dot_rows(kind, 1, query, dim, k, tokens, target, width, ahead)
-        g += rows
-
-
-@inlined
-def _weigh_page(
-    kind: Any, group: int, dim: int, weights: int, width: int, v: int, tokens: int, out: int, ahead: int
-) -> None:
-    """Add a page's values, weighted, to `out`, float32 [group, dim + 2]."""
-    stride = dim + 2
-    g = 0
-    while g < group:
-        rows = _block(group - g)
-        row, target = weights + 4 * g * width, out + 4 * g * stride
-        wide = 64 if rows == 1 else 32
-        body = dim - dim % wide
-        for d in range(0, body, wide):
-            value, place = v + d * kind.itemsize, target + 4 * d
-            if rows == 3:
-                weigh_rows(kind, 3, 4, row, width, value, dim, tokens, place, stride, ahead)
-            elif rows == 2:
-                weigh_rows(kind, 2, 4, row, width, value, dim, tokens, place, stride, ahead)
-            else:
-                weigh_rows(kind, 1, 8, row, width, value, dim, tokens, place, stride, ahead)
-        for d in range(body, dim, 8):
-            value, place = v + d * kind.itemsize, target + 4 * d
-            for r in range(rows):
-                single, out_row = row + 4 * r * width, place + 4 * r * stride
-                weigh_rows(kind, 1, 1, single, width, value, dim, tokens, out_row, stride, ahead)
-        g += rows
+            next_token = load_int32(table + 4 * (start // page_size + 1)) * page_size
+        ahead = address_of(values, v, dim, next_token) - address_of(values, v, dim, token)
+        weigh_page(values, group, dim, scores, width, start, v, token, tokens, partial, ahead, value_scratch)
+    finish(values, group, dim, value_scratch, partial)
 
 
 @inlined
@@ -539,4 +353,5 @@ def _add_split(
     for t in range(0, count, 8):
         page = load_int32(table + 4 * ((start + t) // page_size))
         place = attention + 4 * (page * page_size + (start + t) % page_size)
-        weigh_rows(FLOAT32, 1, 1, scale.ctypes.data, 0, scores + 4 * t, width, group, place, 0, 0)
+        line = (scores + 4 * t,)
+        weigh_rows(FLOAT32_VECTORS, 1, 1, scale.ctypes.data, 0, line, width, 0, 0, group, place, 0, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from curkv.kernels.formats.base import Store
 from curkv.kernels.pages import Pages
 
 
@@ -23,17 +24,16 @@ def gather_tokens(storage: Tensor, row: Tensor, length: int) -> Tensor:
     return storage[row[:num_pages].long()].flatten(0, 1)[:length]
 
 
-def gather_vectors(storage: Tensor, scales: Tensor | None, row: Tensor, length: int) -> Tensor:
+def gather_vectors(store: Store, row: Tensor, length: int) -> Tensor:
     """Read the first `length` keys or values of one head: float32 [length, head_dim].
 
     Args:
-        storage: `Pages.k` or `Pages.v`.
-        scales: `Pages.k_scale` or `Pages.v_scale`.
+        store: `Pages.k` or `Pages.v`.
         row: int32 [max_pages], the head's row of the page table.
         length: Tokens of the head.
     """
-    vectors = gather_tokens(storage, row, length).float()
-    return vectors if scales is None else vectors * gather_tokens(scales, row, length)[:, None]
+    num_pages = -(-length // store.page_size)
+    return store.read(row[:num_pages].long()).flatten(0, 1)[:length]
 
 
 def paged_decode_attention(
@@ -62,15 +62,15 @@ def paged_decode_attention(
     Returns:
         float32 [B, Hq, head_dim].
     """
-    page_size = pages.k.shape[1]
+    page_size = pages.page_size
     num_heads = table.shape[1]
     group = q.shape[1] // num_heads
     out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     for i, slot in enumerate(slots.tolist()):
         for head in range(num_heads):
             length, row = int(lengths[slot, head]), table[slot, head]
-            keys = gather_vectors(pages.k, pages.k_scale, row, length)
-            values = gather_vectors(pages.v, pages.v_scale, row, length)
+            keys = gather_vectors(pages.k, row, length)
+            values = gather_vectors(pages.v, row, length)
             heads = slice(head * group, (head + 1) * group)
             probabilities = torch.softmax(scale * (q[i, heads].float() @ keys.T), dim=-1)
             out[i, heads] = probabilities @ values

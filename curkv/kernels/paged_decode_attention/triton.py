@@ -7,21 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from curkv.kernels.pages import Pages
-from curkv.kernels.triton_util import (
-    LOG2_E,
+from curkv.kernels.formats.triton import (
     attention_block,
-    dot,
-    find_slots,
-    load_tokens,
-    narrow,
+    load_operands,
     narrow_queries,
-    num_processors,
-    operands,
-    power_of_two,
+    pointers,
     scaled,
     softmax_step,
 )
+from curkv.kernels.pages import Pages
+from curkv.kernels.triton_util import LOG2_E, dot, find_slots, narrow, num_processors, power_of_two
 
 MIN_SPLIT = 256
 """Tokens that a program reads at least before a head is split further: the partial result it writes is then a
@@ -49,7 +44,7 @@ def paged_decode_attention(
     With `accumulate` the logits are kept, float32 [B, Hq, tokens a head may have], so that K is read once.
     """
     batch, query_heads, head_dim = q.shape
-    heads, page_size = table.shape[1], pages.k.shape[1]
+    heads, page_size = table.shape[1], pages.page_size
     max_tokens = table.shape[2] * page_size
     out = torch.empty(batch, query_heads, head_dim, dtype=q.dtype, device=q.device)
     if not batch:
@@ -65,10 +60,8 @@ def paged_decode_attention(
     layout = (table, lengths, slots, *table.stride()[:2], *lengths.stride())
     _attend[(batch, heads, splits)](
         q,
-        pages.k,
-        pages.v,
-        pages.k_scale,
-        pages.v_scale,
+        pointers(pages.k),
+        pointers(pages.v),
         *layout,
         partial,
         lse,
@@ -78,6 +71,8 @@ def paged_decode_attention(
         max_tokens,
         scale * LOG2_E.value,
         splits,
+        KEYS=pages.k.format.name,
+        VALUES=pages.v.format.name,
         GROUP=query_heads // heads,
         HEAD_DIM=head_dim,
         PAGE_SIZE=page_size,
@@ -136,8 +131,6 @@ def _attend(
     q,
     pages_k,
     pages_v,
-    k_scale,
-    v_scale,
     table,
     lengths,
     slots,
@@ -153,6 +146,8 @@ def _attend(
     max_tokens,
     scale_log2,
     splits,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -181,7 +176,7 @@ def _attend(
     rows = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
     query_head = head * GROUP + g
     pointers = q + sequence * stride_q_sequence + query_head[:, None] * stride_q_head + d[None, :]
-    queries = narrow_queries(tl.load(pointers, mask=rows, other=0.0), pages_k)
+    queries = narrow_queries(tl.load(pointers, mask=rows, other=0.0), pages_k, KEYS)
     row = table + slot * stride_table_slot + head * stride_table_head
     result = sequence * tl.num_programs(1) * GROUP + query_head
 
@@ -192,15 +187,15 @@ def _attend(
         index = block + n
         valid = index < end
         place = find_slots(row, index, valid, PAGE_SIZE)
-        keys = operands(load_tokens(pages_k, place, valid, HEAD_DIM, BLOCK_D))
+        keys = load_operands(pages_k, place, valid, KEYS, HEAD_DIM, BLOCK_D)
         scores = dot(queries, tl.trans(keys), tl.zeros([BLOCK_G, BLOCK_N], tl.float32))
-        scores = scaled(scores * scale_log2, k_scale, place, valid)
+        scores = scaled(scores * scale_log2, pages_k, place, valid, KEYS)
         scores = tl.where(valid[None, :], scores, float("-inf"))
         if KEEP_LOGITS:
             mask = (g < GROUP)[:, None] & valid[None, :]
             tl.store(logits + result[:, None] * max_tokens + index[None, :], scores, mask=mask)
-        values = operands(load_tokens(pages_v, place, valid, HEAD_DIM, BLOCK_D))
-        peak, total, acc = softmax_step(scores, values, v_scale, place, valid, peak, total, acc)
+        values = load_operands(pages_v, place, valid, VALUES, HEAD_DIM, BLOCK_D)
+        peak, total, acc = softmax_step(scores, values, pages_v, place, valid, peak, total, acc, VALUES)
 
     out = result * splits + split
     acc /= tl.where(total > 0, total, 1.0)[:, None]

@@ -31,14 +31,15 @@ from curkv.kernels.cpu.memory import (
     load_int32,
     load_scalar,
     row_address,
-    scales_address,
     store,
     store_scalar,
 )
 from curkv.kernels.cpu.panels import store_panel_columns, store_panel_rows
 from curkv.kernels.cpu.softmax import row_exp2, row_max
 from curkv.kernels.cpu.tiles import BFLOAT16_STRIP, strip_rows, strip_tile
+from curkv.kernels.cpu.vectors import load_channels, read_addresses
 from curkv.kernels.cpu.workers import bits_of_float, compile_worker, float_of_bits, launch, read_arguments
+from curkv.kernels.formats.base import VectorFormat
 from curkv.kernels.pages import Pages
 
 KEY_BLOCK = 128  # keys in scratch at once: K and V of head_dim 64 take 64 KiB, which stays in the L2 cache
@@ -61,7 +62,7 @@ def paged_prefill_attention(
     multiply in it.
     """
     tokens, query_heads, dim = q.shape
-    heads, page_size, dtype = table.shape[1], pages.k.shape[1], pages.k.dtype
+    heads, page_size = table.shape[1], pages.page_size
     if dim % 8 or page_size % 8:
         raise ValueError(f"head_dim {dim} and page size {page_size} must be multiples of 8")
     if not (MULTIPLIES_BFLOAT16 and dim % 16 == 0):
@@ -76,9 +77,9 @@ def paged_prefill_attention(
     counter = torch.zeros(1, dtype=torch.int64)
     scratch = torch.empty((threads, _scratch_size(block * group, dim)))
     launch(
-        _worker(dtype, q.dtype), threads,
-        row_address(q, q.dtype), q.stride(0), address(pages.k, dtype), address(pages.v, dtype),
-        scales_address(pages.k_scale), scales_address(pages.v_scale),
+        _worker(pages.k.format, pages.v.format, q.dtype), threads,
+        row_address(q, q.dtype), q.stride(0), address(pages.k.addresses, torch.int64),
+        address(pages.v.addresses, torch.int64),
         row_address(table, torch.int32), table.stride(0), table.stride(1),
         row_address(lengths, torch.int32), lengths.stride(0),
         address(slots, torch.int32), address(query_start, torch.int32),
@@ -96,23 +97,22 @@ def _scratch_size(rows: int, dim: int) -> int:
 
 
 @functools.cache
-def _worker(dtype: torch.dtype, operands: torch.dtype) -> int:
-    kind, operand = KINDS[dtype], KINDS[operands]
+def _worker(key_format: VectorFormat, value_format: VectorFormat, operands: torch.dtype) -> int:
+    keys, values, operand = key_format.on_cpu(), value_format.on_cpu(), KINDS[operands]
 
     def work(arguments: int, worker: int) -> None:
-        _work(kind, operand, arguments, worker)
+        _work(keys, values, operand, arguments, worker)
 
     return compile_worker(work)
 
 
 @inlined
-def _work(kind: Any, operand: Any, arguments: int, worker: int) -> None:
+def _work(keys: Any, values: Any, operand: Any, arguments: int, worker: int) -> None:
     """Take blocks of queries until none is left.
 
     The arguments, addresses unless stated otherwise:
         q: [T, H, group, dim] of the kind `operand`, `q_stride` values per token.
-        k, v: The pages of K and V.
-        k_scale, v_scale: The pages of their scales, or 0.
+        k, v: The stores of keys and values, of the formats `keys` and `values`.
         table: The page table, `table_stride` and `head_stride` entries per sequence and head.
         lengths: The lengths, `lengths_stride` entries per sequence.
         slots, query_start: int32 [B] and [B + 1].
@@ -125,10 +125,10 @@ def _work(kind: Any, operand: Any, arguments: int, worker: int) -> None:
         scratch: `scratch_bytes` for each worker.
     """
     (
-        q, q_stride, k, v, k_scale, v_scale, table, table_stride, head_stride, lengths, lengths_stride, slots,
+        q, q_stride, k, v, table, table_stride, head_stride, lengths, lengths_stride, slots,
         query_start, out, lse, batch, heads, group, dim, page_size, block, factor_bits, counter, scratch,
         scratch_bytes,
-    ) = read_arguments(arguments, 25)  # fmt: skip
+    ) = read_arguments(arguments, 23)  # fmt: skip
     i, first_item, items, start, new_tokens = -1, 0, 0, 0, 0
     while True:
         item = fetch_add(counter, 1)
@@ -148,9 +148,10 @@ def _work(kind: Any, operand: Any, arguments: int, worker: int) -> None:
         seen = load_int32(lengths + 4 * (slot * lengths_stride + head)) - new_tokens + first + 1
         row = ((start + first) * heads + head) * group
         _attend_block(
-            kind, operand, group, dim,
+            keys, values, operand, group, dim,
             q + operand.itemsize * ((start + first) * q_stride + head * group * dim), q_stride, count, seen,
-            k, v, k_scale, v_scale, table + 4 * (slot * table_stride + head * head_stride), page_size,
+            read_addresses(keys, k), read_addresses(values, v),
+            table + 4 * (slot * table_stride + head * head_stride), page_size,
             float_of_bits(factor_bits), out + 4 * row * dim, lse + 4 * row if lse else 0, heads * group,
             scratch + worker * scratch_bytes,
         )  # fmt: skip
@@ -158,7 +159,8 @@ def _work(kind: Any, operand: Any, arguments: int, worker: int) -> None:
 
 @inlined
 def _attend_block(
-    kind: Any,
+    key_format: Any,
+    value_format: Any,
     operand: Any,
     group: int,
     dim: int,
@@ -166,10 +168,8 @@ def _attend_block(
     q_stride: int,
     count: int,
     seen: int,
-    k: int,
-    v: int,
-    k_scale: int,
-    v_scale: int,
+    k: Any,
+    v: Any,
     table: int,
     page_size: int,
     factor: float,
@@ -203,8 +203,8 @@ def _attend_block(
     length = seen + count - 1
     for first in range(0, length, KEY_BLOCK):
         tokens = min(KEY_BLOCK, length - first)
-        load_keys(kind, operand, dim, k, k_scale, table, page_size, first, tokens, keys)
-        _load_values(kind, operand, dim, v, v_scale, table, page_size, first, tokens, values)
+        load_keys(key_format, operand, dim, k, table, page_size, first, tokens, keys)
+        _load_values(value_format, operand, dim, v, table, page_size, first, tokens, values)
         for row in range(0, rows, strip):
             last = min(row + strip, rows) - 1
             width = min(tokens, seen + last // group - first)
@@ -253,11 +253,10 @@ def load_queries(
 
 @inlined
 def load_keys(
-    kind: Any,
+    vectors: Any,
     operand: Any,
     dim: int,
-    k: int,
-    k_scale: int,
+    k: Any,
     table: int,
     page_size: int,
     first: int,
@@ -271,20 +270,17 @@ def load_keys(
     for t in range(0, tokens, 8):
         index = first + t
         token = load_int32(table + 4 * (index // page_size)) * page_size + index % page_size
-        source, scales = k + token * dim * kind.itemsize, k_scale + 4 * token
         panel = target + operand.itemsize * (t // 16 * 16 * dim) + 4 * (t % 16)
         for d in range(0, dim, 32 // operand.itemsize):
-            place = panel + 16 * operand.itemsize * d
-            store_panel_columns(operand, place, kind, source + d * kind.itemsize, dim, scales)
+            store_panel_columns(operand, panel + 16 * operand.itemsize * d, vectors, k, dim, token, d)
 
 
 @inlined
 def _load_values(
-    kind: Any,
+    vectors: Any,
     operand: Any,
     dim: int,
-    v: int,
-    v_scale: int,
+    v: Any,
     table: int,
     page_size: int,
     first: int,
@@ -299,14 +295,11 @@ def _load_values(
     for t in range(0, tokens, 2):
         index = first + t
         token = load_int32(table + 4 * (index // page_size)) * page_size + index % page_size
-        source = v + token * dim * kind.itemsize
         single = t + 1 == tokens
-        scale = broadcast(load_scalar(FLOAT32, v_scale + 4 * token) if v_scale else np.float32(1.0))
-        next_scale = broadcast(load_scalar(FLOAT32, v_scale + 4 * token + 4) if v_scale else np.float32(1.0))
         for d in range(0, dim, 8):
             place = target + operand.itemsize * 16 * (d // 16 * KEY_BLOCK + t) + 4 * (d % 16)
-            value = mul(load(kind, source + d * kind.itemsize), scale)
-            after = zeros if single else mul(load(kind, source + (dim + d) * kind.itemsize), next_scale)
+            value = load_channels(vectors, v, dim, token, d)
+            after = zeros if single else load_channels(vectors, v, dim, token + 1, d)
             store_panel_rows(operand, place, value, after)
         if dim % 16:
             place = target + operand.itemsize * 16 * (dim // 16 * KEY_BLOCK + t) + 4 * 8

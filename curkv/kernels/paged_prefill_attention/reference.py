@@ -47,8 +47,8 @@ def paged_prefill_attention(
     for slot, start, end in zip(slots.tolist(), starts, starts[1:], strict=False):
         for head in range(num_heads):
             length, row = int(lengths[slot, head]), table[slot, head]
-            keys = gather_vectors(pages.k, pages.k_scale, row, length)
-            values = gather_vectors(pages.v, pages.v_scale, row, length)
+            keys = gather_vectors(pages.k, row, length)
+            values = gather_vectors(pages.v, row, length)
             heads = slice(head * group, (head + 1) * group)
             scores = scale * torch.einsum("tgd,nd->tgn", q[start:end, heads].float(), keys)
             last = torch.arange(length - (end - start), length, device=q.device)

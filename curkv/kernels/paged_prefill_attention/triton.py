@@ -7,24 +7,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from curkv.kernels.formats.base import Store
+from curkv.kernels.formats.triton import (
+    attention_block,
+    load_operands,
+    narrow_queries,
+    operand_bytes,
+    operands_of,
+    pointers,
+    scaled,
+    softmax_step,
+)
 from curkv.kernels.pages import Pages
 from curkv.kernels.triton_util import (
     LN_2,
     LOG2_E,
-    attention_block,
     dot,
     find_sequence,
     find_slots,
     is_older_cuda,
-    load_tokens,
     narrow,
-    narrow_queries,
-    operand_bytes,
-    operands,
     power_of_two,
-    scaled,
     sequence_block,
-    softmax_step,
 )
 
 _MAX_BLOCK_N = 64
@@ -54,10 +58,8 @@ def paged_prefill_attention(
     if tokens:
         _attend[(tokens // tile + len(slots), heads)](
             q,
-            pages.k,
-            pages.v,
-            pages.k_scale,
-            pages.v_scale,
+            pointers(pages.k),
+            pointers(pages.v),
             table,
             lengths,
             slots,
@@ -70,9 +72,11 @@ def paged_prefill_attention(
             *lengths.stride(),
             len(slots),
             scale * LOG2_E.value,
+            KEYS=pages.k.format.name,
+            VALUES=pages.v.format.name,
             GROUP=group,
             HEAD_DIM=head_dim,
-            PAGE_SIZE=pages.k.shape[1],
+            PAGE_SIZE=pages.page_size,
             TILE=tile,
             BLOCK_M=block_m,
             BLOCK_N=attention_block(
@@ -86,9 +90,9 @@ def paged_prefill_attention(
     return (out, lse) if return_lse else out
 
 
-def query_rows(pages_k: Tensor) -> int:
+def query_rows(keys: Store) -> int:
     """Rows of a tile of queries, (token, head of the group) each; fewer where widened keys take registers."""
-    return 128 if operand_bytes(pages_k) <= 256 and pages_k.element_size() > 1 else 64
+    return 128 if operand_bytes(keys) <= 256 and not operands_of(keys).widened else 64
 
 
 @triton.jit
@@ -109,14 +113,14 @@ def _attend_block(
     end,
     pages_k,
     pages_v,
-    k_scale,
-    v_scale,
     row,
     scale_log2,
     peak,
     total,
     acc,
     CAUSAL: tl.constexpr,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -130,13 +134,13 @@ def _attend_block(
     index = block + tl.arange(0, BLOCK_N)
     valid = index < end
     place = find_slots(row, index, valid, PAGE_SIZE)
-    keys = operands(load_tokens(pages_k, place, valid, HEAD_DIM, BLOCK_D))
+    keys = load_operands(pages_k, place, valid, KEYS, HEAD_DIM, BLOCK_D)
     scores = dot(queries, tl.trans(keys), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-    scores = scaled(scores * scale_log2, k_scale, place, valid)
+    scores = scaled(scores * scale_log2, pages_k, place, valid, KEYS)
     if CAUSAL:
         scores = tl.where(index[None, :] <= last[:, None], scores, float("-inf"))
-    values = operands(load_tokens(pages_v, place, valid, HEAD_DIM, BLOCK_D))
-    return softmax_step(scores, values, v_scale, place, valid, peak, total, acc)
+    values = load_operands(pages_v, place, valid, VALUES, HEAD_DIM, BLOCK_D)
+    return softmax_step(scores, values, pages_v, place, valid, peak, total, acc, VALUES)
 
 
 @triton.jit(do_not_specialize=["num_sequences"])
@@ -144,8 +148,6 @@ def _attend(
     q,
     pages_k,
     pages_v,
-    k_scale,
-    v_scale,
     table,
     lengths,
     slots,
@@ -160,6 +162,8 @@ def _attend(
     stride_lengths_head,
     num_sequences,
     scale_log2,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -186,7 +190,7 @@ def _attend(
     query_head = head * GROUP + r % GROUP
     valid = (r < TILE * GROUP) & (first + r // GROUP < chunk)
     queries = load_queries(q, token, query_head, stride_q_token, stride_q_head, valid, HEAD_DIM, BLOCK_D)
-    queries = narrow_queries(queries, pages_k)
+    queries = narrow_queries(queries, pages_k, KEYS)
     last = length - chunk + step
 
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -196,13 +200,13 @@ def _attend(
     seen_by_all = (length - chunk + first + 1) // BLOCK_N * BLOCK_N
     for block in range(0, seen_by_all, BLOCK_N):
         peak, total, acc = _attend_block(
-            block, queries, last, end, pages_k, pages_v, k_scale, v_scale, row, scale_log2, peak, total, acc,
-            False, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
+            block, queries, last, end, pages_k, pages_v, row, scale_log2, peak, total, acc,
+            False, KEYS, VALUES, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     for block in range(seen_by_all, end, BLOCK_N):
         peak, total, acc = _attend_block(
-            block, queries, last, end, pages_k, pages_v, k_scale, v_scale, row, scale_log2, peak, total, acc,
-            True, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
+            block, queries, last, end, pages_k, pages_v, row, scale_log2, peak, total, acc,
+            True, KEYS, VALUES, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
     d = tl.arange(0, BLOCK_D)

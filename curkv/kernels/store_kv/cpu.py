@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 
 from curkv.kernels.cpu.jit import inlined, kernel
-from curkv.kernels.cpu.lanes import absolute, broadcast, fma, lane_max, lane_sum, maximum, mul
+from curkv.kernels.cpu.lanes import broadcast, fma, lane_sum
 from curkv.kernels.cpu.memory import (
     FLOAT32,
-    KINDS,
     address,
     load,
     load_int32,
     row_address,
-    scales_address,
-    store,
     store_int32,
     store_scalar,
 )
+from curkv.kernels.cpu.vectors import read_addresses
 from curkv.kernels.cpu.workers import compile_worker, launch, read_arguments
-from curkv.kernels.pages import LARGEST_INT8, Pages
+from curkv.kernels.formats.base import VectorFormat
+from curkv.kernels.formats.cpu.base import write
+from curkv.kernels.pages import Pages
 from curkv.kernels.rope.cpu import TOKENS_AT_ONCE, rotate
 
 
@@ -45,7 +45,6 @@ def store_kv(
     head_dim is a multiple of 8.
     """
     tokens, heads, dim = k.shape
-    dtype = pages.k.dtype
     if dim % 8:
         raise ValueError(f"head_dim {dim} must be a multiple of 8")
     arguments = (
@@ -55,29 +54,31 @@ def store_kv(
         row_address(table, torch.int32), table.stride(0), table.stride(1),
         row_address(lengths, torch.int32), lengths.stride(0),
         address(slots, torch.int32), address(query_start, torch.int32),
-        address(pages.k, dtype), address(pages.v, dtype), address(pages.position, torch.int32),
+        address(pages.k.addresses, torch.int64), address(pages.v.addresses, torch.int64),
+        address(pages.position, torch.int32),
         address(pages.k_sq, torch.float32), address(pages.v_sq, torch.float32),
-        address(pages.attention, torch.float32), scales_address(pages.k_scale), scales_address(pages.v_scale),
-        heads, dim, pages.k.shape[1],
+        address(pages.attention, torch.float32),
+        heads, dim, pages.page_size,
     )  # fmt: skip
-    launch(_worker(dtype), -(-tokens // TOKENS_AT_ONCE), tokens, *arguments)
+    launch(_worker(pages.k.format, pages.v.format), -(-tokens // TOKENS_AT_ONCE), tokens, *arguments)
 
 
 @functools.cache
-def _worker(dtype: torch.dtype) -> int:
-    kind = KINDS[dtype]
+def _worker(key_format: VectorFormat, value_format: VectorFormat) -> int:
+    keys, values = key_format.on_cpu(), value_format.on_cpu()
 
     def work(arguments: int, part: int) -> None:
         first = part * TOKENS_AT_ONCE
         end = min(read_arguments(arguments, 1)[0], first + TOKENS_AT_ONCE)
-        _store_tokens(kind, first, end, *read_arguments(arguments + 8, 27))
+        _store_tokens(keys, values, first, end, *read_arguments(arguments + 8, 25))
 
     return compile_worker(work)
 
 
 @kernel
 def _store_tokens(
-    kind: Any,
+    keys: Any,
+    values: Any,
     first: int,
     end: int,
     k: int,
@@ -102,14 +103,13 @@ def _store_tokens(
     k_sq: int,
     v_sq: int,
     attention: int,
-    k_scale: int,
-    v_scale: int,
     heads: int,
     dim: int,
     page_size: int,
 ) -> None:
     """Write the tokens from `first` to `end`. Addresses, and strides in elements."""
     half = dim // 2
+    k_store, v_store = read_addresses(keys, k_pages), read_addresses(values, v_pages)
     rotated = np.empty(dim, np.float32)
     turned = rotated.ctypes.data
     i = 0
@@ -126,29 +126,12 @@ def _store_tokens(
             token = load_int32(table + 4 * entry) * page_size + index % page_size
             key = k + 4 * (t * k_token_stride + head * k_head_stride)
             value = v + 4 * (t * v_token_stride + head * v_head_stride)
-            place = token * dim * kind.itemsize
             store_scalar(FLOAT32, k_sq + 4 * token, rotate(key, cos + row, sin + row, half, FLOAT32, turned))
-            _write(turned, dim, kind, k_pages + place, k_scale + 4 * token if k_scale else 0)
+            write(keys, turned, dim, k_store, token)
             store_scalar(FLOAT32, v_sq + 4 * token, _squares(value, dim))
-            _write(value, dim, kind, v_pages + place, v_scale + 4 * token if v_scale else 0)
+            write(values, value, dim, v_store, token)
             store_int32(position + 4 * token, where)
             store_scalar(FLOAT32, attention + 4 * token, np.float32(0.0))
-
-
-@inlined
-def _write(source: int, dim: int, kind: Any, target: int, scale: int) -> None:
-    """Write float32 [dim] as `kind`; if `scale` is an address, divided by what is written there."""
-    factor = broadcast(np.float32(1.0))
-    if scale:
-        largest = broadcast(np.float32(0.0))
-        for d in range(0, dim, 8):
-            largest = maximum(absolute(load(FLOAT32, source + 4 * d)), largest)
-        most = lane_max(largest)
-        store_scalar(FLOAT32, scale, most / np.float32(LARGEST_INT8))
-        if most > 0:
-            factor = broadcast(np.float32(LARGEST_INT8) / most)
-    for d in range(0, dim, 8):
-        store(kind, target + kind.itemsize * d, mul(load(FLOAT32, source + 4 * d), factor))
 
 
 @inlined

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from curkv.kernels.pages import Pages, rounded
+from curkv.kernels.pages import Pages
 from curkv.kernels.rope.reference import rope
 
 
@@ -24,8 +24,8 @@ def store_kv(
     """Rotate the new keys and write them, their values and the per-token side arrays into pages.
 
     Token i of the c new tokens of a sequence goes to index `lengths[slot, h] - c + i` of head h. The squared
-    norms are those of the float32 vectors, before rounding to the KV dtype; the attention received so far
-    starts at 0.
+    norms are those of the float32 vectors, before they are rounded to the cache's format; the attention
+    received so far starts at 0.
 
     Args:
         pages: The page pool, written in place.
@@ -39,7 +39,7 @@ def store_kv(
         slots: int32 [B], row of `table` of each sequence in the batch.
         query_start: int32 [B + 1], cumulative count of new tokens.
     """
-    page_size = pages.k.shape[1]
+    page_size = pages.page_size
     k, v = k.to(torch.float32, copy=True), v.float()
     rope(k, cos, sin, positions)
     starts = query_start.tolist()
@@ -49,11 +49,8 @@ def store_kv(
             index = int(lengths[slot, head]) - (end - start) + steps
             where = table[slot, head][index // page_size].long(), index % page_size
             keys, values = k[start:end, head], v[start:end, head]
-            pages.k[where], k_scale = rounded(keys, pages.k.dtype)
-            pages.v[where], v_scale = rounded(values, pages.v.dtype)
-            for scales, new in ((pages.k_scale, k_scale), (pages.v_scale, v_scale)):
-                if scales is not None and new is not None:
-                    scales[where] = new
+            pages.k.write(keys, *where)
+            pages.v.write(values, *where)
             pages.position[where] = positions[start:end]
             pages.k_sq[where] = keys.square().sum(-1)
             pages.v_sq[where] = values.square().sum(-1)

@@ -6,12 +6,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from curkv.kernels.pages import LARGEST_INT8, Pages
+from curkv.kernels.formats.triton import pointers, write
+from curkv.kernels.pages import Pages
 from curkv.kernels.rope.triton import rotate
-from curkv.kernels.triton_util import find_slots, narrow, power_of_two, sequence_block
+from curkv.kernels.triton_util import find_slots, power_of_two, sequence_block
 
 _MAX_BLOCK_H = 4
-_LARGEST = tl.constexpr(float(LARGEST_INT8))
 
 
 def store_kv(
@@ -40,14 +40,12 @@ def store_kv(
         cos,
         sin,
         positions,
-        pages.k,
-        pages.v,
+        pointers(pages.k),
+        pointers(pages.v),
         pages.position,
         pages.k_sq,
         pages.v_sq,
         pages.attention,
-        pages.k_scale,
-        pages.v_scale,
         table,
         lengths,
         slots,
@@ -60,36 +58,15 @@ def store_kv(
         *lengths.stride(),
         len(slots),
         heads,
+        KEYS=pages.k.format.name,
+        VALUES=pages.v.format.name,
         HEAD_DIM=head_dim,
-        PAGE_SIZE=pages.k.shape[1],
+        PAGE_SIZE=pages.page_size,
         BLOCK_H=block_h,
         BLOCK_HALF=power_of_two(head_dim // 2),
         BLOCK_B=sequence_block(len(slots)),
         num_warps=2,
     )
-
-
-@triton.jit
-def _write(first, second, pointers, scales, place, valid, mask, HALF: tl.constexpr):
-    """Write both halves of vectors [heads, HALF] as pages hold them, and their scales if there are any."""
-    if scales is not None:
-        largest = tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1))
-        tl.store(scales + place, largest / _LARGEST, mask=valid)
-        factor = tl.where(largest > 0, _LARGEST / tl.where(largest > 0, largest, 1.0), 0.0)[:, None]
-        tl.store(pointers, _nearest(first * factor).to(tl.int8), mask=mask)
-        tl.store(pointers + HALF, _nearest(second * factor).to(tl.int8), mask=mask)
-    else:
-        tl.store(pointers, narrow(first, pointers.dtype.element_ty), mask=mask)
-        tl.store(pointers + HALF, narrow(second, pointers.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _nearest(x):
-    """Round to an integer, to even where two are as near."""
-    low = tl.floor(x)
-    fraction = x - low
-    odd = low - 2 * tl.floor(low / 2)
-    return tl.where((fraction > 0.5) | ((fraction == 0.5) & (odd > 0)), low + 1, low)
 
 
 @triton.jit(do_not_specialize=["num_sequences"])
@@ -105,8 +82,6 @@ def _store_tokens(
     pages_k_sq,
     pages_v_sq,
     pages_attention,
-    k_scale,
-    v_scale,
     table,
     lengths,
     slots,
@@ -121,6 +96,8 @@ def _store_tokens(
     stride_lengths_head,
     num_sequences,
     num_heads,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -157,9 +134,8 @@ def _store_tokens(
     v2 = tl.load(v + HALF, mask=mask, other=0.0).to(tl.float32)
     k1, k2 = rotate(k1, k2, c, s)
 
-    vectors = place[:, None] * HEAD_DIM + i[None, :]
-    _write(k1, k2, pages_k + vectors, k_scale, place, valid, mask, HALF)
-    _write(v1, v2, pages_v + vectors, v_scale, place, valid, mask, HALF)
+    write(k1, k2, pages_k, place, valid, mask, i, KEYS, HEAD_DIM)
+    write(v1, v2, pages_v, place, valid, mask, i, VALUES, HEAD_DIM)
     tl.store(pages_position + place, tl.zeros([BLOCK_H], tl.int32) + position, mask=valid)
     tl.store(pages_k_sq + place, tl.sum(k1 * k1 + k2 * k2, 1), mask=valid)
     tl.store(pages_v_sq + place, tl.sum(v1 * v1 + v2 * v2, 1), mask=valid)

@@ -20,20 +20,20 @@ from curkv.kernels.cpu.jit import inlined
 from curkv.kernels.cpu.lanes import broadcast, fma, maximum, mul
 from curkv.kernels.cpu.memory import (
     FLOAT32,
-    KINDS,
     address,
     fetch_add,
     load,
     load_int32,
     load_scalar,
     row_address,
-    scales_address,
     store,
     store_scalar,
 )
 from curkv.kernels.cpu.softmax import row_exp2, row_max
 from curkv.kernels.cpu.tiles import STRIP, strip_tile
+from curkv.kernels.cpu.vectors import read_addresses
 from curkv.kernels.cpu.workers import bits_of_float, compile_worker, float_of_bits, launch, read_arguments
+from curkv.kernels.formats.base import VectorFormat
 from curkv.kernels.paged_prefill_attention.cpu import KEY_BLOCK, load_keys, load_queries
 from curkv.kernels.pages import Pages
 
@@ -54,7 +54,7 @@ def window_scores(
     head_dim and the page size are multiples of 8.
     """
     rows, window, group, dim = queries.shape
-    page_size, dtype = pages.k.shape[1], pages.k.dtype
+    page_size = pages.page_size
     if dim % 8 or page_size % 8:
         raise ValueError(f"head_dim {dim} and page size {page_size} must be multiples of 8")
     longest = int(lengths.max()) if rows else 0
@@ -68,8 +68,8 @@ def window_scores(
     counter = torch.zeros(1, dtype=torch.int64)
     scratch = torch.empty((workers, block * dim + KEY_BLOCK * dim + block * width))
     launch(
-        _worker(dtype), workers,
-        address(queries, torch.float32), address(pages.k, dtype), scales_address(pages.k_scale),
+        _worker(pages.k.format), workers,
+        address(queries, torch.float32), address(pages.k.addresses, torch.int64),
         address(pages.position, torch.int32), row_address(table, torch.int32), table.stride(0),
         address(lengths, torch.int32),
         address(known, torch.float32) if known is not None else 0, scores.data_ptr(),
@@ -80,22 +80,22 @@ def window_scores(
 
 
 @functools.cache
-def _worker(dtype: torch.dtype) -> int:
-    kind = KINDS[dtype]
+def _worker(format: VectorFormat) -> int:
+    vectors = format.on_cpu()
 
     def work(arguments: int, worker: int) -> None:
-        _work(kind, arguments, worker)
+        _work(vectors, arguments, worker)
 
     return compile_worker(work)
 
 
 @inlined
-def _work(kind: Any, arguments: int, worker: int) -> None:
+def _work(vectors: Any, arguments: int, worker: int) -> None:
     """Take rows until none is left.
 
     The arguments, addresses unless stated otherwise:
         queries: float32 [N, window, group, dim].
-        k, k_scale, position: The pages of K, of its scales (or 0) and of positions.
+        k, position: The store of the keys, and the pages of positions.
         table: The rows' pages, `table_stride` entries per row.
         lengths: int32 [N].
         known: float32 [N, window, group], log-sum-exp of each query, or 0.
@@ -109,11 +109,11 @@ def _work(kind: Any, arguments: int, worker: int) -> None:
             [block, width].
     """
     (
-        queries, k, k_scale, position, table, table_stride, lengths, known, scores, rows, window, group, dim,
+        queries, k, position, table, table_stride, lengths, known, scores, rows, window, group, dim,
         page_size, width, block, factor_bits, largest, counter, scratch, scratch_bytes,
-    ) = read_arguments(arguments, 21)  # fmt: skip
+    ) = read_arguments(arguments, 20)  # fmt: skip
     factor = float_of_bits(factor_bits)
-    pairs = window * group
+    pairs, keys = window * group, read_addresses(vectors, k)
     own = scratch + worker * scratch_bytes
     while True:
         row = fetch_add(counter, 1)
@@ -129,7 +129,7 @@ def _work(kind: Any, arguments: int, worker: int) -> None:
             count = min(block, pairs - first)
             products = own + 4 * (block + KEY_BLOCK) * dim
             _multiply(
-                kind, queries + 4 * (row * pairs + first) * dim, count, k, k_scale, pages, page_size, dim,
+                vectors, queries + 4 * (row * pairs + first) * dim, count, keys, pages, page_size, dim,
                 length, own, own + 4 * block * dim, products, width,
             )  # fmt: skip
             for i in range(count):
@@ -151,11 +151,10 @@ def _work(kind: Any, arguments: int, worker: int) -> None:
 
 @inlined
 def _multiply(
-    kind: Any,
+    vectors: Any,
     queries: int,
     count: int,
-    k: int,
-    k_scale: int,
+    k: Any,
     table: int,
     page_size: int,
     dim: int,
@@ -170,7 +169,7 @@ def _multiply(
     load_queries(FLOAT32, rows, queries, dim, count, dim, padded * dim)
     for first in range(0, length, KEY_BLOCK):
         tokens = min(KEY_BLOCK, length - first)
-        load_keys(kind, FLOAT32, dim, k, k_scale, table, page_size, first, tokens, keys)
+        load_keys(vectors, FLOAT32, dim, k, table, page_size, first, tokens, keys)
         for row in range(0, padded, STRIP):
             for t in range(0, tokens, 16):
                 strip_tile(

@@ -47,7 +47,7 @@ def window_scores(
     scores = torch.full((len(lengths), width), -torch.inf, device=queries.device)
     for row, length in enumerate(lengths.tolist()):
         if length:
-            keys = gather_vectors(pages.k, pages.k_scale, table[row], length)
+            keys = gather_vectors(pages.k, table[row], length)
             position = gather_tokens(pages.position, table[row], length)
             newest = position[-1] - torch.arange(window - 1, -1, -1, device=position.device)
             logits = scale * torch.einsum("wgd,nd->wgn", queries[row].float(), keys)

@@ -9,19 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from curkv.kernels.formats.triton import attention_block, load_operands, load_tokens, pointers, scaled
 from curkv.kernels.pages import Pages
-from curkv.kernels.triton_util import (
-    LOG2_E,
-    attention_block,
-    dot,
-    find_slots,
-    load_tokens,
-    narrow,
-    num_processors,
-    operands,
-    power_of_two,
-    scaled,
-)
+from curkv.kernels.triton_util import LOG2_E, dot, find_slots, narrow, num_processors, power_of_two
 
 MIN_SPLIT = 512
 """Tokens that a program of the first pass reads at least."""
@@ -51,8 +41,7 @@ def window_scores(
     block_n = attention_block(pages.k, _MAX_BLOCK_N, _TILE_BYTES)
     layout = (
         queries.contiguous(),
-        pages.k,
-        pages.k_scale,
+        pointers(pages.k),
         pages.position,
         table,
         lengths,
@@ -60,10 +49,11 @@ def window_scores(
         scale * LOG2_E.value,
     )
     constants = {
+        "KEYS": pages.k.format.name,
         "WINDOW": window,
         "GROUP": group,
         "HEAD_DIM": head_dim,
-        "PAGE_SIZE": pages.k.shape[1],
+        "PAGE_SIZE": pages.page_size,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_D": power_of_two(head_dim),
@@ -93,10 +83,10 @@ def _logits(
     length,
     queries,
     pages_k,
-    k_scale,
     pages_position,
     table,
     scale_log2,
+    KEYS: tl.constexpr,
     WINDOW: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -109,7 +99,7 @@ def _logits(
     index = block + tl.arange(0, BLOCK_N)
     valid = index < length
     place = find_slots(table, index, valid, PAGE_SIZE)
-    keys = operands(load_tokens(pages_k, place, valid, HEAD_DIM, BLOCK_D))
+    keys = load_operands(pages_k, place, valid, KEYS, HEAD_DIM, BLOCK_D)
     position = tl.load(pages_position + place, mask=valid, other=2147483647)
     newest = tl.load(pages_position + find_slots(table, length - 1, length > 0, PAGE_SIZE))
     r = first + tl.arange(0, BLOCK_M)
@@ -117,14 +107,13 @@ def _logits(
     tile = load_tokens(queries, row * (WINDOW * GROUP) + r, r < WINDOW * GROUP, HEAD_DIM, BLOCK_D)
     scores = dot(narrow(tile, keys.dtype), tl.trans(keys), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
     read = (r < WINDOW * GROUP)[:, None] & valid[None, :] & (position[None, :] <= own[:, None])
-    return tl.where(read, scaled(scores * scale_log2, k_scale, place, valid), float("-inf"))
+    return tl.where(read, scaled(scores * scale_log2, pages_k, place, valid, KEYS), float("-inf"))
 
 
 @triton.jit(do_not_specialize=["splits", "size"])
 def _normalisers(
     queries,
     pages_k,
-    k_scale,
     pages_position,
     table,
     lengths,
@@ -133,6 +122,7 @@ def _normalisers(
     lse,
     splits,
     size,
+    KEYS: tl.constexpr,
     WINDOW: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -150,8 +140,8 @@ def _normalisers(
     total = tl.zeros([BLOCK_M], tl.float32)
     for block in range(split * size, tl.minimum((split + 1) * size, length), BLOCK_N):
         scores = _logits(
-            row, first, block, length, queries, pages_k, k_scale, pages_position, table + row * stride_table,
-            scale_log2, WINDOW, GROUP, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
+            row, first, block, length, queries, pages_k, pages_position, table + row * stride_table,
+            scale_log2, KEYS, WINDOW, GROUP, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         shift = tl.where(new_peak > float("-inf"), new_peak, 0.0)
@@ -166,7 +156,6 @@ def _normalisers(
 def _sum_probabilities(
     queries,
     pages_k,
-    k_scale,
     pages_position,
     table,
     lengths,
@@ -177,6 +166,7 @@ def _sum_probabilities(
     scores,
     width,
     MEAN: tl.constexpr,
+    KEYS: tl.constexpr,
     WINDOW: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -205,9 +195,9 @@ def _sum_probabilities(
                 peak = new_peak
             whole = tl.where(total > 0, peak + tl.log2(total), 0.0)
             logits = _logits(
-                row, first, block, length, queries, pages_k, k_scale, pages_position,
+                row, first, block, length, queries, pages_k, pages_position,
                 table + row * stride_table, scale_log2,
-                WINDOW, GROUP, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
+                KEYS, WINDOW, GROUP, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
             paid = tl.exp2(logits - whole[:, None])
             if MEAN:

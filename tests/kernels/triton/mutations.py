@@ -46,15 +46,19 @@ def util(operation: str, what: str, old: str, new: str) -> Mutation:
     return Mutation(operation, what, old, new, "curkv.kernels.triton_util")
 
 
+def formats(operation: str, what: str, old: str, new: str) -> Mutation:
+    return Mutation(operation, what, old, new, "curkv.kernels.formats.triton")
+
+
 MUTATIONS = (
     Mutation("rope", "mask off by one head", "head < num_heads", "head <= num_heads"),
     Mutation("rope", "wrong sign", "second * cos + first * sin", "second * cos - first * sin"),
     Mutation("store_kv", "index off by one", "length - end + token", "length - end + token - 1"),
     Mutation("store_kv", "sequence off by one", "other=2147483647) <= token", "other=2147483647) < token"),
     Mutation("store_kv", "norm of half a key", "tl.sum(k1 * k1 + k2 * k2, 1)", "tl.sum(k1 * k1, 1)"),
-    Mutation("store_kv", "rounded down", "(fraction > 0.5)", "(fraction > 1.5)"),
-    Mutation("compact", "scales stay", "if array == 6:", "if array == 9:"),
-    util("paged_decode_attention", "int8 not scaled", "x = x * tl.load(scales", "x = x + 0 * tl.load(scales"),
+    formats("store_kv", "rounded down", "(fraction > 0.5)", "(fraction > 1.5)"),
+    Mutation("compact", "an array stays", "if array == i:", "if (array == i) & (i != 1):"),
+    formats("paged_decode_attention", "not scaled", "x = x * tl.load(store", "x = x + 0 * tl.load(store"),
     Mutation("paged_decode_attention", "mask off by one", "valid = index < end", "valid = index <= end"),
     Mutation(
         "paged_decode_attention",
@@ -157,7 +161,7 @@ MUTATIONS = (
         "starts // TILE + b <= tile",
         "starts // TILE + b < tile",
     ),
-    util("paged_decode_attention", "running sum not scaled", "total = total * decay", "total = total"),
+    formats("paged_decode_attention", "running sum not scaled", "total = total * decay", "total = total"),
     util(
         "paged_decode_attention",
         "bfloat16 bits multiplied",

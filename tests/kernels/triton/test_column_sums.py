@@ -9,20 +9,22 @@ from tests.kernels.util import make_pool, query_start
 
 
 @pytest.mark.parametrize(
-    ("lengths", "new_tokens", "group", "head_dim", "page_size", "dtype", "shared_pages"),
+    ("lengths", "new_tokens", "group", "head_dim", "page_size", "kv_dtype", "shared_pages"),
     [
-        ([[1]], [1], 1, 64, 16, torch.float32, 0),
-        ([[40, 9], [90, 150]], [9, 70], 3, 64, 16, torch.float32, 0),
-        ([[40, 80], [90, 50]], [5, 17], 2, 96, 32, torch.float16, 1),
-        ([[70, 140]], [70], 4, 128, 128, torch.bfloat16, 0),
-        ([[33]], [20], 16, 256, 64, torch.bfloat16, 0),
-        ([[40, 80], [90, 50]], [5, 17], 3, 64, 32, torch.int8, 1),
+        ([[1]], [1], 1, 64, 16, "float32", 0),
+        ([[40, 9], [90, 150]], [9, 70], 3, 64, 16, "float32", 0),
+        ([[40, 80], [90, 50]], [5, 17], 2, 96, 32, "float16", 1),
+        ([[70, 140]], [70], 4, 128, 128, "bfloat16", 0),
+        ([[33]], [20], 16, 256, 64, "bfloat16", 0),
+        ([[40, 80], [90, 50]], [5, 17], 3, 64, 32, "int8", 1),
     ],
 )
 def test_adds_what_the_reference_adds(
-    close, lengths, new_tokens, group, head_dim, page_size, dtype, shared_pages
+    close, lengths, new_tokens, group, head_dim, page_size, kv_dtype, shared_pages
 ):
-    pool = make_pool(lengths, head_dim=head_dim, page_size=page_size, dtype=dtype, shared_pages=shared_pages)
+    pool = make_pool(
+        lengths, head_dim=head_dim, page_size=page_size, kv_dtype=kv_dtype, shared_pages=shared_pages
+    )
     expected = pool.copy()
     heads = len(lengths[0])
     q = torch.randn(sum(new_tokens), 2 * heads * group, head_dim)[:, heads * group :]
@@ -31,4 +33,4 @@ def test_adds_what_the_reference_adds(
     for _ in range(2):
         triton.column_sums(q, lse, pool.pages, *layout)
         reference.column_sums(q, lse, expected.pages, *layout)
-    close(pool.pages.attention, expected.pages.attention, dtype)
+    close(pool.pages.attention, expected.pages.attention, kv_dtype)

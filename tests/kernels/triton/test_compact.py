@@ -28,17 +28,17 @@ def assert_same(pages, expected):
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 1.0])
 @pytest.mark.parametrize(
-    ("head_dim", "page_size", "dtype"),
+    ("head_dim", "page_size", "kv_dtype"),
     [
-        (64, 16, torch.float32),
-        (96, 32, torch.float16),
-        (256, 128, torch.bfloat16),
-        (64, 64, torch.int8),
+        (64, 16, "float32"),
+        (96, 32, "float16"),
+        (256, 128, "bfloat16"),
+        (64, 64, "int8"),
     ],
 )
-def test_moves_in_place_bit_for_bit(head_dim, page_size, dtype, share):
+def test_moves_in_place_bit_for_bit(head_dim, page_size, kv_dtype, share):
     lengths = [[300, 0, 1], [64, 65, 17]]
-    pool = make_pool(lengths, head_dim=head_dim, page_size=page_size, dtype=dtype)
+    pool = make_pool(lengths, head_dim=head_dim, page_size=page_size, kv_dtype=kv_dtype)
     expected = pool.copy()
     table, lengths = rows_of(pool)
     chosen = choose(lengths, share)

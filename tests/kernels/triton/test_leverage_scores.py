@@ -39,17 +39,17 @@ def test_zero_energies_score_zero():
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "page_size", "dtype", "rank"),
+    ("head_dim", "page_size", "kv_dtype", "rank"),
     [
-        (64, 16, torch.float32, 20),
-        (96, 64, torch.float16, 16),
-        (128, 128, torch.bfloat16, 20),
-        (256, 32, torch.bfloat16, 1),
-        (64, 64, torch.int8, 20),
+        (64, 16, "float32", 20),
+        (96, 64, "float16", 16),
+        (128, 128, "bfloat16", 20),
+        (256, 32, "bfloat16", 1),
+        (64, 64, "int8", 20),
     ],
 )
-def test_sketches_score_like_the_reference(close, head_dim, page_size, dtype, rank):
-    pool = make_pool([[50, 0, 1], [64, 65, 17]], head_dim=head_dim, page_size=page_size, dtype=dtype)
+def test_sketches_score_like_the_reference(close, head_dim, page_size, kv_dtype, rank):
+    pool = make_pool([[50, 0, 1], [64, 65, 17]], head_dim=head_dim, page_size=page_size, kv_dtype=kv_dtype)
     options = {"normalization": "head", "sketch": torch.randn(head_dim, rank) / rank**0.5}
     arguments = pool.pages, *rows_of(pool)
     close(triton.leverage_scores(*arguments, **options), reference.leverage_scores(*arguments, **options))

@@ -9,30 +9,32 @@ from tests.kernels.util import make_pool
 
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize(
-    ("lengths", "group", "head_dim", "page_size", "dtype", "shared_pages"),
+    ("lengths", "group", "head_dim", "page_size", "kv_dtype", "shared_pages"),
     [
-        ([[1]], 1, 64, 16, torch.float32, 0),
-        ([[5, 0], [16, 17], [64, 65]], 3, 64, 16, torch.float32, 0),
-        ([[700, 256, 257]], 4, 64, 128, torch.float32, 0),
-        ([[40, 80], [50, 33]], 2, 96, 32, torch.float16, 2),
-        ([[90, 1], [129, 127]], 8, 128, 64, torch.bfloat16, 1),
-        ([[35]], 16, 256, 16, torch.bfloat16, 0),
-        ([[90, 1], [129, 327]], 3, 64, 64, torch.int8, 1),
+        ([[1]], 1, 64, 16, "float32", 0),
+        ([[5, 0], [16, 17], [64, 65]], 3, 64, 16, "float32", 0),
+        ([[700, 256, 257]], 4, 64, 128, "float32", 0),
+        ([[40, 80], [50, 33]], 2, 96, 32, "float16", 2),
+        ([[90, 1], [129, 127]], 8, 128, 64, "bfloat16", 1),
+        ([[35]], 16, 256, 16, "bfloat16", 0),
+        ([[90, 1], [129, 327]], 3, 64, 64, "int8", 1),
     ],
 )
 def test_attends_like_the_reference(
-    close, lengths, group, head_dim, page_size, dtype, shared_pages, accumulate
+    close, lengths, group, head_dim, page_size, kv_dtype, shared_pages, accumulate
 ):
-    pool = make_pool(lengths, head_dim=head_dim, page_size=page_size, dtype=dtype, shared_pages=shared_pages)
+    pool = make_pool(
+        lengths, head_dim=head_dim, page_size=page_size, kv_dtype=kv_dtype, shared_pages=shared_pages
+    )
     expected = pool.copy()
     q = torch.randn(len(lengths), 3 * len(lengths[0]) * group, head_dim)[:, : len(lengths[0]) * group]
     arguments = pool.table, pool.lengths, pool.slots, head_dim**-0.5, accumulate
     close(
         triton.paged_decode_attention(q, pool.pages, *arguments),
         reference.paged_decode_attention(q, expected.pages, *arguments),
-        dtype,
+        kv_dtype,
     )
-    close(pool.pages.attention, expected.pages.attention, dtype)
+    close(pool.pages.attention, expected.pages.attention, kv_dtype)
 
 
 @pytest.mark.parametrize("batch", [1, 64])
@@ -71,7 +73,7 @@ def test_no_sequences():
 
 @pytest.mark.parametrize("lengths", [[[90, 1]], [[700, 600]]])
 def test_bfloat16_queries_give_bfloat16(close, lengths):
-    pool = make_pool(lengths, dtype=torch.bfloat16)
+    pool = make_pool(lengths, kv_dtype="bfloat16")
     arguments = torch.randn(1, 6, 64).bfloat16(), pool.pages, pool.table, pool.lengths, pool.slots, 0.125
     expected = reference.paged_decode_attention(*arguments).bfloat16()
     close(triton.paged_decode_attention(*arguments), expected, torch.bfloat16)

@@ -8,29 +8,31 @@ from tests.kernels.util import make_pool, query_start
 
 
 @pytest.mark.parametrize(
-    ("lengths", "new_tokens", "group", "head_dim", "page_size", "dtype", "shared_pages"),
+    ("lengths", "new_tokens", "group", "head_dim", "page_size", "kv_dtype", "shared_pages"),
     [
-        ([[1]], [1], 1, 64, 16, torch.float32, 0),
-        ([[40, 9], [90, 150]], [9, 70], 3, 64, 16, torch.float32, 0),
-        ([[130], [3], [64], [65]], [130, 3, 64, 1], 2, 64, 32, torch.float32, 0),
-        ([[40, 80], [90, 50]], [5, 17], 2, 96, 32, torch.float16, 1),
-        ([[70, 140]], [70], 4, 128, 128, torch.bfloat16, 0),
-        ([[33]], [20], 16, 256, 64, torch.bfloat16, 0),
-        ([[40, 80], [190, 50]], [5, 17], 3, 64, 32, torch.int8, 1),
+        ([[1]], [1], 1, 64, 16, "float32", 0),
+        ([[40, 9], [90, 150]], [9, 70], 3, 64, 16, "float32", 0),
+        ([[130], [3], [64], [65]], [130, 3, 64, 1], 2, 64, 32, "float32", 0),
+        ([[40, 80], [90, 50]], [5, 17], 2, 96, 32, "float16", 1),
+        ([[70, 140]], [70], 4, 128, 128, "bfloat16", 0),
+        ([[33]], [20], 16, 256, 64, "bfloat16", 0),
+        ([[40, 80], [190, 50]], [5, 17], 3, 64, 32, "int8", 1),
     ],
 )
 def test_attends_like_the_reference(
-    close, lengths, new_tokens, group, head_dim, page_size, dtype, shared_pages
+    close, lengths, new_tokens, group, head_dim, page_size, kv_dtype, shared_pages
 ):
-    pool = make_pool(lengths, head_dim=head_dim, page_size=page_size, dtype=dtype, shared_pages=shared_pages)
+    pool = make_pool(
+        lengths, head_dim=head_dim, page_size=page_size, kv_dtype=kv_dtype, shared_pages=shared_pages
+    )
     heads = len(lengths[0])
     q = torch.randn(sum(new_tokens), 2 * heads * group, head_dim)[:, heads * group :]
     layout = pool.table, pool.lengths, pool.slots, query_start(new_tokens)
     arguments = q, pool.pages, *layout, head_dim**-0.5
     out, lse = triton.paged_prefill_attention(*arguments, return_lse=True)
     expected, expected_lse = reference.paged_prefill_attention(*arguments, return_lse=True)
-    close(out, expected, dtype)
-    close(lse, expected_lse, dtype)
+    close(out, expected, kv_dtype)
+    close(lse, expected_lse, kv_dtype)
 
 
 def test_many_sequences(close):
@@ -55,7 +57,7 @@ def test_large_scores_do_not_overflow():
 
 
 def test_bfloat16_queries_give_bfloat16(close):
-    pool = make_pool([[90, 20]], dtype=torch.bfloat16)
+    pool = make_pool([[90, 20]], kv_dtype="bfloat16")
     layout = pool.table, pool.lengths, pool.slots, query_start([9])
     arguments = torch.randn(9, 6, 64).bfloat16(), pool.pages, *layout, 0.125
     expected = reference.paged_prefill_attention(*arguments).bfloat16()

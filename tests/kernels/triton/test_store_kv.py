@@ -17,26 +17,28 @@ def store(kernel, pool, new_tokens, head_dim, slots=None, activations=torch.floa
 
 
 @pytest.mark.parametrize(
-    ("lengths", "new_tokens", "head_dim", "page_size", "dtype"),
+    ("lengths", "new_tokens", "head_dim", "page_size", "kv_dtype"),
     [
-        ([[1]], [1], 64, 16, torch.float32),
-        ([[5, 20, 3], [16, 17, 33]], [3, 16], 64, 16, torch.float32),
-        ([[19, 40, 18, 18, 33], [1, 1, 1, 1, 65]], [18, 1], 96, 32, torch.float16),
-        ([[9, 64], [65, 128]], [9, 2], 128, 64, torch.bfloat16),
-        ([[130, 7]], [6], 256, 128, torch.bfloat16),
-        ([[19, 40, 18], [1, 1, 65]], [18, 1], 96, 32, torch.int8),
-        ([[n % 40 + 1] for n in range(64)], [1] * 64, 64, 16, torch.float32),
+        ([[1]], [1], 64, 16, "float32"),
+        ([[5, 20, 3], [16, 17, 33]], [3, 16], 64, 16, "float32"),
+        ([[19, 40, 18, 18, 33], [1, 1, 1, 1, 65]], [18, 1], 96, 32, "float16"),
+        ([[9, 64], [65, 128]], [9, 2], 128, 64, "bfloat16"),
+        ([[130, 7]], [6], 256, 128, "bfloat16"),
+        ([[19, 40, 18], [1, 1, 65]], [18, 1], 96, 32, "int8"),
+        ([[n % 40 + 1] for n in range(64)], [1] * 64, 64, 16, "float32"),
     ],
 )
 def test_writes_what_the_reference_writes_and_nothing_else(
-    close, lengths, new_tokens, head_dim, page_size, dtype
+    close, lengths, new_tokens, head_dim, page_size, kv_dtype
 ):
-    pool = make_pool(lengths, head_dim=head_dim, page_size=page_size, dtype=dtype, new_tokens=new_tokens)
+    pool = make_pool(
+        lengths, head_dim=head_dim, page_size=page_size, kv_dtype=kv_dtype, new_tokens=new_tokens
+    )
     expected = pool.copy()
     store(reference, expected, new_tokens, head_dim)
     store(triton, pool, new_tokens, head_dim)
     for field in pool.pages.arrays:
-        close(getattr(pool.pages, field), getattr(expected.pages, field), dtype)
+        close(pool.pages.arrays[field], expected.pages.arrays[field], kv_dtype)
 
 
 def test_a_slot_below_zero_is_not_written():
@@ -44,13 +46,13 @@ def test_a_slot_below_zero_is_not_written():
     before = pool.copy()
     store(triton, pool, [1, 1], 64, slots=torch.tensor([-1, -1], dtype=torch.int32))
     for field in pool.pages.arrays:
-        assert torch.equal(getattr(pool.pages, field).nan_to_num(), getattr(before.pages, field).nan_to_num())
+        assert torch.equal(pool.pages.arrays[field].nan_to_num(), before.pages.arrays[field].nan_to_num())
 
 
 def test_bfloat16_keys_and_values(close):
-    pool = make_pool([[19, 3]], new_tokens=[3], dtype=torch.bfloat16)
+    pool = make_pool([[19, 3]], new_tokens=[3], kv_dtype="bfloat16")
     expected = pool.copy()
     for kernel, where in ((reference, expected), (triton, pool)):
         store(kernel, where, [3], 64, activations=torch.bfloat16)
     for field in pool.pages.arrays:
-        close(getattr(pool.pages, field), getattr(expected.pages, field))
+        close(pool.pages.arrays[field], expected.pages.arrays[field])

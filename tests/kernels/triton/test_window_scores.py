@@ -9,23 +9,23 @@ from tests.kernels.util import make_pool, rows_of
 
 @pytest.mark.parametrize("reduction", ["mean", "max"])
 @pytest.mark.parametrize(
-    ("lengths", "window", "group", "head_dim", "page_size", "dtype"),
+    ("lengths", "window", "group", "head_dim", "page_size", "kv_dtype"),
     [
-        ([[1]], 1, 1, 64, 16, torch.float32),
-        ([[50, 0, 3], [64, 65, 17]], 8, 3, 64, 16, torch.float32),
-        ([[1200, 513]], 5, 2, 64, 64, torch.float32),
-        ([[40, 80]], 32, 4, 96, 32, torch.float16),
-        ([[70, 131]], 7, 8, 128, 128, torch.bfloat16),
-        ([[33]], 2, 16, 256, 64, torch.bfloat16),
-        ([[70, 131]], 7, 3, 64, 64, torch.int8),
+        ([[1]], 1, 1, 64, 16, "float32"),
+        ([[50, 0, 3], [64, 65, 17]], 8, 3, 64, 16, "float32"),
+        ([[1200, 513]], 5, 2, 64, 64, "float32"),
+        ([[40, 80]], 32, 4, 96, 32, "float16"),
+        ([[70, 131]], 7, 8, 128, 128, "bfloat16"),
+        ([[33]], 2, 16, 256, 64, "bfloat16"),
+        ([[70, 131]], 7, 3, 64, 64, "int8"),
     ],
 )
-def test_scores_like_the_reference(close, lengths, window, group, head_dim, page_size, dtype, reduction):
-    pool = make_pool(lengths, head_dim=head_dim, page_size=page_size, dtype=dtype)
+def test_scores_like_the_reference(close, lengths, window, group, head_dim, page_size, kv_dtype, reduction):
+    pool = make_pool(lengths, head_dim=head_dim, page_size=page_size, kv_dtype=kv_dtype)
     table, counts = rows_of(pool)
     queries = torch.randn(len(counts), window, group, head_dim)
     arguments = queries, pool.pages, table, counts, head_dim**-0.5, reduction
-    close(triton.window_scores(*arguments), reference.window_scores(*arguments), dtype)
+    close(triton.window_scores(*arguments), reference.window_scores(*arguments), kv_dtype)
 
 
 def test_queries_read_no_newer_position_even_where_tokens_were_evicted(close):
