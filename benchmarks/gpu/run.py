@@ -36,13 +36,14 @@ from curkv.engine.decode_graphs import DecodeGraphs
 from curkv.engine.engine import Engine
 from curkv.engine.runner import Runner
 from curkv.engine.types import Request, SamplingParams
-from curkv.kernels.aot import MODELS, ModelShape
-from curkv.kernels.costs import COSTS, evaluate
+from curkv.kernels.check import COSTS
+from curkv.kernels.costs import evaluate
 from curkv.kernels.dispatch import get_kernels
 from curkv.kernels.formats import get_format
 from curkv.kernels.linear.formats import BFLOAT16
 from curkv.kernels.pages import allocate
 from curkv.models.blocks import AttentionWeights, LayerWeights, MlpWeights
+from curkv.kernels.spec import MODELS, ModelShape
 from curkv.models.config import ModelConfig
 from curkv.models.decoder import Decoder
 from curkv.models.info import ModelInfo

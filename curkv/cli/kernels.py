@@ -10,7 +10,8 @@ import typer
 from curkv.cli.failing import fail
 
 if TYPE_CHECKING:
-    from curkv.kernels.aot import ModelShape, Target
+    from curkv.kernels.aot import Target
+    from curkv.kernels.spec import ModelShape
 
     Named = TypeVar("Named", ModelShape, Target)
 
@@ -47,10 +48,11 @@ def check_kernels(
     os.environ.pop("TRITON_INTERPRET", None)
     try:
         from curkv.kernels import aot, check
+        from curkv.kernels.spec import MODELS
     except ModuleNotFoundError as error:
         fail(f"{error}; `pip install triton` (3.4 or newer, on Linux)")
 
-    models = _chosen(aot.MODELS, model, "--model")
+    models = _chosen(MODELS, model, "--model")
     targets = _chosen(aot.TARGETS, target, "--target")
     entries = check.compile_all(models, targets)
     if table:

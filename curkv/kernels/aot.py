@@ -11,8 +11,7 @@ import re
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,19 +24,8 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from curkv.kernels.column_sums.triton import column_sums
-from curkv.kernels.compact.triton import compact
-from curkv.kernels.formats import get_format
-from curkv.kernels.leverage_scores.triton import leverage_scores
-from curkv.kernels.paged_decode_attention.triton import paged_decode_attention
-from curkv.kernels.paged_prefill_attention.triton import paged_prefill_attention
-from curkv.kernels.pages import allocate
-from curkv.kernels.rms_norm.triton import rms_norm
-from curkv.kernels.rope.triton import rope
-from curkv.kernels.select.triton import select
-from curkv.kernels.silu_mul.triton import silu_mul
-from curkv.kernels.store_kv.triton import store_kv
-from curkv.kernels.window_scores.triton import window_scores
+from curkv.kernels.dispatch import cases, load
+from curkv.kernels.spec import Case, Inputs, ModelShape, Phase, Workload
 
 
 @dataclass(frozen=True)
@@ -70,27 +58,6 @@ TARGETS = (
 
 
 @dataclass(frozen=True)
-class ModelShape:
-    """The numbers of a model that reach the kernels, from its `config.json`."""
-
-    name: str
-    layers: int
-    query_heads: int
-    kv_heads: int
-    head_dim: int
-    hidden: int
-    intermediate: int
-
-
-MODELS = (
-    ModelShape("SmolLM2-135M", 30, 9, 3, 64, 576, 1536),
-    ModelShape("Llama-3.1-8B", 32, 32, 8, 128, 4096, 14336),
-    ModelShape("Qwen3-8B", 36, 32, 8, 128, 4096, 12288),
-    ModelShape("Mistral-7B", 32, 32, 8, 128, 4096, 14336),
-)
-
-
-@dataclass(frozen=True)
 class Launch:
     """A recorded launch: the kernel, its grid and what it was called with."""
 
@@ -110,7 +77,7 @@ class Call:
     """A call of an operation.
 
     Attributes:
-        name: Of the operation, as in `curkv.kernels.costs`.
+        name: Of the operation, and the case's label.
         shapes: For the formulas there.
         launches: What it launched.
         kv_dtype: Of the cache.
@@ -157,22 +124,19 @@ def calls(model: ModelShape, target: Target) -> list[Call]:
     Decode: 32 sequences with 4,096 tokens each, and one with 32,768; prefill: a chunk of 2,048 tokens of
     8,192; eviction: one sequence, 8,192 tokens down to 2,048.
     """
-    found = [_record(*call, "bfloat16", target) for call in _calls(model, "bfloat16")]
-    with_int8 = (call for call in _calls(model, "int8") if call[0] in _READ_OR_WRITE_VECTORS)
-    return found + [_record(*call, "int8", target) for call in with_int8]
-
-
-_READ_OR_WRITE_VECTORS = {
-    "store_kv",
-    "paged_decode_attention",
-    "paged_decode_attention, accumulate",
-    "paged_prefill_attention",
-    "column_sums",
-    "window_scores",
-    "window_scores, lse given",
-    "leverage_scores, sketch",
-    "compact",
-}
+    workloads: dict[Phase, list[Workload]] = {
+        "decode": [Workload(model, 32, 4096), Workload(model, 1, 32768)],
+        "prefill": [Workload(model, 1, 8192, chunk=2048)],
+        "evict": [Workload(model, 1, 8192, kept=2048)],
+    }
+    found = [
+        _record(operation, name, case, replace(workload, kv_dtype=kv_dtype), target)
+        for kv_dtype in ("bfloat16", "int8")
+        for operation, name, case in cases()
+        if case.reads_vectors or kv_dtype == "bfloat16"
+        for workload in workloads[case.phase][: 1 if case.label else None]
+    ]
+    return [call for call in found if call.launches]
 
 
 def compile_launch(launch: Launch, target: Target) -> Report:
@@ -209,14 +173,13 @@ def _pretend(target: Target) -> None:
     driver.set_active(mock.Mock(get_current_target=lambda: target.gpu))
 
 
-def _record(
-    name: str, shapes: dict[str, int], call: Callable[[], object], kv_dtype: str, target: Target
-) -> Call:
+def _record(operation: str, name: str, case: Case, workload: Workload, target: Target) -> Call:
     launches: list[Launch] = []
 
     def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
         launches.append(Launch(kernel, grid, arguments, options))
 
+    call = case.call(Inputs(workload, stand_in=True, layer=1))  # whose slices are aligned as most layers'
     split = ("paged_decode_attention", "window_scores")
     processors = [f"curkv.kernels.{operation}.triton.num_processors" for operation in split]
     _pretend(target)
@@ -225,90 +188,9 @@ def _record(
         mock.patch(processors[0], return_value=target.processors),
         mock.patch(processors[1], return_value=target.processors),
     ):
-        call()
-    splits = launches[0].grid[2] if len(launches[0].grid) == 3 else 1
-    return Call(name, shapes | {"S": splits}, launches, kv_dtype)
-
-
-def _calls(m: ModelShape, kv_dtype: str) -> Iterator[tuple[str, dict[str, int], Callable[[], object]]]:
-    """Name, shapes and a function without arguments for every operation, `kv_dtype` being the cache's."""
-    activations = torch.bfloat16
-    heads, group, scale = m.kv_heads, m.query_heads // m.kv_heads, m.head_dim**-0.5
-    fixed = {"L": m.layers, "H": heads, "Q": m.query_heads, "G": group, "D": m.head_dim, "P": 64}
-    fixed |= {"d": m.hidden, "I": m.intermediate, "a": activations.itemsize}
-    format = get_format(kv_dtype)
-    vectors, *others = format.keys.arrays(m.head_dim).values()
-    fixed |= {"s": vectors.dtype.itemsize, "e": sum(other.nbytes for other in others)}
-    pages = allocate(format, 1, fixed["P"], m.head_dim)  # nothing is ever read
-    cos = torch.empty(8192, m.head_dim // 2)
-
-    def qkv(tokens: int) -> tuple[Tensor, ...]:
-        x = torch.empty(tokens, m.query_heads + 2 * heads, m.head_dim, dtype=activations)
-        return torch.split(x, [m.query_heads, heads, heads], dim=1)
-
-    def layer(sequences: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        table = torch.zeros(sequences, 2, heads, -(-tokens // fixed["P"]), dtype=torch.int32)[:, 1]
-        lengths = torch.full((sequences, 2, heads), tokens, dtype=torch.int32)[:, 1]
-        return table, lengths, torch.arange(sequences, dtype=torch.int32)
-
-    def positions(tokens: int) -> Tensor:
-        return torch.zeros(tokens, dtype=torch.int32)
-
-    decode = fixed | {"B": 32, "T": 32, "c": 1, "n": 4096}
-    long = fixed | {"B": 1, "T": 1, "c": 1, "n": 32768}
-    prefill = fixed | {"B": 1, "T": 2048, "c": 2048, "n": 8192}
-    evict = fixed | {"B": 1, "n": 8192, "k": 2048, "w": 32, "r": 20}
-    q, k, v = qkv(2048)
-    chunk = torch.tensor([0, 2048], dtype=torch.int32)
-    prompt, batch = layer(1, 8192), layer(32, 4096)
-    yield "rope", prefill, lambda: rope(q, cos, cos, positions(2048))
-    yield "store_kv", prefill, lambda: store_kv(pages, k, v, cos, cos, positions(2048), *prompt, chunk)
-    yield "paged_decode_attention", decode, lambda: paged_decode_attention(qkv(32)[0], pages, *batch, scale)
-    yield (
-        "paged_decode_attention",
-        long,
-        lambda: paged_decode_attention(qkv(1)[0], pages, *layer(1, 32768), scale),
-    )
-    yield (
-        "paged_decode_attention, accumulate",
-        decode,
-        lambda: paged_decode_attention(qkv(32)[0], pages, *batch, scale, True),
-    )
-    yield (
-        "paged_prefill_attention",
-        prefill,
-        lambda: paged_prefill_attention(q, pages, *prompt, chunk, scale),
-    )
-    lse = torch.empty(2048, m.query_heads)
-    yield "column_sums", prefill, lambda: column_sums(q, lse, pages, *prompt, chunk, scale)
-
-    rows = m.layers * heads
-    table = torch.zeros(rows, 128, dtype=torch.int32)
-    lengths = torch.full((rows,), 8192, dtype=torch.int32)
-    window = torch.empty(rows, 32, group, m.head_dim, dtype=activations)
-    known = torch.empty(rows, 32, group)
-    yield "window_scores", evict, lambda: window_scores(window, pages, table, lengths, scale)
-    yield (
-        "window_scores, lse given",
-        evict,
-        lambda: window_scores(window, pages, table, lengths, scale, lse=known),
-    )
-    yield "leverage_scores", evict, lambda: leverage_scores(pages, table, lengths)
-    sketch = torch.empty(m.head_dim, 20)
-    yield (
-        "leverage_scores, sketch",
-        evict,
-        lambda: leverage_scores(pages, table, lengths, normalization="head", sketch=sketch),
-    )
-    scores = torch.zeros(m.layers, heads, 8192)
-    full, keep = lengths.view(m.layers, heads), torch.full((m.layers, heads), 2048, dtype=torch.int32)
-    yield "select", evict, lambda: select(scores, full, keep)
-    yield "select, shared by a layer", evict, lambda: select(scores, full, keep, keep // 5)
-    kept = torch.zeros(rows, 8192, dtype=torch.int32)[:, :2048]
-    yield "compact", evict, lambda: compact(pages, table, table, kept, lengths)
-    x, weight = torch.empty(2048, m.hidden, dtype=activations), torch.empty(m.hidden, dtype=activations)
-    yield "rms_norm", prefill, lambda: rms_norm(x, weight, 1e-5, x)
-    yield "silu_mul", prefill, lambda: silu_mul(torch.empty(2048, 2 * m.intermediate, dtype=activations))
+        call.run(load(operation, "triton"))
+    splits = launches[0].grid[2] if launches and len(launches[0].grid) == 3 else 1
+    return Call(name, workload.letters(case.phase) | {"S": splits}, launches, workload.kv_dtype)
 
 
 _TYPES = {

@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from curkv.kernels.costs import COSTS, evaluate
+from curkv.kernels.costs import evaluate
+from curkv.kernels.dispatch import cases
 
 if TYPE_CHECKING:
-    from curkv.kernels.aot import Call, Launch, ModelShape, Report, Target
+    from curkv.kernels.aot import Call, Launch, Report, Target
+    from curkv.kernels.spec import ModelShape
+
+COSTS = {name: case.cost for _, name, case in cases()}
+"""Of every case of every operation."""
 
 MAX_OVERHEAD = 1.1
 """Bytes moved, as a multiple of the fewest possible."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from curkv.kernels.rms_norm.spec import RmsNorm
 from curkv.kernels.rope.spec import Rope
 from curkv.kernels.select.spec import Select
 from curkv.kernels.silu_mul.spec import SiluMul
+from curkv.kernels.spec import Case
 from curkv.kernels.store_kv.spec import StoreKV
 from curkv.kernels.window_scores.spec import WindowScores
 
@@ -64,8 +65,8 @@ class Kernels:
     store_kv: StoreKV
     paged_decode_attention: PagedDecodeAttention
     paged_prefill_attention: PagedPrefillAttention
-    window_scores: WindowScores
     column_sums: ColumnSums
+    window_scores: WindowScores
     leverage_scores: LeverageScores
     select: Select
     compact: Compact
@@ -75,7 +76,7 @@ class Kernels:
     pack_linear: PackLinear
 
 
-_MODULES = {"pack_linear": "linear"}
+_FOLDERS = {"pack_linear": "linear"}
 
 
 def get_kernels(name: KernelsName = "auto", device: str | torch.device = "cpu") -> Kernels:
@@ -112,9 +113,20 @@ def operations() -> list[str]:
     return [field.name for field in fields(Kernels) if field.name != "backend"]
 
 
+def cases() -> Iterator[tuple[str, str, Case]]:
+    """Every way in which an operation is called: its name, that with the case's label, and the case.
+
+    Without those of linear layers, which are given weights first.
+    """
+    for operation in operations():
+        folder = _FOLDERS.get(operation, operation)
+        for case in import_module(f"curkv.kernels.{folder}.spec").CASES if folder == operation else ():
+            yield operation, f"{operation}, {case.label}" if case.label else operation, case
+
+
 def load(operation: str, backend: str) -> Callable[..., Any]:
     """Imports one implementation of one operation."""
-    module = import_module(f"curkv.kernels.{_MODULES.get(operation, operation)}.{backend}")
+    module = import_module(f"curkv.kernels.{_FOLDERS.get(operation, operation)}.{backend}")
     kernel: Callable[..., Any] = getattr(module, operation)
     return kernel
 

@@ -1,12 +1,15 @@
-"""Attention of one token per sequence: what an implementation is."""
+"""Attention of one token per sequence: what an implementation is, inputs, and costs."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
 
+from curkv.kernels.costs import Cost
 from curkv.kernels.pages import Pages
+from curkv.kernels.spec import Call, Case, Inputs
 
 
 class PagedDecodeAttention(Protocol):
@@ -22,3 +25,35 @@ class PagedDecodeAttention(Protocol):
         scale: float,
         accumulate: bool = False,
     ) -> Tensor: ...
+
+
+def _call(x: Inputs, accumulate: bool = False) -> Call:
+    sequences = x.workload.sequences
+    arguments = x.qkv(sequences)[0], x.pages, *x.attended(sequences), x.scale, accumulate
+    return Call(arguments, written=(x.pages.attention,) if accumulate else ())
+
+
+CASES = (
+    Case(
+        "",
+        "decode",
+        Cost(
+            "B*H*n*(2*D*s + 2*e) + 2*B*Q*D*a",
+            "B*H*n*(2*D*s + 2*e + 4/P) + 2*B*Q*D*a + 8*B*Q*S*(D + 1)*(S > 1)",
+            "4*B*Q*n*D",
+        ),
+        _call,
+        reads_vectors=True,
+    ),
+    Case(
+        "accumulate",
+        "decode",
+        Cost(
+            "B*H*n*(2*D*s + 2*e + 8) + 2*B*Q*D*a",
+            "B*H*n*(2*D*s + 2*e + 8 + 8/P + 8*G) + 2*B*Q*D*a + 8*B*Q*S*(D + 1)*(S > 1)",
+            "4*B*Q*n*D",
+        ),
+        partial(_call, accumulate=True),
+        reads_vectors=True,
+    ),
+)

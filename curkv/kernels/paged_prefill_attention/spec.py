@@ -1,4 +1,4 @@
-"""Attention of chunks of prompts: what an implementation is."""
+"""Attention of chunks of prompts: what an implementation is, inputs, and costs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Literal, Protocol, overload
 
 from torch import Tensor
 
+from curkv.kernels.costs import Cost
 from curkv.kernels.pages import Pages
+from curkv.kernels.spec import Call, Case, Inputs
 
 
 class PagedPrefillAttention(Protocol):
@@ -47,3 +49,24 @@ class PagedPrefillAttention(Protocol):
         scale: float,
         return_lse: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def _call(x: Inputs) -> Call:
+    _, query_start = x.new_tokens()
+    return Call((x.qkv(x.workload.chunk)[0], x.pages, *x.attended(1), query_start, x.scale))
+
+
+CASES = (
+    Case(
+        "",
+        "prefill",
+        Cost(
+            "B*H*n*(2*D*s + 2*e) + 2*T*Q*D*a",
+            "B*H*n*(2*D*s + 2*e + 4/P) + 2*T*Q*D*a + 4*T*Q",
+            "4*B*Q*D*c*(n - c/2)",
+            "K and V for each tile of queries",
+        ),
+        _call,
+        reads_vectors=True,
+    ),
+)

@@ -1,4 +1,4 @@
-"""The gated activation: what an implementation is."""
+"""The gated activation: what an implementation is, inputs, and costs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,18 @@ from typing import Protocol
 
 from torch import Tensor
 
+from curkv.kernels.costs import Cost
+from curkv.kernels.spec import Call, Case, Inputs
+
 
 class SiluMul(Protocol):
     """See `reference.silu_mul`."""
 
     def __call__(self, gate_up: Tensor) -> Tensor: ...  # noqa: D102
+
+
+def _call(x: Inputs) -> Call:
+    return Call((x.normal(x.workload.chunk, 2 * x.workload.model.intermediate),))
+
+
+CASES = (Case("", "prefill", Cost("3*T*I*a", "3*T*I*a", "5*T*I"), _call),)

@@ -1,4 +1,4 @@
-"""Storing keys and values: what an implementation is."""
+"""Storing keys and values: what an implementation is, inputs, and costs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+from curkv.kernels.costs import Cost
 from curkv.kernels.pages import Pages
+from curkv.kernels.spec import Call, Case, Inputs
 
 
 class StoreKV(Protocol):
@@ -25,3 +27,25 @@ class StoreKV(Protocol):
         slots: Tensor,
         query_start: Tensor,
     ) -> None: ...
+
+
+def _call(x: Inputs) -> Call:
+    _, k, v = x.qkv(x.workload.chunk)
+    positions, query_start = x.new_tokens()
+    arguments = x.pages, k, v, *x.angles(), positions, *x.attended(1), query_start
+    return Call(arguments, written=tuple(x.pages.arrays.values()))
+
+
+CASES = (
+    Case(
+        "",
+        "prefill",
+        Cost(
+            "T*H*(2*D*(a + s) + 2*e + 16) + 4*T*D",
+            "T*H*(2*D*(a + s) + 2*e + 16 + 8) + 4*T*D + 4*T",
+            "7*T*H*D",
+        ),
+        _call,
+        reads_vectors=True,
+    ),
+)

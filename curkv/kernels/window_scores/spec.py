@@ -1,12 +1,16 @@
-"""Attention of the last queries to what is stored: what an implementation is."""
+"""Attention of the last queries to what is stored: what an implementation is, inputs, and costs."""
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import Literal, Protocol
 
 from torch import Tensor
 
+from curkv.kernels.costs import Cost
 from curkv.kernels.pages import Pages
+from curkv.kernels.spec import Call, Case, Inputs
 
 
 class WindowScores(Protocol):
@@ -22,3 +26,39 @@ class WindowScores(Protocol):
         reduction: Literal["mean", "max"] = "mean",
         lse: Tensor | None = None,
     ) -> Tensor: ...
+
+
+def _call(x: Inputs, lse_given: bool = False) -> Call:
+    w, m = x.workload, x.workload.model
+    table, lengths = x.rows()
+    shape = len(table), w.window, m.query_heads // m.kv_heads
+    arguments = x.normal(*shape, m.head_dim), x.pages, table, lengths, x.scale
+    return Call(arguments, {"lse": x.near(math.log(w.tokens), *shape)} if lse_given else {})
+
+
+CASES = (
+    Case(
+        "",
+        "evict",
+        Cost(
+            "2*L*H*n*(D*s + e + 4) + 4*L*H*n + L*Q*w*D*a",
+            "2*L*H*n*(D*s + e + 4 + 4/P) + 4*L*H*n + L*Q*w*(D*a + 8*S)",
+            "4*L*Q*w*n*D",
+            "queries for each block of keys",
+        ),
+        _call,
+        reads_vectors=True,
+    ),
+    Case(
+        "lse given",
+        "evict",
+        Cost(
+            "L*H*n*(D*s + e + 8) + L*Q*w*(D*a + 4)",
+            "L*H*n*(D*s + e + 8 + 4/P) + L*Q*w*(D*a + 4)",
+            "2*L*Q*w*n*D",
+            "queries for each block of keys",
+        ),
+        partial(_call, lse_given=True),
+        reads_vectors=True,
+    ),
+)

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from curkv.kernels import aot
-from curkv.kernels.check import Entry, failures
-from curkv.kernels.costs import COSTS, Cost, evaluate
+from curkv.kernels.check import COSTS, Entry, failures
+from curkv.kernels.costs import Cost, evaluate
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
