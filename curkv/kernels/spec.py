@@ -85,7 +85,7 @@ class Workload:
         }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass
 class Inputs:
     """Tensors for a workload.
 
@@ -94,7 +94,7 @@ class Inputs:
         device: Where they lie.
         stand_in: Whether only dtypes, shapes and strides matter: nothing is filled, there is a single page.
         layers: Layers with different pages, to take in turn.
-        layer: The one whose pages are taken.
+        layer: The one whose pages are taken, may be changed.
     """
 
     workload: Workload
