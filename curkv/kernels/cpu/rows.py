@@ -36,9 +36,32 @@ from curkv.kernels.cpu.llvm import (
     prefetch_line,
     shuffle,
     splat,
+    switch,
 )
 from curkv.kernels.cpu.tiles import float_tile
 from curkv.kernels.cpu.vectors import addresses
+
+MOST_ROWS = 3
+"""Rows that are taken together if it is not said before how many: 3 x 4 accumulators fit 16 registers."""
+
+
+def _by_rows(
+    builder: ir.IRBuilder,
+    kind: Any,
+    rows: ir.Value,
+    name: str,
+    args: Args,
+    body: Callable[[ir.IRBuilder, int, Args], None],
+) -> None:
+    """Call the function that `body` emits for a number of rows: a literal, or one up to `MOST_ROWS`."""
+
+    def emit(count: int) -> None:
+        call_own(builder, name.format(count), args, lambda inner, own: body(inner, count, own))
+
+    if isinstance(kind, types.IntegerLiteral):
+        emit(kind.literal_value)
+    else:
+        switch(builder, rows, MOST_ROWS, emit)
 
 
 @intrinsic
@@ -51,7 +74,7 @@ def dot_rows(
     Args:
         context: Numba's.
         primitives: Of the keys' format.
-        rows: Literal, 1 to 3.
+        rows: 1 to `MOST_ROWS`.
         q: Address of float32 [rows, dim].
         dim: Multiple of 8.
         store: Where the keys lie.
@@ -62,14 +85,15 @@ def dot_rows(
         ahead: Bytes from the first key to the keys that will be read next, to be prefetched: into the L2
             cache, since a page of keys and the next one together push each other out of L1.
     """
-    own, count, block = primitives.primitives, rows.literal_value, 4
+    own, block = primitives.primitives, 4
 
     def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
         _primitives, _rows, q, dim, store, *others = args
         arguments = [q, dim, *others, *addresses(builder, store)]
-        call_own(builder, f"dot_rows_{count}_{own.name}", arguments, body)
+        name = f"dot_rows_{{}}_{own.name}"
+        _by_rows(builder, signature.args[1], args[1], name, arguments, body)
 
-    def body(builder: ir.IRBuilder, args: Args) -> None:
+    def body(builder: ir.IRBuilder, count: int, args: Args) -> None:
         q, dim, token, keys, out, out_stride, ahead, *store = args
         sums = accumulators(builder, count * block)
         with cgutils.for_range_slice(builder, keys.type(0), keys, keys.type(block)) as (key, _first):
@@ -120,7 +144,7 @@ def dot_rows_int8(
 
     Args:
         context: Numba's.
-        rows: Literal, 1 to 3.
+        rows: 1 to `MOST_ROWS`.
         q: Address of int16 [rows, dim].
         dim: Multiple of 16, at most 512, so that no sum exceeds an int32.
         k: Address of int8 [keys, dim].
@@ -129,12 +153,12 @@ def dot_rows_int8(
         out_stride: Floats from one row of `out` to the next.
         ahead: As in `dot_rows`.
     """
-    count, block = rows.literal_value, 4
+    block = 4
 
     def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
-        call_own(builder, f"dot_rows_int8_{count}", args[1:], lambda inner, own: body(inner, *own))
+        _by_rows(builder, signature.args[0], args[0], "dot_rows_int8_{}", args[1:], body)
 
-    def body(builder: ir.IRBuilder, *args: ir.Value) -> None:
+    def body(builder: ir.IRBuilder, count: int, args: Args) -> None:
         q, dim, k, keys, out, out_stride, ahead = args
         sums = [cgutils.alloca_once(builder, I32X8) for _ in range(count * block)]
         with cgutils.for_range_slice(builder, keys.type(0), keys, keys.type(block)) as (key, _first):
@@ -174,7 +198,7 @@ def weigh_rows_int8(
 
     Args:
         context: Numba's.
-        rows: Literal, rows of weights and of `out`.
+        rows: Of weights and of `out`; a literal, or 1 to `MOST_ROWS`.
         vectors: Literal, columns in eights, an even number.
         weights: Address of int16 [rows, values].
         weights_stride: Numbers from one row of weights to the next.
@@ -185,13 +209,12 @@ def weigh_rows_int8(
         out_stride: Numbers from one row of `out` to the next.
         ahead: As in `weigh_rows`.
     """
-    height, width = rows.literal_value, vectors.literal_value
+    width = vectors.literal_value
 
     def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
-        name = f"weigh_rows_int8_{height}_{width}"
-        call_own(builder, name, args[2:], lambda inner, own: body(inner, *own))
+        _by_rows(builder, signature.args[0], args[0], f"weigh_rows_int8_{{}}_{width}", args[2:], body)
 
-    def body(builder: ir.IRBuilder, *args: ir.Value) -> None:
+    def body(builder: ir.IRBuilder, height: int, args: Args) -> None:
         weights, weights_stride, v, dim, values, out, out_stride, ahead = args
         tile = [cgutils.alloca_once(builder, I32X8) for _ in range(height * width)]
         targets = [
@@ -241,7 +264,7 @@ def weigh_rows(
     Args:
         context: Numba's.
         primitives: Of the values' format.
-        rows: Literal, rows of weights and of `out`.
+        rows: Of weights and of `out`; a literal, or 1 to `MOST_ROWS`.
         vectors: Literal, columns in eights.
         weights: Address of float32 [rows, values].
         weights_stride: Floats from one row of weights to the next.
@@ -255,14 +278,15 @@ def weigh_rows(
         ahead: Bytes from the first value to those that will be read next, to be prefetched into the L2
             cache.
     """
-    own, height, width = primitives.primitives, rows.literal_value, vectors.literal_value
+    own, width = primitives.primitives, vectors.literal_value
 
     def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
         weights, weights_stride, store, *others = args[3:]
         arguments = [weights, weights_stride, *others, *addresses(builder, store)]
-        call_own(builder, f"weigh_rows_{height}_{width}_{own.name}", arguments, body)
+        name = f"weigh_rows_{{}}_{width}_{own.name}"
+        _by_rows(builder, signature.args[1], args[1], name, arguments, body)
 
-    def body(builder: ir.IRBuilder, args: Args) -> None:
+    def body(builder: ir.IRBuilder, height: int, args: Args) -> None:
         weights, weights_stride, dim, token, channel, values, out, out_stride, ahead, *store = args
 
         def columns(index: ir.Value) -> Callable[[int], ir.Value]:

@@ -15,14 +15,14 @@ import numpy as np
 from curkv.kernels.cpu.jit import inlined
 from curkv.kernels.cpu.lanes import broadcast
 from curkv.kernels.cpu.memory import FLOAT32, store
-from curkv.kernels.cpu.rows import dot_rows, weigh_rows
+from curkv.kernels.cpu.rows import MOST_ROWS, dot_rows, weigh_rows
 from curkv.kernels.cpu.vectors import Primitives, by_format
 
 
 @inlined
 def block_rows(rows: int) -> int:
-    """How many of the query heads that are left to take together: 3 x 4 accumulators fit 16 registers."""
-    return 3 if rows == 3 or rows >= 5 else min(rows, 2)
+    """How many of the query heads that are left to take together; four are two times two."""
+    return MOST_ROWS if rows == MOST_ROWS or rows >= 5 else min(rows, 2)
 
 
 class CPUVectors(Primitives):
@@ -62,12 +62,7 @@ class CPUVectors(Primitives):
         while g < group:
             rows = block_rows(group - g)
             query, target = queries + 4 * g * dim, scores + 4 * g * width
-            if rows == 3:
-                dot_rows(vectors, 3, query, dim, memory, token, tokens, target, width, ahead)
-            elif rows == 2:
-                dot_rows(vectors, 2, query, dim, memory, token, tokens, target, width, ahead)
-            else:
-                dot_rows(vectors, 1, query, dim, memory, token, tokens, target, width, ahead)
+            dot_rows(vectors, rows, query, dim, memory, token, tokens, target, width, ahead)
             g += rows
 
     @staticmethod
@@ -95,12 +90,12 @@ class CPUVectors(Primitives):
             body = dim - dim % wide
             for d in range(0, body, wide):
                 place = target + 4 * d
-                if rows == 3:
-                    weigh_rows(vectors, 3, 4, row, width, memory, dim, token, d, tokens, place, stride, ahead)
-                elif rows == 2:
-                    weigh_rows(vectors, 2, 4, row, width, memory, dim, token, d, tokens, place, stride, ahead)
-                else:
+                if rows == 1:
                     weigh_rows(vectors, 1, 8, row, width, memory, dim, token, d, tokens, place, stride, ahead)
+                else:
+                    weigh_rows(
+                        vectors, rows, 4, row, width, memory, dim, token, d, tokens, place, stride, ahead
+                    )
             for d in range(body, dim, 8):
                 for r in range(rows):
                     single, place = row + 4 * r * width, target + 4 * (r * stride + d)

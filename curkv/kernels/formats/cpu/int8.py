@@ -136,12 +136,7 @@ class Int8Vectors(CPUVectors):
         while g < group:
             rows = block_rows(group - g)
             query, target = queries + 2 * g * dim, scores + 4 * g * width
-            if rows == 3:
-                dot_rows_int8(3, query, dim, keys, tokens, target, width, ahead)
-            elif rows == 2:
-                dot_rows_int8(2, query, dim, keys, tokens, target, width, ahead)
-            else:
-                dot_rows_int8(1, query, dim, keys, tokens, target, width, ahead)
+            dot_rows_int8(rows, query, dim, keys, tokens, target, width, ahead)
             g += rows
         for t in range(0, tokens, 8):
             scale = load(FLOAT32, memory[1] + 4 * (token + t))
@@ -177,13 +172,7 @@ class Int8Vectors(CPUVectors):
             rows = block_rows(group - g)
             row, target = rounded + 2 * g * width, scratch + 4 * g * dim
             for d in range(0, body, 32):
-                place = target + 4 * d
-                if rows == 3:
-                    weigh_rows_int8(3, 4, row, width, values + d, dim, tokens, place, dim, ahead)
-                elif rows == 2:
-                    weigh_rows_int8(2, 4, row, width, values + d, dim, tokens, place, dim, ahead)
-                else:
-                    weigh_rows_int8(1, 4, row, width, values + d, dim, tokens, place, dim, ahead)
+                weigh_rows_int8(rows, 4, row, width, values + d, dim, tokens, target + 4 * d, dim, ahead)
             if body < dim:
                 for r in range(rows):
                     single, place = row + 2 * r * width, target + 4 * (r * dim + body)
