@@ -108,7 +108,7 @@ class Pyramid(Allocation):
         layers, length, k = view.num_layers, view.width, view.budget
         always = int(protected.sum(-1).max())
         base = k if self.preset.like_kvpress else k - always
-        top = min(2 * base - base / self.beta, length - always)
+        top = max(base, min(2 * base - base / self.beta, length - always))
         bottom = 2 * base - top
         steps = torch.linspace(top, bottom, layers, dtype=torch.float64)
         ends = (steps.cumsum(0) + 1e-9).round().long()

@@ -58,7 +58,8 @@ def select_scored(
     scores = scored.scores
     if scored.chosen is not None:
         scores = scores.masked_fill_(~scored.chosen, -torch.inf)
-    scores = scores.masked_fill_(always, torch.inf)
+    # What a policy wants in any case comes after what the request does.
+    scores = scores.clamp_(max=torch.finfo(scores.dtype).max).masked_fill_(always, torch.inf)
     return plan.policy.allocation.select(scores, view, always, kernels)
 
 

@@ -165,7 +165,7 @@ class Observations:
 
     def see_unrotated(self, layer: int, q: Tensor, start: int) -> None:
         """Takes new queries before RoPE, float32 [T, Hq, head_dim], the first at position `start`."""
-        if self.needs.query_statistics and start + len(q) > STATISTICS_SKIP:
+        if self.needs.query_statistics:
             new = QueryStatistics.of(q[max(0, STATISTICS_SKIP - start) :])
             old = self.statistics.get(layer)
             self.statistics[layer] = new if old is None else old + new
@@ -175,7 +175,7 @@ class Observations:
         if window := self.needs.queries:
             old = self.queries.get(layer, q[:0])
             self.queries[layer] = torch.cat([old, q[-window:]])[-window:].clone()
-        if k is not None and start + len(q) > BLOCK_SKIP:
+        if k is not None:
             q, k = q[max(0, BLOCK_SKIP - start) :], k[max(0, BLOCK_SKIP - start) :]
             blocks = self.blocks.get(layer) or BlockAttention.empty(self.needs.block, q, k)
             self.blocks[layer] = blocks.extended(q, k)

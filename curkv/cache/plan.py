@@ -142,7 +142,8 @@ def resolve(options: EvictionOptions, prompt_tokens: Sequence[int], layout: Cach
     """Resolve options for a prompt.
 
     Args:
-        options: The request's options.
+        options: The request's options; of its bending budgets the plan has at least what the request and
+            the policy keep in any case.
         prompt_tokens: Token ids of the prompt.
         layout: Shape of the cache.
 
@@ -161,8 +162,11 @@ def resolve(options: EvictionOptions, prompt_tokens: Sequence[int], layout: Cach
     ):
         if end > length:
             raise OptionError(field, f"ends at token {end}, past the prompt, which has {length} tokens")
-    budget = _budget_tokens("budget", settled, context, layout)
+    budget = _budget_tokens("budget", options, settled, context, layout)
     k = context if budget is None else min(budget, context)
+    if "budget" in options.bending:
+        window = options.own.get("observation", 0) and settled.policy.observing
+        k = min(context, max(k, _covered(_asked_spans(settled, window, context))))
     settled = _fit_observation(options, settled, k)
     sinks, recent = _fit_prompt(settled, k, context)
     plan = EvictionPlan(
@@ -170,15 +174,14 @@ def resolve(options: EvictionOptions, prompt_tokens: Sequence[int], layout: Cach
         prompt_tokens=length,
         context_tokens=context,
         budget_tokens=k,
-        decode_budget_tokens=_budget_tokens("decode_budget", settled, length, layout),
+        decode_budget_tokens=_budget_tokens("decode_budget", options, settled, length, layout),
         sink_tokens=sinks,
         recent_tokens=recent,
         decode_recent_tokens=_decode_recent(settled),
         protect=settled.protect,
         seed=content_seed(prompt_tokens[:context]) if settled.seed is None else settled.seed % (1 << 64),
     )
-    _check_decode(plan)
-    return plan
+    return _fit_decode(plan, bends="decode_budget" in options.bending)
 
 
 def content_seed(prompt_tokens: Sequence[int]) -> int:
@@ -188,13 +191,19 @@ def content_seed(prompt_tokens: Sequence[int]) -> int:
 
 
 def _budget_tokens(
-    field: Literal["budget", "decode_budget"], options: SettledOptions, length: int, layout: CacheLayout
+    field: Literal["budget", "decode_budget"],
+    asked: EvictionOptions,
+    options: SettledOptions,
+    length: int,
+    layout: CacheLayout,
 ) -> int | None:
     budget: Budget | None = getattr(options, field)
     if budget is None:
         return None
     slack = options.decode_interval if field == "decode_budget" else 0
     tokens = budget.tokens(length, layout, ragged=options.policy.allocation.ragged, slack=slack)
+    if tokens < 1 and field in asked.bending:
+        return 1
     if tokens < 1:
         message = f"{budget} is too little for the pages of {layout.num_heads} heads in all layers"
         raise OptionError(field, message)
@@ -222,10 +231,8 @@ def _fit_prompt(options: SettledOptions, k: int, length: int) -> tuple[int, int]
     """
     preset, sinks, recent = options.preset, options.sink_tokens, options.recent_tokens
     published, window = options.policy.published, min(options.policy.observing, length)
-    spans = [(start, min(end, length)) for start, end in options.protect if start < length]
     newest = max(recent or 0, window)
-    asked = [*spans, (0, min(sinks or 0, length)), (max(0, length - newest), length)]
-    room = k - _covered(asked)
+    room = k - _covered(_asked_spans(options, window, length))
     if room < 0:
         names = [name for name in ("sink_tokens", "recent_tokens", "protect") if getattr(options, name)]
         names += ["observation"] if window and newest == window else []
@@ -242,6 +249,13 @@ def _fit_prompt(options: SettledOptions, k: int, length: int) -> tuple[int, int]
     return sinks, max(recent, window)
 
 
+def _asked_spans(options: SettledOptions, window: int, length: int) -> list[Span]:
+    """What a request asks to keep of the first `length` tokens of its prompt, besides the window."""
+    newest = max(options.recent_tokens or 0, window)
+    spans = [(start, min(end, length)) for start, end in options.protect if start < length]
+    return [*spans, (0, min(options.sink_tokens or 0, length)), (max(0, length - newest), length)]
+
+
 def _decode_recent(options: SettledOptions) -> int:
     window = options.policy.observing
     if options.recent_tokens is not None:
@@ -249,16 +263,20 @@ def _decode_recent(options: SettledOptions) -> int:
     return window or DECODE_RECENT_TOKENS
 
 
-def _check_decode(plan: EvictionPlan) -> None:
+def _fit_decode(plan: EvictionPlan, bends: bool) -> EvictionPlan:
+    """Hold more than what is always kept while generating; a budget that does not is refused, or bends."""
     budget, recent = plan.decode_budget_tokens, plan.decode_recent_tokens
     protected = _covered([*plan.protect, (0, plan.sink_tokens)]) + recent
-    if budget is not None and budget <= protected:
-        names = ("sink_tokens", "recent_tokens", *(("protect",) if plan.protect else ()))
-        message = (
-            f"keeps {budget} tokens per head, not more than the {protected} that are always kept while "
-            f"generating: the newest {recent} and {protected - recent} others ({', '.join(names)})"
-        )
-        raise OptionError("decode_budget", message, names)
+    if budget is None or budget > protected:
+        return plan
+    if bends:
+        return replace(plan, decode_budget_tokens=protected + 1)
+    names = ("sink_tokens", "recent_tokens", *(("protect",) if plan.protect else ()))
+    message = (
+        f"keeps {budget} tokens per head, not more than the {protected} that are always kept while "
+        f"generating: the newest {recent} and {protected - recent} others ({', '.join(names)})"
+    )
+    raise OptionError("decode_budget", message, names)
 
 
 def _covered(spans: Iterable[Span]) -> int:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from curkv.cache.budgets import Budget
@@ -196,3 +198,35 @@ def test_every_policy_can_be_loaded_and_described():
     assert set(policy_descriptions()) == set(policy_names())
     for name in policy_names():
         assert get_policy(name).name == name
+
+
+SERVER = replace(
+    parse_options({"policy": "curdkv", "budget": "25%", "decode_budget": "50%"}),
+    bending=frozenset({"budget", "decode_budget"}),
+)
+
+
+def test_the_servers_budgets_bend_to_what_a_short_prompt_allows():
+    resolved = resolve(parse_options({}, SERVER), range(36), LAYOUT)
+    assert (resolved.budget_tokens, resolved.decode_budget_tokens) == (9, 4 + 64 + 1)
+    assert resolve(parse_options({}, SERVER), range(1000), LAYOUT).decode_budget_tokens == 500
+
+
+@pytest.mark.parametrize(
+    ("raw", "budget"),
+    [({"sink_tokens": 12, "recent_tokens": 8}, 20), ({"protect": "0-30"}, 30), ({"sink_tokens": 50}, 36)],
+)
+def test_the_servers_budget_bends_to_what_a_request_keeps(raw, budget):
+    assert resolve(parse_options(raw, SERVER), range(36), LAYOUT).budget_tokens == budget
+
+
+def test_a_byte_budget_of_the_server_bends_to_a_token_per_head():
+    options = replace(SERVER, budget=Budget("bytes", 1), decode_budget=Budget("bytes", 1))
+    resolved = resolve(parse_options({}, options), range(36), LAYOUT)
+    assert (resolved.budget_tokens, resolved.decode_budget_tokens) == (1, 1 + 64 + 1)
+
+
+@pytest.mark.parametrize("raw", [{"decode_budget": "50%"}, {"budget": 10, "sink_tokens": 20}])
+def test_what_a_request_asks_for_itself_is_refused_and_does_not_bend(raw):
+    with pytest.raises(OptionError):
+        resolve(parse_options(raw, SERVER), range(36), LAYOUT)

@@ -59,6 +59,7 @@ class Compactor(Policy):
             # Tokens that are not judged are pushed behind the others: the heads hold as many of them.
             geometry = _leverage_of(keys @ sketch.to(keys.device), judged[layer])
             sums = view.observations.blocks[layer].all_sums()
+            sums = F.pad(sums, (0, max(0, 1 - sums.shape[1])))  # no token lies behind those that are skipped
             place = (position[layer] - BLOCK_SKIP).clamp(0, sums.shape[1] - 1).long()
             attention = (sums.gather(1, place) * norms[layer]).masked_fill(~judged[layer], 0.0)
             attention = F.avg_pool1d(attention, 3, stride=1, padding=1)
@@ -91,6 +92,8 @@ def _leverage_of(x: Tensor, judged: Tensor) -> Tensor:
 
 
 def _normalised(scores: Tensor, judged: Tensor) -> Tensor:
-    """Scores less the mean of those judged, in units of their standard deviation."""
+    """Scores less the mean of those judged, in units of their standard deviation; 0 if there are no two."""
     values = scores[judged]
+    if len(values) < 2:
+        return torch.zeros_like(scores)
     return (scores - values.mean()) / values.std().clamp_min(1e-6)

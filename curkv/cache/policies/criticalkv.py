@@ -47,7 +47,7 @@ class CriticalKV(SnapKV):
             counts = self.allocation.select(scores, view, nothing, kernels)[1]
         first = best_of_heads(scores, (counts * self.first_stage).int(), view, kernels)
         weighted = (scores + _EPSILON) * projected_norms(view)
-        weighted.masked_fill_(first, torch.inf)
+        weighted.masked_fill_(~view.stored, -torch.inf).masked_fill_(first, torch.inf)
         return Scored(weighted, best_of_heads(weighted, counts, view, kernels) if competing else None)
 
 
