@@ -21,14 +21,16 @@ class Owner:
     Attributes:
         name: Of the policy or allocation, or "" for what every policy has.
         field: The option of a request that chooses the owner: "policy" or "allocation", or "".
-        default: The option's value unless told; None: it depends on something else.
+        default: The option's value unless told.
         sentence: What the option is there.
+        fixed: Whether neither a preset nor another policy changes the default.
     """
 
     name: str
     field: str
     default: Any
     sentence: str
+    fixed: bool = True
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,10 @@ class Entry:
 
     @property
     def default(self) -> Any:
-        """The one default of all owners; None if they differ."""
-        first, *others = (owner.default for owner in self.owners)
-        return first if all(other == first for other in others) else None
+        """The one default of all owners; None if they differ, or it depends on something else."""
+        first, *others = self.owners
+        one = first.fixed and all(other.fixed and other.default == first.default for other in others)
+        return first.default if one else None
 
     @property
     def description(self) -> str:
@@ -87,8 +90,7 @@ def catalogue() -> dict[str, Entry]:
     for field, owner in _owners():
         for name, declared in options_of(type(owner)).items():
             fixed = not declared.yields and declared.preset is None
-            default = getattr(owner, name) if fixed else None
-            new = Owner(owner.name, field, default, declared.sentence)
+            new = Owner(owner.name, field, getattr(owner, name), declared.sentence, fixed)
             known = found.get(name)
             found[name] = Entry(name, declared.kind, (*(known.owners if known else ()), new))
     return common | found

@@ -42,7 +42,7 @@ def parse_options(raw: Mapping[str, object], defaults: EvictionOptions | None = 
     common = {field: value for field, value in given.items() if catalogue()[field].common}
     own = {field: value for field, value in given.items() if field not in common}
     options = replace(
-        defaults, **common, own={**defaults.own, **own}, bending=defaults.bending - given.keys()
+        defaults, **common, own={**defaults.own, **own}, bending=defaults.bending.difference(given)
     )
     unread = {field for field, _, _ in _without_effect(options) if field not in given}
     unset: dict[str, Any] = {field: catalogue()[field].default for field in unread - options.own.keys()}

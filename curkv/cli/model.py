@@ -38,11 +38,20 @@ def fetch_model(model: Annotated[str, typer.Argument(help="Built-in name, Hub id
 
 
 @app.command("policies")
-def list_policies() -> None:
+def list_policies(
+    verbose: Annotated[bool, typer.Option(help="With the options that each has of its own.")] = False,
+    markdown: Annotated[bool, typer.Option(help="All options as the tables of the documentation.")] = False,
+) -> None:
     """List the eviction policies that a request can name."""
     from curkv.cache.policies import policy_descriptions
+    from curkv.cache.tables import common_table, options_of_policy, own_table
 
+    if markdown:
+        typer.echo("\n".join((*common_table(), "", *own_table())))
+        return
     descriptions = policy_descriptions()
     width = max(map(len, descriptions))
     for name, description in descriptions.items():
         typer.echo(f"{name:<{width}}  {description}")
+        for line in options_of_policy(name) if verbose else ():
+            typer.echo(f"{'':<{width}}    {line}")

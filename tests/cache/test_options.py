@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from curkv.cache.budgets import Budget
+from curkv.cache.catalogue import catalogue
+from curkv.cache.declarations import options_of
 from curkv.cache.layout import CacheLayout, full_attention
 from curkv.cache.options import EvictionOptions, OptionError
 from curkv.cache.parsing import parse_options
 from curkv.cache.plan import content_seed, resolve
 from curkv.cache.policies import get_policy, policy_descriptions, policy_names
+from curkv.cache.tables import common_table, own_table
 from curkv.kernels.formats import get_format
 
 LAYOUT = CacheLayout(full_attention(30, 3), 64, 64, get_format("float32"), max_sequences=8, max_tokens=8192)
@@ -230,3 +234,37 @@ def test_a_byte_budget_of_the_server_bends_to_a_token_per_head():
 def test_what_a_request_asks_for_itself_is_refused_and_does_not_bend(raw):
     with pytest.raises(OptionError):
         resolve(parse_options(raw, SERVER), range(36), LAYOUT)
+
+
+@pytest.mark.parametrize(
+    ("file", "table"), [("api.md", common_table), ("policies.md", common_table), ("policies.md", own_table)]
+)
+def test_docs_have_the_tables_of_options(file, table):
+    """To renew them: `curkv model policies --markdown`."""
+    assert "\n".join(table()) in (Path(__file__).parents[2] / "docs" / file).read_text()
+
+
+def test_an_option_means_the_same_wherever_it_is_declared():
+    """A name is read before it is known whose option it is."""
+    kinds: dict[str, set[object]] = {}
+    for name in policy_names():
+        for option, declared in options_of(type(get_policy(name))).items():
+            kinds.setdefault(option, set()).add(declared.kind)
+    assert all(len(found) == 1 for found in kinds.values())
+    assert not kinds.keys() & {name for name, entry in catalogue().items() if entry.common}
+
+
+def test_the_schema_has_the_ranges_of_the_parser():
+    rank, alpha = (catalogue()[name].schema["anyOf"][0] for name in ("rank", "alpha"))
+    assert (rank["minimum"], rank["maximum"]) == (1, 1024)
+    assert (alpha["minimum"], alpha["maximum"]) == (0, 1)
+    assert catalogue()["rank"].schema["default"] == 20
+
+
+def test_an_option_of_two_multiplied_policies_is_one():
+    """The first policy's opinion counts, or the second one's where the first has none."""
+    product = plan(policy="snapkv", budget="50%", times="defensivekv").policy
+    assert (product.first.reduction, product.second.reduction) == ("max", "max")
+    product = plan(policy="cur-exact", budget="50%", times="curdkv", times_pool=3).policy
+    assert (product.second.leverage, product.second.pool, product.first.pool) == ("exact", 3, 7)
+    assert plan(policy="h2o", budget="50%", times="tova").options.decode_interval == 1

@@ -59,6 +59,19 @@ class Sequence:
         """Tokens that a head holds, on average."""
         return self.kv.sequence_tokens(self.slot) / self.kv.layout.num_heads
 
+    @property
+    def unreserved(self) -> bool:
+        """Whether, as in kvpress, layers of a pyramid may get fewer tokens than are protected."""
+        allocation = self.plan.policy.allocation
+        return allocation.name == "pyramid" and allocation.preset.like_kvpress
+
+    def assert_held(self, budget: float) -> None:
+        """The budget is met, or, if the slope turned since the last eviction, not exceeded."""
+        if self.unreserved and self.evictions > 1:
+            assert 0 < self.held <= budget
+        else:
+            assert self.held == pytest.approx(budget)
+
     def feed(self, count: int) -> None:
         """Compute the next tokens."""
         self.kv.extend([self.slot], [count])
@@ -81,9 +94,8 @@ class Sequence:
         kept = kept.scatter_(2, indices.long().masked_fill(indices < 0, view.width), True)[..., :-1]
         evict(self.kv, self.slot, view, self.plan, indices, counts)
         self.evictions += 1
-        assert self.held == pytest.approx(budget)
-        allocation = self.plan.policy.allocation
-        if allocation.name != "pyramid" or not allocation.preset.like_kvpress:  # there nothing is set aside
+        self.assert_held(budget)
+        if not self.unreserved:
             assert (kept | ~always).all()
         check_integrity(self.kv)
 
@@ -173,7 +185,7 @@ def test_what_is_not_refused_is_evicted_to_its_budget(request: tuple[dict[str, A
         return
     sequence = Sequence(plan)
     sequence.prefill()
-    assert sequence.held == pytest.approx(plan.kept_prompt_tokens)
+    sequence.assert_held(plan.kept_prompt_tokens)
     sequence.decode(12)
 
 

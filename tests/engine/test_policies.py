@@ -123,3 +123,16 @@ def test_forks_and_preemption_keep_their_observations(make_engine: MakeEngine, l
     roomy, tight = run(make_engine(), *items), run(make_engine(num_pages=90 * 11), *items)
     for key, outputs in roomy.items():
         assert tokens(outputs) == tokens(tight[key])
+
+
+@pytest.mark.parametrize("policy", ["compactor", "expected-attention", "snapcur"])
+def test_a_very_short_prompt_disturbs_nobody(make_engine: MakeEngine, loaded: Loaded, policy: str) -> None:
+    """Shorter than the tokens that statistics of queries leave out."""
+    engine = make_engine()
+    other = request(loaded.prompt(40), 8, id="other")
+    alone = tokens(run(engine, other)["other", 0])
+    short = request(loaded.prompt(2), 1, id="short", kv=parse_options({"policy": policy, "budget": "50%"}))
+    outputs = run(engine, other, short)
+    assert tokens(outputs["other", 0]) == alone
+    report = outputs["short", 0][-1].kv
+    assert report is not None and report.kept_tokens == 1
