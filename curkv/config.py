@@ -15,17 +15,19 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
+from curkv.kernels import KernelsName
 from curkv.kernels.formats import KV_FORMATS
+from curkv.kernels.linear import WEIGHTS
 from curkv.units import format_size, parse_size
 
 VARIABLE_PREFIX = "CURKV_"
 
-Weights = Literal["auto", "float32", "int8", "int4"]
 DeviceName = Literal["auto", "cpu", "cuda"]
-KernelsName = Literal["auto", "cpu", "triton", "reference"]
 if TYPE_CHECKING:
+    Weights = str
     KVDtype = str
 else:
+    Weights = Literal["auto", *WEIGHTS]
     KVDtype = Literal["auto", *KV_FORMATS]
 
 

@@ -6,22 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-import torch
 
 from curkv.cache.layout import CacheLayout
-
-MEMORY_SHARE = 0.5
-"""Share of the free memory that the cache takes by default.
-
-The other half is for activations and logits of a prefill chunk, allocator slack and the other programs of the
-machine. Pages are touched only when used, so the share is a ceiling and not what an idle server occupies.
-"""
-
-GPU_MEMORY_SHARE = 0.9
-"""Share of a GPU's free memory that the cache takes by default.
-
-The rest is for activations and logits of the largest step and for CUDA graphs. A GPU is rarely shared.
-"""
 
 _CGROUP = Path("/sys/fs/cgroup")
 _OWN_GROUPS = Path("/proc/self/cgroup")
@@ -47,22 +33,6 @@ def num_pages_for(num_bytes: int, layout: CacheLayout) -> int:
             f"{layout.num_kv_heads} KV heads: it needs at least {layout.num_heads * layout.page_bytes} bytes"
         )
     return num_pages
-
-
-def default_cache_bytes(share: float | None = None, device: str | torch.device = "cpu") -> int:
-    """Gives the cache a share of the memory that is free now; call it after the weights are loaded.
-
-    Args:
-        share: of the free memory, above 0 and up to 1; the device's default if not given.
-        device: where the cache will lie.
-
-    Returns:
-        Bytes.
-    """
-    if torch.device(device).type == "cpu":
-        return int(free_memory() * (MEMORY_SHARE if share is None else share))
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free * (GPU_MEMORY_SHARE if share is None else share))
 
 
 def free_memory() -> int:

@@ -12,18 +12,16 @@ from curkv.cache.budgets import Budget
 from curkv.cache.layout import CacheLayout, full_attention
 from curkv.cache.options import EvictionOptions
 from curkv.cache.page_manager import PageManager
-from curkv.cache.sizing import default_cache_bytes, num_pages_for
-from curkv.config import DeviceName, EngineOptions, KVDtype, Weights
+from curkv.cache.sizing import num_pages_for
+from curkv.config import EngineOptions
 from curkv.engine.decode_graphs import DecodeGraphs
+from curkv.engine.device import GPU, choose_device
 from curkv.engine.engine import Engine
 from curkv.engine.recorded_decodes import RecordedDecodes
 from curkv.engine.runner import Runner
 from curkv.engine.types import Request, SamplingParams
 from curkv.kernels import compile_cache
 from curkv.kernels.dispatch import get_kernels
-from curkv.kernels.formats import get_format
-from curkv.kernels.formats.base import KVFormat
-from curkv.kernels.linear.formats import WEIGHT_FORMATS, WeightFormat
 from curkv.models.chat_template import load_chat_template
 from curkv.models.config import ModelConfig
 from curkv.models.decoder import Decoder
@@ -34,13 +32,6 @@ from curkv.models.rope import rope_tables
 from curkv.units import format_size
 
 logger = logging.getLogger(__name__)
-
-CPU_KV_DTYPE: KVDtype = "float16"
-"""Default on CPU: half the bytes of float32, eight times the precision of bfloat16 (docs/benchmarks.md)."""
-
-GPU_KV_DTYPE: KVDtype = "bfloat16"
-"""Default on a GPU: the type of the weights, of which every key and value is a product."""
-
 
 PREFIX_SHARE = 1 / 8
 """Share of the cache that is held for repeated prompts by default.
@@ -63,24 +54,21 @@ def build_engine(options: EngineOptions) -> Engine:
         set_num_threads(options.threads)
     directory = resolve_model(options.model)
     config = load_config(directory)
-    device = torch.device(_device(options.device))
-    on_gpu = device.type == "cuda"
-    kernels = get_kernels(options.kernels, device)
-    form = _weight_format(options.weights, device)
-    model = Decoder(config, Checkpoint(directory, config, form.dtype, device), kernels, form)
+    device = choose_device(options.device)
+    kernels = get_kernels(options.kernels, device.torch)
+    form = device.weight_format(options.weights)
+    model = Decoder(config, Checkpoint(directory, config, form.dtype, device.torch), kernels, form)
     max_model_len = _max_model_len(options.max_model_len, config)
     layout = CacheLayout(
         layers=full_attention(config.num_layers, config.num_kv_heads),
         head_dim=config.head_dim,
         page_size=options.page_size,
-        format=_kv_format(options.kv_dtype, on_gpu, config.head_dim),
+        format=device.kv_format(options.kv_dtype, config.head_dim),
         max_sequences=options.max_sequences,
         max_tokens=max_model_len,
         max_step_tokens=options.max_step_tokens,
     )
-    num_bytes = options.kv_cache_memory
-    if num_bytes is None:
-        num_bytes = default_cache_bytes(device=device)
+    num_bytes = options.kv_cache_memory if options.kv_cache_memory is not None else device.cache_bytes
     rope = rope_tables(config, max_model_len)
     prefix_bytes = options.prefix_cache_memory
     if prefix_bytes is None:
@@ -88,13 +76,13 @@ def build_engine(options: EngineOptions) -> Engine:
     num_pages, prefix_pages = num_pages_for(num_bytes, layout), prefix_bytes // layout.page_bytes
     prefill_dtype = torch.bfloat16 if form.rounds else None
     try:
-        kv = PageManager(layout, num_pages, kernels, device, prefix_pages)
+        kv = PageManager(layout, num_pages, kernels, device.torch, prefix_pages)
     except (MemoryError, torch.OutOfMemoryError) as error:
         message = f"a KV cache of {format_size(num_bytes)} is more than the memory: lower --kv-cache-memory"
         raise MemoryError(message) from error
     attention = PagedAttention(kv, rope, model.output_projection, prefill_dtype)
     replay = kernels.backend.replay
-    graphs = DecodeGraphs(model, attention) if on_gpu and replay == "cuda graph" else None
+    graphs = DecodeGraphs(model, attention) if device is GPU and replay == "cuda graph" else None
     recorded = RecordedDecodes(model, attention) if replay == "launches" else None
     engine = Engine(
         Runner(model, attention, graphs or recorded),
@@ -107,34 +95,6 @@ def build_engine(options: EngineOptions) -> Engine:
     if graphs is not None:
         graphs.capture()
     return engine
-
-
-def _device(wanted: DeviceName) -> str:
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("torch sees no GPU; use --device cpu, or install a build of torch for your GPU")
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return wanted
-
-
-def _weight_format(wanted: Weights, device: torch.device) -> WeightFormat:
-    default = next(form for form in WEIGHT_FORMATS.values() if form.device == device.type)
-    form = default if wanted == "auto" else WEIGHT_FORMATS[wanted]
-    if form.device != device.type:
-        raise ValueError(f"--weights {wanted} is for the CPU; weights on a GPU are bfloat16")
-    return form
-
-
-def _kv_format(wanted: KVDtype, on_gpu: bool, head_dim: int) -> KVFormat:
-    if wanted == "auto":
-        wanted = GPU_KV_DTYPE if on_gpu else CPU_KV_DTYPE
-    format = get_format(wanted)
-    if head_dim % format.multiple:
-        raise ValueError(
-            f"--kv-dtype {wanted} needs heads of a multiple of {format.multiple} channels; "
-            f"the model's have {head_dim}"
-        )
-    return format
 
 
 def _warm_up(engine: Engine) -> None:

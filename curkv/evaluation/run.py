@@ -12,9 +12,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from curkv.cache.sizing import default_cache_bytes
 from curkv.config import EngineOptions
 from curkv.engine.build import build_engine
+from curkv.engine.device import CPU
 from curkv.evaluation.evaluator import Evaluator
 from curkv.evaluation.records import Journal, Key, ProtocolName, Record, read_records
 from curkv.evaluation.remote import RemoteEvaluator
@@ -101,7 +101,7 @@ def run_local(plan: Plan, options: EngineOptions, path: Path, workers: int) -> N
         return
     share = {
         "threads": max(1, (options.threads or os.cpu_count() or 1) // workers),
-        "kv_cache_memory": (options.kv_cache_memory or default_cache_bytes()) // workers,
+        "kv_cache_memory": (options.kv_cache_memory or CPU.cache_bytes) // workers,
     }
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from curkv.kernels import KernelsName
 from curkv.kernels.column_sums.spec import ColumnSums
 from curkv.kernels.compact.spec import Compact
 from curkv.kernels.gather_rows.spec import GatherRows
@@ -23,8 +24,6 @@ from curkv.kernels.silu_mul.spec import SiluMul
 from curkv.kernels.spec import Case
 from curkv.kernels.store_kv.spec import StoreKV
 from curkv.kernels.window_scores.spec import WindowScores
-
-KernelsName = Literal["auto", "cpu", "triton", "reference"]
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,6 @@ def test_less_than_a_page_per_head_is_an_error_that_says_how_much_is_needed() ->
         sizing.num_pages_for(6 * LAYOUT.page_bytes - 1, LAYOUT)
 
 
-def test_the_default_is_a_share_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sizing, "free_memory", lambda: 1000)
-    assert sizing.default_cache_bytes() == 500
-    assert sizing.default_cache_bytes(0.25) == 250
-
-
 def test_a_control_groups_limit_counts_where_it_is_tighter(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

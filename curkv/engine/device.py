@@ -1,0 +1,111 @@
+"""What a device allows and prefers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from curkv.cache.sizing import free_memory
+from curkv.config import DeviceName
+from curkv.kernels.formats import get_format
+from curkv.kernels.formats.base import KVFormat
+from curkv.kernels.linear.formats import WEIGHT_FORMATS, WeightFormat
+
+MEMORY_SHARE = 0.5
+"""Share of the free memory that the cache takes by default on a CPU.
+
+The other half is for activations and logits of a prefill chunk, allocator slack and the other programs of the
+machine. Pages are touched only when used, so the share is a ceiling and not what an idle server occupies.
+"""
+
+GPU_MEMORY_SHARE = 0.9
+"""Share of a GPU's free memory that the cache takes by default.
+
+The rest is for activations and logits of the largest step and for CUDA graphs. A GPU is rarely shared.
+"""
+
+_CALLED = {"cpu": "the CPU", "cuda": "a GPU"}
+
+
+@dataclass(frozen=True)
+class Device:
+    """A kind of device, asked for what an engine on it is built from.
+
+    Attributes:
+        kind: as torch names it; "cuda" is any GPU that torch knows, AMD's included.
+        weights: name of the weight format that it prefers.
+        kv_dtype: name of the KV format that it prefers.
+        memory_share: of the memory that is free after loading, what the KV cache takes.
+    """
+
+    kind: Literal["cpu", "cuda"]
+    weights: str
+    kv_dtype: str
+    memory_share: float
+
+    @property
+    def torch(self) -> torch.device:
+        """The device as torch takes it."""
+        return torch.device(self.kind)
+
+    @property
+    def free_memory(self) -> int:
+        """Bytes that are free now."""
+        if self.kind == "cpu":
+            return free_memory()
+        free, _ = torch.cuda.mem_get_info(self.torch)
+        return int(free)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the KV cache if nobody says; to be asked after the weights are loaded."""
+        return int(self.free_memory * self.memory_share)
+
+    def weight_format(self, wanted: str) -> WeightFormat:
+        """The weight format of a name, or the preferred one for "auto".
+
+        Raises:
+            ValueError: another kind of device has it.
+        """
+        form = WEIGHT_FORMATS[self.weights if wanted == "auto" else wanted]
+        if form.device != self.kind:
+            there = [name for name, other in WEIGHT_FORMATS.items() if other.device == self.kind]
+            raise ValueError(
+                f"--weights {wanted} is for {_CALLED[form.device]}; "
+                f"weights on {_CALLED[self.kind]} are {', '.join(there)}"
+            )
+        return form
+
+    def kv_format(self, wanted: str, head_dim: int) -> KVFormat:
+        """The KV format of a name, or the preferred one for "auto".
+
+        Raises:
+            ValueError: it cannot hold heads of this many channels.
+        """
+        form = get_format(self.kv_dtype if wanted == "auto" else wanted)
+        if head_dim % form.multiple:
+            raise ValueError(
+                f"--kv-dtype {wanted} needs heads of a multiple of {form.multiple} channels; "
+                f"the model's have {head_dim}"
+            )
+        return form
+
+
+CPU = Device("cpu", "float32", "float16", MEMORY_SHARE)
+"""float16: half the bytes of float32, eight times the precision of bfloat16 (docs/benchmarks.md)."""
+
+GPU = Device("cuda", "bfloat16", "bfloat16", GPU_MEMORY_SHARE)
+"""bfloat16: the type of the weights, of which every key and value is a product."""
+
+
+def choose_device(wanted: DeviceName) -> Device:
+    """The device of a name, or a GPU if there is one for "auto".
+
+    Raises:
+        ValueError: a GPU is wanted and there is none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("torch sees no GPU; use --device cpu, or install a build of torch for your GPU")
+    return GPU if wanted != "cpu" and torch.cuda.is_available() else CPU

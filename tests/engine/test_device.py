@@ -1,0 +1,38 @@
+"""What a device allows and prefers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from curkv.engine import device
+from curkv.engine.device import CPU, GPU, choose_device
+from curkv.kernels.linear import WEIGHTS
+from curkv.kernels.linear.formats import WEIGHT_FORMATS
+
+
+def test_the_cache_takes_a_share_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "free_memory", lambda: 1000)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2000, 4000))
+    assert (CPU.cache_bytes, GPU.cache_bytes) == (500, 1800)
+
+
+def test_a_gpu_is_taken_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for available, chosen in ((False, CPU), (True, GPU)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        assert choose_device("auto") is chosen
+        assert choose_device("cpu") is CPU
+
+
+def test_formats_are_preferred_or_refused() -> None:
+    assert (CPU.weight_format("auto").name, GPU.weight_format("auto").name) == ("float32", "bfloat16")
+    assert (CPU.kv_format("auto", 64).name, GPU.kv_format("auto", 64).name) == ("float16", "bfloat16")
+    assert CPU.weight_format("int4").name == "int4"
+    with pytest.raises(ValueError, match="bfloat16 is for a GPU; weights on the CPU are float32, int8, int4"):
+        CPU.weight_format("bfloat16")
+    with pytest.raises(ValueError, match="a multiple of 16 channels; the model's have 40"):
+        CPU.kv_format("int8", 40)
+
+
+def test_the_command_line_offers_every_weight_format() -> None:
+    assert tuple(WEIGHT_FORMATS) == WEIGHTS
