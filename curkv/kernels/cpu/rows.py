@@ -109,7 +109,7 @@ def dot_rows(
                     for m in range(count):
                         slot = sums[m * block + t]
                         builder.store(multiply_add(builder, queries[m], loaded, builder.load(slot)), slot)
-            block_bytes = builder.lshr(builder.mul(dim, dim.type(block * own.bits)), dim.type(3))
+            block_bytes = own.channel_bytes(builder, builder.mul(dim, dim.type(block)))
             next_block = builder.add(own.place(builder, store, dim, first), ahead)
             with cgutils.for_range_slice(builder, dim.type(0), block_bytes, dim.type(LINE)) as (
                 line,
@@ -291,8 +291,7 @@ def weigh_rows(
 
         def columns(index: ir.Value) -> Callable[[int], ir.Value]:
             value = builder.add(token, index)
-            bits = builder.mul(channel, channel.type(own.bits))
-            start = builder.add(own.place(builder, store, dim, value), builder.lshr(bits, bits.type(3)))
+            start = builder.add(own.place(builder, store, dim, value), own.channel_bytes(builder, channel))
             for line in range(0, LANES * width * own.bits // 8, LINE):
                 prefetch_line(builder, offset(builder, builder.add(start, ahead), line), L2)
             read = own.row(builder, store, dim, value)

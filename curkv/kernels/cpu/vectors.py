@@ -44,8 +44,13 @@ class Primitives(ABC):
 
     def place(self, builder: ir.IRBuilder, store: Args, dim: ir.Value, token: ir.Value) -> ir.Value:
         """Emit the address of a vector in the first array."""
-        row_bytes = builder.lshr(builder.mul(dim, I64(self.bits)), I64(3))
-        return offset(builder, store[0], token, row_bytes)
+        return offset(builder, store[0], token, self.channel_bytes(builder, dim))
+
+    def channel_bytes(self, builder: ir.IRBuilder, channels: ir.Value) -> ir.Value:
+        """Emit the bytes of some channels in the first array, without a shift where LLVM can do better."""
+        if self.bits % 8 == 0:
+            return builder.mul(channels, I64(self.bits // 8))
+        return builder.lshr(builder.mul(channels, I64(self.bits)), I64(3))
 
 
 class PrimitivesType(types.Opaque):
