@@ -69,7 +69,7 @@ def _requests(
     sampling = SamplingParams(new_tokens, temperature=0.0, ignore_eos=True)
     for i, prompt in enumerate(token_spans(engine.info.tokenizer, count, prompt_tokens, seed=0)):
         request = Request(str(i), prompt, sampling, parse_options(options))
-        engine.add(request, engine.plan(request))
+        engine.add(engine.plan(request))
 
 
 def _memory(

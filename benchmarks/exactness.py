@@ -72,7 +72,7 @@ def main() -> None:
         sampling = SamplingParams(args.new_tokens, temperature=0.0, ignore_eos=True)
         for i in chosen:
             request = Request(str(i), prompts[i], sampling, EvictionOptions())
-            target.add(request, target.plan(request))
+            target.add(target.plan(request))
         found: dict[int, list[int]] = {i: [] for i in chosen}
         while target.has_work:
             for output in target.step():

@@ -83,7 +83,7 @@ def run(engine: Engine, args: argparse.Namespace, phase: str, spent: Counter[str
     prompts = token_spans(engine.info.tokenizer, args.concurrency, args.prompt_tokens, seed=0)
     for i, prompt in enumerate(prompts):
         request = Request(str(i), prompt, sampling, parse_options(kv))
-        engine.add(request, engine.plan(request))
+        engine.add(engine.plan(request))
     times = []
     while engine.has_work:
         before = spent.copy()

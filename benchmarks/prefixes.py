@@ -99,7 +99,7 @@ def serve(engine: Engine, document: list[int], questions: list[list[int]], kv: d
     for i, question in enumerate(questions):
         sampling = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
         request = Request(f"q{i}", document + question, sampling, options)
-        engine.add(request, engine.plan(request))
+        engine.add(engine.plan(request))
         started, answer = time.perf_counter(), []
         while engine.has_work:
             for output in engine.step():

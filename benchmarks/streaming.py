@@ -72,7 +72,7 @@ def _serve(engine: Engine, sample: Sample, policy: str, budget: int) -> str:
     except InvalidRequest:
         options = parse_options({**raw, "prefill": "streaming", "prefill_chunk": CHUNK})
     request = Request("streaming", prompt, sampling, options)
-    engine.add(request, engine.plan(request))
+    engine.add(engine.plan(request))
     started, text, report = time.perf_counter(), "", None
     while engine.has_work:
         for output in engine.step():

@@ -65,7 +65,7 @@ def main() -> None:
 def first_token(engine: Engine, prompt: list[int], kv: EvictionOptions) -> float:
     """Seconds until a prompt's first token."""
     request = Request("timed", prompt, SamplingParams(1, temperature=0.0, ignore_eos=True), kv)
-    engine.add(request, engine.plan(request))
+    engine.add(engine.plan(request))
     started = time.perf_counter()
     while engine.has_work:
         engine.step()
@@ -76,7 +76,7 @@ def tail_perplexity(engine: Engine, prompt: list[int], kv: EvictionOptions) -> f
     """Perplexity of the last `TAIL` tokens of a prompt."""
     sampling = SamplingParams(1, temperature=0.0, ignore_eos=True, prompt_logprobs=0)
     request = Request("scored", prompt, sampling, kv)
-    engine.add(request, engine.plan(request))
+    engine.add(engine.plan(request))
     found: list[float] = []
     while engine.has_work:
         for output in engine.step():

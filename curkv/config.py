@@ -118,6 +118,13 @@ class ServerOptions(Section):
         description="Key that a request must present; repeatable, or separated by commas.",
         repr=False,
     )
+    api_key_file: Path | None = Field(
+        default=None,
+        description="File of further keys, a line each: NAME KEY or NAME sha256:DIGEST.",
+    )
+    metrics_port: int | None = Field(
+        default=None, ge=1, le=65535, description="Port for /metrics, which the other then has not."
+    )
     cors_origin: Several = Field(
         default=(), description="Web page origin that may use the API from a browser, * for any; repeatable."
     )
@@ -138,7 +145,23 @@ class Limits(Section):
     max_body_size: Size = Field(
         default=8 * 1024**2, gt=0, description="Bytes of the largest request body; above it a 413."
     )
+    max_body_values: int = Field(
+        default=2**18,
+        ge=1,
+        description="Values in the JSON of a request body, such as token ids; above it a 413.",
+    )
     max_waiting: int = Field(default=1024, ge=1, description="Most sequences in the queue; above it a 429.")
+    max_waiting_tokens: int = Field(
+        default=2**20, ge=1, description="Most prompt tokens in the queue; above it a 429."
+    )
+    max_waiting_per_key: int | None = Field(
+        default=None, ge=1, description="Most sequences in the queue of one API key; above it a 429."
+    )
+    structure_timeout: float = Field(
+        default=5.0,
+        gt=0,
+        description="Seconds that a schema or expression may take to compile; above it a 400.",
+    )
     request_timeout: float | None = Field(
         default=None,
         gt=0,

@@ -193,7 +193,7 @@ def end_to_end(model: ModelShape, device: str, prompt: int, outputs: int, batch:
         for i in range(batch):
             params = SamplingParams(max_tokens=outputs, temperature=0.0, ignore_eos=True)
             request = Request(str(i), torch.randint(1024, (prompt,)).tolist(), params, options)
-            engine.add(request, engine.plan(request))
+            engine.add(engine.plan(request))
         decode_steps = decode_seconds = prefill_seconds = 0.0
         while engine.has_work:
             engine.step()

@@ -22,7 +22,7 @@ from curkv.engine.runner import Runner
 from curkv.engine.types import Request, SamplingParams
 from curkv.kernels import compile_cache
 from curkv.kernels.dispatch import get_kernels
-from curkv.models.chat_template import load_chat_template
+from curkv.models.chat_template import load_chat_template, load_eos_token
 from curkv.models.config import ModelConfig
 from curkv.models.decoder import Decoder
 from curkv.models.info import ModelInfo
@@ -86,7 +86,12 @@ def build_engine(options: EngineOptions) -> Engine:
     recorded = RecordedDecodes(model, attention) if replay == "launches" else None
     engine = Engine(
         Runner(model, attention, graphs or recorded),
-        ModelInfo(load_tokenizer(directory), load_chat_template(directory), load_pruning(directory)),
+        ModelInfo(
+            load_tokenizer(directory),
+            load_chat_template(directory),
+            load_pruning(directory),
+            load_eos_token(directory),
+        ),
         options.max_step_tokens,
         max_model_len,
         options.max_itl,
@@ -107,7 +112,7 @@ def _warm_up(engine: Engine) -> None:
     for policy in ("curdkv", "adacurdkv"):
         kv = EvictionOptions(policy=policy, budget=Budget("ratio", 0.5))
         request = Request(policy, [0] * length, SamplingParams(max_tokens=2, ignore_eos=True), kv)
-        engine.add(request, engine.plan(request))
+        engine.add(engine.plan(request))
     while engine.has_work:
         engine.step()
     engine.drop_prefixes()

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from tokenizers import Tokenizer
 
 from curkv.cache.layout import CacheLayout
-from curkv.cache.plan import EvictionPlan
 from curkv.engine.engine import Engine
 from curkv.engine.stats import StatsSink, StepStats
-from curkv.engine.types import Output, Request
+from curkv.engine.structure import Structures
+from curkv.engine.types import Output, Planned, Request
 from curkv.models.config import ModelConfig
+from curkv.models.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from curkv.models.chat_template import ChatTemplate
@@ -109,9 +110,14 @@ class EngineClient:
         return self.state == "ready" and self._thread.is_alive()
 
     @property
-    def num_waiting(self) -> int:
-        """Sequences in the queue, those included that are on their way to it."""
-        return self._engine.scheduler.num_waiting + len(self._inbox)
+    def vocabulary(self) -> Vocabulary:
+        """The model's tokens."""
+        return self._engine.info.vocabulary
+
+    @property
+    def structures(self) -> Structures:
+        """Compiles what outputs are to follow."""
+        return self._engine.structures
 
     @property
     def stats(self) -> StepStats:
@@ -122,29 +128,34 @@ class EngineClient:
         """Calls `sink` with the statistics of every step, from the engine's thread."""
         self._sinks.append(sink)
 
-    def plan(self, request: Request) -> EvictionPlan:
-        """Checks a request and resolves its eviction options; takes nothing.
+    def plan(self, request: Request) -> Planned:
+        """Checks a request and resolves its eviction options; takes nothing. May be slow.
 
         Raises:
             InvalidRequest: it could never be served as asked.
         """
         return self._engine.plan(request)
 
-    async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
+    async def generate(
+        self, planned: Planned, started: Callable[[], None] = lambda: None
+    ) -> AsyncGenerator[Output, None]:
         """Yields news of all choices of a request until each has ended.
 
         Closing the iterator, or cancelling the task that reads it, aborts the request and frees its pages.
 
+        Args:
+            planned: the request.
+            started: called on the event loop when it waits no longer but runs.
+
         Raises:
             EngineUnavailable: the engine takes no requests.
-            InvalidRequest: the request could never be served as asked.
         """
         if not self.healthy:
             raise EngineUnavailable(f"the engine is {self.state}")
-        plan = self.plan(request)
-        stream = _Stream(asyncio.get_running_loop())
+        request = planned.request
+        stream = _Stream(asyncio.get_running_loop(), started)
         self._streams[request.id] = stream
-        self._submit(lambda: self._add(request, plan, stream))
+        self._submit(lambda: self._add(planned, stream))
         unfinished = request.sampling.n
         try:
             while unfinished:
@@ -199,9 +210,9 @@ class EngineClient:
         self._submit(lambda: None)
         self._thread.join()
 
-    def _add(self, request: Request, plan: EvictionPlan, stream: _Stream) -> None:
+    def _add(self, planned: Planned, stream: _Stream) -> None:
         try:
-            self._engine.add(request, plan)
+            self._engine.add(planned)
         except Exception as error:
             stream.put(error)
 
@@ -245,6 +256,9 @@ class EngineClient:
             if (stream := self._streams.get(output.request_id)) is not None:
                 news.setdefault(stream, []).append(output)
         _Stream.put_all(news)
+        for request_id in self._engine.last_stats.started:
+            if (stream := self._streams.get(request_id)) is not None:
+                stream.start()
         for sink in self._sinks:
             try:
                 sink(self._engine.last_stats)
@@ -255,9 +269,15 @@ class EngineClient:
 class _Stream:
     """Outputs of one request on their way from the engine's thread to a coroutine."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop):
+    def __init__(self, loop: asyncio.AbstractEventLoop, started: Callable[[], None]):
         self._loop = loop
+        self._started = started
         self._queue: asyncio.Queue[list[Output] | Exception] = asyncio.Queue()
+
+    def start(self) -> None:
+        """Says that its request runs."""
+        with contextlib.suppress(RuntimeError):  # the loop was closed
+            self._loop.call_soon_threadsafe(self._started)
 
     def put(self, item: list[Output] | Exception) -> None:
         self.put_all({self: item})

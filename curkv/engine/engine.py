@@ -25,7 +25,16 @@ from curkv.engine.scheduler import Schedule, Scheduler
 from curkv.engine.sequence import Sequence
 from curkv.engine.stats import EvictionStats, RequestStats, SequenceStats, StepStats
 from curkv.engine.structure import Structures
-from curkv.engine.types import FinishReason, InvalidRequest, KVReport, Output, Request, TokenLogprob
+from curkv.engine.types import (
+    FinishReason,
+    InvalidRequest,
+    KVReport,
+    Output,
+    Planned,
+    Request,
+    TokenLogprob,
+    check_ids,
+)
 from curkv.models.info import ModelInfo
 
 logger = logging.getLogger(__name__)
@@ -56,8 +65,8 @@ class Engine:
         self.info = info
         self.max_model_len = max_model_len
         self.scheduler = Scheduler(self.kv, max_step_tokens, max_itl)
-        self.eos_ids = frozenset(config.eos_token_ids)
-        self._structures = Structures(info.tokenizer, config.vocab_size, config.eos_token_ids)
+        self.eos_ids = frozenset(info.end_ids(config.eos_token_ids, config.vocab_size))
+        self.structures = Structures(info.tokenizer, config.vocab_size, sorted(self.eos_ids))
         self._order = itertools.count()
         self._outputs: list[Output] = []
         self._evictions: list[EvictionStats] = []
@@ -69,8 +78,8 @@ class Engine:
         """Whether a step would do anything."""
         return self.scheduler.has_work
 
-    def plan(self, request: Request) -> EvictionPlan:
-        """Checks a request and resolves its eviction options; takes nothing.
+    def plan(self, request: Request) -> Planned:
+        """Checks a request and resolves its eviction options; takes nothing. Any thread may call it.
 
         Raises:
             InvalidRequest: it could never be served as asked.
@@ -79,9 +88,7 @@ class Engine:
         if not prompt:
             raise InvalidRequest("the prompt is empty", "prompt")
         vocab = self.runner.model.config.vocab_size
-        bad = next((i for i in prompt if not 0 <= i < vocab), None)
-        if bad is not None:
-            raise InvalidRequest(f"token id {bad} is outside the vocabulary 0..{vocab - 1}", "prompt")
+        check_ids(prompt, vocab, "prompt")
         if request.sampling.max_tokens is None and max_tokens < 1:
             message = f"{len(prompt)} tokens leave no room in the context of {self.max_model_len} tokens"
             raise InvalidRequest(message, "prompt")
@@ -92,16 +99,18 @@ class Engine:
                 "max_tokens" if len(prompt) < self.max_model_len else "prompt",
             )
         for field in ("logit_bias", "stop_token_ids"):
-            unknown = next((i for i in getattr(request.sampling, field) if not 0 <= i < vocab), None)
-            if unknown is not None:
-                raise InvalidRequest(f"token id {unknown} is outside the vocabulary 0..{vocab - 1}", field)
+            check_ids(getattr(request.sampling, field), vocab, field)
+        if request.sampling.min_tokens > max_tokens:
+            raise InvalidRequest(f"is larger than max_tokens ({max_tokens})", "min_tokens")
+        plan = self._resolve(request.eviction, prompt)
+        self._check_pool(plan, max_tokens)
+        candidates = tuple(self._resolve(options, prompt) for options in request.explain)
+        matcher = None
         if request.sampling.structure is not None:
             if request.sampling.min_tokens:
                 raise InvalidRequest("a structured output ends where its structure does", "min_tokens")
-            self._structures.matcher(request.sampling.structure)
-        plan = self._resolve(request.eviction, prompt)
-        self._check_pool(plan, max_tokens)
-        return plan
+            matcher = self.structures.matcher(request.sampling.structure)
+        return Planned(request, plan, candidates, matcher)
 
     def _resolve(self, options: EvictionOptions, prompt: list[int]) -> EvictionPlan:
         try:
@@ -123,11 +132,11 @@ class Engine:
                 "prompt" if self.kv.footprint(plan, 0) > pages else "max_tokens",
             )
 
-    def add(self, request: Request, plan: EvictionPlan) -> None:
-        """Queues a planned request; its further choices fork from the first one after prefill."""
+    def add(self, planned: Planned) -> None:
+        """Queues a request; its further choices fork from the first one after prefill."""
+        request, plan, matcher = planned.request, planned.eviction, planned.matcher
         sampling, prompt = request.sampling, request.prompt_token_ids
         seed = sampling.seed if sampling.seed is not None else secrets.randbits(64)
-        matcher = self._structures.matcher(sampling.structure) if sampling.structure is not None else None
         blocks, context = self._prefix_keys(request, plan)
         first, *others = [
             Sequence(
@@ -137,10 +146,10 @@ class Engine:
                 plan=plan,
                 seed=choice_seed(seed, index),
                 detokenizer=Detokenizer(
-                    self.info.tokenizer, prompt, sampling.stop, sampling.skip_special_tokens
+                    self.info.vocabulary, prompt, sampling.stop, sampling.skip_special_tokens
                 ),
                 matcher=matcher.deep_copy() if matcher is not None else None,
-                candidates=tuple(self._resolve(options, prompt) for options in request.explain),
+                candidates=planned.candidates,
                 block_keys=blocks,
                 context_key=context,
             )
@@ -200,6 +209,7 @@ class Engine:
             indices = [s.index for s in (sequence, *sequence.forks)]
             self._finish(sequence, "error")
             outputs += [Output(sequence.request.id, i, "", [], finish_reason="error") for i in indices]
+        self.last_stats = self._stats(Schedule(), sampled=0, seconds=0.0)
         return outputs
 
     def check_integrity(self) -> None:
@@ -451,6 +461,7 @@ class Engine:
             kv_tokens_written=sum(schedule.chunks) * kv.layout.num_heads,
             preemptions=schedule.preempted,
             evictions=evictions,
+            started=[s.request.id for s in schedule.admitted],
             finished=finished,
             sequences=[self._sequence_stats(sequence) for sequence in self.scheduler.running],
             step_seconds=seconds,
@@ -469,6 +480,7 @@ class Engine:
             held_tokens=self.kv.held_tokens(sequence.slot),
             held_bytes=held,
             peak_bytes=max(sequence.peak_bytes, held),
+            owner=sequence.request.owner,
         )
 
 

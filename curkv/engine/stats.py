@@ -79,6 +79,7 @@ class SequenceStats:
         held_tokens: tokens that a head holds now, mean over layers and heads.
         held_bytes: bytes of its pages; pages shared with another choice count for both.
         peak_bytes: most bytes it held at the end of any step so far.
+        owner: name of the API key that its request came with.
     """
 
     request_id: str
@@ -91,6 +92,7 @@ class SequenceStats:
     held_tokens: float
     held_bytes: int
     peak_bytes: int
+    owner: str = ""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ class StepStats:
         prefix_saved_bytes: bytes that more would be taken if sequences and prefixes shared no pages.
         prefix_queries: prompt tokens of the sequences that first ran in the step, if prefixes are held.
         prefix_hits: of these, tokens that a prefix held.
+        started: ids of the requests that first ran in the step.
     """
 
     running: int
@@ -138,6 +141,7 @@ class StepStats:
     prefix_saved_bytes: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    started: list[str] = field(default_factory=list)
 
 
 StatsSink = Callable[[StepStats], None]

@@ -6,32 +6,31 @@ compiled per schema, keywords that it cannot follow are refused, and it brings n
 
 from __future__ import annotations
 
-import json
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
-from llguidance import LLExecutor, LLMatcher, LLTokenizer, grammar_from
+from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from torch import Tensor
 
+from curkv.engine.grammars import compile_grammar, grammar_tokenizer, source_text
 from curkv.engine.types import InvalidRequest, Structure
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_FORMATS: dict[str, Literal["json_schema", "regex", "choice", "lark"]] = {
-    "json": "json_schema",
-    "regex": "regex",
-    "choice": "choice",
-    "lark": "lark",
-}
+MAX_HELD = 2_000_000
+"""Characters of the structures whose compiled forms are held; a form takes up to some 500 bytes for each."""
+
 _BITS = 32
 _SHIFTS = torch.arange(_BITS, dtype=torch.int32)
 
 
 class Structures:
-    """Makes matchers over a model's vocabulary.
+    """Makes matchers over a model's vocabulary, and holds those made last: each content is compiled once.
 
     Args:
         tokenizer: the model's tokenizer.
@@ -43,25 +42,45 @@ class Structures:
         self._source = tokenizer
         self._vocab_size = vocab_size
         self._eos_ids = list(eos_ids)
+        self._held: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def vocabulary(self) -> tuple[str, int, list[int]]:
+        """Arguments of `grammar_tokenizer`, for another process that is to compile the same."""
+        return self._source.to_str(), self._vocab_size, self._eos_ids
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
-        """Takes about half a second, so it waits for the first structured request."""
-        return LLTokenizer(self._source.to_str(), n_vocab=self._vocab_size, eos_token=self._eos_ids or None)
+        return grammar_tokenizer(*self.vocabulary)
+
+    def warm_up(self) -> None:
+        """Makes what the first structured request would hold up everybody half a second for."""
+        assert self._tokenizer
+
+    def holds(self, structure: Structure) -> bool:
+        """Whether a structure's matcher is there already."""
+        return (structure.kind, source_text(structure.source)) in self._held
 
     def matcher(self, structure: Structure) -> LLMatcher:
-        """Returns a matcher at the start of an output.
+        """Returns a matcher at the start of an output, to be copied; compiles it unless it is held.
 
         Raises:
             InvalidRequest: the schema or expression is wrong, or uses what cannot be followed.
         """
-        source = structure.source if isinstance(structure.source, str) else json.dumps(structure.source)
+        key = structure.kind, source_text(structure.source)
+        with self._lock:
+            if key in self._held:
+                self._held.move_to_end(key)
+                return self._held[key]
         try:
-            matcher = LLMatcher(self._tokenizer, grammar_from(_FORMATS[structure.kind], source), log_level=0)
+            matcher = compile_grammar(self._tokenizer, *key)
         except ValueError as error:
             raise InvalidRequest(str(error), structure.param) from error
-        if matcher.is_error():
-            raise InvalidRequest(matcher.get_error(), structure.param)
+        with self._lock:
+            self._held[key] = matcher
+            while len(self._held) > 1 and sum(len(source) for _, source in self._held) > MAX_HELD:
+                self._held.popitem(last=False)
         return matcher
 
 

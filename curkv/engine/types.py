@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
     from curkv.cache.explain import Explanation
     from curkv.cache.options import EvictionOptions
+    from curkv.cache.plan import EvictionPlan
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -26,6 +29,17 @@ class InvalidRequest(ValueError):
         super().__init__(message)
         self.message = message
         self.param = param
+
+
+def check_ids(token_ids: Collection[int], vocab_size: int, param: str) -> None:
+    """Checks that token ids are of a vocabulary.
+
+    Raises:
+        InvalidRequest: one is not; the error names it and `param`.
+    """
+    if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+        bad = next(i for i in token_ids if not 0 <= i < vocab_size)
+        raise InvalidRequest(f"token id {bad} is outside the vocabulary 0..{vocab_size - 1}", param)
 
 
 @dataclass(frozen=True)
@@ -103,6 +117,7 @@ class Request:
         explain: options to be asked, after the prompt, what they would keep of it; nothing is generated then.
         cache_salt: prompts share prefixes only with those of the same salt.
         priority: lower runs first; equal priorities run in order of arrival.
+        owner: name of the API key that it came with.
         arrival_time: `time.monotonic()` in seconds.
     """
 
@@ -113,7 +128,25 @@ class Request:
     explain: tuple[EvictionOptions, ...] = ()
     cache_salt: str = ""
     priority: int = 0
+    owner: str = ""
     arrival_time: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A request that was found servable, and what was worked out on the way.
+
+    Attributes:
+        request: the request.
+        eviction: its eviction options, resolved for its prompt.
+        candidates: the options to be explained, resolved.
+        matcher: stands at the start of an output that follows its structure; None: the output is free.
+    """
+
+    request: Request
+    eviction: EvictionPlan
+    candidates: tuple[EvictionPlan, ...] = ()
+    matcher: LLMatcher | None = None
 
 
 @dataclass(frozen=True)

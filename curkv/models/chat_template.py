@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, meta, nodes
+from jinja2 import Template, TemplateError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -94,9 +94,13 @@ class ChatTemplate:
             "add_generation_prompt": True,
         }
         try:
-            return _ENVIRONMENT.from_string(self._source).render(given)
+            return self._template.render(given)
         except Exception as error:  # a template may do anything with what it is given
             raise ValueError(f"the model's chat template refuses the conversation: {error}") from error
+
+    @cached_property
+    def _template(self) -> Template:
+        return _ENVIRONMENT.from_string(self._source)
 
     @cached_property
     def _knows_tools(self) -> bool:
@@ -138,16 +142,29 @@ _ENVIRONMENT.globals |= {"raise_exception": _raise_exception, "strftime_now": _s
 
 def load_chat_template(directory: Path) -> ChatTemplate | None:
     """Returns the template of a model directory, None if it has none (a base model)."""
-    config = read_json(directory / "tokenizer_config.json") or {}
-    if "added_tokens_decoder" not in config:  # an older form
-        config |= read_json(directory / "special_tokens_map.json") or {}
+    config = _tokenizer_config(directory)
     source, file = config.get("chat_template"), directory / "chat_template.jinja"
     if isinstance(source, list):  # several, by name
         source = {entry["name"]: entry["template"] for entry in source}.get("default")
     if file.is_file():
         source = file.read_text(encoding="utf-8")
-    tokens = {name: _text(config[name]) for name in _SPECIAL_TOKENS if config.get(name) is not None}
-    return ChatTemplate(source, tokens) if source else None
+    return ChatTemplate(source, _special_tokens(config)) if source else None
+
+
+def load_eos_token(directory: Path) -> str | None:
+    """Returns the text of the token that a model directory's tokenizer ends a text with, if it has one."""
+    return _special_tokens(_tokenizer_config(directory)).get("eos_token")
+
+
+def _tokenizer_config(directory: Path) -> dict[str, Any]:
+    config = read_json(directory / "tokenizer_config.json") or {}
+    if "added_tokens_decoder" not in config:  # an older form
+        config |= read_json(directory / "special_tokens_map.json") or {}
+    return config
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    return {name: _text(config[name]) for name in _SPECIAL_TOKENS if config.get(name) is not None}
 
 
 def _text(token: str | dict[str, Any]) -> str:

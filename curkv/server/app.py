@@ -18,9 +18,10 @@ from curkv.server.errors import error_responses, install_error_handlers
 from curkv.server.explain.router import router as explain
 from curkv.server.headers import OPENAPI_RESPONSE_HEADERS, default_options
 from curkv.server.health.router import router as health
+from curkv.server.keys import Keys
 from curkv.server.live.router import router as live
 from curkv.server.metrics import Metrics
-from curkv.server.middleware import ApiKeyMiddleware, BodyMiddleware, RequestIdMiddleware
+from curkv.server.middleware import ApiKeyMiddleware, BodyMiddleware, CrashMiddleware, RequestIdMiddleware
 from curkv.server.models.router import router as models
 from curkv.server.page.router import files as page_files
 from curkv.server.page.router import router as page
@@ -48,6 +49,7 @@ def create_app(client: EngineClient | None, settings: Settings, lifespan: Lifesp
 
     Raises:
         OptionError: the settings' default eviction options are wrong.
+        KeysError: the file of API keys cannot be used.
     """
     app = FastAPI(
         title="curkv",
@@ -56,23 +58,27 @@ def create_app(client: EngineClient | None, settings: Settings, lifespan: Lifesp
         redoc_url=None,
         lifespan=lifespan,
     )
-    app.state.server = ServerState(
-        settings, Metrics(settings.model_name, settings.server.vllm_metrics), default_options(settings)
-    )
+    keys = Keys(settings.server.api_key, settings.server.api_key_file)
+    metrics = Metrics(settings.model_name, settings.server.vllm_metrics)
+    app.state.server = ServerState(settings, metrics, default_options(settings), keys)
     if client is not None:
         app.state.server.attach(client)
-    guarded = [Depends(HTTPBearer(auto_error=False))] if settings.server.api_key else []
-    refusals = error_responses(401) if settings.server.api_key else {}
+    guarded = [Depends(HTTPBearer(auto_error=False))] if keys else []
+    refusals = error_responses(401) if keys else {}
     for router in (completions, chat, explain, tokens, models, live, page):
         app.include_router(router, dependencies=guarded, responses=refusals)
     app.include_router(health)
     app.mount("/page", page_files)
     install_error_handlers(app)
     app.add_middleware(
-        BodyMiddleware, max_bytes=settings.limits.max_body_size, seconds=settings.limits.receive_timeout
+        BodyMiddleware,
+        max_bytes=settings.limits.max_body_size,
+        max_values=settings.limits.max_body_values,
+        seconds=settings.limits.receive_timeout,
     )
-    if settings.server.api_key:
-        app.add_middleware(ApiKeyMiddleware, keys=settings.server.api_key)
+    if keys:
+        app.add_middleware(ApiKeyMiddleware, keys=keys, count=metrics.count_answer)
+    app.add_middleware(CrashMiddleware)
     if settings.server.cors_origin:
         app.add_middleware(
             CORSMiddleware,

@@ -9,22 +9,21 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from curkv.cache.plan import EvictionPlan
-from curkv.engine.types import InvalidRequest, KVReport, Output, Request, SamplingParams
+from curkv.engine.types import InvalidRequest, KVReport, Output, Planned, Request, SamplingParams
 from curkv.server import headers, limits
 from curkv.server.errors import as_api_error, error_responses
 from curkv.server.headers import OPENAPI_RESPONSE_HEADERS, eviction_controls
-from curkv.server.limits import read_limits
+from curkv.server.limits import MAX_ALL_CHOICES, read_limits
 from curkv.server.protocol import GenerationFields, KVUsage, PromptTokensDetails, Usage
+from curkv.server.queue import Place
 from curkv.server.state import ServerState
 from curkv.server.streaming import (
     DONE,
@@ -34,6 +33,8 @@ from curkv.server.streaming import (
     event,
     unless_disconnected,
 )
+from curkv.server.tokenizing import Reader
+from curkv.server.workers import in_worker
 
 if TYPE_CHECKING:
     from curkv.engine.client import EngineClient
@@ -79,7 +80,7 @@ class Generation:
         client: the engine.
         prompts: in the order of the body.
         requests: one per prompt.
-        plans: each request's eviction, resolved.
+        places: what each takes of the queue.
         timeout: seconds that it may take; None: as long as it likes.
     """
 
@@ -89,8 +90,8 @@ class Generation:
     model: str
     client: EngineClient
     prompts: list[Prompt]
-    requests: list[Request]
-    plans: list[EvictionPlan]
+    requests: list[Planned]
+    places: list[Place]
     timeout: float | None
 
     @property
@@ -101,21 +102,17 @@ class Generation:
     @property
     def headers(self) -> dict[str, str]:
         """Response headers that say what eviction will do; a mean if prompts differ."""
-        budget = round(fmean(plan.kept_prompt_tokens for plan in self.plans))
-        return {"X-KV-Policy": self.requests[0].eviction.policy, "X-KV-Budget-Tokens": str(budget)}
+        budget = round(fmean(planned.eviction.kept_prompt_tokens for planned in self.requests))
+        policy = self.requests[0].request.eviction.policy
+        return {"X-KV-Policy": policy, "X-KV-Budget-Tokens": str(budget)}
 
     def start(self) -> OutputStream:
         """Hands all prompts to the engine."""
-        return OutputStream(self.client, self.requests, self.timeout)
+        return OutputStream(self.client, self.requests, self.places, self.timeout)
 
     def prompt_of(self, choice: int) -> Prompt:
         """The prompt that a choice continues."""
         return self.prompts[choice // self.body.choices_per_prompt]
-
-    def token_text(self, token_id: int) -> str:
-        """A token's own text: bytes of a character that is split over tokens show as U+FFFD."""
-        text: str = self.client.tokenizer.decode([token_id], skip_special_tokens=False)
-        return text
 
 
 class Answer(ABC):
@@ -150,7 +147,7 @@ class Answer(ABC):
     @property
     def usage(self) -> Usage:
         """Tokens of all prompts and choices so far."""
-        prompt = sum(len(request.prompt_token_ids) for request in self.generation.requests)
+        prompt = sum(len(prompt.token_ids) for prompt in self.generation.prompts)
         return Usage(
             prompt_tokens=prompt,
             completion_tokens=self._completion_tokens,
@@ -189,50 +186,65 @@ def documented(response: type[BaseModel]) -> dict[str, Any]:
 async def prepare(
     body: GenerationFields,
     sampling: SamplingParams,
-    tokenize: Callable[[EngineClient], list[Prompt]],
+    num_prompts: int,
+    tokenize: Callable[[EngineClient, Reader], list[Prompt]],
     http: HTTPRequest,
     state: ServerState,
     prefix: str,
 ) -> Generation:
-    """Checks everything that can be checked before the engine takes anything.
+    """Takes places in the queue and checks everything that can be checked before the engine takes anything.
 
     Args:
         body: the request's body.
         sampling: what of it is the engine's.
+        num_prompts: how many prompts `tokenize` makes.
         tokenize: makes the prompts; may be slow and raise `InvalidRequest`.
         http: for its headers.
         state: the server's.
         prefix: of the answer's id.
 
     Raises:
-        APIError: another model was asked for, or the server takes no requests.
+        APIError: another model was asked for, the server takes no requests, or the queue is full.
         InvalidRequest: a field or header has a bad value.
     """
-    client = state.admitting_client()
+    client = state.ready_client()
     state.check_model(body.model)
     treated = read_limits(http.headers, body.priority, state.settings)
     if body.unknown_fields:
         logger.warning("ignored unknown fields of a request: %.500r", body.unknown_fields)
     controls = eviction_controls(http.headers, body.kv, state.eviction)
-    prompts = await run_in_threadpool(tokenize, client)
-    answer_id = f"{prefix}-{uuid.uuid4().hex}"
-    requests = [
-        Request(
-            id=f"{answer_id}-{index}",
-            prompt_token_ids=prompt.token_ids,
-            sampling=sampling,
-            eviction=controls.for_context(prompt.context_tokens),
-            cache_salt=body.cache_salt or "",
-            priority=treated.priority,
-        )
-        for index, prompt in enumerate(prompts)
-    ]
+    choices = num_prompts * body.choices_per_prompt
+    if choices > MAX_ALL_CHOICES:
+        raise InvalidRequest(f"{choices} choices in one request, at most {MAX_ALL_CHOICES} are allowed", "n")
+    answer_id, created, model = f"{prefix}-{uuid.uuid4().hex}", int(time.time()), state.settings.model_name
+    key = state.key_of(http)
+    place = state.queue.enter(choices, key)
     try:
-        plans = await run_in_threadpool(lambda: [client.plan(request) for request in requests])
+        reader = Reader(client, place)
+        prompts = await in_worker(lambda: tokenize(client, reader))
+        if sampling.structure is not None:
+            await state.vetting.compile(sampling.structure, client.structures)
+        requests = [
+            Request(
+                id=f"{answer_id}-{index}",
+                prompt_token_ids=prompt.token_ids,
+                sampling=sampling,
+                eviction=controls.for_context(prompt.context_tokens),
+                cache_salt=state.keys.salt(key, body.cache_salt or ""),
+                priority=treated.priority,
+                owner=key,
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+        planned = await in_worker(lambda: [client.plan(request) for request in requests])
     except InvalidRequest as error:
+        place.leave()
         raise controls.named(error) from error
-    created, model = int(time.time()), state.settings.model_name
-    return Generation(answer_id, created, body, model, client, prompts, requests, plans, treated.timeout)
+    except BaseException:
+        place.leave()
+        raise
+    places = place.split([(body.choices_per_prompt, len(prompt.token_ids)) for prompt in prompts])
+    return Generation(answer_id, created, body, model, client, prompts, planned, places, treated.timeout)
 
 
 async def respond(answer: Answer, http: HTTPRequest) -> Response:
@@ -243,15 +255,20 @@ async def respond(answer: Answer, http: HTTPRequest) -> Response:
             return await _stream(answer, http)
         whole = await unless_disconnected(http, _collect(answer))
     except ClientDisconnected:
+        for place in generation.places:  # they have not been handed on, if nothing was begun
+            place.leave()
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return JSONResponse(whole.model_dump(mode="json"), headers=generation.headers)
+    return Response(whole, media_type="application/json", headers=generation.headers)
 
 
-async def _collect(answer: Answer) -> BaseModel:
+async def _collect(answer: Answer) -> bytes:
     with closing(answer.generation.start()) as outputs:
         async for choice, output in answer.outputs(outputs):
-            answer.add(choice, output)
-    return answer.whole(answer.usage)
+            if output.prompt_logprobs is None:
+                answer.add(choice, output)
+            else:
+                await in_worker(partial(answer.add, choice, output))
+    return await in_worker(lambda: answer.whole(answer.usage).model_dump_json().encode())
 
 
 async def _stream(answer: Answer, http: HTTPRequest) -> Response:
@@ -271,7 +288,11 @@ async def _events(answer: Answer, outputs: OutputStream) -> AsyncGenerator[str, 
     hidden = None if include_usage else {"usage"}
     try:
         async for choice, output in answer.outputs(outputs):
-            if (chunk := answer.chunk(choice, output)) is not None:
+            if output.prompt_logprobs is None:
+                chunk = answer.chunk(choice, output)
+            else:
+                chunk = await in_worker(partial(answer.chunk, choice, output))
+            if chunk is not None:
                 yield event(chunk, exclude=hidden)
         if include_usage:
             yield event(answer.usage_chunk(answer.usage))

@@ -14,6 +14,7 @@ from curkv.cache.options import EvictionOptions, OptionError
 from curkv.cache.parsing import parse_options
 from curkv.config import Settings
 from curkv.engine.types import InvalidRequest
+from curkv.server.limits import MAX_OPTION_CHARACTERS, MAX_PROTECTED_SPANS
 
 _PREFIX = "x-kv-"
 
@@ -37,6 +38,11 @@ _SCHEMAS = {name: entry.schema for name, entry in catalogue().items()}
 def _check_object(value: Any) -> Any:
     if value is not None and not isinstance(value, dict):
         raise ValueError("must be an object such as {'policy': 'curdkv', 'budget': '25%'}")
+    for field, given in (value or {}).items():
+        if isinstance(given, str) and len(given) > MAX_OPTION_CHARACTERS:
+            raise ValueError(f"{field:.40}: has more than {MAX_OPTION_CHARACTERS} characters")
+        if isinstance(given, list) and len(given) > MAX_PROTECTED_SPANS:
+            raise ValueError(f"{field:.40}: has more than {MAX_PROTECTED_SPANS} entries")
     return value
 
 

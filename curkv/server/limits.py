@@ -1,4 +1,7 @@
-"""Headers of a generating request that say how urgent it is and how long it may take."""
+"""What one request may ask for, and the headers that say how urgent it is and how long it may take.
+
+Limits that a server can change are settings; docs/operations.md has the table of all.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,26 @@ from starlette.datastructures import Headers
 from curkv.config import Settings
 from curkv.engine.types import InvalidRequest
 
+MAX_PROMPTS = 1024
+MAX_CHOICES = 128
+"""Of one prompt."""
+MAX_ALL_CHOICES = 1024
+"""Of all prompts of a request together."""
+MAX_MESSAGES = 4096
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 1024
+MAX_TOKEN_IDS = 1024
+"""In `logit_bias` and in `stop_token_ids`; each is looked at in every step."""
+MAX_LOGPROBS = 20
+MAX_POLICIES = 16
+"""That one explanation compares."""
+MAX_PROTECTED_SPANS = 1024
+MAX_OPTION_CHARACTERS = 32_768
+"""Of the text of an eviction option."""
+MAX_STRUCTURE_CHARACTERS = 100_000
+"""Of a schema or of an expression, and of all choices together."""
+MAX_STRUCTURE_CHOICES = 1000
+"""Texts to choose from; llguidance follows at most 2,000 items side by side."""
 PRIORITY = "X-Priority"
 TIMEOUT = "X-Request-Timeout"
 
@@ -45,8 +68,8 @@ class Limits:
     timeout: float | None
 
 
-def read_limits(headers: Headers, priority: int, settings: Settings) -> Limits:
-    """Reads the headers over the body's `priority` and the server's limit of time.
+def read_limits(headers: Headers, priority: int | None, settings: Settings) -> Limits:
+    """Reads the headers over the body's `priority`, 0 if it says none, and the server's limit of time.
 
     Raises:
         InvalidRequest: a header has a bad value; `param` names it.
@@ -60,4 +83,4 @@ def read_limits(headers: Headers, priority: int, settings: Settings) -> Limits:
         if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) is None or float(text) == 0:
             raise InvalidRequest("expected a number of seconds above 0", TIMEOUT)
         timeout = min(float(text), timeout or float("inf"))
-    return Limits(priority, timeout)
+    return Limits(priority or 0, timeout)

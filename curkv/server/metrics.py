@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -51,6 +52,8 @@ TOKEN_SECONDS = (
 TTFT_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
 REQUEST_SECONDS = (0.01, 0.05, 0.1, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0, 15.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 EVICTION_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+LAG_INTERVAL = 0.1
+LAG_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 RATIOS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 HEAD_TOKENS = (0, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
@@ -125,6 +128,10 @@ class Metrics:
             RATIOS,
             "policy",
         )
+        self._answers = self._counter("api_key_requests", "Answers, by API key.", "api_key", "status")
+        self._lag = self._histogram(
+            "event_loop_lag_seconds", "How much later than asked the event loop went on.", LAG_SECONDS
+        )
         self._head_budgets = HeadBudgets(model_name)
         self.registry.register(self._head_budgets)
         self._vllm_names = vllm_names
@@ -140,6 +147,18 @@ class Metrics:
     def render(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
+
+    def count_answer(self, api_key: str, status: int) -> None:
+        """Counts an answer to a request that came with a key."""
+        self._answers.labels(self._model, api_key, str(status)).inc()
+
+    async def watch_event_loop(self) -> None:
+        """Asks the event loop every tenth of a second to go on, and notes how late it is; never returns."""
+        loop, lag = asyncio.get_running_loop(), self._lag.labels(self._model)
+        while True:
+            due = loop.time() + LAG_INTERVAL
+            await asyncio.sleep(LAG_INTERVAL)
+            lag.observe(max(0.0, loop.time() - due))
 
     def watch(self, is_up: Callable[[], bool]) -> None:
         """Asks `is_up`, at every scrape, whether requests are taken."""

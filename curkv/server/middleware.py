@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hmac
+import logging
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from curkv.server.errors import APIError
+from curkv.server.errors import APIError, as_api_error
+from curkv.server.keys import Keys
+
+logger = logging.getLogger(__name__)
 
 _ACCEPTABLE_ID = re.compile(r"[!-~]{1,128}")
 
@@ -43,6 +46,30 @@ class RequestIdMiddleware:
         await self.app(scope, receive, send_with_id)
 
 
+class CrashMiddleware:
+    """Answers 500 where the application fails, inside of what adds headers to every answer."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes everything on; a failure after the answer has begun ends the connection."""
+        begun = False
+
+        async def send_noted(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_noted)
+        except Exception as error:
+            if scope["type"] != "http" or begun:
+                raise
+            logger.exception("%s %s failed", scope["method"], scope["path"])
+            await as_api_error(error).response()(scope, receive, send)
+
+
 class ApiKeyMiddleware:
     """Answers 401 to requests without one of the keys, on every route but /health and /metrics.
 
@@ -52,14 +79,26 @@ class ApiKeyMiddleware:
 
     OPEN = frozenset({"/health", "/metrics"})
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]):
+    def __init__(self, app: ASGIApp, keys: Keys, count: Callable[[str, int], None]):
         self.app = app
-        self._keys = [key.encode() for key in keys]
+        self._keys = keys
+        self._count = count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes on what may pass."""
-        if scope["type"] != "http" or scope["path"] in self.OPEN or self._known(Headers(scope=scope)):
+        if scope["type"] != "http" or scope["path"] in self.OPEN:
             await self.app(scope, receive, send)
+            return
+        if (name := self._name(Headers(scope=scope))) is not None:
+            scope["api_key"] = name
+
+            async def send_counted(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    self._count(name, message["status"])
+                    logger.info("%s: %s %s %d", name, scope["method"], scope["path"], message["status"])
+                await send(message)
+
+            await self.app(scope, receive, send_counted)
             return
         error = APIError(
             401,
@@ -69,15 +108,14 @@ class ApiKeyMiddleware:
         )
         await error.response()(scope, receive, send)
 
-    def _known(self, headers: Headers) -> bool:
+    def _name(self, headers: Headers) -> str | None:
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        key = given.strip().encode()
+        key = given.strip().encode("latin-1")  # the bytes that came
         if scheme.lower() == "basic":
             key = _password(key)
         elif scheme.lower() != "bearer":
-            return False
-        matches = [hmac.compare_digest(key, known) for known in self._keys]  # all of them: constant time
-        return any(matches)
+            return None
+        return self._keys.name_of(key)
 
 
 def _password(credentials: bytes) -> bytes:
@@ -87,12 +125,40 @@ def _password(credentials: bytes) -> bytes:
         return b""
 
 
-class BodyMiddleware:
-    """Answers 413 to a body larger than `max_bytes` and 408 to one that is not there after `seconds`."""
+class JSONValues:
+    """Counts the values of a JSON text that comes in pieces, some more if it is none.
 
-    def __init__(self, app: ASGIApp, max_bytes: int, seconds: float):
+    Attributes:
+        count: so far: of arrays, objects and what is between commas.
+    """
+
+    def __init__(self) -> None:
+        self.count = 1
+        self._in_string = False
+        self._escape = b""
+
+    def add(self, piece: bytes) -> None:
+        """Reads on; no byte is looked at by itself."""
+        piece = self._escape + piece
+        trailing = len(piece) - len(piece.rstrip(b"\\"))
+        self._escape = b"\\" * (trailing % 2)
+        piece = piece[: len(piece) - len(self._escape)].replace(b"\\\\", b"").replace(b'\\"', b"")
+        parts = piece.split(b'"')
+        between = b"".join(parts[self._in_string :: 2])
+        self._in_string ^= len(parts) % 2 == 0
+        self.count += between.count(b",") + between.count(b"[") + between.count(b"{")
+
+
+class BodyMiddleware:
+    """Answers 413 to a body larger than `max_bytes` and 408 to one that is not there after `seconds`.
+
+    A body of more than `max_values` JSON values is a 413 too: reading and checking one holds up everybody.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, max_values: int, seconds: float):
         self.app = app
         self.max_bytes = max_bytes
+        self.max_values = max_values
         self.seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -104,7 +170,7 @@ class BodyMiddleware:
         if declared.isdecimal() and int(declared[:20]) > self.max_bytes:
             await self._too_large().response()(scope, receive, send)
             return
-        received, complete = 0, False
+        received, complete, values = 0, False, JSONValues()
         deadline = asyncio.get_running_loop().time() + self.seconds
 
         async def receive_checked() -> Message:
@@ -116,9 +182,13 @@ class BodyMiddleware:
                     message = await receive()
             except TimeoutError:
                 raise self._too_slow() from None
-            received += len(message.get("body", b""))
+            piece = message.get("body", b"")
+            received += len(piece)
             if received > self.max_bytes:
                 raise self._too_large()
+            values.add(piece)
+            if values.count > self.max_values:
+                raise self._too_many()
             complete = not message.get("more_body", False)
             return message
 
@@ -129,4 +199,9 @@ class BodyMiddleware:
         return APIError(408, message, code="body_too_slow", headers={"Connection": "close"})
 
     def _too_large(self) -> APIError:
-        return APIError(413, f"the body is larger than {self.max_bytes} bytes", code="body_too_large")
+        message = f"the body is larger than {self.max_bytes} bytes"
+        return APIError(413, message, code="body_too_large")
+
+    def _too_many(self) -> APIError:
+        message = f"the body has more than {self.max_values} values"
+        return APIError(413, message, code="body_too_large")

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
@@ -18,27 +19,43 @@ from pydantic import (
 
 from curkv.engine.types import KVReport, SamplingParams
 from curkv.server.headers import KVFields
+from curkv.server.limits import (
+    MAX_CHOICES,
+    MAX_STOP_CHARACTERS,
+    MAX_STOP_STRINGS,
+    MAX_TOKEN_IDS,
+)
 from curkv.server.structure import StructureFields
-
-MAX_CHOICES = 128
-MAX_STOP_STRINGS = 16
-MAX_LOGPROBS = 20
 
 FinishReason = Literal["stop", "length"]
 
 
-def _check_text(value: str) -> str:
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError("the text contains a lone surrogate, which is no character")
+def check_text(value: str) -> str:
+    """Returns a text that can be encoded.
+
+    Raises:
+        ValueError: it has half a character.
+    """
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("the text contains a lone surrogate, which is no character") from error
     return value
 
 
-Text = Annotated[str, AfterValidator(_check_text)]
+Text = Annotated[str, AfterValidator(check_text)]
 """Text that can be encoded: JSON may smuggle in half a character."""
 
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-StopString = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 TokenIdKey = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
+
+
+def _check_entries(value: Any) -> Any:
+    """Counts before each entry is looked at, which would find as many errors."""
+    if isinstance(value, dict) and len(value) > MAX_TOKEN_IDS:
+        raise ValueError(f"has {len(value)} entries, at most {MAX_TOKEN_IDS} are allowed")
+    return value
 
 
 class StreamOptions(BaseModel):
@@ -62,21 +79,25 @@ class GenerationFields(StructureFields):
     min_p: float | None = Field(0.0, ge=0, le=1)
     seed: Int64 | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
-    stop_token_ids: list[Int64] | None = None
-    ignore_eos: bool = False
-    min_tokens: int = Field(0, ge=0)
+    stop_token_ids: Annotated[list[Int64], Field(fail_fast=True, max_length=MAX_TOKEN_IDS)] | None = None
+    ignore_eos: bool | None = False
+    min_tokens: int | None = Field(0, ge=0, lt=2**31)
     presence_penalty: float | None = Field(0.0, ge=-2, le=2)
     frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
     repetition_penalty: float | None = Field(1.0, gt=0, le=100)
-    logit_bias: dict[TokenIdKey, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        None, description="Token id (as text) to what is added to its logit."
-    )
+    logit_bias: (
+        Annotated[
+            dict[TokenIdKey, Annotated[float, Field(ge=-100, le=100)]],
+            BeforeValidator(_check_entries),
+        ]
+        | None
+    ) = Field(None, description="Token id (as text) to what is added to its logit.")
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = Field(
         False, description="Add `token_ids` and `prompt_token_ids` to choices."
     )
-    priority: int = Field(0, ge=-(2**31), lt=2**31, description="Lower runs first.")
+    priority: int | None = Field(0, ge=-(2**31), lt=2**31, description="Lower runs first.")
     kv: KVFields | None = Field(None, description="Eviction controls; X-KV-* headers win over them.")
     cache_salt: Text | None = Field(
         None, description="Prompts share what is held of them only with those of the same salt."
@@ -131,8 +152,8 @@ class GenerationFields(StructureFields):
             n=self.choices_per_prompt,
             stop=tuple(stop),
             stop_token_ids=tuple(self.stop_token_ids or ()),
-            ignore_eos=self.ignore_eos,
-            min_tokens=self.min_tokens,
+            ignore_eos=bool(self.ignore_eos),
+            min_tokens=self.min_tokens or 0,
             logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
             logprobs=logprobs,
             structure=self.structure,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import uvicorn
 from fastapi import FastAPI
+from prometheus_client import start_http_server
 
 import curkv
 from curkv.cache.options import OptionError
@@ -27,6 +28,7 @@ from curkv.kernels import compile_cache
 from curkv.models.errors import ModelError, ModelUnreachable
 from curkv.server.app import create_app
 from curkv.server.connections import impatient
+from curkv.server.keys import KeysError
 from curkv.server.process import keep_freed_memory, share_heap, trim_heap, unmap_code
 from curkv.server.state import ServerState
 
@@ -54,14 +56,18 @@ def serve(settings: Settings) -> int:
     share_heap()
     try:
         server = Server(settings)
+    except KeysError as error:
+        raise StartupError(f"--api-key-file: {error}", Exit.BAD_OPTION) from error
     except OptionError as error:
         raise StartupError(
             f"--kv-{error.field.replace('_', '-')}: {error.message}", Exit.BAD_OPTION
         ) from error
     _check_certificate(settings)
     where = settings.server
-    if where.host not in LOCAL_HOSTS and not where.api_key:
+    if where.host not in LOCAL_HOSTS and not (where.api_key or where.api_key_file):
         logger.warning("whoever reaches %s can use this server: no --api-key is set", where.host)
+    if where.metrics_port is not None:
+        server.serve_metrics(where.host, where.metrics_port)
     server.run(sockets=[listen(where.host, where.port)])
     return server.exit_status
 
@@ -116,6 +122,7 @@ def build_client(settings: Settings) -> EngineClient:
         engine = _build_engine(settings)
     from curkv.engine.client import EngineClient
 
+    engine.structures.warm_up()
     trim_heap()
     keep_freed_memory()
     unmap_code()
@@ -173,6 +180,19 @@ class Server(uvicorn.Server):
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
+    def serve_metrics(self, host: str, port: int) -> None:
+        """Serves the metrics on a port of their own, from a thread.
+
+        Raises:
+            StartupError: it is taken, or the address is not this machine's.
+        """
+        try:
+            start_http_server(port, host, self._state.metrics.registry)
+        except OSError as error:
+            raise StartupError(
+                f"--metrics-port: cannot listen on {host} port {port}: {error.strerror}", Exit.NO_RESOURCE
+            ) from error
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drains on the first signal, ends running requests on the second, drops everything on the third."""
         if self.should_exit:
@@ -203,8 +223,11 @@ class Server(uvicorn.Server):
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         self._loop = asyncio.get_running_loop()
         loading = asyncio.create_task(self._load())
+        lag = asyncio.create_task(self._state.metrics.watch_event_loop())
         yield
         loading.cancel()
+        lag.cancel()
+        await self._state.vetting.kill()
         if self._state.client is not None:
             await asyncio.to_thread(self._state.client.stop)
 

@@ -10,8 +10,11 @@ from starlette.requests import Request
 
 from curkv.cache.options import EvictionOptions
 from curkv.config import Settings
-from curkv.server.errors import RETRY_AFTER_SECONDS, APIError, unavailable
+from curkv.server.errors import APIError, unavailable
+from curkv.server.keys import Keys
 from curkv.server.metrics import Metrics
+from curkv.server.queue import Queue, QueueLimits
+from curkv.server.vetting import Vetting
 
 if TYPE_CHECKING:
     from curkv.engine.client import EngineClient
@@ -25,17 +28,28 @@ class ServerState:
         settings: the server's settings.
         metrics: fed by the engine's statistics.
         eviction: options of requests that say nothing about their cache.
+        keys: API keys.
         client: the engine; None while the model loads.
         created: start of the server, Unix time in seconds.
+        queue: what waits.
+        vetting: tries the structures of requests.
     """
 
     settings: Settings
     metrics: Metrics
     eviction: EvictionOptions
+    keys: Keys = field(default_factory=Keys)
     client: EngineClient | None = None
     created: int = field(default_factory=lambda: int(time.time()))
+    queue: Queue = field(init=False)
+    vetting: Vetting = field(init=False)
 
     def __post_init__(self) -> None:
+        limits = self.settings.limits
+        self.queue = Queue(
+            QueueLimits(limits.max_waiting, limits.max_waiting_tokens, limits.max_waiting_per_key)
+        )
+        self.vetting = Vetting(limits.structure_timeout)
         self.metrics.watch(lambda: self.phase == "ready")
 
     def attach(self, client: EngineClient) -> None:
@@ -61,19 +75,9 @@ class ServerState:
             raise unavailable(f"the server takes no requests: it is {self.phase}", self.phase)
         return self.client
 
-    def admitting_client(self) -> EngineClient:
-        """The engine, if it takes requests and its queue has room.
-
-        Raises:
-            APIError: 503, it takes none; 429, the queue is full.
-        """
-        client = self.ready_client()
-        waiting, most = client.num_waiting, self.settings.limits.max_waiting
-        if waiting >= most:
-            retry = {"Retry-After": str(RETRY_AFTER_SECONDS)}
-            message = f"{waiting} sequences wait already, at most {most} may"
-            raise APIError(429, message, code="queue_full", headers=retry)
-        return client
+    def key_of(self, request: Request) -> str:
+        """Name of the API key that a request came with; "" if the server has none."""
+        return str(request.scope.get("api_key", ""))
 
     def check_model(self, name: str | None) -> None:
         """Checks the `model` field of a request.

@@ -12,8 +12,9 @@ from pydantic import BaseModel
 from starlette.requests import Request as HTTPRequest
 from starlette.types import Receive, Scope, Send
 
-from curkv.engine.types import Output, Request
+from curkv.engine.types import Output, Planned
 from curkv.server.errors import APIError, unavailable
+from curkv.server.queue import Place
 
 if TYPE_CHECKING:
     from curkv.engine.client import EngineClient
@@ -35,11 +36,19 @@ class OutputStream:
     Args:
         client: the engine.
         requests: requests with ids of their own.
+        places: what each takes of the queue until it runs.
         timeout: seconds after which a 408 is raised instead of further outputs; None: never.
     """
 
-    def __init__(self, client: EngineClient, requests: Sequence[Request], timeout: float | None):
+    def __init__(
+        self,
+        client: EngineClient,
+        requests: Sequence[Planned],
+        places: Sequence[Place],
+        timeout: float | None,
+    ):
         self._client = client
+        self._places = places
         self._news: asyncio.Queue[tuple[int, Output] | Exception | None] = asyncio.Queue()
         self._unfinished = len(requests)
         self._first: tuple[int, Output] | None = None
@@ -49,15 +58,18 @@ class OutputStream:
             error = APIError(408, f"the request was not finished after {timeout:g} s", code="timeout")
             self._timer = asyncio.get_running_loop().call_later(timeout, self._news.put_nowait, error)
 
-    async def _run(self, index: int, request: Request) -> None:
+    async def _run(self, index: int, request: Planned) -> None:
+        place = self._places[index]
         try:
-            async with aclosing(self._client.generate(request)) as outputs:
+            async with aclosing(self._client.generate(request, place.leave)) as outputs:
                 async for output in outputs:
                     self._news.put_nowait((index, output))
         except Exception as error:
             self._news.put_nowait(error)
         else:
             self._news.put_nowait(None)
+        finally:
+            place.leave()
 
     def __aiter__(self) -> Self:
         return self
@@ -95,6 +107,8 @@ class OutputStream:
             self._timer.cancel()
         for task in self._tasks:
             task.cancel()
+        for place in self._places:  # a task that had not begun gives nothing back itself
+            place.leave()
 
 
 def _raise_failure(output: Output) -> None:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from curkv.engine.types import InvalidRequest, Structure
+from curkv.server.limits import MAX_STRUCTURE_CHARACTERS, MAX_STRUCTURE_CHOICES
 
-MAX_SOURCE = 100_000
-"""Characters of a schema or of an expression, and of all choices together."""
-
-MAX_CHOICES = 1000
-"""Texts to choose from; llguidance follows at most 2,000 items side by side."""
-
-Expression = Annotated[str, StringConstraints(min_length=1, max_length=MAX_SOURCE)]
-Choices = Annotated[list[Expression], Field(min_length=1, max_length=MAX_CHOICES)]
+Expression = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STRUCTURE_CHARACTERS)]
+Choices = Annotated[list[Expression], Field(fail_fast=True, min_length=1, max_length=MAX_STRUCTURE_CHOICES)]
 Schema = dict[str, Any] | Expression
 _STRICT = ConfigDict(strict=True, protected_namespaces=())
 
@@ -91,8 +85,8 @@ class StructureFields(BaseModel):
         ]
         if len(asked) > 1:
             raise InvalidRequest(f"cannot be had together with {asked[0].param}", asked[1].param)
-        if asked and len(json.dumps(asked[0].source)) > MAX_SOURCE:
-            raise InvalidRequest(f"is longer than {MAX_SOURCE} characters", asked[0].param)
+        if asked and _is_longer(asked[0].source, MAX_STRUCTURE_CHARACTERS):
+            raise InvalidRequest(f"is longer than {MAX_STRUCTURE_CHARACTERS} characters", asked[0].param)
         return asked[0] if asked else None
 
     @property
@@ -103,3 +97,21 @@ class StructureFields(BaseModel):
             case SchemaFormat(json_schema=named):
                 return named.schema_ if named.schema_ is not None else {"type": "object"}
         return None
+
+
+def _is_longer(source: Any, most: int) -> bool:
+    """Whether a structure has more than `most` characters, found out without writing it out."""
+    left, pending = most, [source]
+    while pending and left >= 0:
+        match pending.pop():
+            case str() as text:
+                left -= len(text) + 2
+            case dict() as members:
+                left -= sum(len(name) + 4 for name in members) + 2
+                pending += members.values()
+            case list() as items:
+                left -= 2 * len(items) + 2
+                pending += items
+            case number:
+                left -= len(str(number))
+    return left < 0

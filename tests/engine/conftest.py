@@ -94,7 +94,7 @@ def request(
 def run(engine: Engine, *requests: Request) -> dict[tuple[str, int], list[Output]]:
     """Runs requests to their end, checking the cache after every step; outputs by (request, choice)."""
     for item in requests:
-        engine.add(item, engine.plan(item))
+        engine.add(engine.plan(item))
     outputs: dict[tuple[str, int], list[Output]] = {}
     while engine.has_work:
         for output in engine.step():

@@ -62,7 +62,7 @@ def test_eviction_keeps_the_budget_and_frees_the_rest(
 ) -> None:
     engine = make_engine()
     item = request(loaded.prompt(300), 4, kv=parse_options({"policy": policy, "budget": "25%"}))
-    engine.add(item, engine.plan(item))
+    engine.add(engine.plan(item))
     engine.step()
     assert engine.kv.sequence_tokens(0) == 75 * 90
     assert engine.kv.used_pages <= 90 * 4 if policy == "adacurdkv" else engine.kv.used_pages == 90 * 3
@@ -104,7 +104,7 @@ def test_decode_budget_caps_what_is_held(make_engine: MakeEngine, loaded: Loaded
     engine = make_engine()
     options = parse_options({"policy": "curdkv", "decode_budget": "100"})
     item = request(loaded.prompt(60), 140, kv=options)
-    engine.add(item, engine.plan(item))
+    engine.add(engine.plan(item))
     held, report = [], None
     while engine.has_work:
         outputs = engine.step()
@@ -118,7 +118,7 @@ def test_decode_budget_caps_what_is_held(make_engine: MakeEngine, loaded: Loaded
 def test_choices_share_the_prompt_and_differ(make_engine: MakeEngine, loaded: Loaded) -> None:
     engine = make_engine()
     item = request(loaded.prompt(150), 6, n=4, temperature=1.0, seed=3)
-    engine.add(item, engine.plan(item))
+    engine.add(engine.plan(item))
     engine.step()
     engine.check_integrity()
     assert engine.kv.used_pages == 90 * (4 + 4)  # four full pages shared, one partial page each
@@ -148,7 +148,7 @@ def test_preemption_gives_the_same_answer(
     engine = make_engine(num_pages=90 * 11)
     preempted = 0
     for item in items:
-        engine.add(item, engine.plan(item))
+        engine.add(engine.plan(item))
     found: dict[str, list[Output]] = {}
     while engine.has_work:
         for output in engine.step():
@@ -188,7 +188,7 @@ def test_abort_frees_everything_in_every_phase(make_engine: MakeEngine, loaded: 
     for steps in (0, 1, 3, 6):
         for index in range(3):
             item = request(loaded.prompt(130), 50, id=str(index), n=2)
-            engine.add(item, engine.plan(item))
+            engine.add(engine.plan(item))
         for _ in range(steps):
             engine.step()
         for index in range(3):
@@ -204,7 +204,7 @@ def test_a_step_that_fails_ends_its_requests_and_nothing_else(
 ) -> None:
     engine = make_engine()
     item = request(loaded.prompt(40), 4, n=2)
-    engine.add(item, engine.plan(item))
+    engine.add(engine.plan(item))
     with monkeypatch.context() as patch:
         patch.setattr(
             engine.runner.model, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("broken"))
@@ -213,6 +213,9 @@ def test_a_step_that_fails_ends_its_requests_and_nothing_else(
             engine.step()
     outputs = engine.fail(raised.value)
     assert [(o.index, o.finish_reason) for o in outputs] == [(0, "error"), (1, "error")]
+    stats = engine.last_stats
+    assert [ended.finish_reason for ended in stats.finished] == ["error", "error"]
+    assert (stats.running, stats.used_bytes, stats.sequences, stats.generation_tokens) == (0, 0, [], 0)
     engine.check_integrity()
     assert engine.kv.used_pages == 0
     assert len(tokens(run(engine, request(loaded.prompt(40), 4))["r", 0])) == 4
@@ -224,7 +227,7 @@ def test_priority_runs_first(make_engine: MakeEngine, loaded: Loaded) -> None:
     for index, priority in enumerate([5, 0, -1]):
         item = request(loaded.prompt(10), 1, id=str(index))
         item = replace(item, priority=priority)
-        engine.add(item, engine.plan(item))
+        engine.add(engine.plan(item))
     while engine.has_work:
         order += [o.request_id for o in engine.step()]
     assert order == ["2", "1", "0"]
@@ -237,7 +240,7 @@ def test_eight_compressed_requests_run_where_three_full_ones_fit(
         engine = make_engine(num_pages=90 * 3 * 17, page_size=16)
         for index in range(12):
             item = request(loaded.prompt(256, start=index * 10), 16, id=str(index), kv=parse_options(kv))
-            engine.add(item, engine.plan(item))
+            engine.add(engine.plan(item))
         most = 0
         for _ in range(24):
             engine.step()

@@ -65,9 +65,9 @@ def test_explained_is_what_would_be_kept(
 def test_others_generate_between_two_policies(make_engine: MakeEngine, loaded: Loaded) -> None:
     engine, options = make_engine(), tuple(parse_options(policy) for policy in POLICIES)
     running = request(loaded.prompt(40), 50)
-    engine.add(running, engine.plan(running))
+    engine.add(engine.plan(running))
     asked = replace(request(loaded.prompt(60), 0), id="asked", explain=options)
-    engine.add(asked, engine.plan(asked))
+    engine.add(engine.plan(asked))
     tokens: list[int] = []
     ended = False
     while not ended:
@@ -80,7 +80,7 @@ def test_others_generate_between_two_policies(make_engine: MakeEngine, loaded: L
 def test_an_abandoned_explanation_leaves_nothing(make_engine: MakeEngine, loaded: Loaded) -> None:
     engine, options = make_engine(), tuple(parse_options(policy) for policy in POLICIES)
     asked = replace(request(loaded.prompt(60), 0), explain=options)
-    engine.add(asked, engine.plan(asked))
+    engine.add(engine.plan(asked))
     for _ in range(3):
         assert not engine.step()
     engine.abort(asked.id)

@@ -56,10 +56,10 @@ def test_a_long_prompt_is_read_in_small_chunks_while_another_request_generates(
 ) -> None:
     engine = make_engine(max_itl=1e-6)
     waiting, long = request(loaded.prompt(40), 12, "waiting"), request(loaded.prompt(600, 100), 1, "long")
-    engine.add(waiting, engine.plan(waiting))
+    engine.add(engine.plan(waiting))
     while not engine.step():
         pass
-    engine.add(long, engine.plan(long))
+    engine.add(engine.plan(long))
     read = []
     while engine.scheduler.find("waiting"):
         engine.step()

@@ -54,7 +54,7 @@ def test_a_context_is_compressed_before_the_question_is_seen(
     for start, max_step_tokens in ((0, 512), (1000, 512), (1000, 50)):
         engine = make_engine(max_step_tokens=max_step_tokens)
         item = request(loaded.prompt(160) + loaded.prompt(20, start=start), 1, kv=parse_options(raw))
-        engine.add(item, engine.plan(item))
+        engine.add(engine.plan(item))
         while engine.last_stats.evictions == []:
             engine.step()
         view = engine.runner.attention.view(0)

@@ -94,7 +94,7 @@ def stored(engine: Engine, slot: int) -> Kept:
 def watched(engine: Engine, *requests: Request) -> dict[str, tuple[list[int], Kept, list[Output]]]:
     """Runs requests and looks, after each one's first token, at what its cache holds."""
     for item in requests:
-        engine.add(item, engine.plan(item))
+        engine.add(engine.plan(item))
     outputs: dict[str, list[Output]] = {}
     kept: dict[str, Kept] = {}
     while engine.has_work:
@@ -207,7 +207,7 @@ def test_a_context_judged_by_attention_is_shared_whole_and_not_compressed() -> N
     assert engine.kv.prefixes.held_pages == 9 * HEADS
     [found] = watched(engine, items[1]).values()
     [expected] = watched(make_engine(), items[1]).values()
-    assert found[2][-1].cached_tokens == 300 - engine.plan(items[1]).observed.queries
+    assert found[2][-1].cached_tokens == 300 - engine.plan(items[1]).eviction.observed.queries
     assert same(found, expected)
 
 
@@ -252,7 +252,7 @@ def test_an_abort_leaves_only_what_is_held_and_dropping_gives_it_back() -> None:
             *questions(2, policy="curdkv", budget="25%", context_tokens="300"),
         ]
         for i, item in enumerate(items):
-            engine.add(request(item.prompt_token_ids, 20, f"{i}", item.eviction), engine.plan(item))
+            engine.add(engine.plan(request(item.prompt_token_ids, 20, f"{i}", item.eviction)))
         for _ in range(steps):
             engine.step()
             engine.check_integrity()
@@ -286,7 +286,7 @@ def test_without_a_limit_nothing_is_held() -> None:
 def test_statistics_count_tokens_looked_up_and_found() -> None:
     engine = make_engine(max_prefix_pages=PLENTY)
     for item, found, held in zip(questions(2), (0, 300), (10, 11), strict=True):
-        engine.add(item, engine.plan(item))
+        engine.add(engine.plan(item))
         engine.step()
         stats, length = engine.last_stats, len(item.prompt_token_ids)
         assert (stats.prefix_queries, stats.prefix_hits) == (length, found)
@@ -323,13 +323,13 @@ def test_prompt_logprobs_judge_every_token() -> None:
 def test_an_eviction_that_copies_more_pages_than_it_frees_counts_none() -> None:
     engine = make_engine(max_prefix_pages=PLENTY)
     whole = request(prompt(640), max_tokens=20, id="whole")
-    engine.add(whole, engine.plan(whole))
+    engine.add(engine.plan(whole))
     while not engine.step():
         pass
     part = request(
         prompt(700), max_tokens=1, id="part", kv=parse_options({"policy": "curdkv", "budget": "50%"})
     )
-    engine.add(part, engine.plan(part))
+    engine.add(engine.plan(part))
     freed = []
     while engine.scheduler.find("part"):
         engine.step()

@@ -91,7 +91,7 @@ def test_an_engine_that_records_gives_the_same_tokens(loaded: Loaded) -> None:
         while waiting or engine.has_work:
             if waiting:
                 item = waiting.pop()
-                engine.add(item, engine.plan(item))
+                engine.add(engine.plan(item))
             for output in engine.step():
                 result.setdefault(output.request_id, []).extend(tokens([output]))
         return result

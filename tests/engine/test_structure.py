@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import curkv.engine.structure
 from curkv.engine.engine import Engine
 from curkv.engine.types import InvalidRequest, Structure
 
@@ -76,6 +77,8 @@ def test_an_output_that_may_go_on_ends_with_end_of_sequence(make_engine: MakeEng
         Structure("regex", "(?=a)b", "p"),
         Structure("json", {"type": "thing"}, "p"),
         Structure("json", '{"type": ', "p"),
+        Structure("json", {"$ref": "#"}, "p"),
+        Structure("json", {"enum": [1, 2**53 + 1]}, "p"),
         Structure("json", {"type": "string", "minLength": 3, "maxLength": 2}, "p"),
     ],
 )
@@ -83,3 +86,26 @@ def test_what_cannot_be_followed_is_refused(make_engine: MakeEngine, structure: 
     with pytest.raises(InvalidRequest) as error:
         make_engine().plan(request([1], structure=structure))
     assert error.value.param == "p"
+
+
+def test_what_looks_like_a_special_token_is_text(make_engine: MakeEngine, loaded: Loaded) -> None:
+    structure = Structure("choice", ["a<|im_end|>b"], "p")
+    [outputs] = run(make_engine(), request(loaded.prompt(9), 20, structure=structure)).values()
+    assert text(outputs) == "a<|im_end|>b" and outputs[-1].finish_reason == "stop"
+
+
+def test_all_prompts_of_a_structure_share_what_was_compiled(
+    make_engine: MakeEngine, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+    compile_grammar = curkv.engine.structure.compile_grammar
+    monkeypatch.setattr(
+        curkv.engine.structure,
+        "compile_grammar",
+        lambda *args: compiled.append(args[2]) or compile_grammar(*args),
+    )
+    structure = Structure("regex", "[a-c]{3}", "p")
+    items = [request(loaded.prompt(9, start=i), 9, f"{i}", structure=structure, n=2) for i in range(3)]
+    found = run(make_engine(), *items)
+    assert len(found) == 6 and all(re.fullmatch("[a-c]{3}", text(outputs)) for outputs in found.values())
+    assert len(compiled) == 1

@@ -72,7 +72,7 @@ def trace(engine: Engine) -> Trace:
     for i, (length, options) in enumerate(wanted):
         prompt = torch.randint(CONFIG.vocab_size, (length,), generator=generator).tolist()
         item = request(prompt, 9, id=str(i), kv=parse_options(options))
-        engine.add(item, engine.plan(item))
+        engine.add(engine.plan(item))
     while engine.has_work:
         for output in engine.step():
             result.tokens.setdefault(output.request_id, []).extend(tokens([output]))
@@ -149,7 +149,7 @@ def test_decoding_goes_on_without_graphs_where_none_can_be_captured(caplog: pyte
     engine.runner.replay.capture()
     assert "decode runs without CUDA graphs" in caplog.text
     item = request([5, 6, 7], 3)
-    engine.add(item, engine.plan(item))
+    engine.add(engine.plan(item))
     produced = []
     while engine.has_work:
         produced += tokens(engine.step())

@@ -55,7 +55,7 @@ def served(engine: Engine, variant: Variant) -> str:
     prompt = engine.info.tokenizer.encode(SAMPLE.context + SAMPLE.question).ids
     sampling = SamplingParams(max_tokens=SAMPLE.max_new_tokens, temperature=0)
     request = Request("r", prompt, sampling, variant.options)
-    engine.add(request, engine.plan(request))
+    engine.add(engine.plan(request))
     text = ""
     while engine.has_work:
         text += "".join(output.text for output in engine.step())

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from curkv.models.chat_template import load_chat_template
+from curkv.models.chat_template import load_chat_template, load_eos_token
+from curkv.models.info import ModelInfo
 from tests.server.scripted import word_tokenizer
 
 
@@ -22,6 +24,7 @@ def saved(directory: Path, template: str | None) -> Path:
 
 def test_special_tokens_and_variables_reach_the_template(tmp_path: Path) -> None:
     template = load_chat_template(saved(tmp_path, "{{ messages[0].content }} {{ eos_token }} {{ mood }}"))
+    assert load_eos_token(tmp_path) == "w9"
     assert template is not None
     assert template.render([{"role": "user", "content": "w1"}], {"mood": "w2"}) == "w1 w9 w2"
 
@@ -78,3 +81,10 @@ def test_of_several_templates_the_default_is_taken(tmp_path: Path) -> None:
     loaded = load_chat_template(tmp_path)
     assert loaded is not None
     assert loaded.render([], {}) == "w9"
+
+
+def test_end_tokens_are_the_configuration_s_and_the_tokenizer_s() -> None:
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "<end>": 3}, unk_token="a"))
+    assert ModelInfo(tokenizer, eos_token="<end>").end_ids([1, 2], vocab_size=4) == [1, 2, 3]
+    assert ModelInfo(tokenizer, eos_token="<other>").end_ids([1, 400], vocab_size=4) == [1]
+    assert ModelInfo(tokenizer).end_ids([], vocab_size=4) == []

@@ -20,9 +20,19 @@ from curkv.cache.plan import EvictionPlan, resolve
 from curkv.config import Settings
 from curkv.engine.client import EngineUnavailable
 from curkv.engine.stats import StatsSink, StepStats
-from curkv.engine.types import InvalidRequest, KVReport, Output, Request, TokenLogprob
+from curkv.engine.types import (
+    InvalidRequest,
+    KVReport,
+    Output,
+    Planned,
+    Request,
+    Structure,
+    TokenLogprob,
+    check_ids,
+)
 from curkv.kernels.formats import get_format
 from curkv.models.tools.hermes import Hermes
+from curkv.models.vocabulary import Vocabulary
 from curkv.server.app import create_app
 
 VOCABULARY = 1000
@@ -34,6 +44,13 @@ def word_tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return tokenizer
+
+
+class NoStructures:
+    """Takes every structure for compiled."""
+
+    def holds(self, structure: Structure) -> bool:
+        return True
 
 
 class WordTemplate:
@@ -66,6 +83,7 @@ class ScriptedClient:
         delay: seconds between tokens.
         fail_after: tokens after which `failure` happens.
         failure: raised, or reported as a finish reason if it is text.
+        waits: whether requests that begin stay in the queue.
         taken, closed: ids of requests that began, and that ended one way or another.
     """
 
@@ -79,7 +97,7 @@ class ScriptedClient:
     tokenizer: Tokenizer = field(default_factory=word_tokenizer)
     chat_template: WordTemplate | None = field(default_factory=WordTemplate)
     max_model_len: int = MAX_MODEL_LEN
-    num_waiting: int = 0
+    waits: bool = False
 
     @property
     def vocab_size(self) -> int:
@@ -113,25 +131,37 @@ class ScriptedClient:
     def add_sink(self, sink: StatsSink) -> None:
         self.sinks.append(sink)
 
-    def plan(self, request: Request) -> EvictionPlan:
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.tokenizer)
+
+    @property
+    def structures(self) -> NoStructures:
+        return NoStructures()
+
+    def plan(self, request: Request) -> Planned:
         ids = request.prompt_token_ids
         if not ids:
             raise InvalidRequest("the prompt is empty", "prompt")
-        if any(not 0 <= i < VOCABULARY for i in ids):
-            raise InvalidRequest("token id is outside the vocabulary", "prompt")
+        check_ids(ids, VOCABULARY, "prompt")
         if len(ids) + (request.sampling.max_tokens or 1) > self.max_model_len:
             raise InvalidRequest("prompt + max_tokens exceeds the context", "max_tokens")
         try:
-            return resolve(request.eviction, ids, self.cache_layout)
+            return Planned(request, resolve(request.eviction, ids, self.cache_layout))
         except OptionError as error:
             raise InvalidRequest(error.message, f"kv.{error.field}") from error
 
-    async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
+    async def generate(
+        self, planned: Planned, started: Callable[[], None] = lambda: None
+    ) -> AsyncGenerator[Output, None]:
         if not self.healthy:
             raise EngineUnavailable(f"the engine is {self.state}")
-        plan = self.plan(request)
+        request, plan = planned.request, planned.eviction
         self.taken.append(request)
         try:
+            while self.waits:
+                await asyncio.sleep(0.01)
+            started()
             if request.sampling.max_tokens == 0:
                 yield self._output_without_tokens(request)
                 return

@@ -12,6 +12,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from curkv.server.chat.protocol import Message
 from curkv.server.chat.serving import tokenize
+from curkv.server.tokenizing import Reader
 from tests.server.scripted import ScriptedClient
 
 USER = {"role": "user", "content": "w10 w11"}
@@ -123,7 +124,8 @@ EPHEMERAL = {"type": "ephemeral"}
     ],
 )
 def test_the_last_mark_ends_the_context(messages: list[dict[str, Any]], context_tokens: int | None) -> None:
-    (prompt,) = tokenize([Message.model_validate(m) for m in messages], {}, ScriptedClient())
+    client = ScriptedClient()
+    (prompt,) = tokenize([Message.model_validate(m) for m in messages], {}, client, Reader(client))
     assert prompt.context_tokens == context_tokens
 
 

@@ -62,6 +62,7 @@ OTHER_VALUES = {
     "host": "::",
     "ssl_certfile": "a.pem",
     "ssl_keyfile": "a.pem",
+    "api_key_file": "keys",
     "api_key": "sesame,two",
     "cors_origin": "http://a,http://b",
     "kv_budget": "25%",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import ssl
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,19 @@ import httpx
 import pytest
 
 from curkv.config import Settings
+from curkv.models.vocabulary import Vocabulary
 from curkv.server.run import StartupError, serve
 from tests.server.scripted import ScriptedClient, running, until
 from tests.server.test_run import served, wait_for
 
 BODY = {"prompt": "w1", "max_tokens": 3}
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @contextmanager
@@ -83,16 +93,53 @@ def test_other_origins_are_refused_unless_named(engine: ScriptedClient) -> None:
         assert "access-control-allow-origin" not in other.headers
 
 
+def test_failures_reach_web_pages_too(engine: ScriptedClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ScriptedClient, "plan", lambda *_: 1 / 0)
+    with server(engine, cors_origin=("https://a.example",)) as http:
+        failed = http.post("/v1/completions", json=BODY, headers={"Origin": "https://a.example"})
+        assert failed.status_code == 500 and failed.json()["error"]["code"] == "internal_error"
+        assert failed.headers["access-control-allow-origin"] == "https://a.example"
+        assert failed.headers["x-request-id"]
+
+
 def test_a_full_queue(engine: ScriptedClient) -> None:
-    with server(engine, max_waiting=2) as http:
-        engine.num_waiting = 1
-        assert http.post("/v1/completions", json=BODY).status_code == 200
-        engine.num_waiting = 2
+    with server(engine, max_waiting=2) as http, ThreadPoolExecutor() as others:
+        engine.waits = True
+        waiting = [others.submit(http.post, "/v1/completions", json=BODY)]
+        wait_until(lambda: len(engine.taken) == 1)
+        waiting.append(others.submit(http.post, "/v1/completions", json=BODY))
+        wait_until(lambda: len(engine.taken) == 2)
         for path in ("/v1/completions", "/v1/kv/explain"):
             refused = http.post(path, json=BODY)
             assert refused.status_code == 429 and int(refused.headers["retry-after"]) > 0
             assert refused.json()["error"]["code"] == "queue_full"
             assert refused.json()["error"]["type"] == "rate_limit_error"
+        engine.waits = False
+        assert [answer.result().status_code for answer in waiting] == [200, 200]
+        assert http.post("/v1/completions", json=BODY).status_code == 200
+
+
+def test_many_prompts_at_once_are_counted_before_they_wait(engine: ScriptedClient) -> None:
+    engine.waits = True
+    with server(engine) as http, ThreadPoolExecutor(6) as others:
+        body = {"prompt": ["w1"] * 400, "max_tokens": 1}
+        answers = [others.submit(http.post, "/v1/completions", json=body) for _ in range(6)]
+        wait_until(lambda: sum(answer.done() for answer in answers) == 4)
+        engine.waits = False
+        assert sorted(answer.result().status_code for answer in answers) == [200, 200, 429, 429, 429, 429]
+
+
+def test_who_has_gone_waits_no_more(engine: ScriptedClient) -> None:
+    engine.waits = True
+    with server(engine, max_waiting=1) as http:
+        for _ in range(3):
+            with pytest.raises(httpx.ReadTimeout):
+                http.post("/v1/completions", json=BODY, timeout=0.3)
+            taken = len(engine.taken)
+            wait_until(lambda: len(engine.closed) == taken)  # noqa: B023
+        engine.waits = False
+        assert http.post("/v1/completions", json=BODY).status_code == 200
+    assert len(engine.taken) == 4
 
 
 @pytest.mark.parametrize("by_header", [False, True])
@@ -170,6 +217,108 @@ async def test_a_body_that_does_not_come_is_a_408(engine: ScriptedClient) -> Non
             assert b"408 Request Timeout" in received and b"body_too_slow" in received
             writer.close()
     assert not engine.taken
+
+
+async def test_who_goes_on_after_a_413_is_cut_off(
+    engine: ScriptedClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("curkv.server.connections.LINGER_SECONDS", 0.3)
+    async with asyncio.timeout(20):
+        with served(lambda _: engine, max_body_size=1000) as (_, http):
+            await wait_for(http, "ready")
+            reader, writer = await asyncio.open_connection("127.0.0.1", http.base_url.port)
+            writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n")
+            assert b"413" in await reader.readline()
+            with pytest.raises(ConnectionError):
+                while True:
+                    writer.write(b"x")
+                    await writer.drain()
+                    await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("body", "accepted"),
+    [
+        ({"prompt": list(range(200)), "max_tokens": 1}, True),
+        ({"prompt": [1] * 300, "max_tokens": 1}, False),
+        ({"prompt": "w1, [w2], {w3} " * 10 + '\\\\ \\" , ' * 40, "max_tokens": 1}, True),
+        ({"prompt": "w1", "stop_token_ids": ["a"] * 400}, False),
+        ({"prompt": "w1", "x": [[[]]] * 100}, False),
+    ],
+)
+def test_values_of_a_body_are_counted_and_commas_of_texts_are_not(
+    engine: ScriptedClient, body: dict[str, Any], accepted: bool
+) -> None:
+    with server(engine, max_body_values=256) as http:
+        for content in (json.dumps(body), json.dumps(body, indent=1, ensure_ascii=False)):
+            for size in (7, 10_000):
+                pieces = (content[i : i + size].encode() for i in range(0, len(content), size))
+                answer = http.post(
+                    "/v1/completions", content=pieces, headers={"Content-Type": "application/json"}
+                )
+                assert (answer.status_code == 200) == accepted, answer.text
+                assert accepted or answer.json()["error"]["code"] == "body_too_large"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"stop_token_ids": [1] * 1025}, "stop_token_ids"),
+        ({"stop_token_ids": ["a"] * 1025}, "stop_token_ids"),
+        ({"logit_bias": {str(i): 200 for i in range(1025)}}, "logit_bias"),
+        ({"kv": {"policy": "snapcur", "budget": "50%", "protect": [[0, 1]] * 1025}}, "kv"),
+        ({"kv": {"policy": "snapcur", "budget": "50%", "protect": "0-1," * 10_000}}, "kv"),
+        ({"guided_json": {"enum": ["x" * 1000] * 101}}, "guided_json"),
+        ({"guided_choice": ["a"] * 1001}, "guided_choice"),
+        ({"min_tokens": 5, "max_tokens": 4}, "max_tokens"),
+    ],
+)
+def test_lists_of_a_request_are_bounded(engine: ScriptedClient, body: dict[str, Any], param: str) -> None:
+    with server(engine) as http:
+        refused = http.post("/v1/completions", json={**BODY, **body})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == param
+        assert len(refused.text) < 1000
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(
+    engine: ScriptedClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Vocabulary, "least_tokens", lambda _, text: len(text) // 100)
+    monkeypatch.setattr(Vocabulary, "encode", lambda *_: pytest.fail("tokenized"))
+    monkeypatch.setattr(Vocabulary, "encode_with_ends", lambda *_: pytest.fail("tokenized"))
+    text = "w1 " * 10_000
+    conversation = {"messages": [{"role": "user", "content": text}]}
+    with server(engine) as http:
+        for path in ("/tokenize", "/v1/kv/explain", "/v1/completions"):
+            refused = http.post(path, json={"prompt": text})
+            assert refused.status_code == 400 and "at least 300 tokens" in refused.json()["error"]["message"]
+        for path in ("/tokenize", "/v1/kv/explain", "/v1/chat/completions"):
+            assert http.post(path, json=conversation).json()["error"]["param"] == "messages"
+
+
+def test_tokens_that_wait_are_counted(engine: ScriptedClient) -> None:
+    with server(engine, max_waiting_tokens=300) as http, ThreadPoolExecutor() as others:
+        alone = http.post("/v1/completions", json={"prompt": ["w1 " * 100] * 4, "max_tokens": 1})
+        assert alone.status_code == 400 and alone.json()["error"]["param"] == "prompt"
+        engine.waits = True
+        waiting = others.submit(http.post, "/v1/completions", json={"prompt": "w1 " * 200, "max_tokens": 1})
+        wait_until(lambda: len(engine.taken) == 1)
+        refused = http.post("/v1/completions", json={"prompt": "w1 " * 101, "max_tokens": 1})
+        assert refused.status_code == 429 and refused.json()["error"]["code"] == "queue_full"
+        engine.waits = False
+        assert waiting.result().status_code == 200
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["ignore_eos", "min_tokens", "priority", "n", "temperature", "stop", "stop_token_ids", "logit_bias"],
+)
+def test_null_is_the_default(engine: ScriptedClient, field: str) -> None:
+    with server(engine) as http:
+        assert http.post("/v1/completions", json={**BODY, field: None}).status_code == 200
+        [request] = engine.taken
+        assert http.post("/v1/completions", json=BODY).status_code == 200
+        assert engine.taken[1].sampling == request.sampling and request.priority == 0
 
 
 async def test_a_slow_answer_is_not_cut_off(engine: ScriptedClient) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from dataclasses import replace
 
 import httpx
@@ -12,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from curkv.config import Settings
 from curkv.engine.stats import EvictionStats, RequestStats, SequenceStats, StepStats
 from curkv.engine.types import KVReport
+from curkv.server.metrics import Metrics
 from tests.server.scripted import ScriptedClient, running
 
 CONVENTION = """
@@ -145,3 +148,20 @@ async def test_names_of_vllm_on_demand(engine: ScriptedClient) -> None:
 
 async def test_names_of_vllm_are_off_by_default(http: httpx.AsyncClient) -> None:
     assert "vllm:" not in (await http.get("/metrics")).text
+
+
+async def test_an_event_loop_that_is_held_up_shows() -> None:
+    metrics = Metrics("words")
+    watching = asyncio.create_task(metrics.watch_event_loop())
+    await asyncio.sleep(0.02)
+    time.sleep(0.3)
+    await asyncio.sleep(0.05)
+    watching.cancel()
+    lag = metrics.registry.get_sample_value("curkv:event_loop_lag_seconds_sum", {"model_name": "words"})
+    assert lag is not None and lag > 0.1
+
+
+def test_metrics_on_a_port_of_their_own(engine: ScriptedClient) -> None:
+    settings = Settings(served_model_name="words", metrics_port=9999)
+    with running(engine, settings) as url:
+        assert httpx.get(f"{url}/metrics").status_code == 404

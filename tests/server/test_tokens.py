@@ -66,3 +66,11 @@ async def test_models_and_version(http: httpx.AsyncClient) -> None:
         missing = await http.get(f"/v1/models/{other}")
         assert missing.status_code == 404 and missing.json()["error"]["code"] == "model_not_found"
     assert (await http.get("/version")).json()["version"]
+
+
+@pytest.mark.parametrize("ids", [[4294967296], [-1], [5, 1000]])
+async def test_ids_outside_the_vocabulary_are_named(http: httpx.AsyncClient, ids: list[int]) -> None:
+    for wanted in (False, True):
+        body = {"prompt": ids, "return_token_strs": wanted}
+        response = await http.post("/tokenize", json=body)
+        assert response.status_code == 400 and response.json()["error"]["param"] == "prompt"

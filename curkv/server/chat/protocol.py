@@ -29,9 +29,9 @@ from curkv.server.chat.tools import (
     ToolSpec,
     ToolUse,
 )
-from curkv.server.protocol import MAX_LOGPROBS, GenerationFields, Text, Usage
+from curkv.server.limits import MAX_LOGPROBS, MAX_MESSAGES
+from curkv.server.protocol import GenerationFields, Text, Usage
 
-MAX_MESSAGES = 4096
 PART_SEPARATOR = "\n"
 """Between the text parts of a message, as in vLLM."""
 
@@ -92,7 +92,9 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     tool_calls: Annotated[list[EarlierCall], Field(max_length=MAX_TOOLS)] | None = None
     function_call: EarlierFunction | None = None
-    content: Annotated[Text | list[TextPart] | None, Field(validate_default=True)] = None
+    content: Annotated[
+        Text | Annotated[list[TextPart], Field(fail_fast=True)] | None, Field(validate_default=True)
+    ] = None
     name: Text | None = None
     tool_call_id: Text | None = None
     reasoning_content: Text | None = None
@@ -130,7 +132,7 @@ class Message(BaseModel):
 class ChatRequest(GenerationFields):
     """A conversation to continue and how."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] = Field(
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)] = Field(
         description="The conversation, oldest message first.",
         examples=[[{"role": "user", "content": "What is the capital of France?"}]],
     )
@@ -200,12 +202,12 @@ class TopLogprob(BaseModel):
     """A token that might have been chosen.
 
     Attributes:
-        bytes: its text in UTF-8; null if it is a part of a character.
+        bytes: its text in UTF-8, of which a character may take the bytes of several tokens.
     """
 
     token: str
     logprob: float
-    bytes: list[int] | None
+    bytes: list[int]
 
 
 class ChatLogprob(TopLogprob):

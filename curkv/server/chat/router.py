@@ -73,7 +73,7 @@ async def create_chat_completion(
     """Answers a conversation; a `cache_control` mark says where its context ends."""
     state, tools = server_state(request), body.tool_use
     sampling = body.sampling(body.wanted_tokens, body.wanted_logprobs)
-    sampling = with_tools(sampling, tools, state.admitting_client())
+    sampling = with_tools(sampling, tools, state.ready_client())
     prompts = partial(tokenize, body.messages, body.chat_template_kwargs or {}, tools=tools.told)
-    generation = await prepare(body, sampling, prompts, request, state, "chatcmpl")
+    generation = await prepare(body, sampling, 1, prompts, request, state, "chatcmpl")
     return await respond(ChatAnswer(generation, body, tools), request)

@@ -26,6 +26,7 @@ from curkv.server.chat.protocol import (
 from curkv.server.chat.tools import Spoken, ToolUse, readable_arguments
 from curkv.server.generation import Answer, Generation, Prompt
 from curkv.server.protocol import Usage
+from curkv.server.tokenizing import Reader
 
 if TYPE_CHECKING:
     from curkv.engine.client import EngineClient
@@ -39,24 +40,27 @@ def tokenize(
     messages: Sequence[Message],
     variables: Mapping[str, Any],
     client: EngineClient,
+    reader: Reader,
     tools: Sequence[Mapping[str, Any]] = (),
 ) -> list[Prompt]:
     """The conversation as the model reads it, in tokens.
 
     Raises:
-        InvalidRequest: the model has no chat template, or it does not take this conversation.
+        InvalidRequest: the model has no chat template, it does not take this conversation, or its text cannot
+            fit into the context.
+        APIError: 429, the queue has no room for so many tokens.
     """
     template = client.chat_template
     if template is None:
         raise InvalidRequest("the model has no chat template; use /v1/completions", "messages")
     try:
         text = template.render(_plain(messages), variables, tools)
-        end = _context_end(text, messages, variables, template, tools)
+        ids, ends = reader.tokens_with_ends(text, "messages")
+        context_end = _context_end(text, messages, variables, template, tools)
     except ValueError as error:
         raise InvalidRequest(str(error), "messages") from error
-    encoding = client.tokenizer.encode(text, add_special_tokens=False)
-    context = sum(1 for _, token_end in encoding.offsets if token_end <= end)
-    return [Prompt(encoding.ids, text, context or None)]
+    context = sum(end <= context_end for end in ends)
+    return [Prompt(ids, text, context or None)]
 
 
 def _plain(messages: Sequence[Message], marked: tuple[int, int] | None = None) -> list[dict[str, Any]]:
@@ -222,5 +226,7 @@ class ChatAnswer(Answer):
         return ChatLogprob(**self._token(entry.token_id, entry.logprob), top_logprobs=top)
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        text = self.generation.token_text(token_id)
-        return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+        vocabulary = self.generation.client.vocabulary
+        text = vocabulary.text_of(token_id)
+        piece = vocabulary.bytes_of(token_id) if "\ufffd" in text else text.encode()
+        return {"token": text, "logprob": logprob, "bytes": list(piece)}

@@ -13,7 +13,7 @@ from curkv.engine.types import InvalidRequest, Structure
 from curkv.models.chat_template import ChatTemplate
 from curkv.models.tools.base import Arguments, Call, Event, Parser, Reasoning, Text, Tool
 from curkv.models.tools.thinking import ThinkingParser
-from curkv.server.structure import MAX_SOURCE
+from curkv.server.limits import MAX_STRUCTURE_CHARACTERS
 
 MAX_TOOLS = 128
 """As in OpenAI's API."""
@@ -151,8 +151,10 @@ class ToolUse:
         names = [spec.function.name for spec in specs]
         if repeated := next((name for i, name in enumerate(names) if name in names[:i]), None):
             raise InvalidRequest(f"two tools are called {repeated!r}", "tools")
-        if sum(len(json.dumps(spec.function.parameters)) for spec in specs) > MAX_SOURCE:
-            raise InvalidRequest(f"their parameters are longer than {MAX_SOURCE} characters", "tools")
+        if sum(len(json.dumps(spec.function.parameters)) for spec in specs) > MAX_STRUCTURE_CHARACTERS:
+            raise InvalidRequest(
+                f"their parameters are longer than {MAX_STRUCTURE_CHARACTERS} characters", "tools"
+            )
         if choice == "none" or not specs:
             if choice not in (None, "none", "auto"):
                 raise InvalidRequest("asks for a tool, but there are no tools", "tool_choice")

@@ -6,10 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, PlainValidator, ValidationInfo, field_validator
 
-from curkv.server.protocol import MAX_LOGPROBS, FinishReason, GenerationFields, Usage
+from curkv.server.limits import MAX_LOGPROBS, MAX_PROMPTS
+from curkv.server.protocol import FinishReason, GenerationFields, Usage, check_text
 
-MAX_PROMPTS = 1024
-MAX_ALL_CHOICES = 1024
 DEFAULT_MAX_TOKENS = 16
 
 
@@ -28,13 +27,13 @@ def _check_prompt(value: Any) -> Any:
     for prompt in prompts:
         if not prompt:
             raise ValueError("one of the prompts is empty")
-        if isinstance(prompt, str) and any("\ud800" <= c <= "\udfff" for c in prompt):
-            raise ValueError("the text contains a lone surrogate, which is no character")
+        if isinstance(prompt, str):
+            check_text(prompt)
     return value
 
 
 def _is_list_of(kind: type, value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is kind for item in value)
+    return isinstance(value, list) and set(map(type, value)) <= {kind}
 
 
 Prompt = str | list[str] | list[int] | list[list[int]]
@@ -76,7 +75,7 @@ class CompletionRequest(GenerationFields):
     @field_validator("max_tokens")
     @classmethod
     def _at_least_min_tokens(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if value is not None and value < info.data.get("min_tokens", 0):
+        if value is not None and value < (info.data.get("min_tokens") or 0):
             raise ValueError("is smaller than min_tokens")
         if value == 0 and not info.data.get("echo"):
             raise ValueError("0 tokens are an answer only with echo: true")

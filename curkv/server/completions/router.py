@@ -43,5 +43,6 @@ async def create_completion(
 ) -> Response:
     """Continues one or several prompts, each with the KV cache that its eviction options leave it."""
     state, prompts = server_state(request), partial(tokenize, body)
-    generation = await prepare(body, sampling(body), prompts, request, state, "cmpl")
+    asked = sampling(body)
+    generation = await prepare(body, asked, len(body.prompts), prompts, request, state, "cmpl")
     return await respond(CompletionAnswer(generation, body), request)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
-from curkv.engine.types import InvalidRequest, Output, SamplingParams, TokenLogprob
+from curkv.engine.types import Output, SamplingParams, TokenLogprob
 from curkv.server.completions.protocol import (
-    MAX_ALL_CHOICES,
     CompletionChoice,
     CompletionRequest,
     CompletionResponse,
@@ -15,22 +15,23 @@ from curkv.server.completions.protocol import (
 )
 from curkv.server.generation import Answer, Generation, Prompt
 from curkv.server.protocol import FinishReason, Usage
+from curkv.server.tokenizing import Reader
 
 if TYPE_CHECKING:
     from curkv.engine.client import EngineClient
 
 
-def tokenize(body: CompletionRequest, client: EngineClient) -> list[Prompt]:
+def tokenize(body: CompletionRequest, client: EngineClient, reader: Reader) -> list[Prompt]:
     """The prompts in tokens; texts get the special tokens that the tokenizer begins a text with.
 
     Raises:
-        InvalidRequest: prompts and `n` make more choices than one request may have.
+        InvalidRequest: one cannot fit into the context.
+        APIError: 429, the queue has no room for so many tokens.
     """
-    choices = len(body.prompts) * body.choices_per_prompt
-    if choices > MAX_ALL_CHOICES:
-        raise InvalidRequest(f"{choices} choices in one request, at most {MAX_ALL_CHOICES} are allowed", "n")
     return [
-        Prompt(client.tokenizer.encode(prompt).ids, prompt) if isinstance(prompt, str) else Prompt(prompt)
+        Prompt(reader.tokens(prompt, "prompt"), prompt)
+        if isinstance(prompt, str)
+        else Prompt(reader.count(prompt))
         for prompt in body.prompts
     ]
 
@@ -49,7 +50,8 @@ class CompletionAnswer(Answer):
         self._body = body
         self._choices = [CompletionChoice(index=index, text="") for index in range(generation.num_choices)]
         self._begun = [False] * generation.num_choices
-        self._num_characters = [0] * generation.num_choices
+        self._text = [_Offsets() for _ in range(generation.num_choices)]
+        self._vocabulary = generation.client.vocabulary
 
     def chunk(self, choice: int, output: Output) -> CompletionResponse | None:
         """A chunk with one piece of one choice."""
@@ -89,8 +91,7 @@ class CompletionAnswer(Answer):
     def _prompt_text(self, prompt: Prompt) -> str:
         if prompt.text is not None:
             return prompt.text
-        text: str = self.generation.client.tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
-        return text
+        return self._vocabulary.decode(prompt.token_ids)
 
     def _logprobs(self, choice: int, output: Output) -> Logprobs:
         answer = Logprobs(top_logprobs=[] if self._body.logprobs else None)
@@ -101,17 +102,29 @@ class CompletionAnswer(Answer):
         return answer
 
     def _append(self, answer: Logprobs, choice: int, token_id: int, entry: TokenLogprob | None) -> None:
-        text_of = self.generation.token_text
-        token = text_of(token_id)
+        token = self._vocabulary.text_of(token_id)
         answer.tokens.append(token)
         answer.token_logprobs.append(entry.logprob if entry else None)
-        answer.text_offset.append(self._num_characters[choice])
-        self._num_characters[choice] += len(token)
+        answer.text_offset.append(self._text[choice].add(self._vocabulary.bytes_of(token_id)))
         if answer.top_logprobs is not None:
             answer.top_logprobs.append(self._top(token, entry) if entry else None)
 
     def _top(self, token: str, entry: TokenLogprob) -> dict[str, float]:
         """The likeliest tokens and, in any case, the one that is there; of two with one text the likelier."""
-        top = {self.generation.token_text(i): logprob for i, logprob in reversed(entry.top)}
+        top = {self._vocabulary.text_of(i): logprob for i, logprob in reversed(entry.top)}
         top.setdefault(token, entry.logprob)
         return top
+
+
+class _Offsets:
+    """Where tokens begin in the text that their bytes make."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._characters = 0
+
+    def add(self, piece: bytes) -> int:
+        """Adds a token; returns how many characters end before it."""
+        before = self._characters
+        self._characters += len(self._decoder.decode(piece))
+        return before

@@ -7,10 +7,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field
 
 from curkv.server.headers import KVFields
+from curkv.server.limits import MAX_POLICIES
 from curkv.server.prompts import PromptFields
 from curkv.server.protocol import Usage
-
-MAX_POLICIES = 16
 
 Span = tuple[int, int]
 
@@ -25,7 +24,7 @@ class ExplainRequest(PromptFields):
     )
     kv: KVFields | None = Field(None, description="Eviction controls if `policies` is absent.")
     scores: bool | None = Field(False, description="Add each token's rank among its head's scores.")
-    priority: int = Field(0, ge=-(2**31), lt=2**31, description="Lower runs first.")
+    priority: int | None = Field(0, ge=-(2**31), lt=2**31, description="Lower runs first.")
 
 
 class PolicyExplanation(BaseModel):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Request, Response
-from fastapi.responses import JSONResponse
 
 from curkv.server import headers, limits
 from curkv.server.errors import error_responses
@@ -43,9 +42,11 @@ async def explain_eviction(
 ) -> Response:
     """Computes the prompt once, asks every policy what it would keep, and generates nothing."""
     state = server_state(request)
-    asked, treated = await prepare(body, request.headers, state)
+    question = await prepare(body, request, state)
     try:
-        answer = await unless_disconnected(request, explain(body, asked, treated, state))
+        answer = await unless_disconnected(request, explain(body, question, state))
     except ClientDisconnected:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return JSONResponse(answer.model_dump(mode="json"))
+    finally:
+        question.place.leave()
+    return Response(answer, media_type="application/json")

@@ -6,23 +6,26 @@ import base64
 import time
 import uuid
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
+from starlette.requests import Request as HTTPRequest
 
 from curkv.cache.explain import Explanation
 from curkv.cache.options import EvictionOptions
-from curkv.engine.types import InvalidRequest, Request, SamplingParams
+from curkv.engine.types import InvalidRequest, Planned, Request, SamplingParams
 from curkv.server.explain.protocol import ExplainRequest, ExplainResponse, PolicyExplanation, Span
 from curkv.server.headers import EvictionControls, eviction_controls
-from curkv.server.limits import Limits, read_limits
+from curkv.server.limits import read_limits
 from curkv.server.protocol import Usage
+from curkv.server.queue import Place
 from curkv.server.state import ServerState
 from curkv.server.streaming import OutputStream
+from curkv.server.tokenizing import Reader
+from curkv.server.workers import in_worker
 
 if TYPE_CHECKING:
     from curkv.engine.client import EngineClient
@@ -30,36 +33,67 @@ if TYPE_CHECKING:
 _DECIMALS = 4
 
 
-async def prepare(body: ExplainRequest, headers: Headers, state: ServerState) -> tuple[Request, Limits]:
-    """Checks the prompt and every policy; takes nothing.
+@dataclass(frozen=True)
+class Question:
+    """A prompt whose policies can be asked.
+
+    Attributes:
+        planned: the engine's request.
+        place: what it takes of the queue.
+        timeout: seconds that it may take; None: as long as it likes.
+    """
+
+    planned: Planned
+    place: Place
+    timeout: float | None
+
+
+async def prepare(body: ExplainRequest, http: HTTPRequest, state: ServerState) -> Question:
+    """Takes a place in the queue and checks the prompt and every policy.
 
     Raises:
-        APIError: another model was asked for, or the server takes no requests.
+        APIError: another model was asked for, the server takes no requests, or the queue is full.
         InvalidRequest: a field or header has a bad value, or the engine could not serve it.
     """
-    client = state.admitting_client()
+    client = state.ready_client()
     state.check_model(body.model)
-    limits = read_limits(headers, body.priority, state.settings)
-    ids = await run_in_threadpool(body.token_ids, client)
+    limits = read_limits(http.headers, body.priority, state.settings)
+    place = state.queue.enter(1, state.key_of(http))
+    try:
+        planned = await in_worker(lambda: _plan(body, http.headers, limits.priority, client, place, state))
+    except BaseException:
+        place.leave()
+        raise
+    return Question(planned, place, limits.timeout)
+
+
+def _plan(
+    body: ExplainRequest,
+    headers: Headers,
+    priority: int,
+    client: EngineClient,
+    place: Place,
+    state: ServerState,
+) -> Planned:
     request = Request(
         id=f"explain-{uuid.uuid4().hex}",
-        prompt_token_ids=ids,
+        prompt_token_ids=body.token_ids(client, Reader(client, place)),
         sampling=SamplingParams(max_tokens=0),
         eviction=EvictionOptions(),
-        priority=limits.priority,
+        cache_salt=state.keys.salt(place.key, ""),
+        priority=priority,
+        owner=place.key,
     )
     options = []
     for index, fields in enumerate(body.policies or [body.kv]):
-        place = f"policies.{index}" if body.policies else "kv"
+        name = f"policies.{index}" if body.policies else "kv"
         try:
             controls = eviction_controls(headers, fields, state.eviction)
             options.append(_explainable(controls, client, request))
         except InvalidRequest as error:
-            param = (error.param or "").replace("kv", place, 1) or None
+            param = (error.param or "").replace("kv", name, 1) or None
             raise InvalidRequest(error.message, param) from error
-    request = replace(request, explain=tuple(options))
-    await run_in_threadpool(client.plan, request)
-    return request, limits
+    return client.plan(replace(request, explain=tuple(options)))
 
 
 def _explainable(controls: EvictionControls, client: EngineClient, request: Request) -> EvictionOptions:
@@ -78,27 +112,28 @@ def _explainable(controls: EvictionControls, client: EngineClient, request: Requ
     return options
 
 
-async def explain(
-    body: ExplainRequest, request: Request, limits: Limits, state: ServerState
-) -> ExplainResponse:
-    """Computes the prompt and words what the policies say of it."""
-    client = state.ready_client()
-    with closing(OutputStream(client, [request], limits.timeout)) as outputs:
+async def explain(body: ExplainRequest, question: Question, state: ServerState) -> bytes:
+    """Computes the prompt and words what the policies say of it, as JSON."""
+    client, planned = state.ready_client(), question.planned
+    with closing(OutputStream(client, [planned], [question.place], question.timeout)) as outputs:
         _, output = [item async for item in outputs][-1]
-    ids, layout = request.prompt_token_ids, client.cache_layout
-    return ExplainResponse(
-        id=request.id,
-        created=int(time.time()),
-        model=state.settings.model_name,
-        num_layers=layout.num_layers,
-        num_kv_heads=layout.num_kv_heads,
-        token_ids=ids,
-        tokens=[client.tokenizer.decode([i], skip_special_tokens=False) for i in ids],
-        policies=await run_in_threadpool(
-            lambda: [_worded(found, bool(body.scores)) for found in output.explanations]
-        ),
-        usage=Usage(prompt_tokens=len(ids), completion_tokens=0, total_tokens=len(ids)),
-    )
+    ids, layout = planned.request.prompt_token_ids, client.cache_layout
+
+    def answer() -> bytes:
+        worded = ExplainResponse(
+            id=planned.request.id,
+            created=int(time.time()),
+            model=state.settings.model_name,
+            num_layers=layout.num_layers,
+            num_kv_heads=layout.num_kv_heads,
+            token_ids=ids,
+            tokens=[client.vocabulary.text_of(i) for i in ids],
+            policies=[_worded(found, bool(body.scores)) for found in output.explanations],
+            usage=Usage(prompt_tokens=len(ids), completion_tokens=0, total_tokens=len(ids)),
+        )
+        return worded.model_dump_json().encode()
+
+    return await in_worker(answer)
 
 
 def _worded(found: Explanation, scores: bool) -> PolicyExplanation:

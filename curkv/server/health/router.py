@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, HTTPException, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
@@ -55,5 +55,7 @@ async def version() -> Version:
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
 def metrics(request: Request) -> Response:
-    """All metrics in Prometheus' text format."""
+    """All metrics in Prometheus' text format, unless they have a port of their own."""
+    if server_state(request).settings.server.metrics_port is not None:
+        raise HTTPException(404)
     return Response(server_state(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)

@@ -13,10 +13,18 @@ from curkv.server.state import server_state
 router = APIRouter(tags=["cache"])
 
 
-@router.get("/v1/kv/state", summary="What runs and what it holds")
+@router.get(
+    "/v1/kv/state",
+    summary="What runs and what it holds",
+    response_model_exclude={"sequences": {"__all__": {"owner"}}},
+)
 async def state(request: Request) -> State:
-    """Shows the page pool, the queue and every running sequence as they were after the engine's last step."""
+    """Shows the page pool, the queue and every running sequence as they were after the engine's last step.
+
+    With several API keys, sequences are those of the request's own key.
+    """
     server = server_state(request)
+    key = server.key_of(request)
     stats = server.client.stats if server.client is not None else StepStats(0, 0, 0, 0, 0, 0)
     return State(
         phase=server.phase,
@@ -26,14 +34,23 @@ async def state(request: Request) -> State:
         used_bytes=stats.used_bytes,
         capacity_bytes=stats.capacity_bytes,
         stranded_slots_ratio=stats.stranded_slots_ratio,
-        sequences=stats.sequences,
+        sequences=[s for s in stats.sequences if not server.keys.several or s.owner == key],
     )
 
 
 @router.delete("/v1/kv/prefixes", summary="Drop held prefixes", responses=error_responses(503))
 async def drop_prefixes(request: Request) -> DroppedPrefixes:
-    """Drops what is held for repeated prompts, but for what running sequences use."""
-    return DroppedPrefixes(freed_bytes=await server_state(request).ready_client().drop_prefixes())
+    """Drops what is held for repeated prompts, but for what running sequences use.
+
+    With several API keys it is what the request's own key has left: it is found no more, and gives way when
+    room is needed.
+    """
+    server = server_state(request)
+    client = server.ready_client()
+    if server.keys.several:
+        server.keys.drop(server.key_of(request))
+        return DroppedPrefixes(freed_bytes=0)
+    return DroppedPrefixes(freed_bytes=await client.drop_prefixes())
 
 
 @router.get("/v1/kv/policies", summary="List eviction policies")

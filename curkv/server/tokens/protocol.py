@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from curkv.server.prompts import PromptFields
@@ -11,7 +13,7 @@ from curkv.server.protocol import Int64
 class TokenizeRequest(PromptFields):
     """What to tokenize."""
 
-    add_special_tokens: bool = Field(
+    add_special_tokens: bool | None = Field(
         True, description="Whether a text gets the tokens that the tokenizer begins a text with."
     )
     return_token_strs: bool | None = Field(
@@ -38,7 +40,7 @@ class DetokenizeRequest(BaseModel):
     model_config = ConfigDict(strict=True)
 
     model: str | None = Field(None, description="A name from GET /v1/models; absent: the one served.")
-    tokens: list[Int64] = Field(examples=[[504, 3575]])
+    tokens: Annotated[list[Int64], Field(fail_fast=True)] = Field(examples=[[504, 3575]])
 
 
 class DetokenizeResponse(BaseModel):

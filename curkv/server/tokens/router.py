@@ -2,43 +2,53 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
-from starlette.concurrency import run_in_threadpool
+from typing import TYPE_CHECKING
 
-from curkv.engine.types import InvalidRequest
+from fastapi import APIRouter, Request, Response
+
+from curkv.engine.types import check_ids
 from curkv.server.errors import error_responses
 from curkv.server.state import server_state
+from curkv.server.tokenizing import Reader
 from curkv.server.tokens.protocol import (
     DetokenizeRequest,
     DetokenizeResponse,
     TokenizeRequest,
     TokenizeResponse,
 )
+from curkv.server.workers import in_worker
+
+if TYPE_CHECKING:
+    from curkv.engine.client import EngineClient
 
 router = APIRouter(tags=["tokens"], responses=error_responses(400, 404, 408, 413, 503))
 
 
-@router.post("/tokenize", summary="Turn a prompt into tokens")
-async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeResponse:
+@router.post("/tokenize", summary="Turn a prompt into tokens", response_model=TokenizeResponse)
+async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     """Gives the tokens that a text or a conversation has for the model."""
     state = server_state(request)
     client = state.ready_client()
     state.check_model(body.model)
-    ids = await run_in_threadpool(body.token_ids, client, body.add_special_tokens)
-    names = None
-    if body.return_token_strs:
-        names = await run_in_threadpool(lambda: [client.tokenizer.id_to_token(i) for i in ids])
-    return TokenizeResponse(count=len(ids), max_model_len=client.max_model_len, tokens=ids, token_strs=names)
+    return await in_worker(lambda: _tokenized(body, client))
 
 
-@router.post("/detokenize", summary="Turn tokens into text")
-async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeResponse:
+@router.post("/detokenize", summary="Turn tokens into text", response_model=DetokenizeResponse)
+async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     """Gives the text of tokens."""
     state = server_state(request)
     client = state.ready_client()
     state.check_model(body.model)
-    vocab = client.vocab_size
-    if (bad := next((i for i in body.tokens if not 0 <= i < vocab), None)) is not None:
-        raise InvalidRequest(f"token id {bad} is outside the vocabulary 0..{vocab - 1}", "tokens")
-    text = await run_in_threadpool(client.tokenizer.decode, body.tokens, skip_special_tokens=False)
-    return DetokenizeResponse(prompt=text)
+    check_ids(body.tokens, client.vocab_size, "tokens")
+    text = await in_worker(lambda: client.vocabulary.decode(body.tokens))
+    return Response(DetokenizeResponse(prompt=text).model_dump_json(), media_type="application/json")
+
+
+def _tokenized(body: TokenizeRequest, client: EngineClient) -> Response:
+    ids = body.token_ids(client, Reader(client), body.add_special_tokens is not False)
+    check_ids(ids, client.vocab_size, "prompt")
+    names = [client.tokenizer.id_to_token(i) for i in ids] if body.return_token_strs else None
+    answer = TokenizeResponse(
+        count=len(ids), max_model_len=client.max_model_len, tokens=ids, token_strs=names
+    )
+    return Response(answer.model_dump_json(), media_type="application/json")
