@@ -66,6 +66,7 @@ class Engine:
         self.max_model_len = max_model_len
         self.scheduler = Scheduler(self.kv, max_step_tokens, max_itl)
         self.eos_ids = frozenset(info.end_ids(config.eos_token_ids, config.vocab_size))
+        self._num_token_ids = info.num_token_ids(config.vocab_size)
         self.structures = Structures(info.tokenizer, config.vocab_size, sorted(self.eos_ids))
         self._order = itertools.count()
         self._outputs: list[Output] = []
@@ -87,7 +88,7 @@ class Engine:
         prompt, max_tokens = request.prompt_token_ids, self.max_tokens(request)
         if not prompt:
             raise InvalidRequest("the prompt is empty", "prompt")
-        vocab = self.runner.model.config.vocab_size
+        vocab = self._num_token_ids
         check_ids(prompt, vocab, "prompt")
         if request.sampling.max_tokens is None and max_tokens < 1:
             message = f"{len(prompt)} tokens leave no room in the context of {self.max_model_len} tokens"

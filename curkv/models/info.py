@@ -44,3 +44,9 @@ class ModelInfo:
         own = self.tokenizer.token_to_id(self.eos_token) if self.eos_token is not None else None
         found = dict.fromkeys([*configured, *([own] if own is not None else [])])
         return [token for token in found if 0 <= token < vocab_size]
+
+    def num_token_ids(self, rows: int) -> int:
+        """Returns how many ids both the tokenizer and an embedding of so many rows have: those below."""
+        while rows and self.tokenizer.id_to_token(rows - 1) is None:  # rows that only fill up a multiple
+            rows -= 1
+        return rows

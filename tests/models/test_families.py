@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -97,3 +98,21 @@ def test_the_output_projection_is_read_once(tmp_path: Path, monkeypatch: pytest.
     assert torch.equal(decoder.output_projection(1), wanted)
     (tmp_path / "model.safetensors").unlink()
     assert torch.equal(decoder.output_projection(1), wanted)
+
+
+@pytest.mark.parametrize("form", ["without its head", "head only"])
+def test_tied_models_are_read_however_they_were_saved(tmp_path: Path, form: str) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE, tie_word_embeddings=True)).eval()
+    if form == "head only":
+        model.save_pretrained(tmp_path)
+        tensors = load_file(tmp_path / "model.safetensors")
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+        save_file(tensors, tmp_path / "model.safetensors")
+    else:
+        model.model.save_pretrained(tmp_path)
+    config = load_config(tmp_path)
+    decoder = Decoder(config, Checkpoint(tmp_path, config), REFERENCE)
+    logits = decoder.forward(DenseBatch.of([list(range(20))], [0]), DenseAttention(config))
+    expected = model(torch.arange(20)[None]).logits[0]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)

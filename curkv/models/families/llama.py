@@ -17,7 +17,7 @@ class Llama(Family):
     """Biases if the configuration says so."""
 
     model_type = "llama"
-    architectures = ("LlamaForCausalLM",)
+    architectures = ("LlamaForCausalLM", "LlamaModel")
     gguf_architecture = "llama"
     gguf_interleaved = True
     pre_tokenizers = {  # noqa: RUF012

@@ -17,7 +17,7 @@ class Mistral(Family):
     """No biases. GGUF files of it call themselves llama."""
 
     model_type = "mistral"
-    architectures = ("MistralForCausalLM",)
+    architectures = ("MistralForCausalLM", "MistralModel")
 
     def config(self, raw: Mapping[str, Any]) -> ModelConfig:
         """See `Family.config`."""

@@ -21,7 +21,7 @@ class Qwen2(Family):
     """Queries, keys and values have biases."""
 
     model_type = "qwen2"
-    architectures = ("Qwen2ForCausalLM",)
+    architectures = ("Qwen2ForCausalLM", "Qwen2Model")
     gguf_architecture = "qwen2"
     pre_tokenizers = {"qwen2": PreTokenizer(lambda: words_and_bytes(""), normalizers.NFC)}  # noqa: RUF012
 

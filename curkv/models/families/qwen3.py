@@ -18,7 +18,7 @@ class Qwen3(Family):
     """Queries and keys are normalised per head; biases of attention if the configuration says so."""
 
     model_type = "qwen3"
-    architectures = ("Qwen3ForCausalLM",)
+    architectures = ("Qwen3ForCausalLM", "Qwen3Model")
     gguf_architecture = "qwen3"
 
     def config(self, raw: Mapping[str, Any]) -> ModelConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from curkv.models.blocks import LayerWeights
 from curkv.models.config import ModelConfig
 from curkv.models.errors import ModelError, ModelNotFound
 from curkv.models.families import family_of
+from curkv.models.families.base import EMBEDDING, HEAD
 from curkv.models.loading.json_file import read_json
 from curkv.models.loading.tensors import check_shapes, not_finite
 
 INDEX = "model.safetensors.index.json"
+BASE_PREFIX = "model."
 
 
 class TensorFiles:
@@ -87,8 +90,10 @@ class Checkpoint:
         self._family = family_of(config)
         self._checked: set[str] = set()
         self._projections: dict[int, Tensor] = {}
+        self._stored_as = _stored_names(self.files.names, config)
         shapes = {name: shape for name, (shape, _) in self.files.headers().items()}
-        check_shapes(shapes, self._family.tensors(config), self.files.path)
+        shapes |= {name: shapes[stored] for name, stored in self._stored_as.items()}
+        check_shapes(shapes, self._family.tensors(config), self._path)
 
     @property
     def embedding(self) -> Tensor:
@@ -112,21 +117,38 @@ class Checkpoint:
     def attention_output(self, index: int) -> Tensor:
         """[hidden, query heads * head_dim], the weight of a layer's output projection; stays mapped."""
         if index not in self._projections:
-            read = lambda name, *_: self.files.read(name)  # noqa: E731
-            self._projections[index] = self._family.attention_output(read, self.config, index)
+            self._projections[index] = self._family.attention_output(self._stored, self.config, index)
         return self._projections[index].to(self.device, self.dtype)
 
     def _read(self, name: str, *_shape: int) -> Tensor:
-        tensor = self.files.read(name)
+        tensor = self._stored(name)
         if name not in self._checked:
             self._check_finite(name, tensor)
             self._checked.add(name)
         return tensor.to(self.device, self.dtype)
 
+    def _stored(self, name: str, *_shape: int) -> Tensor:
+        return self.files.read(self._stored_as.get(name, name))
+
+    def _path(self, name: str) -> Path:
+        return self.files.path(self._stored_as.get(name, name))
+
     def _check_finite(self, name: str, tensor: Tensor) -> None:
         """Looks for NaN and infinity by a sum, which is over as soon as memory is read."""
         if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
-            raise not_finite(self.files.path(name), name)
+            raise not_finite(self._path(name), name)
+
+
+def _stored_names(found: Collection[str], config: ModelConfig) -> dict[str, str]:
+    """Returns under which other names tensors lie in the files.
+
+    A model saved without its head has no prefix, and one that ties them may name only the head.
+    """
+    if EMBEDDING in found:
+        return {}
+    if EMBEDDING.removeprefix(BASE_PREFIX) in found:
+        return {BASE_PREFIX + name: name for name in found if name != HEAD}
+    return {EMBEDDING: HEAD} if config.tie_embeddings and HEAD in found else {}
 
 
 def _paths(directory: Path) -> dict[str, Path]:
