@@ -8,13 +8,12 @@ Needs `prometheus` and `promtool` (Debian: apt install prometheus). Exits with 1
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import math
+import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,11 +21,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
+import typer
 import yaml
 
+from curkv.bench.process import curkv_serve, running
+from curkv.bench.script import script
 from curkv.bench.text import documentation_text
 
 DOCKER = Path(__file__).parents[1] / "docker"
@@ -41,47 +43,29 @@ CONTROLS: list[dict[str, str]] = [
 ]
 
 
-def main() -> None:
+def main(
+    url: Annotated[str | None, typer.Option(help="A running server; without it one is started.")] = None,
+    requests: Annotated[int, typer.Option(help="Ended before the panels are evaluated.")] = 16,
+    users: Annotated[int, typer.Option(help="Requests at once.")] = 4,
+    prompt_words: int = 150,
+) -> None:
     """Checks the configuration, makes load, evaluates every panel and prints a table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--url", help="a running server; without it one is started")
-    parser.add_argument("--requests", type=int, default=16, help="ended before the panels are evaluated")
-    parser.add_argument("--users", type=int, default=4, help="requests at once")
-    parser.add_argument("--prompt-words", type=int, default=150)
-    arguments = parser.parse_args()
     for command in (("check", "config", "prometheus.yml"), ("test", "rules", "rules_test.yml")):
         subprocess.run(["promtool", *command], cwd=CONFIG, check=True)
     with contextlib.ExitStack() as stack:
-        url = arguments.url or stack.enter_context(serving())
+        if url is None:
+            quiet = stack.enter_context(open(os.devnull, "w"))
+            url, _ = stack.enter_context(running(curkv_serve("--kv-cache-memory", "300MiB"), quiet))
         prometheus = stack.enter_context(scraping(url))
         started = time.monotonic()
-        with load(url, arguments.users, arguments.prompt_words) as users:
-            while sum(user.ended for user in users) < arguments.requests:
+        with load(url, users, prompt_words) as threads:
+            while sum(user.ended for user in threads) < requests:
                 time.sleep(1)
-                if not all(user.is_alive() for user in users):
+                if not all(user.is_alive() for user in threads):
                     sys.exit("a request failed")
             empty = report(prometheus, int(time.monotonic() - started))
     if empty:
         sys.exit(f"without data: {', '.join(empty)}")
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextlib.contextmanager
-def serving() -> Iterator[str]:
-    """A server of the default model with a small cache; gives its URL once it takes requests."""
-    port = free_port()
-    command = [sys.executable, "-m", "curkv.cli", "serve", "--port", str(port), "--kv-cache-memory", "300MiB"]
-    with running(command, stderr=subprocess.DEVNULL):
-        wait_for(f"http://127.0.0.1:{port}/health", 900)
-        yield f"http://127.0.0.1:{port}"
 
 
 @contextlib.contextmanager
@@ -95,43 +79,15 @@ def scraping(url: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "prometheus.yml").write_text(yaml.safe_dump(config))
         shutil.copy(CONFIG / "rules.yml", folder)
-        address = f"127.0.0.1:{free_port()}"
         command = [
             "prometheus",
             f"--config.file={folder}/prometheus.yml",
             f"--storage.tsdb.path={folder}/data",
-            f"--web.listen-address={address}",
+            "--web.listen-address=127.0.0.1:{port}",
             "--log.level=warn",
         ]
-        with running(command):
-            wait_for(f"http://{address}/-/ready", 60)
-            yield f"http://{address}"
-
-
-@contextlib.contextmanager
-def running(command: list[str], **options: Any) -> Iterator[None]:
-    """A process that ends with the block."""
-    process = subprocess.Popen(command, **options)
-    try:
-        yield
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def wait_for(url: str, seconds: float) -> None:
-    """Waits until the URL answers 200.
-
-    Raises:
-        TimeoutError: it did not.
-    """
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(url, timeout=5).status_code == 200:
-                return
-        time.sleep(0.2)
-    raise TimeoutError(url)
+        with running(command, health="/-/ready") as (address, _):
+            yield address
 
 
 @contextlib.contextmanager
@@ -238,5 +194,7 @@ def api(prometheus: str, path: str, **parameters: Any) -> Any:
     return data["result"] if isinstance(data, dict) else data
 
 
+app = script(__doc__, main)
+
 if __name__ == "__main__":
-    main()
+    app()

@@ -5,16 +5,21 @@ python benchmarks/eviction.py
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
+from typing import Annotated
 
+import typer
+from curkv.models.default_model import DEFAULT_MODEL
+
+from curkv.bench.script import Model, script, submit
 from curkv.bench.text import token_spans
 from curkv.cache.parsing import parse_options
 from curkv.config import EngineOptions
 from curkv.engine.build import build_engine
 from curkv.engine.engine import Engine
-from curkv.engine.types import Request, SamplingParams
+from curkv.engine.types import SamplingParams
+from curkv.tables import head, line
 
 MIB = 2**20
 CHOICES: dict[str, dict[str, str]] = {
@@ -26,41 +31,35 @@ CHOICES: dict[str, dict[str, str]] = {
 }
 
 
-def main() -> None:
+def main(
+    model: Model = DEFAULT_MODEL,
+    prompt_tokens: int = 2000,
+    new_tokens: int = 16,
+    plot: Annotated[Path | None, typer.Option(help="Draw the pool over time into this file.")] = None,
+) -> None:
     """Runs the three measurements and prints their tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--prompt-tokens", type=int, default=2000)
-    parser.add_argument("--new-tokens", type=int, default=16)
-    parser.add_argument("--plot", type=Path, help="draw the pool over time into this file")
-    args = parser.parse_args()
-
-    engine = build_engine(EngineOptions(model=args.model, kv_cache_memory=2**31, prefix_cache_memory=0))
-    name = engine.kv.layout.format.name
-    print(f"8 requests of {args.prompt_tokens} + {args.new_tokens} tokens, {name} cache\n")
-    print("| policy | peak MiB | after prefill MiB | share of full | eviction / prefill time |")
-    print("|---|---|---|---|---|")
+    engine = build_engine(EngineOptions(model=model, kv_cache_memory=2**31, prefix_cache_memory=0))
+    print(f"8 requests of {prompt_tokens} + {new_tokens} tokens, {engine.kv.layout.format.name} cache\n")
+    print(head(["policy", "peak MiB", "after prefill MiB", "share of full", "eviction / prefill time"]))
     full, histories = 0, {}
     for name, options in CHOICES.items():
         history: list[tuple[float, int]] = []
-        peak, held, share = _memory(engine, args.prompt_tokens, args.new_tokens, options, history)
+        peak, held, share = _memory(engine, prompt_tokens, new_tokens, options, history)
         histories[name] = history
         full = full or held
-        sizes = " | ".join(f"{size / MIB:.1f}" for size in (peak, held))
-        print(f"| {name} | {sizes} | {held / full:.1%} | {share:.2%} |")
+        sizes = (f"{size / MIB:.1f}" for size in (peak, held))
+        print(line([name, *sizes, f"{held / full:.1%}", f"{share:.2%}"]))
 
-    if args.plot:
-        _plot(histories, args.plot, args.prompt_tokens)
+    if plot:
+        _plot(histories, plot, prompt_tokens)
     layout = engine.kv.layout
-    three = 3 * layout.sequence_pages(args.prompt_tokens + args.new_tokens) * layout.page_bytes
-    small = build_engine(EngineOptions(model=args.model, kv_cache_memory=three, prefix_cache_memory=0))
+    three = 3 * layout.sequence_pages(prompt_tokens + new_tokens) * layout.page_bytes
+    small = build_engine(EngineOptions(model=model, kv_cache_memory=three, prefix_cache_memory=0))
     print(f"\nTwelve requests in a pool for three full ones ({three / MIB:.0f} MiB)\n")
-    print("| policy | most at once | preemptions | seconds |\n|---|---|---|---|")
+    print(head(["policy", "most at once", "preemptions", "seconds"]))
     for name, options in CHOICES.items():
-        most, preemptions, seconds = _crowd(small, args.prompt_tokens, args.new_tokens, options)
-        print(f"| {name} | {most} | {preemptions} | {seconds:.1f} |")
+        most, preemptions, seconds = _crowd(small, prompt_tokens, new_tokens, options)
+        print(line([name, most, preemptions, f"{seconds:.1f}"]))
 
 
 def _requests(
@@ -68,8 +67,7 @@ def _requests(
 ) -> None:
     sampling = SamplingParams(new_tokens, temperature=0.0, ignore_eos=True)
     for i, prompt in enumerate(token_spans(engine.info.tokenizer, count, prompt_tokens, seed=0)):
-        request = Request(str(i), prompt, sampling, parse_options(options))
-        engine.add(engine.plan(request))
+        submit(engine, str(i), prompt, sampling, parse_options(options))
 
 
 def _memory(
@@ -130,5 +128,7 @@ def _crowd(
     return most, preemptions, time.perf_counter() - started
 
 
+app = script(__doc__, main)
+
 if __name__ == "__main__":
-    main()
+    app()

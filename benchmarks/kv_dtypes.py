@@ -8,12 +8,15 @@ Each window is a prompt in chunks of 512 and then, token by token, `--decoded` m
 
 from __future__ import annotations
 
-import argparse
+from typing import Annotated
 
 import torch
+import typer
+from curkv.models.default_model import DEFAULT_MODEL
 from torch import Tensor
 from tqdm import tqdm
 
+from curkv.bench.script import Model, script
 from curkv.cache.attention import PagedAttention
 from curkv.cache.eviction import select
 from curkv.cache.layout import CacheLayout, full_attention
@@ -33,32 +36,28 @@ from curkv.models.rope import rope_tables
 CHUNK = 512
 
 
-def main() -> None:
+def main(
+    model: Model = DEFAULT_MODEL,
+    corpus: str = "documentation",
+    windows: int = 4,
+    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
+    decoded: Annotated[int, typer.Option(help="Of them one by one, at the end.")] = 128,
+) -> None:
     """Compares every type with float32 and prints a table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--corpus", default="documentation")
-    parser.add_argument("--windows", type=int, default=4)
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--decoded", type=int, default=128)
-    args = parser.parse_args()
-
-    directory = resolve_model(args.model)
+    directory = resolve_model(model)
     config = load_config(directory)
-    model = Decoder(config, Checkpoint(directory, config), get_kernels("cpu"))
-    windows = token_windows(load_tokenizer(directory), load_corpus(args.corpus), args.length, args.windows)
-    print(f"{args.windows} windows of {args.length} tokens, the last {args.decoded} decoded one by one")
+    network = Decoder(config, Checkpoint(directory, config), get_kernels("cpu"))
+    texts = token_windows(load_tokenizer(directory), load_corpus(corpus), length, windows)
+    print(f"{windows} windows of {length} tokens, the last {decoded} decoded one by one")
     print("dtype       bytes  perplexity   ratio        KL   top-1   kept as with float32")
     kept: dict[str, list[Tensor]] = {}
-    exact = cached_logits(model, "float32", args.decoded, kept)
+    exact = cached_logits(network, "float32", decoded, kept)
     for name in (name for name in KV_FORMATS if name != "float32"):
         kept.clear()
-        found = compare(exact, cached_logits(model, name, args.decoded, kept), tqdm(windows, disable=None))
+        found = compare(exact, cached_logits(network, name, decoded, kept), tqdm(texts, disable=None))
         same = [(a & b).sum() / a.sum() for a, b in zip(kept["float32"], kept[name], strict=True)]
         print(
-            f"{name:<9} {layout_of(model, name).head_token_bytes:>7} {found.perplexity:>11.4f} "
+            f"{name:<9} {layout_of(network, name).head_token_bytes:>7} {found.perplexity:>11.4f} "
             f"{found.ratio:>7.4f} {found.kl:>9.6f} {found.top1:>7.2%} {torch.stack(same).mean():>22.2%}"
         )
 
@@ -95,5 +94,7 @@ def cached_logits(model: Decoder, kv_dtype: str, decoded: int, kept: dict[str, l
     return logits
 
 
+app = script(__doc__, main)
+
 if __name__ == "__main__":
-    main()
+    app()

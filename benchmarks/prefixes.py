@@ -9,19 +9,32 @@ machine. Answers are compared token by token with those of the engine that compu
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from dataclasses import dataclass
+from typing import Annotated
 
+import typer
+from curkv.models.default_model import DEFAULT_MODEL
+
+from curkv.bench.script import Model, script, submit
 from curkv.bench.text import documentation_text
 from curkv.cache.parsing import parse_options
 from curkv.config import EngineOptions
 from curkv.engine.build import build_engine
 from curkv.engine.engine import Engine
-from curkv.engine.types import Request, SamplingParams
+from curkv.engine.types import SamplingParams
+from curkv.tables import head, line
 
 MIB = 2**20
+COLUMNS = (
+    "",
+    "first TTFT s",
+    "later TTFT s",
+    "peak of a later question MiB",
+    "held at the end MiB",
+    "answers",
+)
 
 
 @dataclass
@@ -41,37 +54,33 @@ class Result:
     held: int = 0
 
 
-def main() -> None:
+def main(
+    model: Model = DEFAULT_MODEL,
+    tokens: Annotated[int, typer.Option(help="Of the document.")] = 3500,
+    questions: int = 8,
+    policy: Annotated[str, typer.Option(help="Of the compressed context, at 25 %.")] = "compactor",
+    runs: int = 1,
+) -> None:
     """Prints a table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--tokens", type=int, default=3500, help="of the document")
-    parser.add_argument("--questions", type=int, default=8)
-    parser.add_argument("--policy", default="compactor", help="of the compressed context, at 25 %%")
-    parser.add_argument("--runs", type=int, default=1)
-    args = parser.parse_args()
-    compressed = {"policy": args.policy, "budget": "25%", "context_tokens": str(args.tokens)}
-    ways = {
+    compressed = {"policy": policy, "budget": "25%", "context_tokens": str(tokens)}
+    ways: dict[str, tuple[dict[str, str], int | None]] = {
         "full": ({}, 0),
         "full, prefixes": ({}, None),
-        f"{args.policy} 25%": (compressed, 0),
-        f"{args.policy} 25%, prefixes": (compressed, None),
+        f"{policy} 25%": (compressed, 0),
+        f"{policy} 25%, prefixes": (compressed, None),
     }
     pool = 2**30
     engines = {
-        size: build_engine(EngineOptions(model=args.model, kv_cache_memory=pool, prefix_cache_memory=size))
+        size: build_engine(EngineOptions(model=model, kv_cache_memory=pool, prefix_cache_memory=size))
         for size in (0, None)
     }
-    document, questions = prompts(engines[0], args.tokens, args.questions)
+    document, asked = prompts(engines[0], tokens, questions)
     results: dict[str, list[Result]] = {name: [] for name in ways}
-    for _ in range(args.runs):
+    for _ in range(runs):
         for name, (kv, size) in ways.items():
             engines[size].drop_prefixes()
-            results[name].append(serve(engines[size], document, questions, kv))
-    print("| | first TTFT s | later TTFT s | peak of a later question MiB | held at the end MiB | answers |")
-    print("|---|---|---|---|---|---|")
+            results[name].append(serve(engines[size], document, asked, kv))
+    print(head(COLUMNS))
     for name, found in results.items():
         plain = results[name.removesuffix(", prefixes")]
         same = all(a.tokens == b.tokens for a, b in zip(found, plain, strict=True))
@@ -79,7 +88,7 @@ def main() -> None:
         later = statistics.median(second for result in found for second in result.ttft[1:])
         peak, held = found[0].peak / MIB, found[0].held / MIB
         verdict = "same" if same else "DIFFER"
-        print(f"| {name} | {first:.2f} | {later:.3f} | {peak:.1f} | {held:.1f} | {verdict} |")
+        print(line([name, f"{first:.2f}", f"{later:.3f}", f"{peak:.1f}", f"{held:.1f}", verdict]))
 
 
 def prompts(engine: Engine, tokens: int, count: int) -> tuple[list[int], list[list[int]]]:
@@ -98,9 +107,9 @@ def serve(engine: Engine, document: list[int], questions: list[list[int]], kv: d
     options, result = parse_options(kv), Result([], [])
     for i, question in enumerate(questions):
         sampling = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
-        request = Request(f"q{i}", document + question, sampling, options)
-        engine.add(engine.plan(request))
-        started, answer = time.perf_counter(), []
+        submit(engine, f"q{i}", document + question, sampling, options)
+        started = time.perf_counter()
+        answer: list[int] = []
         while engine.has_work:
             for output in engine.step():
                 if not answer:
@@ -113,5 +122,7 @@ def serve(engine: Engine, document: list[int], questions: list[list[int]], kv: d
     return result
 
 
+app = script(__doc__, main)
+
 if __name__ == "__main__":
-    main()
+    app()

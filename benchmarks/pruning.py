@@ -1,10 +1,10 @@
 """What pruning costs and saves: methods over seeds, and pruning ratio x KV budget.
 
-python benchmarks/pruning.py methods WORK
-python benchmarks/pruning.py frontier WORK
-python benchmarks/pruning.py speed BASE PRUNED
-python benchmarks/pruning.py train SMALL
-python benchmarks/pruning.py methods WORK --model SMALL --corpus mansfield-park --corpus persuasion
+    python benchmarks/pruning.py methods WORK
+    python benchmarks/pruning.py frontier WORK
+    python benchmarks/pruning.py speed BASE PRUNED
+    python benchmarks/pruning.py train SMALL
+    python benchmarks/pruning.py methods WORK --model SMALL --corpus mansfield-park --corpus persuasion
 
 WORK keeps the pruned models and what was measured; a run that was stopped goes on there.
 """
@@ -27,13 +27,14 @@ from torch import Tensor
 from tqdm import trange
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from curkv.bench.script import Model, script
 from curkv.config import EngineOptions, Weights
 from curkv.engine.build import build_engine
 from curkv.engine.engine import Engine
 from curkv.evaluation.corpora import load_corpus
 from curkv.evaluation.perplexity import Logits, compare, dense_logits, token_windows
 from curkv.evaluation.records import Record, read_records
-from curkv.evaluation.report import group, table
+from curkv.evaluation.report import group
 from curkv.evaluation.run import Plan, run_local
 from curkv.evaluation.variants import Variant, cross
 from curkv.kernels.dispatch import get_kernels
@@ -44,6 +45,7 @@ from curkv.models.loading.default_model import DEFAULT_MODEL
 from curkv.models.pruning.prune import PruneOptions, prune
 from curkv.models.pruning.self_text import TEXT_FILE, Writing
 from curkv.models.pruning.source import Source
+from curkv.tables import table
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "random": ("random", {}),
@@ -76,8 +78,6 @@ ROUNDS, STEPS = 15, 8
 
 Key = TypeVar("Key")
 
-app = typer.Typer(help=__doc__, pretty_exceptions_enable=False)
-
 
 @dataclass(frozen=True)
 class Result:
@@ -94,10 +94,9 @@ class Result:
     top1: float
 
 
-@app.command()
 def methods(
     work: Path,
-    model: str = DEFAULT_MODEL,
+    model: Model = DEFAULT_MODEL,
     method: Annotated[list[str] | None, typer.Option(help="Repeatable. [all]")] = None,
     ratio: Annotated[list[float] | None, typer.Option(help="Repeatable. [0.25]")] = None,
     corpus: Annotated[list[str] | None, typer.Option(help="Repeatable. [one novel, documentation]")] = None,
@@ -230,10 +229,9 @@ class Point:
     speed: float
 
 
-@app.command()
 def frontier(
     work: Path,
-    model: str = DEFAULT_MODEL,
+    model: Model = DEFAULT_MODEL,
     ratio: Annotated[list[float] | None, typer.Option(help="Repeatable. [0, 0.2, 0.25, 0.3]")] = None,
     policy: Annotated[list[str] | None, typer.Option(help="As for `curkv eval`. [adacurdkv]")] = None,
     budget: Annotated[list[str] | None, typer.Option(help="Repeatable. [50%, 25%]")] = None,
@@ -391,7 +389,6 @@ def _plot(points: Sequence[Point], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-@app.command()
 def speed(
     base: str,
     pruned: str,
@@ -433,7 +430,6 @@ def _bytes_read(engine: Engine) -> int:
     return sum(kinds.values()) - kinds["embedding"]
 
 
-@app.command()
 def train(directory: Path, novel: str = "emma", steps: int = 250, seed: int = 0) -> None:
     """Train a Qwen3 of a million weights on a novel: a second family, and a model that has seen little."""
     torch.manual_seed(seed)
@@ -444,12 +440,12 @@ def train(directory: Path, novel: str = "emma", steps: int = 250, seed: int = 0)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
         [text],
-        trainers.BpeTrainer(  # type: ignore[call-arg]
+        trainers.BpeTrainer(
             vocab_size=SMALL["vocab_size"], special_tokens=["<s>", "</s>"], initial_alphabet=alphabet
         ),
     )
     ids = torch.tensor(tokenizer.encode(text).ids)
-    network = Qwen3ForCausalLM(Qwen3Config(**SMALL))
+    network = Qwen3ForCausalLM(Qwen3Config(**SMALL))  # type: ignore[no-untyped-call]
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.0, weight_decay=0.05)
     for step in (bar := trange(steps)):
         optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
@@ -464,6 +460,8 @@ def train(directory: Path, novel: str = "emma", steps: int = 250, seed: int = 0)
     network.save_pretrained(directory)
     tokenizer.save(str(directory / "tokenizer.json"))
 
+
+app = script(__doc__, methods, frontier, speed, train)
 
 if __name__ == "__main__":
     app()

@@ -1,7 +1,7 @@
 """What could go instead of as many rows of every MLP: other counts by layer, attention heads, whole layers.
 
-python benchmarks/pruning_variants.py instead PRUNED
-python benchmarks/pruning_variants.py distil PRUNED
+    python benchmarks/pruning_variants.py instead PRUNED
+    python benchmarks/pruning_variants.py distil PRUNED
 
 PRUNED is what `curkv prune --method self-calibrated` made of the default model; the text beside it is used.
 `instead`: all variants see the same 32 texts and remove about as many parameters as `--ratio 0.25`; each is
@@ -21,6 +21,7 @@ import typer
 from torch import Tensor
 from torch.nn import functional as F
 
+from curkv.bench.script import script
 from curkv.evaluation.corpora import load_corpus
 from curkv.evaluation.perplexity import perplexity, token_windows
 from curkv.models.blocks import LayerWeights
@@ -33,6 +34,7 @@ from curkv.models.pruning.methods.self_calibrated import SCORE_DAMPING, SelfCali
 from curkv.models.pruning.second_order import refit, surgeon
 from curkv.models.pruning.self_text import TEXT_FILE, load_text, save_text
 from curkv.models.pruning.source import Source
+from curkv.tables import line
 
 RATIO = 0.25
 CALIBRATION, DISTILLATION, PROBE = 32, 128, 2
@@ -45,8 +47,6 @@ CORPORA = ("mansfield-park", "documentation")
 WINDOW_TOKENS, WINDOWS = 512, 4
 
 Layers = list[LayerWeights]
-
-app = typer.Typer(help=__doc__, pretty_exceptions_enable=False)
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Study:
         """Trains what is left on the first texts."""
         model, dense = self.model(layers), self.model(self.layers)
         with torch.no_grad(), fast_products():
-            wanted = [states for part in self.text[:texts].split(8) for states in dense.hidden(part)]
+            wanted = [states for part in torch.split(self.text[:texts], 8) for states in dense.hidden(part)]
         distil_layers(model, self.text[:texts], wanted, steps, seed=0)
         return list(model.layers)
 
@@ -121,7 +121,7 @@ class Study:
     def seen(self) -> Seen:
         """Runs the dense model."""
         forward = LayerForward(self.config, self.text.shape[1])
-        states = [self.source.checkpoint.embedding[part] for part in self.text[:CALIBRATION].split(4)]
+        states = [self.source.checkpoint.embedding[part] for part in torch.split(self.text[:CALIBRATION], 4)]
         plain, result = torch.eye(self.config.q_size), Seen([], [])
         for weights in self.layers:
             attended = torch.zeros_like(plain)
@@ -265,7 +265,6 @@ def variants(study: Study) -> Iterator[tuple[str, float, Callable[[], Layers]]]:
     yield f"{fewer} whole layers", fewer * layer, lambda: without_layers(study, fewer)
 
 
-@app.command()
 def instead(
     pruned: Path,
     distil_steps: Annotated[int, typer.Option(help="Of the second measurement; 0 leaves it out.")] = 24,
@@ -275,29 +274,32 @@ def instead(
     dense = study.perplexities(study.layers)
     for name, removed, make in variants(study):
         layers = make()
-        _print(f"{name} | {removed / 1e6:.1f} M", study.perplexities(layers), dense)
+        _print([name, f"{removed / 1e6:.1f} M"], study.perplexities(layers), dense)
         if distil_steps:
             trained = study.distilled(layers, DISTILLATION, distil_steps)
             _print(
-                f"{name}, {distil_steps} steps | {removed / 1e6:.1f} M", study.perplexities(trained), dense
+                [f"{name}, {distil_steps} steps", f"{removed / 1e6:.1f} M"],
+                study.perplexities(trained),
+                dense,
             )
 
 
-@app.command()
 def distil(pruned: Path, steps: int = 64) -> None:
     """Train a pruned model as `--distil-steps` would have, starting from the weights as they were rounded."""
     study = Study(pruned)
     dense = study.perplexities(study.layers)
     layers: Layers = list(Model.mapped(Source(pruned).checkpoint).layers)
-    _print(f"{pruned.name}", study.perplexities(layers), dense)
+    _print([pruned.name], study.perplexities(layers), dense)
     trained = study.distilled(layers, len(study.text), steps)
-    _print(f"{pruned.name}, {steps} steps", study.perplexities(trained), dense)
+    _print([f"{pruned.name}, {steps} steps"], study.perplexities(trained), dense)
 
 
-def _print(name: str, found: Sequence[float], dense: Sequence[float]) -> None:
+def _print(names: list[str], found: Sequence[float], dense: Sequence[float]) -> None:
     ratios = [f"{value / base:.2f}" for value, base in zip(found, dense, strict=True)]
-    print(f"| {name} | {' | '.join(ratios)} |", flush=True)
+    print(line([*names, *ratios]), flush=True)
 
+
+app = script(__doc__, instead, distil)
 
 if __name__ == "__main__":
     app()

@@ -9,35 +9,33 @@ a client who goes away frees its memory, and that a replica that is killed costs
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import os
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import httpx
 import psutil
+import typer
+
+from curkv.bench.process import cpu_seconds, curkv_serve, free_port, running, wait_for
+from curkv.bench.script import script
+from curkv.sse import DONE
 
 SETTINGS = {"kv_cache_memory": "100MiB", "kv_policy": "curdkv", "kv_budget": "50%", "threads": "1"}
 COMPOSE = Path(__file__).parents[1] / "docker" / "compose.replicas.yaml"
 PROMPT = "The tide turned shortly after six, and two trawlers left the inner basin under a grey sky. " * 4
 
 
-def main() -> None:
+def main(behind: Annotated[Literal["vllm-router", "ray"], typer.Argument()]) -> None:
     """Starts the replicas, runs the checks in order, prints each."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("behind", choices=("vllm-router", "ray"))
-    start = {"vllm-router": behind_vllm_router, "ray": on_ray}[parser.parse_args().behind]
+    start = {"vllm-router": behind_vllm_router, "ray": on_ray}[behind]
     with start() as fleet:
         asyncio.run(check(fleet))
 
@@ -61,21 +59,14 @@ class Fleet:
 @contextlib.contextmanager
 def behind_vllm_router() -> Iterator[Fleet]:
     """Two `curkv serve` and `vllm-router` with consistent hashing, as in docker/compose.replicas.yaml."""
-    ports = [free_port() for _ in range(3)]
-    urls = [f"http://127.0.0.1:{port}" for port in ports]
     environment = {**os.environ, **{f"CURKV_{name.upper()}": value for name, value in SETTINGS.items()}}
-    pids: list[int] = []
-    with contextlib.ExitStack() as stack:
-        for port in ports[:2]:
-            command = [sys.executable, "-m", "curkv.cli", "serve", "--port", str(port)]
-            pids.append(stack.enter_context(running(command, environment)))
-        for url in urls[:2]:
-            wait_for(f"{url}/health")
-        router = ["vllm-router", *router_options(), "--port", str(ports[2]), "--worker-urls", *urls[:2]]
+    with contextlib.ExitStack() as stack, open(os.devnull, "w") as quiet:
+        replicas = [stack.enter_context(running(curkv_serve(), quiet, environment)) for _ in range(2)]
+        urls = [url for url, _ in replicas]
+        router = ["vllm-router", *router_options(), "--port", "{port}", "--worker-urls", *urls]
         metrics = ["--prometheus-port", str(free_port())]
-        stack.enter_context(running([*router, *metrics], environment))
-        wait_for(f"{urls[2]}/health")
-        yield Fleet(urls[2], urls[:2], lambda: pids)
+        url, _ = stack.enter_context(running([*router, *metrics], quiet, environment))
+        yield Fleet(url, urls, lambda: [process.pid for _, process in replicas])
 
 
 def router_options() -> list[str]:
@@ -107,35 +98,6 @@ def ray_replicas() -> list[int]:
     """Process ids of the replicas on Ray."""
     processes = psutil.process_iter(["cmdline"])
     return [p.pid for p in processes if " ".join(p.info["cmdline"] or ()).startswith("ray::ServeReplica:")]
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextlib.contextmanager
-def running(command: list[str], environment: dict[str, str]) -> Iterator[int]:
-    """A process that ends with the block; gives its id."""
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        yield process.pid
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def wait_for(url: str) -> None:
-    """Waits up to 15 minutes, which a first start may take, until the URL answers 200."""
-    deadline = time.monotonic() + 900
-    while time.monotonic() < deadline:
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(url, timeout=5).status_code == 200:
-                return
-        time.sleep(0.5)
-    raise TimeoutError(url)
 
 
 async def check(fleet: Fleet) -> None:
@@ -174,12 +136,6 @@ async def replica_of(fleet: Fleet, client: httpx.AsyncClient, session: str) -> s
     return str(max(busy_before, key=lambda pid: cpu_seconds(pid) - busy_before[pid]))
 
 
-def cpu_seconds(pid: int) -> float:
-    """Processor time that a process has taken."""
-    times = psutil.Process(pid).cpu_times()
-    return float(times.user + times.system)
-
-
 async def answered(url: str) -> float:
     """Choices that a replica has ended."""
     text = (await asyncio.to_thread(httpx.get, f"{url}/metrics")).text
@@ -195,7 +151,7 @@ async def headers_pass_through(client: httpx.AsyncClient) -> None:
         assert answer.headers["X-KV-Policy"] == "streaming-llm", answer.headers
         assert int(answer.headers["X-KV-Budget-Tokens"]) > 0
         assert set(answer.headers.get_list("X-Request-Id")) == {"mine-1"}, answer.headers  # Ray adds its own
-        assert not stream or answer.text.endswith("data: [DONE]\n\n")
+        assert not stream or answer.text.endswith(f"{DONE}\n\n")
     say("headers pass through: X-KV-Policy, X-KV-Budget, X-KV-Budget-Tokens, X-Request-Id; JSON and stream")
 
 
@@ -276,7 +232,7 @@ async def read(client: httpx.AsyncClient, session: str, begun: asyncio.Barrier) 
                 last = line
     except httpx.TransportError:
         return False
-    return last == "data: [DONE]"
+    return last == DONE
 
 
 async def attempt(client: httpx.AsyncClient, session: str) -> int:
@@ -291,5 +247,7 @@ def say(text: str) -> None:
     print(f"ok  {text}", flush=True)
 
 
+app = script(__doc__, main)
+
 if __name__ == "__main__":
-    main()
+    app()

@@ -1,6 +1,6 @@
 """What each policy costs beside prefill: observing queries, then scoring, selecting and compacting.
 
-python benchmarks/scoring.py
+    python benchmarks/scoring.py
 
 A prompt is prefilled once for every kind of observation that policies ask for, and without any. Each policy
 then evicts forks of the prompt, to a quarter; the median of three counts. Shares are of the prefill without
@@ -9,12 +9,15 @@ observation; that of observing is a difference of two prefills and as noisy as t
 
 from __future__ import annotations
 
-import argparse
 import time
 from statistics import median
+from typing import Annotated
 
+import typer
+from curkv.models.default_model import DEFAULT_MODEL
 from tqdm import tqdm
 
+from curkv.bench.script import Model, script
 from curkv.bench.text import token_spans
 from curkv.cache.eviction import evict, select
 from curkv.cache.observations import Needs
@@ -25,34 +28,29 @@ from curkv.cache.policies import policy_names
 from curkv.config import EngineOptions
 from curkv.engine.build import build_engine
 from curkv.engine.engine import Engine
+from curkv.tables import table
 
 EVICTIONS = 3
 CHUNK = 512
 
 
-def main() -> None:
+def main(
+    model: Model = DEFAULT_MODEL,
+    length: Annotated[list[int] | None, typer.Option(help="Tokens; repeatable. [2000 4000 8000]")] = None,
+) -> None:
     """Runs the measurement and prints its table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--length", type=int, action="append", help="tokens; repeatable [2000 4000 8000]")
-    args = parser.parse_args()
-    lengths = args.length or [2000, 4000, 8000]
-
-    engine = build_engine(EngineOptions(model=args.model, kv_cache_memory=2**31, prefix_cache_memory=0))
+    lengths = length or [2000, 4000, 8000]
+    engine = build_engine(EngineOptions(model=model, kv_cache_memory=2**31, prefix_cache_memory=0))
     policies = {
         name: parse_options({"policy": name, "budget": "25%"}) for name in policy_names() if name != "full"
     }
-    columns = [_measure(engine, length, policies) for length in lengths]
-    heads = [
-        f"{length} tokens (prefill {seconds:.1f} s)"
-        for length, (seconds, _) in zip(lengths, columns, strict=True)
+    columns = [_measure(engine, tokens, policies) for tokens in lengths]
+    names = [
+        f"{tokens} tokens (prefill {seconds:.1f} s)"
+        for tokens, (seconds, _) in zip(lengths, columns, strict=True)
     ]
     print("Share of prefill: evicting + observing\n")
-    print(f"| policy | {' | '.join(heads)} |\n|{'---|' * (len(heads) + 1)}")
-    for name in policies:
-        print(f"| `{name}` | {' | '.join(cells[name] for _, cells in columns)} |")
+    print(table(["policy", *names], ([f"`{p}`", *(cells[p] for _, cells in columns)] for p in policies)))
 
 
 def _measure(
@@ -98,5 +96,7 @@ def _evict(engine: Engine, slot: int, prompt: list[int], options: EvictionOption
     return seconds
 
 
+app = script(__doc__, main)
+
 if __name__ == "__main__":
-    main()
+    app()

@@ -10,16 +10,17 @@ after the first tenth of the requests.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import contextlib
 import random
-import sys
 import time
 from collections import Counter
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
+import typer
+
+from curkv.bench.process import wait_for
+from curkv.bench.script import script
 
 SENTENCE = "Rivers carry rain from the hills to the sea. "
 POLICIES: tuple[dict[str, str], ...] = (
@@ -28,6 +29,12 @@ POLICIES: tuple[dict[str, str], ...] = (
     {"policy": "snapkv", "budget": "50%"},
     {"policy": "adacurdkv", "budget": "64tok"},
     {"policy": "streaming-llm", "budget": "50%", "decode_budget": "128tok"},
+)
+BAD: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("/v1/completions", {"prompt": ""}),
+    ("/v1/completions", {"prompt": "x", "max_tokens": 10**6}),
+    ("/v1/chat/completions", {"messages": []}),
+    ("/v1/kv/explain", {"prompt": "x", "policies": [{"policy": "no-such"}]}),
 )
 ZERO_AT_THE_END = (
     "curkv:num_requests_running",
@@ -40,14 +47,7 @@ ZERO_AT_THE_END = (
 def draw(rng: random.Random) -> tuple[str, dict[str, Any]]:
     """Path and body of a random request: one in ten is bad."""
     if rng.random() < 0.1:
-        return rng.choice(
-            [
-                ("/v1/completions", {"prompt": ""}),
-                ("/v1/completions", {"prompt": "x", "max_tokens": 10**6}),
-                ("/v1/chat/completions", {"messages": []}),
-                ("/v1/kv/explain", {"prompt": "x", "policies": [{"policy": "no-such"}]}),
-            ]
-        )
+        return rng.choice(BAD)
     text = SENTENCE * rng.randint(10, 40)
     kv = rng.choice(POLICIES)
     body: dict[str, Any] = {"kv": kv, "max_tokens": rng.randint(1, 24), "stream": rng.random() < 0.5}
@@ -77,15 +77,6 @@ async def send(http: httpx.AsyncClient, rng: random.Random, disconnects: float, 
         seen["abandoned"] += 1
 
 
-async def ready(http: httpx.AsyncClient) -> None:
-    """Waits for a server that may be about to start."""
-    while True:
-        with contextlib.suppress(httpx.TransportError):
-            if (await http.get("/health")).status_code == 200:
-                return
-        await asyncio.sleep(1)
-
-
 async def metrics(http: httpx.AsyncClient) -> dict[str, float]:
     """The gauges that have to return to zero, and the server's memory."""
     lines = (await http.get("/metrics")).text.splitlines()
@@ -93,23 +84,22 @@ async def metrics(http: httpx.AsyncClient) -> dict[str, float]:
     return {name.split("{")[0]: float(value) for name, value in pairs}
 
 
-async def soak(options: argparse.Namespace) -> bool:
+async def soak(url: str, requests: int, users: int, disconnects: float, growth: float, seed: int) -> bool:
     """Runs everything; says whether nothing is left."""
     seen = Counter[str]()
-    room = asyncio.Semaphore(options.users)
+    room = asyncio.Semaphore(users)
     memory: list[float] = []
     started = time.monotonic()
-    async with httpx.AsyncClient(base_url=options.url, timeout=600, limits=httpx.Limits()) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits()) as http:
 
         async def one(index: int) -> None:
             async with room:
-                await send(http, random.Random(options.seed * 10**6 + index), options.disconnects, seen)
-                if (done := sum(seen.values())) % max(1, options.requests // 10) == 0:
+                await send(http, random.Random(seed * 10**6 + index), disconnects, seen)
+                if (done := sum(seen.values())) % max(1, requests // 10) == 0:
                     memory.append((await metrics(http))["process_resident_memory_bytes"])
                     print(f"{done} done, {memory[-1] / 2**20:.0f} MiB resident", flush=True)
 
-        await ready(http)
-        await asyncio.gather(*(one(index) for index in range(options.requests)))
+        await asyncio.gather(*(one(index) for index in range(requests)))
         for _ in range(600):
             await http.delete("/v1/kv/prefixes")
             left = await metrics(http)
@@ -118,26 +108,28 @@ async def soak(options: argparse.Namespace) -> bool:
                 break
             await asyncio.sleep(0.1)
     grown = (memory[-1] - memory[0]) / 2**20
-    print(f"{options.requests} requests in {time.monotonic() - started:.0f} s: {dict(seen)}")
+    print(f"{requests} requests in {time.monotonic() - started:.0f} s: {dict(seen)}")
     print(f"left: {left}; memory grew by {grown:.0f} MiB after the first tenth")
     failed = any(int(status) >= 500 for status in seen if status.isdigit()) or seen["error in a stream"]
     nothing_left = len(left) == len(ZERO_AT_THE_END) and not any(left.values())
-    return nothing_left and grown < options.growth and not failed
+    return nothing_left and grown < growth and not failed
 
 
-def main() -> None:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--users", type=int, default=8, help="requests in flight")
-    parser.add_argument("--disconnects", type=float, default=0.3, help="share that is abandoned")
-    parser.add_argument("--growth", type=float, default=100, help="MiB that the server's memory may grow")
-    parser.add_argument("--seed", type=int, default=0)
-    sys.exit(0 if asyncio.run(soak(parser.parse_args())) else 1)
+def main(
+    url: str = "http://127.0.0.1:8000",
+    requests: int = 1000,
+    users: Annotated[int, typer.Option(help="Requests in flight.")] = 8,
+    disconnects: Annotated[float, typer.Option(help="Share that is abandoned.")] = 0.3,
+    growth: Annotated[float, typer.Option(help="MiB that the server's memory may grow.")] = 100,
+    seed: int = 0,
+) -> None:
+    """Ends with status 1 if something is left."""
+    wait_for(f"{url}/health")
+    if not asyncio.run(soak(url, requests, users, disconnects, growth, seed)):
+        raise typer.Exit(1)
 
+
+app = script(__doc__, main)
 
 if __name__ == "__main__":
-    main()
+    app()

@@ -5,9 +5,13 @@ python benchmarks/streaming.py
 
 from __future__ import annotations
 
-import argparse
 import time
+from typing import Annotated
 
+import typer
+from curkv.models.default_model import DEFAULT_MODEL
+
+from curkv.bench.script import Model, script, submit
 from curkv.cache.parsing import parse_options
 from curkv.config import EngineOptions
 from curkv.engine.build import build_engine
@@ -16,6 +20,7 @@ from curkv.engine.types import InvalidRequest, Request, SamplingParams
 from curkv.evaluation.tasks import make_sample
 from curkv.evaluation.tasks.base import Recipe, Sample, string_match_all
 from curkv.evaluation.variants import parse_variant
+from curkv.tables import head, line
 
 MIB = 2**20
 POLICIES = (
@@ -30,38 +35,33 @@ POLICIES = (
 CHUNK = 512
 
 
-def main() -> None:
+def main(
+    model: Model = DEFAULT_MODEL,
+    prompt_tokens: int = 8000,
+    pool_tokens: Annotated[int, typer.Option(help="Tokens that the pool holds.")] = 2000,
+    depth: Annotated[
+        list[int] | None, typer.Option(help="Tenths of the context; repeatable. [1 5 9]")
+    ] = None,
+    policy: Annotated[list[str] | None, typer.Option(help=f"Repeatable. [{', '.join(POLICIES)}]")] = None,
+) -> None:
     """Serves needles at several depths under each policy and prints a table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--prompt-tokens", type=int, default=8000)
-    parser.add_argument("--pool-tokens", type=int, default=2000, help="tokens that the pool holds")
-    parser.add_argument("--depth", type=int, action="append", help="tenths of the context [1 5 9]")
-    parser.add_argument("--policy", action="append", help=f"repeatable [{' '.join(POLICIES)}]")
-    args = parser.parse_args()
-
-    shape = build_engine(
-        EngineOptions(model=args.model, kv_cache_memory=2**28, prefix_cache_memory=0)
-    ).kv.layout
-    pool = shape.sequence_pages(args.pool_tokens) * shape.page_bytes
-    engine = build_engine(EngineOptions(model=args.model, kv_cache_memory=pool, prefix_cache_memory=0))
-    budget = args.pool_tokens - CHUNK - 2 * shape.page_size
-    print(f"{args.prompt_tokens} tokens through {pool / MIB:.1f} MiB, budget {budget}, chunks of {CHUNK}\n")
-    print("| policy | needle at | answer | found | peak MiB | seconds |\n|---|---|---|---|---|---|")
-    for policy in args.policy or POLICIES:
-        for depth in args.depth or (1, 5, 9):
+    shape = build_engine(EngineOptions(model=model, kv_cache_memory=2**28, prefix_cache_memory=0)).kv.layout
+    pool = shape.sequence_pages(pool_tokens) * shape.page_bytes
+    engine = build_engine(EngineOptions(model=model, kv_cache_memory=pool, prefix_cache_memory=0))
+    budget = pool_tokens - CHUNK - 2 * shape.page_size
+    print(f"{prompt_tokens} tokens through {pool / MIB:.1f} MiB, budget {budget}, chunks of {CHUNK}\n")
+    print(head(["policy", "needle at", "answer", "found", "peak MiB", "seconds"]))
+    for name in policy or POLICIES:
+        for tenths in depth or (1, 5, 9):
             sample = make_sample(
-                Recipe("needle", args.prompt_tokens, depth, "documentation"),
+                Recipe("needle", prompt_tokens, tenths, "documentation"),
                 lambda text: len(engine.info.tokenizer.encode(text, add_special_tokens=False).ids),
             )
-            print(
-                f"| `{policy}` | {sample.depth:.0%} | {_serve(engine, sample, policy, budget)} |", flush=True
-            )
+            cells = _serve(engine, sample, name, budget)
+            print(line([f"`{name}`", f"{sample.depth:.0%}", *cells]), flush=True)
 
 
-def _serve(engine: Engine, sample: Sample, policy: str, budget: int) -> str:
+def _serve(engine: Engine, sample: Sample, policy: str, budget: int) -> list[str]:
     """Cells of the table; a pool that would hold the whole prompt is refused."""
     prompt = engine.info.tokenizer.encode(sample.context + sample.question, add_special_tokens=False).ids
     sampling = SamplingParams(sample.max_new_tokens, temperature=0.0)
@@ -71,8 +71,7 @@ def _serve(engine: Engine, sample: Sample, policy: str, budget: int) -> str:
         raise SystemExit("the pool holds the whole prompt: choose a smaller --pool-tokens")
     except InvalidRequest:
         options = parse_options({**raw, "prefill": "streaming", "prefill_chunk": CHUNK})
-    request = Request("streaming", prompt, sampling, options)
-    engine.add(engine.plan(request))
+    submit(engine, "streaming", prompt, sampling, options)
     started, text, report = time.perf_counter(), "", None
     while engine.has_work:
         for output in engine.step():
@@ -80,8 +79,10 @@ def _serve(engine: Engine, sample: Sample, policy: str, budget: int) -> str:
     seconds = time.perf_counter() - started
     assert report is not None
     found = "yes" if string_match_all(text, sample.answers) == 1 else "no"
-    return f"{' '.join(text.split())[:24]} | {found} | {report.peak_bytes / MIB:.1f} | {seconds:.0f}"
+    return [" ".join(text.split())[:24], found, f"{report.peak_bytes / MIB:.1f}", f"{seconds:.0f}"]
 
+
+app = script(__doc__, main)
 
 if __name__ == "__main__":
-    main()
+    app()

@@ -8,53 +8,52 @@ a machine that multiplies in bfloat16, attention is rounded too.
 
 from __future__ import annotations
 
-import argparse
+from typing import Annotated
 
 import torch
+import typer
+from curkv.models.default_model import DEFAULT_MODEL
 from torch import Tensor
 from tqdm import tqdm
 
+from curkv.bench.script import Model, script
 from curkv.config import EngineOptions, Weights
 from curkv.engine.build import build_engine
 from curkv.engine.engine import Engine
 from curkv.evaluation.corpora import load_corpus
 from curkv.evaluation.perplexity import Logits, compare, token_windows
+from curkv.tables import head, line
 
 KINDS: tuple[Weights, ...] = ("int8", "int4")
 
 
-def main() -> None:
+@torch.inference_mode()
+def main(
+    model: Model = DEFAULT_MODEL,
+    corpus: Annotated[
+        list[str] | None, typer.Option(help="Repeatable. [documentation, mansfield-park]")
+    ] = None,
+    windows: int = 8,
+    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+) -> None:
     """Compares every type with float32 and prints a table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--corpus", action="append", help="default: documentation and mansfield-park")
-    parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--length", type=int, default=512)
-    args = parser.parse_args()
 
     def engine(weights: Weights) -> Engine:
-        return build_engine(
-            EngineOptions(
-                model=args.model,
-                weights=weights,
-                kv_cache_memory=1 << 30,
-                kv_dtype="float32",
-                prefix_cache_memory=0,
-            )
+        options = EngineOptions(
+            model=model, weights=weights, kv_cache_memory=2**30, prefix_cache_memory=0, kv_dtype="float32"
         )
+        return build_engine(options)
 
     exact = engine("float32")
-    print("| weights | MiB | text | perplexity / float32 | KL | same top token |\n|---|---|---|---|---|---|")
+    print(head(["weights", "MiB", "text", "perplexity / float32", "KL", "same top token"]))
     for kind in KINDS:
         rounded = engine(kind)
-        mebibytes = sum(rounded.model.weights_bytes.values()) / 2**20
-        for corpus in args.corpus or ["documentation", "mansfield-park"]:
-            windows = token_windows(exact.tokenizer, load_corpus(corpus), args.length, args.windows)
-            found = compare(prompt_logits(exact), prompt_logits(rounded), tqdm(windows, disable=None))
-            quality = f"{found.ratio:.4f} | {found.kl:.4f} | {found.top1:.1%}"
-            print(f"| {kind} | {mebibytes:.0f} | {corpus} | {quality} |")
+        mebibytes = sum(rounded.runner.model.weights_bytes.values()) / 2**20
+        for name in corpus or ["documentation", "mansfield-park"]:
+            texts = token_windows(exact.info.tokenizer, load_corpus(name), length, windows)
+            found = compare(prompt_logits(exact), prompt_logits(rounded), tqdm(texts, disable=None))
+            quality = f"{found.ratio:.4f}", f"{found.kl:.4f}", f"{found.top1:.1%}"
+            print(line([kind, f"{mebibytes:.0f}", name, *quality]))
 
 
 def prompt_logits(engine: Engine) -> Logits:
@@ -69,6 +68,7 @@ def prompt_logits(engine: Engine) -> Logits:
     return logits
 
 
+app = script(__doc__, main)
+
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
-    main()
+    app()

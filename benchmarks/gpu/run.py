@@ -10,21 +10,23 @@ nothing.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Annotated, Any
 
 import torch
 import triton
+import typer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from curkv.bench.script import script, submit
 from curkv.cache.attention import PagedAttention
 from curkv.cache.budgets import Budget
 from curkv.cache.layout import CacheLayout, full_attention
@@ -33,18 +35,20 @@ from curkv.cache.page_manager import PageManager
 from curkv.engine.decode_graphs import DecodeGraphs
 from curkv.engine.engine import Engine
 from curkv.engine.runner import Runner
-from curkv.engine.types import Request, SamplingParams
+from curkv.engine.types import SamplingParams
 from curkv.kernels.costs import evaluate
 from curkv.kernels.dispatch import cases, get_kernels, load
 from curkv.kernels.formats import get_format
 from curkv.kernels.linear.formats import BFLOAT16
-from curkv.kernels.spec import MODELS, Inputs, ModelShape, Workload
+from curkv.kernels.spec import MODELS, Call, Inputs, ModelShape, Workload
 from curkv.models.blocks import AttentionWeights, LayerWeights, MlpWeights
 from curkv.models.config import ModelConfig
 from curkv.models.decoder import Decoder
 from curkv.models.info import ModelInfo
 from curkv.models.rope import rope_tables
+from curkv.tables import head, line
 
+SHAPES = {model.name: model for model in MODELS}
 TOLERANCE = 1e-2
 """Relative RMS error allowed for bfloat16."""
 
@@ -58,7 +62,7 @@ def check(model: ModelShape, device: str) -> Iterator[str]:
             torch.manual_seed(0)
             results.append(case.call(Inputs(workload, device)).run(load(operation, backend)))
         error = relative_rms(*results)
-        yield f"| {name} | {error:.1e} | {'ok' if error <= TOLERANCE else '**WRONG**'} |"
+        yield line([name, f"{error:.1e}", "ok" if error <= TOLERANCE else "**WRONG**"])
 
 
 def relative_rms(actual: list[Tensor], expected: list[Tensor]) -> float:
@@ -87,11 +91,15 @@ def times(workload: Workload, layers: int, device: str) -> Iterator[str]:
         calls, kernel = [], load(operation, "triton")
         for inputs.layer in range(layers):
             calls.append(case.call(inputs))
-        ms = median_ms(lambda i, calls=calls, kernel=kernel: calls[i].run(kernel), layers, device)
+        ms = median_ms(partial(_run, calls, kernel), layers, device)
         letters = workload.letters(case.phase) | {"S": 1}
         moved, flops = (evaluate(formula, letters) for formula in (case.cost.moved, case.cost.flops))
-        yield f"| {name} | {ms * 1e3:.1f} | {moved / ms / 1e6:.0f} | {flops / ms / 1e9:.1f} |"
+        yield line([name, f"{ms * 1e3:.1f}", f"{moved / ms / 1e6:.0f}", f"{flops / ms / 1e9:.1f}"])
     yield from rivals(workload, layers, device)
+
+
+def _run(calls: list[Call], kernel: Callable[..., Any], i: int) -> None:
+    calls[i].run(kernel)
 
 
 def rivals(s: Workload, layers: int, device: str) -> Iterator[str]:
@@ -101,12 +109,17 @@ def rivals(s: Workload, layers: int, device: str) -> Iterator[str]:
     q = torch.randn(s.sequences, m.query_heads, 1, m.head_dim, device=device).bfloat16()
     shape = (layers, 2, s.sequences, m.kv_heads, s.tokens, m.head_dim)
     dense = torch.randn(shape, device=device).bfloat16()
-    ms = median_ms(lambda i: scaled_dot_product_attention(q, *dense[i], enable_gqa=True), layers, device)
-    yield f"| decode: torch SDPA, dense K and V | {ms * 1e3:.1f} | {moved / ms / 1e6:.0f} | |"
+
+    def attend(i: int) -> Tensor:
+        k, v = dense[i]
+        return scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    ms = median_ms(attend, layers, device)
+    yield line(["decode: torch SDPA, dense K and V", f"{ms * 1e3:.1f}", f"{moved / ms / 1e6:.0f}", ""])
     try:
         import flashinfer
     except ImportError:
-        yield "| decode: FlashInfer (not installed) | | | |"
+        yield line(["decode: FlashInfer (not installed)", "", "", ""])
         return
     per_sequence = -(-s.tokens // s.page_size)
     paged = torch.randn(
@@ -127,7 +140,7 @@ def rivals(s: Workload, layers: int, device: str) -> Iterator[str]:
         data_type=torch.bfloat16,
     )
     ms = median_ms(lambda i: wrapper.run(q[:, :, 0], paged), layers, device)
-    yield f"| decode: FlashInfer, equal lengths | {ms * 1e3:.1f} | {moved / ms / 1e6:.0f} | |"
+    yield line(["decode: FlashInfer, equal lengths", f"{ms * 1e3:.1f}", f"{moved / ms / 1e6:.0f}", ""])
 
 
 class RandomCheckpoint:
@@ -157,7 +170,8 @@ class RandomCheckpoint:
         return self._weight(self._config.hidden_size, self._config.q_size)
 
     def _weight(self, *shape: int) -> Tensor:
-        return torch.randn(shape, device=self._device, dtype=torch.bfloat16) * shape[-1] ** -0.5
+        weight = torch.randn(shape, device=self._device, dtype=torch.bfloat16)
+        return weight.mul_(shape[-1] ** -0.5)
 
 
 def end_to_end(model: ModelShape, device: str, prompt: int, outputs: int, batch: int) -> Iterator[str]:
@@ -192,8 +206,7 @@ def end_to_end(model: ModelShape, device: str, prompt: int, outputs: int, batch:
         )
         for i in range(batch):
             params = SamplingParams(max_tokens=outputs, temperature=0.0, ignore_eos=True)
-            request = Request(str(i), torch.randint(1024, (prompt,)).tolist(), params, options)
-            engine.add(engine.plan(request))
+            submit(engine, str(i), torch.randint(1024, (prompt,)).tolist(), params, options)
         decode_steps = decode_seconds = prefill_seconds = 0.0
         while engine.has_work:
             engine.step()
@@ -203,37 +216,41 @@ def end_to_end(model: ModelShape, device: str, prompt: int, outputs: int, batch:
             else:
                 decode_steps += 1
                 decode_seconds += stats.step_seconds
-        yield (
-            f"| {policy} | {'yes' if decode_graphs else 'no'} | {batch * prompt / prefill_seconds:.0f}"
-            f" | {batch * decode_steps / max(decode_seconds, 1e-9):.0f} |"
-        )
+        decode_rate = batch * decode_steps / max(decode_seconds, 1e-9)
+        rates = f"{batch * prompt / prefill_seconds:.0f}", f"{decode_rate:.0f}"
+        yield line([policy, "yes" if decode_graphs else "no", *rates])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="Llama-3.1-8B", choices=[m.name for m in MODELS])
-    model = next(m for m in MODELS if m.name == parser.parse_args().model)
+def main(
+    model: Annotated[str, typer.Option(help=f"Whose shapes: {', '.join(SHAPES)}.")] = "Llama-3.1-8B",
+) -> None:
+    """Prints three tables."""
+    if model not in SHAPES:
+        raise typer.BadParameter(f"{model}; there are {', '.join(SHAPES)}", param_hint="--model")
+    shape = SHAPES[model]
     gpu = torch.cuda.is_available()
     device = "cuda" if gpu else "cpu"
     name = torch.cuda.get_device_name() if gpu else f"Triton's interpreter on {platform.machine()}"
-    print(f"# {name}\n\n{model.name}, torch {torch.__version__}, triton {triton.__version__}\n")
+    print(f"# {name}\n\n{model}, torch {torch.__version__}, triton {triton.__version__}\n")
     if gpu:
-        workload, layers = Workload(model, 32, 8192, kept=2048, chunk=2048), 3
+        workload, layers = Workload(shape, 32, 8192, kept=2048, chunk=2048), 3
         run = {"prompt": 4096, "outputs": 128, "batch": 8}
     else:
-        model = replace(model, layers=1, hidden=128, intermediate=256, query_heads=4, kv_heads=2)
-        workload, layers = Workload(model, 2, 128, kept=32, chunk=32), 1
+        shape = replace(shape, layers=1, hidden=128, intermediate=256, query_heads=4, kv_heads=2)
+        workload, layers = Workload(shape, 2, 128, kept=32, chunk=32), 1
         run = {"prompt": 40, "outputs": 4, "batch": 2}
-    print("| operation | relative RMS error | |\n|---|---|---|")
-    for row in check(model, device):
+    print(head(["operation", "relative RMS error", ""]))
+    for row in check(shape, device):
         print(row, flush=True)
-    print("\n| operation | median us | GB/s by formula | TFLOP/s |\n|---|---|---|---|")
+    print("\n" + head(["operation", "median us", "GB/s by formula", "TFLOP/s"]))
     for row in times(workload, layers, device):
         print(row, flush=True)
-    print("\n| policy | CUDA graphs | prefill tok/s | decode tok/s |\n|---|---|---|---|")
-    for row in end_to_end(model, device, **run):
+    print("\n" + head(["policy", "CUDA graphs", "prefill tok/s", "decode tok/s"]))
+    for row in end_to_end(shape, device, **run):
         print(row, flush=True)
 
 
+app = script(__doc__, main)
+
 if __name__ == "__main__":
-    main()
+    app()

@@ -11,19 +11,21 @@ beside it.
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from tqdm import tqdm
 
+from curkv.bench import report
 from curkv.bench.client import Served, measure, warm_up
 from curkv.bench.measurement import Measurement, medians
 from curkv.bench.process import curkv_serve, peak_bytes, running
-from curkv.bench.report import append, plot, read, table
+from curkv.bench.script import script
 from curkv.bench.workload import WORKLOADS, Workload
 from curkv.models.loading import load_tokenizer, resolve_model
 
@@ -83,44 +85,48 @@ def contenders(curkv_options: Sequence[str]) -> dict[str, Contender]:
     }
 
 
-def main() -> None:
+def main(
+    output: Annotated[Path, typer.Argument(help="JSON lines.")],
+    contender: Annotated[
+        list[str] | None, typer.Option(help="Only those with this in their name; repeatable.")
+    ] = None,
+    workload: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Only this one; repeatable. [{', '.join(WORKLOADS)}]"),
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="The median is reported.")] = 3,
+    curkv_options: Annotated[str, typer.Option(help="More of curkv serve.")] = "",
+    plot: Annotated[Path | None, typer.Option(help="Image to draw the figures into.")] = None,
+) -> None:
     """Measures what is missing, then prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("output", type=Path, help="JSON lines")
-    parser.add_argument("--contender", action="append", help="only those with this in their name; repeatable")
-    parser.add_argument("--workload", action="append", choices=WORKLOADS, help="only this one; repeatable")
-    parser.add_argument("--repeats", type=int, default=3, help="the median is reported")
-    parser.add_argument("--curkv-options", default="", help="more of curkv serve")
-    parser.add_argument("--plot", type=Path, help="image to draw the figures into")
-    args = parser.parse_args()
+    if unknown := set(workload or ()) - set(WORKLOADS):
+        raise typer.BadParameter(", ".join(unknown), param_hint="--workload")
     field = {
-        name: contender
-        for name, contender in contenders(shlex.split(args.curkv_options)).items()
-        if not args.contender or any(part in name for part in args.contender)
+        name: found
+        for name, found in contenders(shlex.split(curkv_options)).items()
+        if not contender or any(part in name for part in contender)
     }
-    done = read(args.output)
+    done = report.read(output)
     turns = [
-        (repeat, workload, name)
-        for repeat in range(args.repeats)
-        for workload in args.workload or WORKLOADS
-        for name, contender in field.items()
-        if workload in contender.workloads and (repeat, WORKLOADS[workload], name) not in done
+        (repeat, load, name)
+        for repeat in range(repeats)
+        for load in workload or WORKLOADS
+        for name, found in field.items()
+        if load in found.workloads and (repeat, WORKLOADS[load], name) not in done
     ]
-    for repeat, workload, name in (bar := tqdm(turns, unit="measurement")):
-        bar.set_postfix_str(f"{name}, {workload}")
-        result = run(name, field[name], WORKLOADS[workload], repeat, args.output.with_suffix(".log"))
-        append(args.output, repeat, result)
-    results = medians(list(read(args.output).values()))
+    for repeat, load, name in (bar := tqdm(turns, unit="measurement")):
+        bar.set_postfix_str(f"{name}, {load}")
+        result = run(name, field[name], WORKLOADS[load], repeat, output.with_suffix(".log"))
+        report.append(output, repeat, result)
+    results = medians(list(report.read(output).values()))
     peers = {m.contender for m in results if not m.contender.startswith("curkv")}
-    order = {workload: i for i, workload in enumerate(WORKLOADS.values())}
+    order = {load: i for i, load in enumerate(WORKLOADS.values())}
     results.sort(key=lambda m: (order[m.workload], list(contenders([])).index(m.contender)))
-    print(table(results, sorted(peers)))
-    for script in sorted(HERE.glob("*.sh")):
-        print(subprocess.run([script, "version"], capture_output=True, text=True).stdout.strip())
-    if args.plot:
-        plot(results, args.plot)
+    print(report.table(results, sorted(peers)))
+    for peer in sorted(HERE.glob("*.sh")):
+        print(subprocess.run([peer, "version"], capture_output=True, text=True).stdout.strip())
+    if plot:
+        report.plot(results, plot)
 
 
 def run(name: str, contender: Contender, workload: Workload, repeat: int, log: Path) -> Measurement:
@@ -133,5 +139,7 @@ def run(name: str, contender: Contender, workload: Workload, repeat: int, log: P
         return replace(result, peak_bytes=peak_bytes(process.pid))
 
 
+app = script(__doc__, main)
+
 if __name__ == "__main__":
-    main()
+    app()

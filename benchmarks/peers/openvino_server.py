@@ -1,7 +1,8 @@
 """OpenVINO GenAI's continuous batching pipeline behind what `curkv bench serve` speaks of the OpenAI API.
 
 `openvino.sh` makes its environment and starts it. One thread steps the pipeline; each connection has another,
-which sends the tokens of its request as they come.
+which sends the tokens of its request as they come. Its
+environment has nothing of curkv, not even its command line.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import math
 import struct
+import time
 import weakref
 from array import array
 from collections import defaultdict
@@ -122,11 +123,12 @@ def compile_worker(function: Callable[[int, int], None]) -> int:
     """Compile a worker, or load it from Numba's cache; returns its address."""
     compiled = numba.cfunc(types.void(types.int64, types.int64), cache=True, error_model="numpy")(function)
     address: int = compiled.address
-    _keep.append(compiled)
+    _compiled[address] = compiled
     return address
 
 
-_keep: list[Any] = []
+_compiled: dict[int, Any] = {}
+"""By address: what is forgotten would be freed."""
 _give_way: int = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
 
 
@@ -167,6 +169,7 @@ def _run_alone(function: int, arguments: int) -> None:
 
 def launch(function: int, parts: int, *arguments: int) -> None:
     """Run the parts 0 to `parts` - 1 of a worker, each on any thread, and wait for them."""
+    started = time.perf_counter() if _clock is not None else 0.0
     packed = array("q", arguments)
     place = packed.buffer_info()[0]
     if _recording is not None:
@@ -176,6 +179,24 @@ def launch(function: int, parts: int, *arguments: int) -> None:
     elif parts:
         entry = array("q", (function, place, parts, *(0,) * (ENTRY - 3)))
         _run(entry.buffer_info()[0], 1, min(parts, numba.get_num_threads()), 0, 0, _give_way)
+    if _clock is not None:
+        _clock(_compiled[function].__wrapped__, time.perf_counter() - started)
+
+
+Clock = Callable[[Callable[[int, int], None], float], None]
+"""Is told the function of a worker that has been launched, and the seconds that it took."""
+_clock: Clock | None = None
+
+
+@contextmanager
+def timing(clock: Clock) -> Iterator[None]:
+    """Tells a clock of each launch made inside; a recording that is run is no launch."""
+    global _clock
+    before, _clock = _clock, clock
+    try:
+        yield
+    finally:
+        _clock = before
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
