@@ -6,7 +6,12 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 import typer
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -29,6 +34,54 @@ def test_a_script_says_what_it_is_for(name: str) -> None:
     result = CliRunner().invoke(app_of(name), ["--help"])
     assert result.exit_code == 0, result.output
     assert "Usage" in result.output and f"benchmarks/{name}" in result.output
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random Llama of two layers over characters."""
+    directory = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=2048,
+        initializer_range=0.3,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    tokenizer = Tokenizer(WordLevel({chr(i): i for i in range(128)}, unk_token="?"))
+    tokenizer.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return str(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "printed"),
+    [
+        ("exactness.py", "--prompts 3 --longest 60 --new-tokens 3", "of 3, 3 equal batched, 3 alone"),
+        ("eviction.py", "--prompt-tokens 80 --new-tokens 4", "| curdkv 25% |"),
+        ("kv_dtypes.py", "--windows 1 --length 96 --decoded 8", "int8 "),
+        ("operations.py", "--concurrency 2 --prompt-tokens 40 --new-tokens 8", "| paged_decode_attention |"),
+        ("prefixes.py", "--tokens 100 --questions 2", "| full, prefixes |"),
+        ("scoring.py", "--length 96", "| `compactor` |"),
+        ("streaming.py", "--prompt-tokens 1200 --pool-tokens 700 --policy curdkv", "| `curdkv` |"),
+        (
+            "streaming_crossover.py",
+            "--length 600 --policy curdkv --rounds 1",
+            "| 600 | curdkv 25%, streaming |",
+        ),
+        ("weights.py", "--windows 1 --length 64 --corpus documentation", "| int4 |"),
+    ],
+)
+def test_a_script_runs(model: str, name: str, options: str, printed: str) -> None:
+    result = CliRunner().invoke(app_of(name), ["--model", model, *options.split()], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert printed in result.output
 
 
 def test_an_unknown_option_is_refused() -> None:
