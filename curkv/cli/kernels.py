@@ -10,7 +10,7 @@ import typer
 from curkv.cli.failing import fail
 
 if TYPE_CHECKING:
-    from curkv.kernels.aot import Target
+    from curkv.bench.aot import Target
     from curkv.kernels.spec import ModelShape
 
     Named = TypeVar("Named", ModelShape, Target)
@@ -47,7 +47,7 @@ def check_kernels(
     """
     os.environ.pop("TRITON_INTERPRET", None)
     try:
-        from curkv.kernels import aot, check
+        from curkv.bench import aot, check
         from curkv.kernels.spec import MODELS
     except ModuleNotFoundError as error:
         fail(f"{error}; `pip install triton` (3.4 or newer, on Linux)")
@@ -57,7 +57,7 @@ def check_kernels(
     entries = check.compile_all(models, targets)
     if table:
         tables = check.kernel_table(entries), check.cost_table(entries), check.formula_table()
-        typer.echo("\n\n".join("\n".join(lines) for lines in tables))
+        typer.echo("\n\n".join(tables))
     broken = [failure for entry in entries for failure in check.failures(entry)]
     for failure in broken:
         typer.echo(failure, err=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -27,12 +28,14 @@ def sequence_block(num_sequences: int) -> int:
     return max(64, power_of_two(num_sequences))
 
 
-@cache
 def num_processors(device: torch.device) -> int:
     """Streaming multiprocessors or compute units of a device; few for the interpreter on CPU."""
-    if device.type == "cpu":
-        return 8
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return 8 if INTERPRETED.value else _num_processors(driver.active, device.index or 0)
+
+
+@cache
+def _num_processors(active: Any, index: int) -> int:
+    return int(active.utils.get_device_properties(index)["multiprocessor_count"])
 
 
 def is_older_cuda() -> bool:

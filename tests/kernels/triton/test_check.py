@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from curkv.kernels import aot
-from curkv.kernels.check import COSTS, Entry, failures
+from curkv.bench import aot
+from curkv.bench.check import COSTS, Entry, failures
 from curkv.kernels.costs import Cost, evaluate
 
 

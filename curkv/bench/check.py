@@ -10,9 +10,10 @@ from tqdm import tqdm
 
 from curkv.kernels.costs import evaluate
 from curkv.kernels.dispatch import cases
+from curkv.tables import table
 
 if TYPE_CHECKING:
-    from curkv.kernels.aot import Call, Launch, Report, Target
+    from curkv.bench.aot import Call, Launch, Report, Target
     from curkv.kernels.spec import ModelShape
 
 COSTS = {name: case.cost for _, name, case in cases()}
@@ -33,7 +34,7 @@ TENSOR_FLOPS = {"H100": 990e12, "A100": 312e12}
 
 def compile_all(models: list[ModelShape], targets: list[Target]) -> list[Entry]:
     """Compiles every operation as each model needs it, for each chip."""
-    from curkv.kernels import aot
+    from curkv.bench import aot
 
     calls = [(model.name, t, call) for model in models for t in targets for call in aot.calls(model, t)]
     return [
@@ -54,7 +55,7 @@ class Entry:
 
 def failures(entry: Entry) -> Iterator[str]:
     """Say which gates an operation breaks."""
-    from curkv.kernels.aot import smallest_wide_loads
+    from curkv.bench.aot import smallest_wide_loads
 
     for launch, report in entry.reports:
         where = f"{entry.model}, {entry.target.name}, {launch.name}{entry.call.label}"
@@ -74,7 +75,7 @@ def failures(entry: Entry) -> Iterator[str]:
         yield f"{entry.model}, {name}: moves {overhead:.2f} times the bytes it must"
 
 
-def kernel_table(entries: list[Entry]) -> list[str]:
+def kernel_table(entries: list[Entry]) -> str:
     """Markdown: one row for each kernel as a model needs it, one column for each chip.
 
     Of several variants of a kernel (as of `select.find_thresholds`) the one with most registers is shown.
@@ -97,7 +98,7 @@ def _cell(report: Report) -> str:
     )
 
 
-def cost_table(entries: list[Entry]) -> list[str]:
+def cost_table(entries: list[Entry]) -> str:
     """Markdown: what each operation moves and computes as a model needs it, and the least time of both."""
     cells: dict[tuple[str, str], list[str]] = {}
     for entry in entries:
@@ -113,16 +114,16 @@ def cost_table(entries: list[Entry]) -> list[str]:
     return _table(["operation", "models", *columns], cells.items())
 
 
-def _table(header: list[str], cells: Iterable[tuple[tuple[str, str], list[str]]]) -> list[str]:
+def _table(header: list[str], cells: Iterable[tuple[tuple[str, str], list[str]]]) -> str:
     """Markdown with one row for all models of which a name's cells are equal."""
     models: dict[tuple[str, ...], list[str]] = {}
     for (model, name), values in cells:
         models.setdefault((name, *values), []).append(model)
     rows = ([name, ", ".join(same), *values] for (name, *values), same in models.items())
-    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+    return table(header, rows)
 
 
-def formula_table() -> list[str]:
+def formula_table() -> str:
     """Markdown: bytes and FLOPs of each operation by formula."""
-    lines = ["| operation | bytes moved | FLOPs | read again from L2 |", "|---|---|---|---|"]
-    return lines + [f"| {name} | `{c.moved}` | `{c.flops}` | {c.again} |" for name, c in COSTS.items()]
+    header = ["operation", "bytes moved", "FLOPs", "read again from L2"]
+    return table(header, ([name, f"`{c.moved}`", f"`{c.flops}`", c.again] for name, c in COSTS.items()))

@@ -11,10 +11,11 @@ import re
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import triton
@@ -168,26 +169,47 @@ def smallest_wide_loads(launch: Launch) -> int:
     )
 
 
+class _Driver:
+    """What Triton and the launchers ask the driver of a device, answered for a chip that is not there."""
+
+    def __init__(self, target: Target):
+        self._target = target
+
+    @property
+    def utils(self) -> _Driver:
+        return self
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target.gpu
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"multiprocessor_count": self._target.processors}
+
+
 def _pretend(target: Target) -> None:
     """Let Triton believe, from now on, that a device of this kind is there."""
-    driver.set_active(mock.Mock(get_current_target=lambda: target.gpu))
+    driver.set_active(_Driver(target))
+
+
+@contextmanager
+def _noting_launches() -> Iterator[list[Launch]]:
+    """Launches made inside are noted and not run."""
+    launches: list[Launch] = []
+
+    def note(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        launches.append(Launch(kernel, grid, arguments, options))
+
+    run, JITFunction.run = JITFunction.run, note
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run
 
 
 def _record(operation: str, name: str, case: Case, workload: Workload, target: Target) -> Call:
-    launches: list[Launch] = []
-
-    def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        launches.append(Launch(kernel, grid, arguments, options))
-
     call = case.call(Inputs(workload, stand_in=True, layer=1))  # whose slices are aligned as most layers'
-    split = ("paged_decode_attention", "window_scores")
-    processors = [f"curkv.kernels.{operation}.triton.num_processors" for operation in split]
     _pretend(target)
-    with (
-        mock.patch.object(JITFunction, "run", run),
-        mock.patch(processors[0], return_value=target.processors),
-        mock.patch(processors[1], return_value=target.processors),
-    ):
+    with _noting_launches() as launches:
         call.run(load(operation, "triton"))
     splits = launches[0].grid[2] if launches and len(launches[0].grid) == 3 else 1
     return Call(name, workload.letters(case.phase) | {"S": splits}, launches, workload.kv_dtype)
