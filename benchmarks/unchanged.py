@@ -16,10 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import product
@@ -30,9 +26,9 @@ import httpx
 import typer
 from tqdm import tqdm
 
+from curkv.bench.process import curkv_serve, running
+from curkv.bench.script import script
 from curkv.bench.text import documentation_text
-
-app = typer.Typer(help=__doc__, no_args_is_help=True, rich_markup_mode=None)
 
 SETUPS = tuple(product(("float32", "int8", "int4"), ("float16", "int8")))
 POLICIES: tuple[dict[str, Any], ...] = (
@@ -56,32 +52,13 @@ def prompts(count: int) -> list[str]:
 @contextmanager
 def server(checkout: Path, weights: str, kv_dtype: str) -> Iterator[httpx.Client]:
     """Runs the server of a checkout; yields a client for it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-c", "from curkv.cli import app; app()", "serve", "--port", str(port)]
-    command += ["--weights", weights, "--kv-dtype", kv_dtype, "--kv-cache-memory", "1GiB"]
-    environment = {**os.environ, "PYTHONPATH": str(checkout.resolve())}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600) as client:
-            while not answers(client):
-                if process.poll() is not None:
-                    said = process.stderr.read().decode() if process.stderr else ""
-                    raise typer.BadParameter(f"the server of {checkout} ended at once:\n{said}")
-                time.sleep(0.5)
-            yield client
-    finally:
-        process.terminate()
-        process.communicate()
-
-
-def answers(client: httpx.Client) -> bool:
-    """Whether the server is ready."""
-    try:
-        return client.get("/health").status_code == 200
-    except httpx.TransportError:
-        return False
+    options = ["--weights", weights, "--kv-dtype", kv_dtype, "--kv-cache-memory", "1GiB"]
+    environment = {**os.environ, "PYTHONPATH": str(checkout.resolve()), "PYTHONSAFEPATH": "1"}
+    with (
+        running(curkv_serve(*options), environment=environment) as (url, _),
+        httpx.Client(base_url=url, timeout=600) as client,
+    ):
+        yield client
 
 
 def posted(client: httpx.Client, path: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -112,7 +89,6 @@ def ask(client: httpx.Client, prompt: str, kv: dict[str, Any]) -> dict[str, Any]
     return record
 
 
-@app.command()
 def record(
     output: Annotated[Path, typer.Argument(help="JSON file to write.")],
     checkout: Annotated[Path, typer.Option(help="Whose server to ask.")] = Path("."),
@@ -131,7 +107,6 @@ def record(
     output.write_text(json.dumps(records, indent=1))
 
 
-@app.command()
 def compare(before: Path, after: Path) -> None:
     """Counts what two records agree on; fails unless that is everything."""
     first, second = (json.loads(path.read_text()) for path in (before, after))
@@ -146,6 +121,8 @@ def compare(before: Path, after: Path) -> None:
     if first != second:
         raise typer.Exit(1)
 
+
+app = script(__doc__, record, compare)
 
 if __name__ == "__main__":
     app()
