@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from curkv.models.default_model import DEFAULT_MODEL
 
 from curkv.bench.script import Model, script, submit
 from curkv.bench.text import token_spans
@@ -19,6 +18,7 @@ from curkv.config import EngineOptions
 from curkv.engine.build import build_engine
 from curkv.engine.engine import Engine
 from curkv.engine.types import SamplingParams
+from curkv.models.loading.default_model import DEFAULT_MODEL
 from curkv.tables import head, line
 
 MIB = 2**20

@@ -13,7 +13,6 @@ from typing import Annotated
 
 import torch
 import typer
-from curkv.models.default_model import DEFAULT_MODEL
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -26,6 +25,7 @@ from curkv.engine.build import build_engine
 from curkv.engine.engine import Engine
 from curkv.engine.types import SamplingParams
 from curkv.models.loading import load_tokenizer, resolve_model
+from curkv.models.loading.default_model import DEFAULT_MODEL
 
 CHUNKS = (64, 333, 512, 4096)
 KV_DTYPES: tuple[KVDtype, ...] = ("float16", "bfloat16")

@@ -12,7 +12,6 @@ from typing import Annotated
 
 import torch
 import typer
-from curkv.models.default_model import DEFAULT_MODEL
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,6 +30,7 @@ from curkv.kernels.formats import KV_FORMATS, get_format
 from curkv.models.decoder import Decoder
 from curkv.models.loading import load_config, load_tokenizer, resolve_model
 from curkv.models.loading.checkpoint import Checkpoint
+from curkv.models.loading.default_model import DEFAULT_MODEL
 from curkv.models.rope import rope_tables
 
 CHUNK = 512

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import typer
-from curkv.models.default_model import DEFAULT_MODEL
 
 from curkv.bench.script import Model, script, submit
 from curkv.bench.text import token_spans
@@ -23,6 +22,7 @@ from curkv.engine.build import build_engine
 from curkv.engine.engine import Engine
 from curkv.engine.types import SamplingParams
 from curkv.kernels.cpu import workers
+from curkv.models.loading.default_model import DEFAULT_MODEL
 from curkv.server.process import keep_freed_memory
 from curkv.tables import head, line
 

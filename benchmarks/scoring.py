@@ -14,7 +14,6 @@ from statistics import median
 from typing import Annotated
 
 import typer
-from curkv.models.default_model import DEFAULT_MODEL
 from tqdm import tqdm
 
 from curkv.bench.script import Model, script
@@ -28,6 +27,7 @@ from curkv.cache.policies import policy_names
 from curkv.config import EngineOptions
 from curkv.engine.build import build_engine
 from curkv.engine.engine import Engine
+from curkv.models.loading.default_model import DEFAULT_MODEL
 from curkv.tables import table
 
 EVICTIONS = 3

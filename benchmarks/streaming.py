@@ -9,7 +9,6 @@ import time
 from typing import Annotated
 
 import typer
-from curkv.models.default_model import DEFAULT_MODEL
 
 from curkv.bench.script import Model, script, submit
 from curkv.cache.parsing import parse_options
@@ -20,6 +19,7 @@ from curkv.engine.types import InvalidRequest, Request, SamplingParams
 from curkv.evaluation.tasks import make_sample
 from curkv.evaluation.tasks.base import Recipe, Sample, string_match_all
 from curkv.evaluation.variants import parse_variant
+from curkv.models.loading.default_model import DEFAULT_MODEL
 from curkv.tables import head, line
 
 MIB = 2**20

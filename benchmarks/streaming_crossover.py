@@ -13,7 +13,6 @@ import time
 from typing import Annotated
 
 import typer
-from curkv.models.default_model import DEFAULT_MODEL
 from tqdm import tqdm
 
 from curkv.bench.script import Model, script, submit
@@ -25,6 +24,7 @@ from curkv.engine.build import build_engine
 from curkv.engine.engine import Engine
 from curkv.engine.types import SamplingParams
 from curkv.evaluation.variants import parse_variant
+from curkv.models.loading.default_model import DEFAULT_MODEL
 from curkv.tables import head, line
 
 POLICIES = ("snapcur", "curdkv", "streaming-llm")

@@ -12,7 +12,6 @@ from typing import Annotated
 
 import torch
 import typer
-from curkv.models.default_model import DEFAULT_MODEL
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,6 +21,7 @@ from curkv.engine.build import build_engine
 from curkv.engine.engine import Engine
 from curkv.evaluation.corpora import load_corpus
 from curkv.evaluation.perplexity import Logits, compare, token_windows
+from curkv.models.loading.default_model import DEFAULT_MODEL
 from curkv.tables import head, line
 
 KINDS: tuple[Weights, ...] = ("int8", "int4")
