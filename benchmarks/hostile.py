@@ -23,7 +23,8 @@ from typing import Annotated, Any
 import httpx
 import typer
 
-from curkv import tables
+from curkv.bench.script import script
+from curkv.tables import table
 
 POLL_SECONDS = 0.01
 QUIET_SECONDS = 2.0
@@ -191,7 +192,7 @@ def main(
         )
         rows.append([attack.name, statuses, f"{seconds:.2f}", *worst(seen)])
         typer.echo(" | ".join(rows[-1]), err=True)
-    typer.echo(tables.table(["request", "status", "took s", "/health s", "stream's gap s"], rows))
+    typer.echo(table(["request", "status", "took s", "/health s", "stream's gap s"], rows))
 
 
 def worst(seen: Seen) -> list[str]:
@@ -199,5 +200,7 @@ def worst(seen: Seen) -> list[str]:
     return [f"{max(values, default=0):.3f}" for values in (seen.health, seen.gaps)]
 
 
+app = script(__doc__, main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

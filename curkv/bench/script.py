@@ -37,4 +37,4 @@ def submit(
     from curkv.engine.types import Request
 
     request = Request(request_id, prompt, sampling, eviction)
-    engine.add(request, engine.plan(request))
+    engine.add(engine.plan(request))
