@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from curkv.kernels.compact.spec import Compact
     from curkv.kernels.formats.cpu.base import CPUVectors
-    from curkv.kernels.pages import Pages
+
+P = TypeVar("P")
 
 
 @dataclass(frozen=True)
@@ -155,8 +155,8 @@ class KVFormat:
 
     def move(
         self,
-        compact: Compact,
-        pages: Pages,
+        compact: Callable[[P, Tensor, Tensor, Tensor, Tensor], None],
+        pages: P,
         source: Tensor,
         target: Tensor,
         indices: Tensor,
