@@ -32,8 +32,9 @@ from curkv.cache.budgets import Budget
 from curkv.cache.layout import CacheLayout, full_attention
 from curkv.cache.options import EvictionOptions
 from curkv.cache.page_manager import PageManager
-from curkv.engine.decode_graphs import DecodeGraphs
+from curkv.engine.cuda_graphs import CudaGraphs
 from curkv.engine.engine import Engine
+from curkv.engine.replay import Replay
 from curkv.engine.runner import Runner
 from curkv.engine.types import SamplingParams
 from curkv.kernels.costs import evaluate
@@ -194,16 +195,14 @@ def end_to_end(model: ModelShape, device: str, prompt: int, outputs: int, batch:
     )
     kv = PageManager(layout, batch * layout.sequence_pages(prompt + outputs), kernels, device)
     attention = PagedAttention(kv, rope_tables(config))
-    graphs = DecodeGraphs(weights, attention)
+    graphs = Replay(weights, attention, CudaGraphs())
     if device == "cuda":
-        graphs.capture()
-    for policy, budget, decode_graphs in itertools.product(
+        graphs.prepare()
+    for policy, budget, replay in itertools.product(
         ("full", "curdkv"), (Budget("ratio", 0.25),), (None, graphs)
     ):
         options = EvictionOptions(policy=policy, budget=budget if policy != "full" else None)
-        engine = Engine(
-            Runner(weights, attention, decode_graphs), ModelInfo(tokenizer), 2048, prompt + outputs
-        )
+        engine = Engine(Runner(weights, attention, replay), ModelInfo(tokenizer), 2048, prompt + outputs)
         for i in range(batch):
             params = SamplingParams(max_tokens=outputs, temperature=0.0, ignore_eos=True)
             submit(engine, str(i), torch.randint(1024, (prompt,)).tolist(), params, options)
@@ -218,7 +217,7 @@ def end_to_end(model: ModelShape, device: str, prompt: int, outputs: int, batch:
                 decode_seconds += stats.step_seconds
         decode_rate = batch * decode_steps / max(decode_seconds, 1e-9)
         rates = f"{batch * prompt / prefill_seconds:.0f}", f"{decode_rate:.0f}"
-        yield line([policy, "yes" if decode_graphs else "no", *rates])
+        yield line([policy, "yes" if replay else "no", *rates])
 
 
 def main(

@@ -37,13 +37,8 @@ class PagedAttention:
             rope: cos and sin, float32 [positions, head_dim / 2] each.
             output_projection: gives a layer's W_o, by the index of the layer in the model.
             prefill_dtype: what queries are rounded to before chunks attend; None: not at all.
-
-        Raises:
-            ValueError: layers have windows, which the kernels cannot be told yet.
         """
         layout = kv.layout
-        if any(layout.windows):
-            raise ValueError("the attention kernels know no windows: every layer has to attend to everything")
         self.kv = kv
         self.rope = rope[0].to(kv.device), rope[1].to(kv.device)
         self.output_projection = output_projection
@@ -89,10 +84,14 @@ class PagedAttention:
 
         Returns:
             float32 [T, query heads, head_dim].
+
+        Raises:
+            NotImplementedError: the layer has a window, which the kernels cannot be told yet.
         """
-        row, decodes = self._rows[layer], batch.num_decodes
+        row, decodes, watched = self._rows[layer], batch.num_decodes, batch.watched
+        if row not in self._evicted:
+            raise NotImplementedError(f"layer {layer} has a window, which the attention kernels do not know")
         table, lengths = self.kv.page_table[:, row], self.kv.lengths[:, row]
-        watched = batch.watched if row in self._evicted else ()
         for one in watched:
             one.observations.see_unrotated(self._evicted[row], q[one.start : one.end], one.position)
         cos, sin = self.rope

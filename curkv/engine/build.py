@@ -14,10 +14,11 @@ from curkv.cache.options import EvictionOptions
 from curkv.cache.page_manager import PageManager
 from curkv.cache.sizing import num_pages_for
 from curkv.config import EngineOptions
-from curkv.engine.decode_graphs import DecodeGraphs
-from curkv.engine.device import GPU, choose_device
+from curkv.engine.cuda_graphs import CudaGraphs
+from curkv.engine.device import choose_device
 from curkv.engine.engine import Engine
-from curkv.engine.recorded_decodes import RecordedDecodes
+from curkv.engine.recorded_launches import RecordedLaunches
+from curkv.engine.replay import Replay
 from curkv.engine.runner import Runner
 from curkv.engine.types import Request, SamplingParams
 from curkv.kernels import compile_cache
@@ -81,11 +82,9 @@ def build_engine(options: EngineOptions) -> Engine:
         message = f"a KV cache of {format_size(num_bytes)} is more than the memory: lower --kv-cache-memory"
         raise MemoryError(message) from error
     attention = PagedAttention(kv, rope, model.output_projection, prefill_dtype)
-    replay = kernels.backend.replay
-    graphs = DecodeGraphs(model, attention) if device is GPU and replay == "cuda graph" else None
-    recorded = RecordedDecodes(model, attention) if replay == "launches" else None
+    replay = _replay(model, attention)
     engine = Engine(
-        Runner(model, attention, graphs or recorded),
+        Runner(model, attention, replay),
         ModelInfo(
             load_tokenizer(directory),
             load_chat_template(directory),
@@ -97,9 +96,19 @@ def build_engine(options: EngineOptions) -> Engine:
         options.max_itl,
     )
     _warm_up(engine)
-    if graphs is not None:
-        graphs.capture()
+    if replay is not None:
+        replay.prepare()
     return engine
+
+
+def _replay(model: Decoder, attention: PagedAttention) -> Replay | None:
+    """Runs decode steps again in the way that the kernels allow."""
+    kv = attention.kv
+    if kv.kernels.backend.replay == "launches":
+        return Replay(model, attention, RecordedLaunches())
+    if kv.kernels.backend.replay == "cuda graph" and kv.device.type == "cuda":
+        return Replay(model, attention, CudaGraphs())
+    return None
 
 
 def _warm_up(engine: Engine) -> None:

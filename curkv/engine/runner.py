@@ -9,8 +9,7 @@ from torch import Tensor
 from curkv.cache.attention import PagedAttention
 from curkv.cache.batch import Batch
 from curkv.cache.page_manager import PageManager
-from curkv.engine.decode_graphs import DecodeGraphs
-from curkv.engine.recorded_decodes import RecordedDecodes
+from curkv.engine.replay import Replay
 from curkv.models.decoder import Decoder
 
 
@@ -23,9 +22,7 @@ class Runner:
         replay: runs steps that only decode, if given; it may be taken away.
     """
 
-    def __init__(
-        self, model: Decoder, attention: PagedAttention, replay: DecodeGraphs | RecordedDecodes | None = None
-    ) -> None:
+    def __init__(self, model: Decoder, attention: PagedAttention, replay: Replay | None = None) -> None:
         self.model = model
         self.attention = attention
         self.replay = replay

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import bisect
-import contextlib
 from dataclasses import dataclass, field
 
 from curkv.cache.page_manager import PageManager
-from curkv.cache.page_pool import OutOfPages
 from curkv.cache.prefixes import Prefix
+from curkv.cache.reuse import PrefixReuse
 from curkv.engine.pace import Pace
 from curkv.engine.sequence import Sequence
 
@@ -20,14 +19,27 @@ class Schedule:
     Attributes:
         sequences: those that run, single tokens first.
         chunks: how many new tokens each has.
+        wanted: of how many last tokens of each chunk logits are wanted.
+        last_rows: row of the logits that each sequence samples from; None if more of its tokens are known.
         preempted: sequences that had to make room.
         admitted: sequences that ran for the first time.
     """
 
     sequences: list[Sequence] = field(default_factory=list)
     chunks: list[int] = field(default_factory=list)
+    wanted: list[int] = field(default_factory=list)
+    last_rows: list[int | None] = field(default_factory=list)
     preempted: int = 0
     admitted: list[Sequence] = field(default_factory=list)
+
+    def count_logits(self) -> None:
+        """Settles which logits are wanted: of a whole chunk to judge a prompt, else of the last token."""
+        row = -1
+        for sequence, chunk in zip(self.sequences, self.chunks, strict=True):
+            last = chunk == sequence.remaining
+            self.wanted.append(chunk if sequence.wants_prompt_logprobs else int(last))
+            row += self.wanted[-1]
+            self.last_rows.append(row if last else None)
 
 
 class Scheduler:
@@ -43,12 +55,16 @@ class Scheduler:
 
     Args:
         kv: the cache.
+        reuse: finds what is held of prompts.
         max_step_tokens: most tokens of one step.
         max_itl: seconds that a step with running decodes may take, see `Pace`.
     """
 
-    def __init__(self, kv: PageManager, max_step_tokens: int, max_itl: float | None = None):
+    def __init__(
+        self, kv: PageManager, reuse: PrefixReuse, max_step_tokens: int, max_itl: float | None = None
+    ):
         self.kv = kv
+        self._reuse = reuse
         self.max_step_tokens = max_step_tokens
         self.pace = Pace(max_itl, max_step_tokens)
         self.running: list[Sequence] = []
@@ -97,6 +113,7 @@ class Scheduler:
         decodes_first = sorted(range(len(step.chunks)), key=lambda i: step.chunks[i] > 1)
         step.sequences = [step.sequences[i] for i in decodes_first]
         step.chunks = [step.chunks[i] for i in decodes_first]
+        step.count_logits()
         return step
 
     def _step_tokens(self) -> int:
@@ -139,37 +156,20 @@ class Scheduler:
         sequence = self._next_waiting()
         if sequence is None:
             return False
-        prefix = self._find_prefix(sequence)
+        prefix = self._reuse.find(sequence.keys, sequence.prompt, sequence.wants_prompt_logprobs)
         if self.running and not self._fits(sequence, prefix):
             return False
         self._waiting.remove((sequence.priority, sequence))
-        if sequence.first_scheduled is None:
+        if sequence.first_run is None:
             step.admitted.append(sequence)
-        self._start(sequence, prefix)
+        sequence.start(*self._reuse.start(prefix, sequence.observed))
         self.running.append(sequence)
         return True
 
     def _next_waiting(self) -> Sequence | None:
         """The first sequence in the queue whose context is not being compressed by a running one."""
-        compressing = {s.context_key for s in self.running if s.computed < s.plan.context_tokens} - {None}
-        return next((s for _, s in self._waiting if s.context_key not in compressing), None)
-
-    def _find_prefix(self, sequence: Sequence) -> Prefix | None:
-        """What is held of a sequence's prompt: its compressed context, or blocks of it."""
-        prefixes = self.kv.prefixes
-        prefix = prefixes.find(sequence.context_key) if sequence.context_key is not None else None
-        most = sequence.borrowed_tokens
-        keys = sequence.block_keys[: most // self.kv.layout.page_size]
-        return prefix or prefixes.find_blocks(keys, sequence.prompt[:most])
-
-    def _start(self, sequence: Sequence, prefix: Prefix | None) -> None:
-        """Gives a sequence a slot, with what its prefix holds unless partial pages cannot be copied."""
-        if prefix is not None:
-            with contextlib.suppress(OutOfPages):
-                slot = self.kv.adopt(prefix, sequence.observed if not prefix.evictions else None)
-                sequence.start(slot, prefix)
-                return
-        sequence.start(self.kv.add_sequence(sequence.observed), None)
+        compressing = {s.keys.context for s in self.running if s.computed < s.keys.context_tokens} - {None}
+        return next((s for _, s in self._waiting if s.keys.context not in compressing), None)
 
     def _fits(self, sequence: Sequence, prefix: Prefix | None) -> bool:
         """Whether a new sequence can be prefilled beside the running ones without preempting any."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import or_
 from typing import TYPE_CHECKING
@@ -13,19 +12,63 @@ from curkv.cache.explain import NEEDS, Explanation
 from curkv.cache.observations import Needs
 from curkv.cache.plan import EvictionPlan
 from curkv.cache.prefixes import Prefix
+from curkv.cache.reuse import ReuseKeys
 from curkv.engine.detokenizer import Detokenizer
-from curkv.engine.types import KVReport, Request, TokenLogprob
+from curkv.engine.types import Request, TokenLogprob
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
+
+
+@dataclass
+class Progress:
+    """How far a sequence is computed, and what became of it on the way: what computing it again finds again.
+
+    Attributes:
+        computed: logical tokens whose K and V went through the cache, kept or not.
+        kept_tokens: prompt tokens held per head, on average, at the end of prefill; None before.
+        evicted_tokens: tokens evicted so far, per head on average.
+        evictions: rounds of eviction so far.
+        decode_evictions: of these, while generating.
+        prompt_logprobs: of its prompt, as far as it is computed.
+        explanations: of the candidates asked so far.
+    """
+
+    computed: int = 0
+    kept_tokens: float | None = None
+    evicted_tokens: float = 0.0
+    evictions: int = 0
+    decode_evictions: int = 0
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    explanations: list[Explanation] = field(default_factory=list)
+
+    @classmethod
+    def behind(cls, prefix: Prefix | None) -> Progress:
+        """That of a sequence that starts where a prefix ends, or at the beginning."""
+        if prefix is None:
+            return cls()
+        evicted = prefix.tokens - float(prefix.lengths.mean())
+        return cls(computed=prefix.tokens, evicted_tokens=evicted, evictions=prefix.evictions)
+
+    def copy(self) -> Progress:
+        """The same, to go on apart."""
+        return replace(self, prompt_logprobs=list(self.prompt_logprobs), explanations=list(self.explanations))
+
+
+@dataclass(frozen=True)
+class FirstRun:
+    """When a sequence first ran, `time.monotonic()` in seconds, and with how many tokens of a prefix."""
+
+    time: float
+    cached_tokens: int
 
 
 @dataclass(eq=False)
 class Sequence:
     """A sequence of tokens and where its KV cache stands.
 
-    `computed` counts logical tokens whose K and V went through the cache, kept or not; a preempted sequence
-    falls back to 0 and is fed its own tokens again, evictions at the same places included.
+    A preempted sequence loses its progress and is fed its own tokens again, evictions at the same places
+    included.
 
     Attributes:
         request: what was asked.
@@ -33,13 +76,18 @@ class Sequence:
         order: rank of arrival; a preempted sequence keeps it.
         plan: the request's eviction options, resolved for its prompt.
         seed: seed of this choice's random stream.
+        max_tokens: most tokens that it generates.
         detokenizer: turns its tokens into text and watches for stop strings.
         matcher: follows the structure of its output, if it has one.
         candidates: plans to be explained after the prompt.
-        block_keys: under which the blocks of its prompt are held, see `curkv.cache.prefixes`.
-        context_key: under which its compressed context is held; None if it is not to be.
-        cached_tokens: prompt tokens that it took from a prefix when it first ran.
+        keys: under which prefixes of its prompt are held.
         slot: row of the page table, -1 while the sequence holds no memory.
+        output: generated tokens.
+        token_times: when each of them was sampled, `time.monotonic()`.
+        forks: further choices that will share its prompt.
+        progress: how far it is computed.
+        first_run: when it first ran; None: it did not yet.
+        peak_bytes: most bytes of pages held at the end of any step.
     """
 
     request: Request
@@ -47,26 +95,18 @@ class Sequence:
     order: int
     plan: EvictionPlan
     seed: int
+    max_tokens: int
     detokenizer: Detokenizer
     matcher: LLMatcher | None = None
     candidates: tuple[EvictionPlan, ...] = ()
-    block_keys: list[bytes] = field(default_factory=list)
-    context_key: Hashable | None = None
-    cached_tokens: int = 0
-    output: list[int] = field(default_factory=list)
+    keys: ReuseKeys = field(default_factory=ReuseKeys)
     slot: int = -1
-    computed: int = 0
-    forks: list[Sequence] = field(default_factory=list)
-
-    first_scheduled: float | None = None
+    output: list[int] = field(default_factory=list)
     token_times: list[float] = field(default_factory=list)
-    kept_tokens: float | None = None
-    evicted_tokens: float = 0.0
-    evictions: int = 0
-    decode_evictions: int = 0
+    forks: list[Sequence] = field(default_factory=list)
+    progress: Progress = field(default_factory=Progress)
+    first_run: FirstRun | None = None
     peak_bytes: int = 0
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-    explanations: list[Explanation] = field(default_factory=list)
 
     @property
     def prompt(self) -> list[int]:
@@ -79,6 +119,11 @@ class Sequence:
         return (self.request.priority, self.order)
 
     @property
+    def computed(self) -> int:
+        """Tokens computed so far."""
+        return self.progress.computed
+
+    @property
     def num_tokens(self) -> int:
         """Known tokens: prompt and output."""
         return len(self.prompt) + len(self.output)
@@ -86,50 +131,27 @@ class Sequence:
     @property
     def remaining(self) -> int:
         """Known tokens not yet computed: one in a decode step, none while the prompt is being explained."""
-        return self.num_tokens - self.computed
+        return self.num_tokens - self.progress.computed
 
     @property
     def prefilling(self) -> bool:
         """Whether the prompt is not fully computed."""
-        return self.computed < len(self.prompt)
+        return self.progress.computed < len(self.prompt)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that it took from a prefix when it first ran."""
+        return self.first_run.cached_tokens if self.first_run is not None else 0
 
     @property
     def observed(self) -> Needs:
         """What has to be observed of its queries."""
-        needs = [NEEDS, *(plan.needs for plan in self.candidates)] if self.candidates else []
-        return reduce(or_, needs, self.plan.observed)
-
-    @property
-    def lent_tokens(self) -> int:
-        """First tokens of the prompt whose K and V can be held for others: all before the first eviction.
-
-        Where attention is summed up, pages are written to as long as their sequence runs; and a context that
-        is held compressed is not held as a whole too.
-        """
-        if self.observed.column_sums or self.context_key is not None:
-            return 0
-        return self.plan.next_stop(0)
-
-    @property
-    def borrowed_tokens(self) -> int:
-        """First tokens of the prompt whose K and V can be those of others.
-
-        What is left must hold the queries that the policy observes, and two tokens: a single one would be
-        computed as a decode, which rounds differently.
-        """
-        if self.observed.all_queries or self.wants_prompt_logprobs:
-            return 0
-        return max(0, self.plan.next_stop(0) - max(2, self.observed.queries))
+        return observed_of(self.plan, self.candidates)
 
     @property
     def wants_prompt_logprobs(self) -> bool:
         """Whether log-probabilities of its prompt are still to be reported."""
         return self.request.sampling.prompt_logprobs is not None and not self.output
-
-    @property
-    def reported_prompt_logprobs(self) -> list[TokenLogprob] | None:
-        """Log-probabilities of its prompt, if they were asked for."""
-        return self.prompt_logprobs if self.request.sampling.prompt_logprobs is not None else None
 
     def next_stop(self) -> int:
         """Logical position that the next chunk must not cross.
@@ -148,34 +170,22 @@ class Sequence:
         head = prompt[start : start + count]
         return head + self.output[: count - len(head)]
 
-    def reset(self) -> None:
-        """Forgets everything that recomputing will find again."""
-        self.slot, self.computed = -1, 0
-        self.kept_tokens, self.evicted_tokens = None, 0.0
-        self.evictions = self.decode_evictions = 0
-        self.prompt_logprobs, self.explanations = [], []
-
-    def report(self, held_bytes: int) -> KVReport | None:
-        """What eviction did; None before the end of prefill."""
-        if self.kept_tokens is None:
-            return None
-        return KVReport(
-            policy=self.plan.policy.name,
-            budget_tokens=self.plan.kept_prompt_tokens,
-            kept_tokens=round(self.kept_tokens, 3),
-            evicted_tokens=round(self.evicted_tokens, 3),
-            kept_ratio=round(self.kept_tokens / len(self.prompt), 6),
-            bytes=held_bytes,
-            peak_bytes=max(self.peak_bytes, held_bytes),
-            decode_evictions=self.decode_evictions,
-        )
-
     def start(self, slot: int, prefix: Prefix | None) -> None:
         """Lets it run from where a prefix ends, or from the beginning."""
-        self.slot = slot
-        if prefix is not None:
-            self.computed, self.evictions = prefix.tokens, prefix.evictions
-            self.evicted_tokens = prefix.tokens - float(prefix.lengths.mean())
-        if self.first_scheduled is None:
-            self.first_scheduled = time.monotonic()
-            self.cached_tokens = self.computed
+        self.slot, self.progress = slot, Progress.behind(prefix)
+        if self.first_run is None:
+            self.first_run = FirstRun(time.monotonic(), self.computed)
+
+    def fork_from(self, parent: Sequence, slot: int) -> None:
+        """Lets it go on from where another choice of its request stands."""
+        self.slot, self.progress, self.first_run = slot, parent.progress.copy(), parent.first_run
+
+    def reset(self) -> None:
+        """Forgets everything that computing it again will find again."""
+        self.slot, self.progress = -1, Progress()
+
+
+def observed_of(plan: EvictionPlan, candidates: tuple[EvictionPlan, ...]) -> Needs:
+    """What has to be observed of a sequence's queries for its plan and for those to be explained."""
+    needs = [NEEDS, *(candidate.needs for candidate in candidates)] if candidates else []
+    return reduce(or_, needs, plan.observed)

@@ -15,7 +15,8 @@ from curkv.cache.layout import CacheLayout, full_attention
 from curkv.cache.options import EvictionOptions
 from curkv.cache.page_manager import PageManager
 from curkv.engine.engine import Engine
-from curkv.engine.recorded_decodes import RecordedDecodes
+from curkv.engine.recorded_launches import RecordedLaunches
+from curkv.engine.replay import Replay
 from curkv.engine.runner import Runner
 from curkv.engine.types import Output, Request, SamplingParams
 from curkv.kernels.dispatch import Kernels, get_kernels
@@ -59,7 +60,8 @@ class Loaded:
         )
         kv = PageManager(layout, num_pages, self.kernels)
         attention = PagedAttention(kv, rope_tables(config, max_model_len), self.model.output_projection)
-        runner = Runner(self.model, attention, RecordedDecodes(self.model, attention) if recorded else None)
+        replay = Replay(self.model, attention, RecordedLaunches()) if recorded else None
+        runner = Runner(self.model, attention, replay)
         return Engine(runner, ModelInfo(self.tokenizer), max_step_tokens, max_model_len, max_itl)
 
     def prompt(self, length: int, start: int = 0) -> list[int]:

@@ -17,8 +17,9 @@ from curkv.cache.batch import Batch
 from curkv.cache.layout import CacheLayout, full_attention
 from curkv.cache.page_manager import PageManager
 from curkv.cache.parsing import parse_options
-from curkv.engine.decode_graphs import DecodeGraphs
+from curkv.engine.cuda_graphs import CudaGraphs
 from curkv.engine.engine import Engine
+from curkv.engine.replay import Replay
 from curkv.engine.runner import Runner
 from curkv.kernels.dispatch import get_kernels
 from curkv.kernels.formats import get_format
@@ -59,7 +60,7 @@ def engine_over(kernels_name: str, num_pages: int, graphs: bool = False, apart: 
     if apart:
         kv.page_table, kv.lengths = kv.page_table.clone(), kv.lengths.clone()
     tokenizer = Tokenizer(WordLevel({str(i): i for i in range(CONFIG.vocab_size)}, unk_token="0"))
-    runner = Runner(model, attention, DecodeGraphs(model, attention) if graphs else None)
+    runner = Runner(model, attention, Replay(model, attention, CudaGraphs()) if graphs else None)
     return Engine(runner, ModelInfo(tokenizer), 32, 256)
 
 
@@ -136,7 +137,7 @@ def test_the_host_waits_for_nothing_within_a_decode_step(monkeypatch: pytest.Mon
         256,
     )
     kv = PageManager(layout, 100, kernels, "meta")
-    graphs = DecodeGraphs(model, PagedAttention(kv, rope_tables(CONFIG, 256)))
+    graphs = Replay(model, PagedAttention(kv, rope_tables(CONFIG, 256)), CudaGraphs())
     slots = [kv.add_sequence() for _ in range(3)]
     for position in range(18):
         kv.extend(slots, [1, 1, 1])
@@ -146,7 +147,7 @@ def test_the_host_waits_for_nothing_within_a_decode_step(monkeypatch: pytest.Mon
 
 def test_decoding_goes_on_without_graphs_where_none_can_be_captured(caplog: pytest.LogCaptureFixture) -> None:
     engine = engine_over("triton", 100, graphs=True)
-    engine.runner.replay.capture()
+    engine.runner.replay.prepare()
     assert "decode runs without CUDA graphs" in caplog.text
     item = request([5, 6, 7], 3)
     engine.add(engine.plan(item))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from curkv.cache.attention import PagedAttention
@@ -17,7 +19,9 @@ from curkv.cache.batch import Batch
 from curkv.cache.layout import CacheLayout, full_attention
 from curkv.cache.page_manager import PageManager
 from curkv.cache.parsing import parse_options
-from curkv.engine.recorded_decodes import RecordedDecodes
+from curkv.engine.cuda_graphs import CudaGraphs
+from curkv.engine.recorded_launches import RecordedLaunches
+from curkv.engine.replay import MadeStep, Replay
 from curkv.kernels.dispatch import get_kernels
 from curkv.kernels.formats import get_format
 from curkv.kernels.linear.formats import WEIGHT_FORMATS
@@ -65,7 +69,7 @@ def test_every_family_can_be_recorded(
     caches = [PageManager(layout, 64, kernels) for _ in range(2)]
     attention, other = (PagedAttention(kv, rope_tables(config, 128)) for kv in caches)
     slots = [[kv.add_sequence() for _ in range(3)] for kv in caches]
-    decodes = RecordedDecodes(model, attention)
+    decodes = Replay(model, attention, RecordedLaunches())
     for step in range(40):
         count = 3 if step % 4 else 2
         for kv, rows in zip(caches, slots, strict=True):
@@ -104,7 +108,7 @@ def test_what_cannot_be_recorded_is_run_kernel_by_kernel(caplog: pytest.LogCaptu
     kv = PageManager(layout, 8, get_kernels("cpu"))
     attention = PagedAttention(kv, (torch.ones(64, 4), torch.zeros(64, 4)))
     computed = SimpleNamespace(forward=lambda batch, _: batch.token_ids[:, None].float() + 1)
-    decodes = RecordedDecodes(computed, attention)  # type: ignore[arg-type]
+    decodes = Replay(computed, attention, RecordedLaunches())  # type: ignore[arg-type]
     with caplog.at_level(logging.WARNING):
         for token in (5, 7):
             batch = Batch.build([0], [[token]], [0])
@@ -112,11 +116,80 @@ def test_what_cannot_be_recorded_is_run_kernel_by_kernel(caplog: pytest.LogCaptu
     assert len(caplog.records) == 1
 
 
+class Counting:
+    """A maker that notes what it makes and runs, for steps of 1, 2 or 4 sequences."""
+
+    name = "notes"
+
+    def __init__(self, ahead: bool, fails: bool = False) -> None:
+        self.ahead, self.fails, self.runs = ahead, fails, 0
+        self.made: list[int] = []
+
+    def size(self, count: int, most: int) -> int:
+        return min(4 if count > 2 else count, most)
+
+    def make(self, step: Callable[[], Tensor]) -> MadeStep:
+        if self.fails:
+            raise RuntimeError("no memory")
+        logits = step()
+        self.made.append(len(logits))
+
+        def run() -> None:
+            self.runs += 1
+            logits.copy_(step())
+
+        return MadeStep(run, logits)
+
+
+def replay_over(maker: Counting) -> Replay:
+    """Of a model whose logits are token, position and slot."""
+    layout = CacheLayout(full_attention(1, 1), 8, 16, get_format("float32"), 4, 64)
+    kv = PageManager(layout, 8, get_kernels("cpu"))
+
+    def forward(batch: Batch, _: PagedAttention) -> Tensor:
+        return torch.stack([batch.token_ids, batch.positions, batch.slots], 1).float()[batch.logit_rows]
+
+    attention = PagedAttention(kv, (torch.ones(64, 4), torch.zeros(64, 4)))
+    return Replay(SimpleNamespace(forward=forward), attention, maker)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_steps_are_made_once_for_each_size_and_filled_up_with_rows_of_no_sequence(
+    ahead: bool, fails: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    maker = Counting(ahead, fails)
+    replay = replay_over(maker)
+    replay.prepare()
+    assert maker.made == ([4, 2, 1] if ahead and not fails else [])
+    for step in range(3):
+        for count in (3, 1, 2, 4):
+            slots, tokens = [3, 0, 2, 1][:count], [10 * step + i for i in range(count)]
+            batch = Batch.build(slots, [[token] for token in tokens], [step] * count)
+            expected = [[token, step, slot] for token, slot in zip(tokens, slots, strict=True)]
+            assert replay.forward(batch).tolist() == expected
+    assert len(maker.made) == (0 if fails else 3)
+    assert maker.runs == (0 if fails else 12 if ahead else 9)
+    assert len(caplog.records) == fails
+
+
+def test_only_the_wanted_rows_are_given() -> None:
+    replay = replay_over(Counting(ahead=False))
+    for _ in range(2):
+        batch = Batch.build([0, 1, 2], [[5], [6], [7]], [0, 0, 0], wanted=[1, 0, 1])
+        assert replay.forward(batch)[:, 0].tolist() == [5, 7]
+
+
+@pytest.mark.parametrize(("count", "most", "size"), [(1, 6, 1), (3, 6, 4), (5, 6, 6), (6, 6, 6), (2, 64, 2)])
+def test_graphs_have_sizes_of_powers_of_two_up_to_the_most(count: int, most: int, size: int) -> None:
+    assert CudaGraphs().size(count, most) == size
+
+
 def test_recording_does_not_import_the_compiler_of_torch() -> None:
     """It would take 100 MB, as much as the model."""
     script = (
         "import sys, torch, curkv.engine.build\n"
-        "from curkv.engine.recorded_decodes import _LaunchesOnly\n"
+        "from curkv.engine.recorded_launches import _LaunchesOnly\n"
         "with _LaunchesOnly(): torch.empty(1)\n"
         "assert not {'torch._dynamo', 'triton', 'transformers'} & set(sys.modules)"
     )
