@@ -28,7 +28,7 @@ from curkv.tables import table
 
 POLL_SECONDS = 0.01
 QUIET_SECONDS = 2.0
-"""Watched when nothing is sent."""
+"""How long others are watched while nothing is sent."""
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ SMALL: dict[str, Any] = {
     "eos_token_id": 1,
 }
 ROUNDS, STEPS = 15, 8
-"""Of the timing of decode steps."""
+"""How often decode steps are timed, and how many at a time."""
 
 Key = TypeVar("Key")
 

@@ -155,7 +155,7 @@ def compile_launch(launch: Launch, target: Target) -> Report:
 
 
 _reports: dict[tuple[str, str], Report] = {}
-"""By the hash of the compiled kernel and the target: models of the same shapes compile to the same code."""
+"""Reports by hash of the compiled kernel and target: models of the same shapes compile to the same code."""
 
 
 def smallest_wide_loads(launch: Launch) -> int:

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from curkv.kernels.spec import ModelShape
 
 COSTS = {name: case.cost for _, name, case in cases()}
-"""Of every case of every operation."""
+"""Cost of every case of every operation, by its name."""
 
 MAX_OVERHEAD = 1.1
 """Bytes moved, as a multiple of the fewest possible."""
 
 MAX_OVERHEAD_INT8 = 1.2
-"""The same with int8: what is written beside the pages, logits and energies in float32, weighs more there."""
+"""The limit with int8: what is written beside the pages, float32 logits and energies, weighs more there."""
 
 BANDWIDTH = {"H100": 3.35e12, "A100": 2.039e12}
 """Bytes per second of the SXM cards with 80 GB (NVIDIA's data sheets)."""

@@ -117,4 +117,4 @@ class Pyramid(Allocation):
 
 
 ALLOCATIONS: dict[str, Allocation] = {kind.name: kind for kind in (Uniform(), Adaptive(), Pyramid())}
-"""By the names that a request gives them, with their defaults."""
+"""Every allocation with its defaults, by the name that a request gives it."""

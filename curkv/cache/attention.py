@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from curkv.cache.batch import Batch, Watched
+from curkv.cache.batch import Batch, Observed
 from curkv.cache.page_manager import PageManager
 from curkv.cache.policies.base import CacheView
 
@@ -88,24 +88,24 @@ class PagedAttention:
         Raises:
             NotImplementedError: the layer has a window, which the kernels cannot be told yet.
         """
-        row, decodes, watched = self._rows[layer], batch.num_decodes, batch.watched
+        row, decodes, observed = self._rows[layer], batch.num_decodes, batch.observed
         if row not in self._evicted:
             raise NotImplementedError(f"layer {layer} has a window, which the attention kernels do not know")
         table, lengths = self.kv.page_table[:, row], self.kv.lengths[:, row]
-        for one in watched:
+        for one in observed:
             one.observations.see_unrotated(self._evicted[row], q[one.start : one.end], one.position)
         cos, sin = self.rope
         self._kernels.rope(q, cos, sin, batch.positions)
         self._kernels.store_kv(
             self.kv.pages, k, v, cos, sin, batch.positions, table, lengths, batch.slots, batch.query_start
         )
-        for one in watched:
+        for one in observed:
             self._observe(self._evicted[row], one, q, k, batch)
         parts = []
         if decodes:
-            parts.append(self._decode(q[:decodes], table, lengths, batch, watched))
+            parts.append(self._decode(q[:decodes], table, lengths, batch, observed))
         if decodes < batch.slots.shape[0]:
-            parts.append(self._prefill(q[decodes:], table, lengths, batch, watched))
+            parts.append(self._prefill(q[decodes:], table, lengths, batch, observed))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _projection(self, index: int) -> Tensor:
@@ -114,7 +114,7 @@ class PagedAttention:
         layout = self.kv.layout
         return self.output_projection(layout.cached_layers[layout.full_rows[index]])
 
-    def _observe(self, index: int, one: Watched, q: Tensor, k: Tensor, batch: Batch) -> None:
+    def _observe(self, index: int, one: Observed, q: Tensor, k: Tensor, batch: Batch) -> None:
         rows, keys = slice(one.start, one.end), None
         if one.observations.needs.block:
             keys = k[rows].clone()
@@ -122,11 +122,11 @@ class PagedAttention:
         one.observations.see_rotated(index, q[rows], keys, one.position)
 
     def _decode(
-        self, q: Tensor, table: Tensor, lengths: Tensor, batch: Batch, watched: tuple[Watched, ...]
+        self, q: Tensor, table: Tensor, lengths: Tensor, batch: Batch, observed: tuple[Observed, ...]
     ) -> Tensor:
         """Attention of single tokens; the probabilities are added up for those sequences that need it."""
         attend, slots, pages = self._kernels.paged_decode_attention, batch.decode_slots, self.kv.pages
-        summed = [one.index for one in watched if one.column_sums and one.index < batch.num_decodes]
+        summed = [one.index for one in observed if one.column_sums and one.index < batch.num_decodes]
         if not summed or len(summed) == len(slots):
             return attend(q, pages, table, lengths, slots, self._scale, accumulate=bool(summed))
         out = torch.empty_like(q)
@@ -139,12 +139,12 @@ class PagedAttention:
         return out
 
     def _prefill(
-        self, q: Tensor, table: Tensor, lengths: Tensor, batch: Batch, watched: tuple[Watched, ...]
+        self, q: Tensor, table: Tensor, lengths: Tensor, batch: Batch, observed: tuple[Observed, ...]
     ) -> Tensor:
         """Attention of chunks; what each token receives is added up for those sequences that need it."""
         heads = self.kv.pages, table, lengths
         place = *heads, batch.prefill_slots, batch.prefill_query_start, self._scale
-        summed = [one for one in watched if one.column_sums and one.index >= batch.num_decodes]
+        summed = [one for one in observed if one.column_sums and one.index >= batch.num_decodes]
         queries = q if self._prefill_dtype is None else q.to(self._prefill_dtype)
         if not summed:
             out: Tensor = self._kernels.paged_prefill_attention(queries, *place)

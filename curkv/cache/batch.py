@@ -14,7 +14,7 @@ from curkv.cache.observations import Observations
 
 
 @dataclass(frozen=True, slots=True)
-class Watched:
+class Observed:
     """A sequence of a batch whose queries are observed, and where its tokens are.
 
     Attributes:
@@ -48,7 +48,7 @@ class Batch:
         query_start: int32 [B + 1], sequence b owns tokens query_start[b] to query_start[b + 1].
         num_decodes: the first `num_decodes` sequences have exactly one token and use decode attention.
         logit_rows: int64 [R], the tokens whose logits are wanted.
-        watched: sequences whose queries are observed, in their order.
+        observed: sequences whose queries are observed, in their order.
     """
 
     token_ids: Tensor
@@ -57,7 +57,7 @@ class Batch:
     query_start: Tensor
     num_decodes: int
     logit_rows: Tensor
-    watched: tuple[Watched, ...] = ()
+    observed: tuple[Observed, ...] = ()
 
     @classmethod
     def build(
@@ -102,8 +102,8 @@ class Batch:
             query_start=upload([0, *ends], torch.int32),
             num_decodes=sum(1 for _ in takewhile(lambda count: count == 1, counts)),
             logit_rows=upload(rows, torch.int64),
-            watched=tuple(
-                Watched(observed[slot], index, ends[index] - counts[index], ends[index], starts[index])
+            observed=tuple(
+                Observed(observed[slot], index, ends[index] - counts[index], ends[index], starts[index])
                 for index, slot in enumerate(slots)
                 if slot in observed
             )

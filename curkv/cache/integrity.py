@@ -11,7 +11,7 @@ from curkv.cache.page_pool import Ids
 
 
 class IntegrityError(RuntimeError):
-    """The cache's books do not agree with each other; the message says where."""
+    """The records of who owns which page contradict each other; the message says where."""
 
 
 def check_integrity(cache: PageManager) -> None:

@@ -29,7 +29,7 @@ class PageManager:
     """Which pages hold what: slots, page tables, lengths and reference counts of many sequences.
 
     A sequence is known by its slot, a row of the page table. `extend` makes room for new tokens, `evict`
-    keeps a chosen part of them, `trim` what windows reach. The books are kept on the host, for every head of
+    keeps a chosen part of them, `trim` what windows reach. Bookkeeping is done on the host, for every head of
     every sequence at once; kernels read the table and lengths on the cache's device (on a CPU the same
     memory), so that no step waits for a device to count pages.
 
@@ -37,7 +37,7 @@ class PageManager:
         layout: the cache's shape.
         kernels: the operations on pages.
         pool: the pages and their owners.
-        prefixes: what is held of prompts whose sequences may be gone.
+        prefixes: what is cached of prompts whose sequences may be gone.
         observed: by slot, what policies need to know of a sequence's queries.
         page_table: int32 [max_sequences, layers, heads, max_pages]; entries past a head's page count mean
             nothing.
@@ -60,7 +60,7 @@ class PageManager:
             num_pages: pages in the pool, see `curkv.cache.sizing.num_pages_for`.
             kernels: the operations on pages.
             device: where everything lies.
-            max_prefix_pages: most pages held for prefixes; 0: none are.
+            max_prefix_pages: most pages of cached prefixes; 0: none are.
         """
         heads = (layout.max_sequences, layout.num_layers, layout.num_kv_heads)
         self.layout = layout
@@ -232,7 +232,7 @@ class PageManager:
         """Starts a sequence that holds what a prefix holds; full pages are shared, others copied.
 
         Args:
-            prefix: held by `prefixes`.
+            prefix: one of `prefixes`.
             needs: what to observe of the queries that follow.
 
         Returns:
@@ -442,7 +442,7 @@ class PageManager:
 
     @property
     def _mirrored(self) -> bool:
-        """Whether the kernels read copies of the books; on a CPU they read the host's own memory."""
+        """Whether the kernels read copies of tables and lengths; on a CPU they read the host's own memory."""
         mirrored: bool = self.lengths.data_ptr() != self._lengths.ctypes.data
         return mirrored
 

@@ -23,7 +23,7 @@ class Prefix:
     Attributes:
         table: int32 [L, H, n], pages of each head.
         lengths: int32 [L, H], tokens of each head.
-        pages: int32 [pages], those of the table that are held.
+        pages: int32 [pages], those of the table that are cached.
         tokens: prompt tokens that it stands for, kept or not.
         evictions: how often its tokens have been evicted from.
     """
@@ -36,17 +36,17 @@ class Prefix:
 
 
 class PrefixCache:
-    """Pages held for prompts to come, by keys that stand for their tokens and all that has shaped them.
+    """Pages cached for prompts to come, by keys that stand for their tokens and all that has shaped them.
 
-    Plain prefixes are held in blocks: a page of every head, with the K and V of `page_size` tokens whose key
-    depends on all tokens before them. Of the block behind the last one that fits, a prompt gets those first
-    tokens that do. Compressed prefixes are held as a whole. A page that a sequence owns as well is held in
-    name only. What is held gives way, least recently used first, where sequences need pages and where it
-    exceeds its limit; a block is always dropped before those that it continues.
+    Plain prefixes are cached in blocks: a page of every head, with the K and V of `page_size` tokens whose
+    key depends on all tokens before them. Of the block behind the last one that fits, a prompt gets those
+    first tokens that do. Compressed prefixes are cached as a whole. A page that a sequence owns as well is
+    cached in name only. What is cached gives way, least recently used first, where sequences need pages and
+    where it exceeds its limit; a block is always dropped before those that it continues.
 
     Attributes:
-        max_pages: most pages held; 0: nothing is.
-        held_pages: pages held; one that two prefixes share counts for both.
+        max_pages: most pages cached; 0: nothing is.
+        held_pages: pages cached; one that two prefixes share counts for both.
     """
 
     def __init__(self, pool: PagePool, max_pages: int) -> None:
@@ -59,7 +59,7 @@ class PrefixCache:
 
     @property
     def all(self) -> list[Prefix]:
-        """Everything held, least recently used first."""
+        """Everything cached, least recently used first."""
         return list(self._entries.values())
 
     def find(self, key: Hashable) -> Prefix | None:
@@ -77,8 +77,8 @@ class PrefixCache:
             tokens: the prompt as far as it may be that of others; without it whole blocks are found.
 
         Returns:
-            The blocks held from the first one on, put together, and the first tokens of one more; None if not
-            even the first block is held. Its pages are those of whole blocks.
+            The blocks cached from the first one on, put together, and the first tokens of one more; None if
+            not even the first block is cached. Its pages are those of whole blocks.
         """
         found = [block for block in takewhile(lambda b: b is not None, map(self._entries.get, keys)) if block]
         for key in reversed(keys[: len(found)]):
@@ -96,7 +96,7 @@ class PrefixCache:
         )
 
     def _closest(self, key: Hashable, tokens: Sequence[int]) -> tuple[Hashable, int]:
-        """The block held behind one that begins with most of the tokens, and with how many."""
+        """The block cached behind one that begins with most of the tokens, and with how many."""
         wanted = np.asarray(tokens, dtype=np.int64)
         best: tuple[Hashable, int] = (None, 0)
         for block, held in self._following.get(key, {}).items():

@@ -1,4 +1,4 @@
-"""Prompts that begin alike: what is held of them, under which keys, and who may start from it."""
+"""Prompts that begin alike: what is cached of them, under which keys, and who may start from it."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from curkv.cache.prefixes import Prefix, block_keys, context_digest
 
 @dataclass(frozen=True)
 class ReuseKeys:
-    """Under what a prompt's prefixes are held, and how much of it is shared with others.
+    """Under what a prompt's prefixes are cached, and how much of it is shared with others.
 
     Attributes:
         blocks: of its blocks, in their order, see `curkv.cache.prefixes`.
-        context: of its compressed context; None if that is not to be held.
+        context: of its compressed context; None if that is not to be cached.
         context_tokens: first tokens of the prompt that the context is.
-        lent_tokens: first tokens whose K and V can be held for others.
-        borrowed_tokens: first tokens whose K and V can be those of others.
+        cacheable_tokens: first tokens whose K and V can be cached.
+        reusable_tokens: first tokens whose K and V can come from a cached prefix.
     """
 
     blocks: Sequence[Hashable] = ()
     context: Hashable | None = None
     context_tokens: int = 0
-    lent_tokens: int = 0
-    borrowed_tokens: int = 0
+    cacheable_tokens: int = 0
+    reusable_tokens: int = 0
 
 
 class PrefixReuse:
-    """Holds what sequences compute of their prompts, and finds it for those that come.
+    """Caches what sequences compute of their prompts, and finds it for those that come.
 
     Args:
         kv: the cache.
@@ -47,9 +47,9 @@ class PrefixReuse:
     ) -> ReuseKeys:
         """Gives a prompt its keys.
 
-        What is lent is all before the first eviction; but where attention is summed up, pages are written to
-        as long as their sequence runs, and a context that is held compressed is not held as a whole too. What
-        is not borrowed must hold the queries that the policy observes, and two tokens: a single one would be
+        Cacheable is all before the first eviction; but where attention is summed up, pages are written to
+        as long as their sequence runs, and a context that is cached compressed is not cached as a whole too. What
+        is not reused must hold the queries that the policy observes, and two tokens: a single one would be
         computed as a decode, which rounds differently.
 
         Args:
@@ -71,19 +71,19 @@ class PrefixReuse:
             blocks=block_keys(prompt, layout.page_size, salt),
             context=context,
             context_tokens=plan.context_tokens,
-            lent_tokens=0 if observed.column_sums or context is not None else unevicted,
-            borrowed_tokens=0 if observed.all_queries else max(0, unevicted - max(2, observed.queries)),
+            cacheable_tokens=0 if observed.column_sums or context is not None else unevicted,
+            reusable_tokens=0 if observed.all_queries else max(0, unevicted - max(2, observed.queries)),
         )
 
     def find(self, keys: ReuseKeys, prompt: Sequence[int], judged: bool = False) -> Prefix | None:
-        """What is held of a prompt: its compressed context, or blocks of it.
+        """The cached prefix of a prompt: its compressed context, or blocks of it.
 
         Args:
             keys: of the prompt.
             prompt: its token ids.
             judged: log-probabilities of its tokens are still wanted, so that all have to be computed.
         """
-        prefixes, most = self._kv.prefixes, 0 if judged else keys.borrowed_tokens
+        prefixes, most = self._kv.prefixes, 0 if judged else keys.reusable_tokens
         prefix = prefixes.find(keys.context) if keys.context is not None else None
         blocks = keys.blocks[: most // self._kv.layout.page_size]
         return prefix or prefixes.find_blocks(blocks, prompt[:most])
@@ -112,8 +112,8 @@ class PrefixReuse:
             computed: tokens computed with it.
         """
         size = self._kv.layout.page_size
-        if start < keys.lent_tokens and computed // size > start // size:
-            blocks = min(computed, keys.lent_tokens) // size
+        if start < keys.cacheable_tokens and computed // size > start // size:
+            blocks = min(computed, keys.cacheable_tokens) // size
             self._kv.keep_blocks(slot, keys.blocks[:blocks], prompt)
 
     def after_eviction(self, slot: int, keys: ReuseKeys, computed: int, evictions: int) -> None:

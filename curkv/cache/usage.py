@@ -14,7 +14,7 @@ class CacheUsage:
         page_size: tokens of a page.
         num_pages: pages in the pool.
         used_pages: pages that sequences own; a shared page counts once.
-        prefix_pages: pages held for prefixes, whether sequences use them or not.
+        prefix_pages: pages cached as prefixes, whether sequences use them or not.
         saved_pages: pages that more would be taken if every sequence and prefix had its own.
         empty_tokens: token slots of used pages that hold none, the cost of ragged last pages. Shared pages
             are always full, so that those of all heads together are exactly those of the pool.
@@ -40,7 +40,7 @@ class CacheUsage:
 
     @property
     def prefix_bytes(self) -> int:
-        """Bytes of the pages held for prefixes."""
+        """Bytes of the pages cached as prefixes."""
         return self.prefix_pages * self.page_bytes
 
     @property

@@ -35,9 +35,9 @@ from curkv.units import format_size
 logger = logging.getLogger(__name__)
 
 PREFIX_SHARE = 1 / 8
-"""Share of the cache that is held for repeated prompts by default.
+"""Share of the cache that prefixes of prompts may take by default.
 
-What is held gives way to running sequences, so it costs them nothing; but a page that is held is memory that
+What is cached gives way to running sequences, so it costs them nothing; but a cached page is memory that
 the process has touched and that an eviction does not free.
 """
 

@@ -83,7 +83,7 @@ class Engine:
         request, plan, matcher = planned.request, planned.eviction, planned.matcher
         sampling, prompt = request.sampling, request.prompt_token_ids
         seed = sampling.seed if sampling.seed is not None else secrets.randbits(64)
-        observed, judged = observed_of(plan, planned.candidates), sampling.prompt_logprobs is not None
+        observed, judged = observed_of(plan, planned.explain_plans), sampling.prompt_logprobs is not None
         keys = self._reuse.keys(prompt, plan, observed, request.cache_salt, judged)
         first, *others = [
             Sequence(
@@ -97,7 +97,7 @@ class Engine:
                     self.info.vocabulary, prompt, sampling.stop, sampling.skip_special_tokens
                 ),
                 matcher=matcher.deep_copy() if matcher is not None else None,
-                candidates=planned.candidates,
+                explain_plans=planned.explain_plans,
                 keys=keys,
             )
             for index in range(sampling.n)
@@ -174,7 +174,7 @@ class Engine:
             self._reuse.after_eviction(slot, sequence.keys, progress.computed, progress.evictions)
             if progress.computed == len(prompt):
                 progress.kept_tokens = self.kv.held_tokens(slot)
-                if sequence.plan.decode_budget_tokens is None and not sequence.candidates:
+                if sequence.plan.decode_budget_tokens is None and not sequence.explain_plans:
                     self.kv.stop_observing(slot)
         self.kv.trim([sequence.slot for sequence in schedule.sequences if sequence.slot >= 0])
 
@@ -248,7 +248,7 @@ class Engine:
         """Gives each sequence its next token, or its end if it was only to compute its prompt."""
         silent = [sequence for sequence, _ in ready if not sequence.max_tokens]
         for sequence in silent:
-            if not sequence.candidates:  # else it ends when they are explained
+            if not sequence.explain_plans:  # else it ends when they are explained
                 self._end_silently(sequence)
         if silent:
             ready = [(sequence, row) for sequence, row in ready if sequence.max_tokens]
@@ -270,9 +270,9 @@ class Engine:
         if sequence is None:
             return
         explanations = sequence.progress.explanations
-        plan, view = sequence.candidates[len(explanations)], self.runner.attention.view(sequence.slot)
+        plan, view = sequence.explain_plans[len(explanations)], self.runner.attention.view(sequence.slot)
         explanations.append(explain(view, plan, self.kv.kernels, self.kv.page_bytes))
-        if len(explanations) == len(sequence.candidates):
+        if len(explanations) == len(sequence.explain_plans):
             self._end_silently(sequence)
 
     def _end_silently(self, sequence: Sequence) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 LEAST_TOKENS = 16
-"""Of a chunk, however slow the machine is: a prefill always goes on."""
+"""Fewest tokens of a chunk, however slow the machine is: a prefill always goes on."""
 MARGIN = 0.85
 """Share of the target that a step is planned for; the rest is for what it costs beyond the estimate."""
 RECENT = 0.5

@@ -45,8 +45,8 @@ class Planner:
             raise InvalidRequest(f"is larger than max_tokens ({max_tokens})", "min_tokens")
         plan = self._resolve(request.eviction, request.prompt_token_ids)
         self._check_pool(plan, max_tokens)
-        candidates = tuple(self._resolve(options, request.prompt_token_ids) for options in request.explain)
-        return Planned(request, plan, candidates, self._matcher(sampling))
+        explain_plans = tuple(self._resolve(options, request.prompt_token_ids) for options in request.explain)
+        return Planned(request, plan, explain_plans, self._matcher(sampling))
 
     def _resolve(self, options: EvictionOptions, prompt: Sequence[int]) -> EvictionPlan:
         try:

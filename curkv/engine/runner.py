@@ -57,6 +57,6 @@ class Runner:
         kv = self.attention.kv
         kv.extend(slots, [len(new) for new in tokens])
         batch = Batch.build(slots, tokens, starts, wanted, kv.device, kv.observed)
-        if self.replay is not None and batch.only_decodes and not batch.watched:
+        if self.replay is not None and batch.only_decodes and not batch.observed:
             return self.replay.forward(batch)
         return self.model.forward(batch, self.attention)

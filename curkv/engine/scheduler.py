@@ -50,12 +50,12 @@ class Scheduler:
     later is what eviction leaves of it, so nothing is reserved for its prompt plus `max_tokens`. If pages run
     out all the same, the newest sequence is preempted and computed again later.
 
-    A new sequence starts from the longest prefix that is held of its prompt. While a running one computes the
+    A new sequence starts from the longest cached prefix of its prompt. While a running one computes the
     compressed context that it could start from, it waits, and others may overtake it.
 
     Args:
         kv: the cache.
-        reuse: finds what is held of prompts.
+        reuse: finds the cached prefixes of prompts.
         max_step_tokens: most tokens of one step.
         max_itl: seconds that a step with running decodes may take, see `Pace`.
     """

@@ -31,7 +31,7 @@ class Progress:
         evictions: rounds of eviction so far.
         decode_evictions: of these, while generating.
         prompt_logprobs: of its prompt, as far as it is computed.
-        explanations: of the candidates asked so far.
+        explanations: of the plans explained so far.
     """
 
     computed: int = 0
@@ -79,8 +79,8 @@ class Sequence:
         max_tokens: most tokens that it generates.
         detokenizer: turns its tokens into text and watches for stop strings.
         matcher: follows the structure of its output, if it has one.
-        candidates: plans to be explained after the prompt.
-        keys: under which prefixes of its prompt are held.
+        explain_plans: plans to be explained after the prompt.
+        keys: under which prefixes of its prompt are cached.
         slot: row of the page table, -1 while the sequence holds no memory.
         output: generated tokens.
         token_times: when each of them was sampled, `time.monotonic()`.
@@ -98,7 +98,7 @@ class Sequence:
     max_tokens: int
     detokenizer: Detokenizer
     matcher: LLMatcher | None = None
-    candidates: tuple[EvictionPlan, ...] = ()
+    explain_plans: tuple[EvictionPlan, ...] = ()
     keys: ReuseKeys = field(default_factory=ReuseKeys)
     slot: int = -1
     output: list[int] = field(default_factory=list)
@@ -146,7 +146,7 @@ class Sequence:
     @property
     def observed(self) -> Needs:
         """What has to be observed of its queries."""
-        return observed_of(self.plan, self.candidates)
+        return observed_of(self.plan, self.explain_plans)
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -185,7 +185,7 @@ class Sequence:
         self.slot, self.progress = -1, Progress()
 
 
-def observed_of(plan: EvictionPlan, candidates: tuple[EvictionPlan, ...]) -> Needs:
+def observed_of(plan: EvictionPlan, explain_plans: tuple[EvictionPlan, ...]) -> Needs:
     """What has to be observed of a sequence's queries for its plan and for those to be explained."""
-    needs = [NEEDS, *(candidate.needs for candidate in candidates)] if candidates else []
+    needs = [NEEDS, *(other.needs for other in explain_plans)] if explain_plans else []
     return reduce(or_, needs, plan.observed)

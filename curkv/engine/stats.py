@@ -115,10 +115,10 @@ class StepStats:
         finished: choices that ended in the step or were aborted since the previous one.
         sequences: the running sequences, in the order they were admitted.
         step_seconds: duration of the step.
-        prefix_bytes: bytes of the pages held for prefixes, whether sequences use them or not.
+        prefix_bytes: bytes of the pages cached as prefixes, whether sequences use them or not.
         prefix_saved_bytes: bytes that more would be taken if sequences and prefixes shared no pages.
-        prefix_queries: prompt tokens of the sequences that first ran in the step, if prefixes are held.
-        prefix_hits: of these, tokens that a prefix held.
+        prefix_queries: prompt tokens of the sequences that first ran in the step, if prefixes are cached.
+        prefix_hits: of these, tokens that a cached prefix had.
         started: ids of the requests that first ran in the step.
     """
 

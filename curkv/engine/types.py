@@ -139,13 +139,13 @@ class Planned:
     Attributes:
         request: the request.
         eviction: its eviction options, resolved for its prompt.
-        candidates: the options to be explained, resolved.
+        explain_plans: the options to be explained, resolved to plans.
         matcher: stands at the start of an output that follows its structure; None: the output is free.
     """
 
     request: Request
     eviction: EvictionPlan
-    candidates: tuple[EvictionPlan, ...] = ()
+    explain_plans: tuple[EvictionPlan, ...] = ()
     matcher: LLMatcher | None = None
 
 
@@ -205,7 +205,7 @@ class Output:
         stop_reason: the stop string or token id that ended the choice, if one did.
         problem: what of the request made the choice end in an error; None: the engine did.
         kv: eviction report, on the choice's last output.
-        cached_tokens: prompt tokens that were not computed, for they were held of an earlier prompt.
+        cached_tokens: prompt tokens that were not computed, for they were cached from an earlier prompt.
     """
 
     request_id: str

@@ -61,7 +61,7 @@ class Keys:
         return found if presented else None
 
     def salt(self, name: str, salt: str) -> str:
-        """Under which salt prefixes of a key's requests are held."""
+        """Under which salt prefixes of a key's requests are cached."""
         return f"{name}\x00{self._drops[name]}\x00{salt}" if self.several else salt
 
     def drop(self, name: str) -> None:

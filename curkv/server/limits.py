@@ -16,24 +16,24 @@ from curkv.engine.types import InvalidRequest
 
 MAX_PROMPTS = 1024
 MAX_CHOICES = 128
-"""Of one prompt."""
+"""Most choices of one prompt."""
 MAX_ALL_CHOICES = 1024
-"""Of all prompts of a request together."""
+"""Most choices of all prompts of a request together."""
 MAX_MESSAGES = 4096
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_TOKEN_IDS = 1024
-"""In `logit_bias` and in `stop_token_ids`; each is looked at in every step."""
+"""Most ids in `logit_bias` and in `stop_token_ids`; each is looked at in every step."""
 MAX_LOGPROBS = 20
 MAX_POLICIES = 16
-"""That one explanation compares."""
+"""Most policies that one explanation compares."""
 MAX_PROTECTED_SPANS = 1024
 MAX_OPTION_CHARACTERS = 32_768
-"""Of the text of an eviction option."""
+"""Longest text of an eviction option."""
 MAX_STRUCTURE_CHARACTERS = 100_000
-"""Of a schema or of an expression, and of all choices together."""
+"""Longest schema or expression, and the length of all choices together."""
 MAX_STRUCTURE_CHOICES = 1000
-"""Texts to choose from; llguidance follows at most 2,000 items side by side."""
+"""Most texts to choose from; llguidance follows at most 2,000 items side by side."""
 PRIORITY = "X-Priority"
 TIMEOUT = "X-Request-Timeout"
 

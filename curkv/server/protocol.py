@@ -205,7 +205,7 @@ class PromptTokensDetails(BaseModel):
     """Where the prompt's tokens came from.
 
     Attributes:
-        cached_tokens: those that were held of an earlier prompt and not computed.
+        cached_tokens: those that were cached from an earlier prompt and not computed.
     """
 
     cached_tokens: int

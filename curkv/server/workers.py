@@ -10,7 +10,10 @@ from typing import TypeVar
 T = TypeVar("T")
 
 NUM_THREADS = 2
-"""More would gain nothing while they hold the interpreter's lock, and take cores from steps while not."""
+"""Threads beside the event loop.
+
+More would gain nothing while they hold the interpreter's lock, and take cores from steps while not.
+"""
 
 _POOL = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="text")
 

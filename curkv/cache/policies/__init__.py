@@ -31,7 +31,7 @@ _POLICIES = {
     "random": ("random", "Random"),
 }
 KVPRESS_PREFIX = "kvpress:"
-"""Of the name of a press of the kvpress package."""
+"""What the name of a press of the kvpress package begins with."""
 
 
 def policy_names() -> tuple[str, ...]:

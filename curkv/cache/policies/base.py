@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels
 
 POOLING = Integer(1, 1023, odd=True)
-"""Sizes of a pooling."""
+"""The sizes that a pooling may have."""
 
 
 @dataclass(frozen=True)

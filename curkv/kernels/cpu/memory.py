@@ -55,7 +55,7 @@ KINDS: dict[torch.dtype, np.ndarray[Any, Any]] = {
 FLOAT32 = KINDS[torch.float32]
 INT8 = KINDS[torch.int8]
 BOOL, INT32, UINT32, INT64 = (np.empty(0, dtype) for dtype in (np.bool_, np.int32, np.uint32, np.int64))
-"""Of `array` alone."""
+"""Kinds that only `array` takes."""
 
 
 def address(tensor: torch.Tensor, dtype: torch.dtype) -> int:

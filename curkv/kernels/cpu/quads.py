@@ -42,7 +42,7 @@ _QUAD_LANES = 2 * LANES if FEATURES.get("avx512vnni") else LANES  # columns in a
 BYTES, NIBBLES, NIBBLES_BY_AVX2, NIBBLES_BY_ANY = range(4)
 """What the B of `quad_tile` is made of, and for which machines it multiplies."""
 OWN_NIBBLES = NIBBLES if MULTIPLIES_QUADS else NIBBLES_BY_AVX2 if FEATURES.get("avx2") else NIBBLES_BY_ANY
-"""The one for this machine."""
+"""What nibbles are multiplied as on this machine."""
 QUAD_BLOCK = 32
 """Values of a row of A in `quad_tile` that have a scale in common, and of a column of nibbles."""
 NIBBLE_BLOCK_BYTES = 16 * QUAD_BLOCK // 2 + 2 * 2 * 16

@@ -40,7 +40,7 @@ ENTRY = 16
 TAKEN, FINISHED = 8 * 3, 8 * 8
 """Bytes from a launch to its counters."""
 MOST_COUNTERS = 1 << 20
-"""Of one recording: a thousand sequences of Llama-3.1-8B need a quarter. Memory is taken as they are used."""
+"""Most counters of a recording: a thousand sequences of Llama-3.1-8B need a quarter; unused ones cost nothing."""
 SPINS = 2000
 """How often a thread looks whether the others have finished before it lets other processes run."""
 
@@ -128,7 +128,7 @@ def compile_worker(function: Callable[[int, int], None]) -> int:
 
 
 _compiled: dict[int, Any] = {}
-"""By address: what is forgotten would be freed."""
+"""Compiled functions by address: one that is forgotten would be freed."""
 _give_way: int = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
 
 
@@ -222,25 +222,25 @@ class Memory:
 
     def __init__(self) -> None:
         self._free: dict[int, list[Tensor]] = defaultdict(list)
-        self._lent: dict[int, Tensor] = {}
+        self._used: dict[int, Tensor] = {}
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor."""
         size = math.prod(shape) * dtype.itemsize
         room = max(64, 1 << (size - 1).bit_length())
         piece = self._free[room].pop() if self._free[room] else torch.empty(room, dtype=torch.int8)
-        self._lent[piece.data_ptr()] = piece
-        lent = piece.numpy()[:size]  # lives as long as the storage of the tensors over it
-        weakref.finalize(lent, self._take_back, piece).atexit = False
-        return torch.from_numpy(lent).view(dtype).view(shape)
+        self._used[piece.data_ptr()] = piece
+        buffer = piece.numpy()[:size]  # lives as long as the storage of the tensors over it
+        weakref.finalize(buffer, self._take_back, piece).atexit = False
+        return torch.from_numpy(buffer).view(dtype).view(shape)
 
     def unowned(self, tensor: Tensor) -> Tensor:
         """A tensor over the same memory that does not keep it from being given out again."""
-        piece = self._lent[tensor.data_ptr()]
+        piece = self._used[tensor.data_ptr()]
         return piece[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 
     def _take_back(self, piece: Tensor) -> None:
-        self._free[len(piece)].append(self._lent.pop(piece.data_ptr()))
+        self._free[len(piece)].append(self._used.pop(piece.data_ptr()))
 
 
 class Recording:

@@ -11,7 +11,7 @@ from torch import Tensor
 from curkv.kernels.formats.base import Array, KVFormat, VectorFormat
 
 LARGEST = 127
-"""Of the integers, so that the range is symmetric."""
+"""Largest of the integers; the least is its negative, so that the range is symmetric."""
 
 
 @dataclass(frozen=True)

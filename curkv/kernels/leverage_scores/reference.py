@@ -31,12 +31,14 @@ def leverage_scores(
     combined as they are. Scores sum to 1 per row in the end. Zero energies score 0.
 
     Args:
-        pages: The page pool. table: int32 [N, max_pages], pages of each row; a row is one (layer, KV head) of
-        a sequence. lengths: int32 [N], tokens of each row. normalization: "window" or "head". window: Tokens
-        per window, 16 in the released code. partial: Where the window lies that holds fewer than `window`
-        tokens: over a row's first tokens ("left", the
-            authors' padding) or last ones ("right", kvpress's); its tokens score too high by its smaller sum.
-            "corrected": last, its sum scaled by window / tokens in it.
+        pages: The page pool.
+        table: int32 [N, max_pages], pages of each row; a row is one (layer, KV head) of a sequence.
+        lengths: int32 [N], tokens of each row.
+        normalization: "window" or "head".
+        window: Tokens per window, 16 in the released code.
+        partial: Where the window lies that holds fewer than `window` tokens: over a row's first tokens
+            ("left", the authors' padding) or last ones ("right", kvpress's); its tokens score too high by its
+            smaller sum. "corrected": last, its sum scaled by window / tokens in it.
         combine: "product", "mean", "key" or "value".
         sketch: float32 [head_dim, rank], the matrix G; None uses the plain norms.
 

@@ -54,9 +54,9 @@ BLOCK_DEPTH = 576
 AHEAD = 2048
 """Bytes by which a panel is prefetched."""
 LARGEST = (2**31 - 1) // (127 * BLOCK_DEPTH)
-"""Of the integers that stand for x: a block of products with weights up to 127 fits an int32."""
+"""Largest of the integers that stand for x: a block of products with weights up to 127 fits an int32."""
 PARTS_PER_THREAD = 4
-"""Into how many parts a product is cut, so that a thread that the machine runs slower does fewer."""
+"""Parts of a product per thread, so that a thread that the machine runs slower does fewer."""
 PACKED_ROWS = 64 * PANEL
 """Rows quantised at a time, so that loading needs little memory."""
 

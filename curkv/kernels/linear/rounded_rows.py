@@ -26,7 +26,7 @@ PART_SIZE = 1 << 13
 SMALLEST = np.float32(1e-30)
 """Blocks whose largest value is below are taken for zeros."""
 QUAD_UNIT = 1 << 14
-"""By which the scales of rows for bytes are divided; those of such weights are multiplied with it."""
+"""What scales of rows for bytes are divided by, and those of such weights multiplied with."""
 _READ, _NORMALISE, _GATE = range(3)
 
 

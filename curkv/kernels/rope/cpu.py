@@ -24,7 +24,7 @@ from curkv.kernels.cpu.memory import (
 from curkv.kernels.cpu.workers import compile_worker, launch, read_arguments
 
 TOKENS_AT_ONCE = 16
-"""That a thread takes; fewer tokens are not worth a second thread."""
+"""Tokens that a thread takes; fewer are not worth a second thread."""
 
 
 def rope(q: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:

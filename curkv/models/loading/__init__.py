@@ -19,10 +19,10 @@ from curkv.models.loading.gguf import convert_gguf
 from curkv.models.loading.json_file import read_json
 
 PROVENANCE = "pruning.json"
-"""Written by `curkv prune` beside the weights."""
+"""The file that `curkv prune` writes beside the weights."""
 
 _CONVERSION = 2
-"""Raise it when what is made of GGUF files changes, so that old conversions are not reused."""
+"""Version of what is made of GGUF files; raise it when that changes, so that old ones are not reused."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.jinja"]
 _HUB_IGNORED = ["consolidated*", "original/*", "onnx/*"]  # other copies of the same weights

@@ -20,7 +20,7 @@ WARM_UP = 10
 """Steps until the learning rate is reached; from there it falls linearly to nothing."""
 BETAS = (0.9, 0.95)
 MAX_NORM = 1.0
-"""Of the gradient; a longer one is shortened to it."""
+"""Largest norm of the gradient; a longer one is shortened to it."""
 BATCH = 4
 """Texts of a step."""
 

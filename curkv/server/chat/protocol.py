@@ -33,7 +33,7 @@ from curkv.server.limits import MAX_LOGPROBS, MAX_MESSAGES
 from curkv.server.protocol import GenerationFields, Text, Usage
 
 PART_SEPARATOR = "\n"
-"""Between the text parts of a message, as in vLLM."""
+"""What stands between the text parts of a message, as in vLLM."""
 
 FinishReason = Literal["stop", "length", "tool_calls", "function_call"]
 

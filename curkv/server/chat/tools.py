@@ -16,7 +16,7 @@ from curkv.models.tools.thinking import ThinkingParser
 from curkv.server.limits import MAX_STRUCTURE_CHARACTERS
 
 MAX_TOOLS = 128
-"""As in OpenAI's API."""
+"""Most tools of a request, as in OpenAI's API."""
 
 _STRICT = ConfigDict(strict=True)
 

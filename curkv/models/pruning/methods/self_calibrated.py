@@ -23,10 +23,10 @@ BATCH = 4
 HELD_BYTES = 1 << 30
 """Weight files up to this size are read once for writing text, larger ones for each token."""
 SCORE_DAMPING = 1e-2
-"""Of the second moments by which rows are chosen, as a share of their mean."""
+"""What is added to the second moments by which rows are chosen, as a share of their mean."""
 
 DAMPINGS = (0.1, 0.3, 1.0, 3.0, 10.0)
-"""Tried for the refit that aims at the dense model's residual stream."""
+"""The dampings that are tried for the refit that aims at the dense model's residual stream."""
 
 HELD_OUT = 0.2
 """Share of the sequences on which the damping is chosen; the others decide about the rest."""
