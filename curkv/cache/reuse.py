@@ -47,10 +47,10 @@ class PrefixReuse:
     ) -> ReuseKeys:
         """Gives a prompt its keys.
 
-        Cacheable is all before the first eviction; but where attention is summed up, pages are written to
-        as long as their sequence runs, and a context that is cached compressed is not cached as a whole too. What
-        is not reused must hold the queries that the policy observes, and two tokens: a single one would be
-        computed as a decode, which rounds differently.
+        Cacheable is all before the first eviction; but where attention is summed up, pages are written to as
+        long as their sequence runs, and a context that is cached compressed is not cached as a whole too.
+        What is not reused must hold the queries that the policy observes, and two tokens: a single one would
+        be computed as a decode, which rounds differently.
 
         Args:
             prompt: its token ids.

@@ -40,7 +40,7 @@ ENTRY = 16
 TAKEN, FINISHED = 8 * 3, 8 * 8
 """Bytes from a launch to its counters."""
 MOST_COUNTERS = 1 << 20
-"""Most counters of a recording: a thousand sequences of Llama-3.1-8B need a quarter; unused ones cost nothing."""
+"""Most counters of a recording: 1,000 sequences of Llama-3.1-8B need a quarter; unused ones cost nothing."""
 SPINS = 2000
 """How often a thread looks whether the others have finished before it lets other processes run."""
 
