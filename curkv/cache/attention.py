@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -18,7 +18,7 @@ class PagedAttention:
 
     Attributes:
         kv: which pages hold what.
-        rope: cos and sin, float32 [positions, head_dim / 2] each.
+        rope: by layer of the model, cos and sin, float32 [positions, head_dim / 2] each.
         output_projection: gives a layer's W_o, float32 [query heads, head_dim, hidden], to policies that
             weigh values by what they add to the output; None: there are none.
     """
@@ -26,7 +26,7 @@ class PagedAttention:
     def __init__(
         self,
         kv: PageManager,
-        rope: tuple[Tensor, Tensor],
+        rope: Sequence[tuple[Tensor, Tensor]],
         output_projection: Callable[[int], Tensor] | None = None,
         prefill_dtype: torch.dtype | None = None,
     ) -> None:
@@ -34,13 +34,15 @@ class PagedAttention:
 
         Args:
             kv: the cache.
-            rope: cos and sin, float32 [positions, head_dim / 2] each.
+            rope: by layer of the model, cos and sin, float32 [positions, head_dim / 2] each; layers may share
+                them.
             output_projection: gives a layer's W_o, by the index of the layer in the model.
             prefill_dtype: what queries are rounded to before chunks attend; None: not at all.
         """
         layout = kv.layout
         self.kv = kv
-        self.rope = rope[0].to(kv.device), rope[1].to(kv.device)
+        moved = {id(table): table.to(kv.device) for pair in rope for table in pair}
+        self.rope = tuple((moved[id(cos)], moved[id(sin)]) for cos, sin in rope)
         self.output_projection = output_projection
         self._kernels = kv.kernels
         self._scale = layout.head_dim**-0.5
@@ -68,7 +70,7 @@ class PagedAttention:
             phase,
             round,
             observations=kv.observed.get(slot),
-            rope=self.rope,
+            rope=tuple(self.rope[layout.cached_layers[row]] for row in layout.full_rows),
             output_projection=None if projection is None else self._projection,
         )
 
@@ -94,13 +96,13 @@ class PagedAttention:
         table, lengths = self.kv.page_table[:, row], self.kv.lengths[:, row]
         for one in observed:
             one.observations.see_unrotated(self._evicted[row], q[one.start : one.end], one.position)
-        cos, sin = self.rope
+        cos, sin = self.rope[layer]
         self._kernels.rope(q, cos, sin, batch.positions)
         self._kernels.store_kv(
             self.kv.pages, k, v, cos, sin, batch.positions, table, lengths, batch.slots, batch.query_start
         )
         for one in observed:
-            self._observe(self._evicted[row], one, q, k, batch)
+            self._observe(self._evicted[row], one, q, k, batch, (cos, sin))
         parts = []
         if decodes:
             parts.append(self._decode(q[:decodes], table, lengths, batch, observed))
@@ -114,11 +116,13 @@ class PagedAttention:
         layout = self.kv.layout
         return self.output_projection(layout.cached_layers[layout.full_rows[index]])
 
-    def _observe(self, index: int, one: Observed, q: Tensor, k: Tensor, batch: Batch) -> None:
+    def _observe(
+        self, index: int, one: Observed, q: Tensor, k: Tensor, batch: Batch, rope: tuple[Tensor, Tensor]
+    ) -> None:
         rows, keys = slice(one.start, one.end), None
         if one.observations.needs.block:
             keys = k[rows].clone()
-            self._kernels.rope(keys, *self.rope, batch.positions[rows])
+            self._kernels.rope(keys, *rope, batch.positions[rows])
         one.observations.see_rotated(index, q[rows], keys, one.position)
 
     def _decode(

@@ -55,11 +55,12 @@ def build_engine(options: EngineOptions) -> Engine:
         set_num_threads(options.threads)
     directory = resolve_model(options.model)
     config = load_config(directory)
+    max_model_len = _max_model_len(options.max_model_len, config)
+    rope = rope_tables(config, max_model_len)
     device = choose_device(options.device)
     kernels = get_kernels(options.kernels, device.torch)
     form = device.weight_format(options.weights)
     model = Decoder(config, Checkpoint(directory, config, form.dtype, device.torch), kernels, form)
-    max_model_len = _max_model_len(options.max_model_len, config)
     layout = CacheLayout(
         layers=full_attention(config.num_layers, config.num_kv_heads),
         head_dim=config.head_dim,
@@ -70,7 +71,6 @@ def build_engine(options: EngineOptions) -> Engine:
         max_step_tokens=options.max_step_tokens,
     )
     num_bytes = options.kv_cache_memory if options.kv_cache_memory is not None else device.cache_bytes
-    rope = rope_tables(config, max_model_len)
     prefix_bytes = options.prefix_cache_memory
     if prefix_bytes is None:
         prefix_bytes = int(num_bytes * PREFIX_SHARE)

@@ -24,22 +24,24 @@ class AttentionWeights:
     """Weights of an attention block, [out, in] like torch's Linear.
 
     Attributes:
-        norm: [hidden], of what goes in.
+        norm: [hidden], of what goes in, or None: that goes in as it is.
         qkv: [q_size + 2 kv_size, hidden]: query, key and value projections, one below the other.
         o: [hidden, q_size].
         qkv_bias: [q_size + 2 kv_size] or None.
         o_bias: [hidden] or None.
-        q_norm: [head_dim], of each head's query, or None.
-        k_norm: [head_dim], of each head's key, or None.
+        q_norm: [head_dim], of each head's query, [q_size], of those of all heads together, or None.
+        k_norm: [head_dim] or [kv_size], of keys, or None.
+        post_norm: [hidden], of what comes out, or None.
     """
 
-    norm: Tensor
+    norm: Tensor | None
     qkv: Tensor
     o: Tensor
     qkv_bias: Tensor | None = None
     o_bias: Tensor | None = None
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
+    post_norm: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +49,20 @@ class MlpWeights:
     """Weights of a gated MLP, [out, in] like torch's Linear.
 
     Attributes:
-        norm: [hidden], of what goes in.
+        norm: [hidden], of what goes in, or None: that goes in as it is.
         gate_up: [2 intermediate, hidden]: gate above up.
         down: [hidden, intermediate].
         gate_up_bias: [2 intermediate] or None.
         down_bias: [hidden] or None.
+        post_norm: [hidden], of what comes out, or None.
     """
 
-    norm: Tensor
+    norm: Tensor | None
     gate_up: Tensor
     down: Tensor
     gate_up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+    post_norm: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,20 +118,51 @@ class Packer:
         return weight
 
 
+class Entry:
+    """The way from the residual stream into a block: sum, norm if there is one, first linear layer."""
+
+    def __init__(
+        self, kind: str, weight: Tensor, bias: Tensor | None, norm: Tensor | None, eps: float, pack: Packer
+    ):
+        self._linear, self._eps, self._normed = pack.linear(kind, weight, bias), eps, norm is not None
+        self._norm = weight.new_ones(weight.shape[1]) if norm is None else pack.keep("norm", norm)
+        self._rms_norm = pack.kernels.rms_norm
+
+    def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Returns the product, [T, N], and the sum of x and the residual, [T, hidden]."""
+        if self._normed:
+            return self._linear.after_rms_norm(x, self._norm, self._eps, residual)
+        if residual is not None:
+            _, x = self._rms_norm(x, self._norm, self._eps, residual)  # for its sum, which can be recorded
+        return self._linear(x), x
+
+
+class Exit:
+    """The norm of what a block adds to the residual stream, if there is one."""
+
+    def __init__(self, norm: Tensor | None, eps: float, pack: Packer):
+        self._norm = None if norm is None else pack.keep("norm", norm)
+        self._eps, self._rms_norm = eps, pack.kernels.rms_norm
+
+    def __call__(self, out: Tensor) -> Tensor:
+        """[T, hidden] from [T, hidden]."""
+        return out if self._norm is None else self._rms_norm(out, self._norm, self._eps)
+
+
 class Attention:
-    """Self-attention: norm, fused projections, norms of heads, the cache, output projection."""
+    """Self-attention: norm, fused projections, norms of heads, the cache, output projection, norm."""
 
     def __init__(self, config: ModelConfig, layer: int, weights: AttentionWeights, pack: Packer):
-        self._layer = layer
+        eps = config.rms_norm_eps
+        self._layer, self._head_dim, self._eps = layer, config.head_dim, eps
         self._heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
-        self._head_dim, self._eps = config.head_dim, config.rms_norm_eps
         self._rms_norm = pack.kernels.rms_norm
-        self._norm = pack.keep("norm", weights.norm)
-        self._qkv = pack.linear("attention", weights.qkv, weights.qkv_bias)
+        self._qkv = Entry("attention", weights.qkv, weights.qkv_bias, weights.norm, eps, pack)
         self._head_norms: tuple[Tensor, Tensor] | None = None
         if weights.q_norm is not None and weights.k_norm is not None:
             self._head_norms = pack.keep("norm", weights.q_norm), pack.keep("norm", weights.k_norm)
         self._o = pack.linear("attention", weights.o, weights.o_bias)
+        self._exit = Exit(weights.post_norm, eps, pack)
 
     def __call__(
         self, x: Tensor, residual: Tensor | None, cache: CacheAttention, batch: Any
@@ -143,33 +178,34 @@ class Attention:
         Returns:
             [T, hidden], to be added to the other: the sum of x and the residual.
         """
-        qkv, residual = self._qkv.after_rms_norm(x, self._norm, self._eps, residual)
+        qkv, residual = self._qkv(x, residual)
         q, k, v = torch.split(qkv.view(len(qkv), -1, self._head_dim), self._heads, dim=1)
         if self._head_norms is not None:
-            q, k = (
-                self._rms_norm(heads, norm, self._eps)
-                for heads, norm in zip((q, k), self._head_norms, strict=True)
-            )
-        return self._o(cache.attend(self._layer, q, k, v, batch).flatten(1)), residual
+            q, k = (self._normed(q, self._head_norms[0]), self._normed(k, self._head_norms[1]))
+        return self._exit(self._o(cache.attend(self._layer, q, k, v, batch).flatten(1))), residual
+
+    def _normed(self, heads: Tensor, norm: Tensor) -> Tensor:
+        """Normalises [T, heads, head_dim] in groups as wide as the norm: one head, or all of a token."""
+        return self._rms_norm(heads.view(len(heads), -1, len(norm)), norm, self._eps).view(heads.shape)
 
 
 class Mlp:
-    """The gated MLP: norm, gate and up projections, silu(gate) * up, down projection."""
+    """The gated MLP: norm, gate and up projections, silu(gate) * up, down projection, norm."""
 
     def __init__(self, config: ModelConfig, weights: MlpWeights, pack: Packer):
-        self._eps = config.rms_norm_eps
-        self._norm = pack.keep("norm", weights.norm)
-        self._gate_up = pack.linear("mlp", weights.gate_up, weights.gate_up_bias)
+        eps = config.rms_norm_eps
+        self._gate_up = Entry("mlp", weights.gate_up, weights.gate_up_bias, weights.norm, eps, pack)
         self._down = pack.linear("mlp", weights.down, weights.down_bias)
+        self._exit = Exit(weights.post_norm, eps, pack)
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """Runs the block; see `Attention.__call__`."""
         gate_up, residual = self.gate_up(x, residual)
-        return self._down.after_silu_mul(gate_up), residual
+        return self._exit(self._down.after_silu_mul(gate_up)), residual
 
     def gate_up(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """Returns gate beside up, [T, 2 intermediate], and the sum of x and the residual."""
-        return self._gate_up.after_rms_norm(x, self._norm, self._eps, residual)
+        return self._gate_up(x, residual)
 
 
 class Head:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from curkv.models.config import ModelConfig
+from curkv.models.rope import RopeTables
 
 
 class DenseCache:
@@ -40,13 +41,13 @@ class DenseAttention:
     Computed by torch, and differentiable.
 
     Args:
-        rope: Cosines and sines of all positions, see `rope_tables`.
+        rope: Cosines and sines of all positions by layer, see `rope_tables`.
         sequences: B, among which the tokens that come are divided equally, one sequence after another.
         cache: What came before; without one nothing did, and nothing is kept.
     """
 
-    def __init__(self, rope: tuple[Tensor, Tensor], sequences: int = 1, cache: DenseCache | None = None):
-        self._cos, self._sin = rope
+    def __init__(self, rope: RopeTables, sequences: int = 1, cache: DenseCache | None = None):
+        self._rope = rope
         self._sequences = sequences
         self._cache = cache
 
@@ -54,15 +55,15 @@ class DenseAttention:
         """Attends; see `blocks.CacheAttention.attend`. `batch` is not read."""
         q, k, v = (x.view(self._sequences, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
         start = self._cache.length if self._cache else 0
-        q, k = self._rotate(q, start), self._rotate(k, start)
+        q, k = self._rotate(layer, q, start), self._rotate(layer, k, start)
         if self._cache:
             k, v = self._cache.append(layer, k, v)
         return _attend(q, k, v).transpose(1, 2).flatten(0, 1)
 
-    def _rotate(self, heads: Tensor, start: int) -> Tensor:
+    def _rotate(self, layer: int, heads: Tensor, start: int) -> Tensor:
         """Applies RoPE to [B, heads, T, head_dim], whose first token has position `start`."""
         end = start + heads.shape[2]
-        cos, sin = self._cos[start:end], self._sin[start:end]
+        cos, sin = (table[start:end] for table in self._rope[layer])
         low, high = heads.chunk(2, dim=-1)
         return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
     from curkv.models.config import ModelConfig
+
+RopeTables = tuple[tuple[Tensor, Tensor], ...]
+"""By layer: cosines and sines, float32 [positions, head_dim / 2]; layers that rotate alike share them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +26,10 @@ class LinearScaling:
     """
 
     factor: float
+    amplitude: ClassVar[float] = 1.0
 
-    def scale(self, frequencies: Tensor) -> Tensor:
-        """Returns the scaled frequencies."""
+    def scale(self, frequencies: Tensor, max_positions: int) -> Tensor:
+        """Returns the scaled frequencies for texts of up to `max_positions`."""
         return frequencies / self.factor
 
 
@@ -43,8 +48,9 @@ class Llama3Scaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_positions: int
+    amplitude: ClassVar[float] = 1.0
 
-    def scale(self, frequencies: Tensor) -> Tensor:
+    def scale(self, frequencies: Tensor, max_positions: int) -> Tensor:
         """Divides low frequencies by the factor, keeps high ones, and blends linearly between the two."""
         low, high = self.low_freq_factor, self.high_freq_factor
         waves = self.original_max_positions * frequencies / (2 * math.pi)
@@ -52,23 +58,118 @@ class Llama3Scaling:
         return (1 - blend) * frequencies / self.factor + blend * frequencies
 
 
-RopeScaling = LinearScaling | Llama3Scaling
+@dataclass(frozen=True, slots=True)
+class YarnScaling:
+    """YaRN (https://arxiv.org/abs/2309.00071, section 3; transformers' `_compute_yarn_parameters`).
+
+    Attributes:
+        factor: Divides the frequencies that turn less than `beta_slow` times in the original context.
+        theta: Base of the frequencies.
+        original_max_positions: Context length of the pretraining, in tokens.
+        amplitude: Multiplies cosines and sines.
+        beta_fast: Turns in the original context from which on frequencies are left alone.
+        beta_slow: See `factor`; between the two, indices of frequencies are blended linearly.
+        truncate: The ends of that band are whole indices.
+    """
+
+    factor: float
+    theta: float
+    original_max_positions: int
+    amplitude: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+    def scale(self, frequencies: Tensor, max_positions: int) -> Tensor:
+        """Divides low frequencies by the factor, keeps high ones, and blends linearly between the two."""
+        count = len(frequencies)
+        low, high = self._index(self.beta_fast, count), self._index(self.beta_slow, count)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, 2 * count - 1)
+        band = high - low if high != low else 0.001
+        scaled = ((torch.arange(count, dtype=torch.float32) - low) / band).clamp(0, 1)
+        return frequencies / self.factor * scaled + frequencies * (1 - scaled)
+
+    def _index(self, turns: float, count: int) -> float:
+        """Index of the frequency, of so many, that turns so often in the original context."""
+        return count * math.log(self.original_max_positions / (turns * 2 * math.pi)) / math.log(self.theta)
 
 
-def rope_tables(config: ModelConfig, max_positions: int | None = None) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, slots=True)
+class LongRope:
+    """LongRoPE (https://arxiv.org/abs/2402.13753; transformers' `_compute_longrope_parameters`).
+
+    Which factors count depends on the longest text that is served, so that what lies in a cache stays valid.
+
+    Attributes:
+        short: Divide the frequencies if no text is longer than the original context; one for each.
+        long: Divide them otherwise.
+        original_max_positions: Context length of the pretraining, in tokens.
+        amplitude: Multiplies cosines and sines.
+    """
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    original_max_positions: int
+    amplitude: float
+
+    def scale(self, frequencies: Tensor, max_positions: int) -> Tensor:
+        """Divides each frequency by its factor."""
+        factors = self.long if max_positions > self.original_max_positions else self.short
+        return frequencies / torch.tensor(factors, dtype=torch.float32)
+
+
+RopeScaling = LinearScaling | Llama3Scaling | YarnScaling | LongRope
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """A way to rotate queries and keys.
+
+    Attributes:
+        theta: Base of the frequencies.
+        scaling: Of those, or None.
+    """
+
+    theta: float
+    scaling: RopeScaling | None = None
+
+
+def rope_tables(config: ModelConfig, max_positions: int | None = None) -> RopeTables:
     """Returns the cosines and sines of every position, computed in float32 as transformers does.
+
+    Channels of a head that are not rotated, or all of a layer that rotates nothing, have cosine 1 and sine 0.
 
     Args:
         config: The model.
-        max_positions: Rows wanted, `config.max_positions` unless told.
+        max_positions: Rows wanted, at least as many as the longest text has tokens; `config.max_positions`
+            unless told.
 
-    Returns:
-        cos, sin: float32 [max_positions, head_dim / 2].
+    Raises:
+        UnsupportedModel: A layer attends to fewer tokens than that.
     """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents
-    if config.rope_scaling is not None:
-        frequencies = config.rope_scaling.scale(frequencies)
-    positions = torch.arange(max_positions or config.max_positions, dtype=torch.float32)
+    max_positions = max_positions or config.max_positions
+    config.check_windows(max_positions)
+    ropes = [config.layer(index).rope for index in range(config.num_layers)]
+    tables = {rope: _tables(rope, config, max_positions) for rope in dict.fromkeys(ropes)}
+    return tuple(tables[rope] for rope in ropes)
+
+
+def _tables(rope: Rope | None, config: ModelConfig, max_positions: int) -> tuple[Tensor, Tensor]:
+    if rope is None:
+        cos = torch.ones(max_positions, config.head_dim // 2)
+        return cos, torch.zeros_like(cos)
+    exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32) / config.rotary_dim
+    frequencies, amplitude = 1.0 / rope.theta**exponents, 1.0
+    if rope.scaling is not None:
+        frequencies, amplitude = rope.scaling.scale(frequencies, max_positions), rope.scaling.amplitude
+    positions = torch.arange(max_positions, dtype=torch.float32)
     angles = torch.outer(positions, frequencies)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    if amplitude != 1.0:
+        cos, sin = cos * amplitude, sin * amplitude
+    unrotated = (config.head_dim - config.rotary_dim) // 2
+    if unrotated:
+        cos, sin = (F.pad(table, (0, unrotated), value=rest) for table, rest in ((cos, 1.0), (sin, 0.0)))
+    return cos, sin

@@ -95,7 +95,9 @@ def observe(layers: list[Layer], layout: CacheLayout, n: int) -> CacheView:
     angles = torch.arange(4096)[:, None] * frequencies
     cache = PageManager(layout, layout.sequence_pages(n), KERNELS)
     weights = [layer.module.o_proj.weight.T.reshape(9, 64, -1) for layer in layers]
-    attention = PagedAttention(cache, (angles.cos(), angles.sin()), weights.__getitem__)
+    attention = PagedAttention(
+        cache, [(angles.cos(), angles.sin())] * len(cache.layout.layers), weights.__getitem__
+    )
     slot = cache.add_sequence(Needs(queries=64, column_sums=True, query_statistics=True, block=256))
     for start in range(0, n, CHUNK):
         count = min(CHUNK, n - start)

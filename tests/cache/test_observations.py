@@ -19,6 +19,7 @@ from tests.kernels.util import rope_tables
 
 LAYERS, HEADS, GROUP, DIM, N = 2, 2, 3, 16, 70
 TABLES = rope_tables(DIM, 256)
+ROPE = [TABLES, TABLES]
 EVERYTHING = Needs(queries=12, column_sums=True, query_statistics=True, block=16)
 
 
@@ -49,7 +50,7 @@ def feed(
         [start for start, _ in slots.values()],
         observed=cache.observed,
     )
-    attention = PagedAttention(cache, TABLES)
+    attention = PagedAttention(cache, ROPE)
     for layer, parts in enumerate(tokens):
         attention.attend(
             layer, *(torch.cat([part[start:end] for start, end in slots.values()]) for part in parts), batch
@@ -77,7 +78,7 @@ def test_everything_is_gathered_whatever_the_chunks(chunks):
     for chunk in chunks:
         feed(cache, {slot: (start, start + chunk)}, tokens)
         start += chunk
-    view = PagedAttention(cache, TABLES).view(slot)
+    view = PagedAttention(cache, ROPE).view(slot)
     queries = view.queries(12).view(LAYERS, HEADS, 12, GROUP, DIM)
     for layer, (q, k, _) in enumerate(tokens):
         wanted = rotated(q)[-12:].view(12, HEADS, GROUP, DIM).transpose(0, 1)
@@ -105,10 +106,10 @@ def test_only_those_who_ask_are_observed_in_mixed_batches():
     feed(cache, {summed: (30, 31), plain: (20, 21)}, tokens)
     feed(cache, {plain: (21, 22), summed: (31, 40)}, tokens)
     for layer, (q, k, _) in enumerate(tokens):
-        sums = PagedAttention(cache, TABLES).view(summed).gather(cache.pages.attention, -1.0)[layer]
+        sums = PagedAttention(cache, ROPE).view(summed).gather(cache.pages.attention, -1.0)[layer]
         torch.testing.assert_close(sums, expected_sums(q, k, 40), rtol=1e-4, atol=1e-5)
-    assert PagedAttention(cache, TABLES).view(plain).gather(cache.pages.attention, 0.0).eq(0).all()
-    assert PagedAttention(cache, TABLES).view(plain).observations is None
+    assert PagedAttention(cache, ROPE).view(plain).gather(cache.pages.attention, 0.0).eq(0).all()
+    assert PagedAttention(cache, ROPE).view(plain).observations is None
 
 
 def test_forks_go_on_apart_and_leave_nothing_behind():
@@ -121,14 +122,13 @@ def test_forks_go_on_apart_and_leave_nothing_behind():
     check_integrity(cache)
     for layer, (q, k, _) in enumerate(tokens):
         for owner, count in ((slot, 40), (fork, 41)):
-            view = PagedAttention(cache, TABLES).view(owner)
+            view = PagedAttention(cache, ROPE).view(owner)
             sums = view.gather(cache.pages.attention, -1.0)[layer]
             torch.testing.assert_close(sums, expected_sums(q, k, count), rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(view.observations.queries[layer], rotated(q[:count])[-12:])
-    assert PagedAttention(cache, TABLES).view(blind).observations is None
+    assert PagedAttention(cache, ROPE).view(blind).observations is None
     for owner in (slot, fork, blind):
         cache.free(owner)
     assert (
-        cache.used_pages == 0
-        and PagedAttention(cache, TABLES).view(cache.add_sequence()).observations is None
+        cache.used_pages == 0 and PagedAttention(cache, ROPE).view(cache.add_sequence()).observations is None
     )

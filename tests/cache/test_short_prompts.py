@@ -48,7 +48,9 @@ class Sequence:
         self.kv.kernels = get_kernels("reference")
         angles = torch.arange(128)[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.01])
         weights = torch.randn(LAYERS, HEADS * GROUP, DIM, 16, generator=torch.Generator().manual_seed(1))
-        self.attention = PagedAttention(self.kv, (angles.cos(), angles.sin()), weights.__getitem__)
+        self.attention = PagedAttention(
+            self.kv, [(angles.cos(), angles.sin())] * len(self.kv.layout.layers), weights.__getitem__
+        )
         needs = [NEEDS, *(candidate.needs for candidate in candidates)] if candidates else []
         self.slot = self.kv.add_sequence(reduce(or_, needs, plan.observed))
         self.generator = torch.Generator().manual_seed(0)

@@ -55,9 +55,10 @@ def make_cache(
 
 
 def attention_over(cache: PageManager, rope: tuple[Tensor, Tensor] | None = None) -> PagedAttention:
-    """Attention over a cache; by default RoPE turns nothing."""
+    """Attention over a cache whose layers rotate alike; by default RoPE turns nothing."""
     half = cache.layout.head_dim // 2
-    return PagedAttention(cache, rope or (torch.ones(256, half), torch.zeros(256, half)))
+    tables = rope or (torch.ones(256, half), torch.zeros(256, half))
+    return PagedAttention(cache, [tables] * len(cache.layout.layers))
 
 
 def view_of(cache: PageManager, slot: int, **more: Any) -> CacheView:

@@ -106,7 +106,7 @@ def test_an_engine_that_records_gives_the_same_tokens(loaded: Loaded) -> None:
 def test_what_cannot_be_recorded_is_run_kernel_by_kernel(caplog: pytest.LogCaptureFixture) -> None:
     layout = CacheLayout(full_attention(1, 1), 8, 16, get_format("float32"), 4, 64)
     kv = PageManager(layout, 8, get_kernels("cpu"))
-    attention = PagedAttention(kv, (torch.ones(64, 4), torch.zeros(64, 4)))
+    attention = PagedAttention(kv, [(torch.ones(64, 4), torch.zeros(64, 4))] * len(kv.layout.layers))
     computed = SimpleNamespace(forward=lambda batch, _: batch.token_ids[:, None].float() + 1)
     decodes = Replay(computed, attention, RecordedLaunches())  # type: ignore[arg-type]
     with caplog.at_level(logging.WARNING):

@@ -35,12 +35,12 @@ class DenseAttention:
     """Causal attention over keys and values kept in lists, one per layer and sequence of the batch."""
 
     def __init__(self, config: ModelConfig):
-        self._cos, self._sin = rope_tables(config)
+        self._rope = rope_tables(config)
         self._stored: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: DenseBatch) -> Tensor:
         assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
-        q, k = self._rotate(q, batch.positions), self._rotate(k, batch.positions)
+        q, k = (self._rotate(layer, heads, batch.positions) for heads in (q, k))
         spans = pairwise(batch.query_start)
         return torch.cat([self._sequence(layer, i, q[a:b], k[a:b], v[a:b]) for i, (a, b) in enumerate(spans)])
 
@@ -56,7 +56,7 @@ class DenseAttention:
         mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(0, 1)
 
-    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        cos, sin = self._cos[positions][:, None], self._sin[positions][:, None]
+    def _rotate(self, layer: int, x: Tensor, positions: Tensor) -> Tensor:
+        cos, sin = (table[positions][:, None] for table in self._rope[layer])
         first, second = x.chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

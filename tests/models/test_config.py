@@ -4,7 +4,7 @@ import pytest
 
 from curkv.models.errors import UnsupportedModel
 from curkv.models.families import SUPPORTED_ARCHITECTURES, read_config
-from curkv.models.rope import LinearScaling, Llama3Scaling
+from curkv.models.rope import LinearScaling, Llama3Scaling, rope_tables
 
 
 def raw(architecture: str = "LlamaForCausalLM", **changes: Any) -> dict[str, Any]:
@@ -95,12 +95,19 @@ def test_other_architectures_are_refused_with_a_list_of_the_supported_ones(conte
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (raw("MistralForCausalLM", sliding_window=256), "sliding_window = 256"),
-        (raw("Qwen2ForCausalLM", use_sliding_window=True, **WINDOWS), "use_sliding_window"),
-        (raw("Qwen3ForCausalLM", use_sliding_window=True, **WINDOWS), "use_sliding_window"),
         (raw(hidden_act="gelu"), "supported: silu"),
-        (raw(rope_scaling={"type": "yarn", "factor": 4.0}), "rope type yarn; supported: default, linear"),
-        (raw(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4}), "rope type dynamic"),
+        (raw(rope_scaling={"type": "mrope", "factor": 4.0}), "rope type mrope; supported: default, linear"),
+        (raw(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4}), "factor"),
+        (raw(rope_scaling={"type": "yarn"}), "factor"),
+        (raw("Phi3ForCausalLM", rope_scaling={"type": "su", "long_factor": [2.0]}), "short_factor"),
+        (
+            raw("Phi3ForCausalLM", rope_scaling={"type": "su", "long_factor": [2.0], "short_factor": [1.0]}),
+            "a number for each of 8 frequencies",
+        ),
+        (raw("Phi3ForCausalLM", partial_rotary_factor=0.2), "rotates 3 of 16 channels"),
+        (raw("SmolLM3ForCausalLM", no_rope_layers=[1]), "no_rope_layers"),
+        (raw("Olmo3ForCausalLM", layer_types=["full_attention"]), "layer_types"),
+        (raw("Olmo3ForCausalLM", layer_types=["full_attention", "linear_attention"]), "linear_attention"),
         (raw(rope_parameters={"rope_type": "linear", "rope_theta": 1e4}), "factor"),
         (raw(rope_scaling={"rope_type": "llama3"}), "factor"),
         (raw(partial_rotary_factor=0.5), "partial_rotary_factor"),
@@ -132,6 +139,22 @@ def test_unsupported_settings_are_refused_by_name(content: dict[str, Any], words
 )
 def test_windows_that_hide_nothing_are_accepted(content: dict[str, Any]) -> None:
     assert read_config(content).architecture == content["architectures"][0]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        raw("MistralForCausalLM", sliding_window=256),
+        raw("Qwen2ForCausalLM", use_sliding_window=True, **WINDOWS),
+        raw("Qwen3ForCausalLM", use_sliding_window=True, **WINDOWS),
+        raw("Olmo3ForCausalLM", sliding_window=256),
+    ],
+)
+def test_texts_longer_than_a_window_are_refused(content: dict[str, Any]) -> None:
+    config = read_config(content)
+    with pytest.raises(UnsupportedModel, match=r"sliding_window = 256.* --max-model-len 256 or less"):
+        rope_tables(config)
+    assert len(rope_tables(config, 256)[0][0]) == 256
 
 
 def test_the_model_type_names_the_family_where_no_architecture_does() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -37,7 +37,7 @@ class CacheView:
         round: Evictions of the sequence so far; a new one draws new random numbers.
         budget: Tokens per head, on average, that this eviction leaves.
         observations: Of the sequence's queries, if its policy needs them.
-        rope: cos and sin, float32 [positions, head_dim / 2] each.
+        rope: By layer: cos and sin, float32 [positions, head_dim / 2] each.
         output_projection: Gives a layer's W_o, float32 [Hq, head_dim, hidden].
     """
 
@@ -49,7 +49,7 @@ class CacheView:
     round: int = 0
     budget: int = 0
     observations: Observations | None = None
-    rope: tuple[Tensor, Tensor] | None = None
+    rope: Sequence[tuple[Tensor, Tensor]] | None = None
     output_projection: Callable[[int], Tensor] | None = None
 
     @property

@@ -76,7 +76,7 @@ def unrotated(view: CacheView, layer: int) -> Tensor:
     assert view.rope is not None
     keys = view.keys(layer)
     position = view.position[layer].clamp_min(0).long()
-    cos, sin = (table[position] for table in view.rope)
+    cos, sin = (table[position] for table in view.rope[layer])
     first, second = keys.chunk(2, -1)
     return torch.cat([first * cos + second * sin, second * cos - first * sin], -1)
 

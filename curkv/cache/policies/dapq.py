@@ -26,6 +26,11 @@ class DapQ(SnapKV):
         """The window's queries, moved behind the prompt."""
         assert view.rope is not None
         queries = super().queries(view)
-        cos, sin = (table[min(queries.shape[1], len(table) - 1)] for table in view.rope)
+        heads = len(queries) // view.num_layers
+        ahead = min(queries.shape[1], len(view.rope[0][0]) - 1)
+        cos, sin = (
+            torch.stack(tables).repeat_interleave(heads, 0)[:, None, None]
+            for tables in zip(*((cos[ahead], sin[ahead]) for cos, sin in view.rope), strict=True)
+        )
         first, second = queries.chunk(2, -1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

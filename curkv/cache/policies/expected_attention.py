@@ -41,12 +41,13 @@ class ExpectedAttention(PooledPolicy):
     def score_tokens(self, view: CacheView, kernels: Kernels) -> Tensor:
         """Score tokens by the expected attention times the norm of their value."""
         assert view.observations is not None
-        rotation = self._mean_rotation(view)
         position = view.position
+        start = int(position.max()) + 1
         judged = position >= self.published.sinks
         layers = []
         for layer in range(view.num_layers):
             statistics = view.observations.statistics[layer]
+            rotation = self._mean_rotation(view, layer, start)
             mean = statistics.mean @ rotation.T
             covariance = rotation @ statistics.covariance @ rotation.T
             layers.append(self._expected(view, layer, mean, covariance, judged[layer]))
@@ -66,11 +67,11 @@ class ExpectedAttention(PooledPolicy):
         logits = (logits + spread).masked_fill_(~judged[:, None], -torch.inf)
         return logits.softmax(-1).nan_to_num_(0.0).mean(1)
 
-    def _mean_rotation(self, view: CacheView) -> Tensor:
-        """The mean of the rotary matrices of the positions to come, float32 [head_dim, head_dim]."""
+    def _mean_rotation(self, view: CacheView, layer: int, start: int) -> Tensor:
+        """The mean of a layer's rotary matrices of the positions to come, float32 [head_dim, head_dim]."""
         assert view.rope is not None
-        start = int(view.position.max()) + 1
-        cos, sin = (table[start : start + self.future].mean(0) for table in self._ahead(view.rope, start))
+        tables = self._ahead(view.rope[layer], start)
+        cos, sin = (table[start : start + self.future].mean(0) for table in tables)
         return torch.cat([torch.cat([cos.diag(), -sin.diag()], 1), torch.cat([sin.diag(), cos.diag()], 1)])
 
     def _ahead(self, rope: tuple[Tensor, Tensor], start: int) -> tuple[Tensor, Tensor]:

@@ -7,12 +7,33 @@ from typing import Any
 
 from curkv.models.config import ModelConfig, unsupported
 from curkv.models.families.base import Family, PreTokenizer
+from curkv.models.families.cohere2 import Cohere2
+from curkv.models.families.exaone4 import Exaone4
+from curkv.models.families.glm4 import Glm, Glm4
+from curkv.models.families.granite import Granite
 from curkv.models.families.llama import Llama
 from curkv.models.families.mistral import Mistral
+from curkv.models.families.olmo2 import Olmo2, Olmo3
+from curkv.models.families.phi3 import Phi3
 from curkv.models.families.qwen2 import Qwen2
 from curkv.models.families.qwen3 import Qwen3
+from curkv.models.families.smollm3 import SmolLM3
 
-FAMILIES: tuple[Family, ...] = (Llama(), Mistral(), Qwen2(), Qwen3())
+FAMILIES: tuple[Family, ...] = (
+    Llama(),
+    Mistral(),
+    Qwen2(),
+    Qwen3(),
+    Granite(),
+    Olmo2(),
+    Olmo3(),
+    SmolLM3(),
+    Phi3(),
+    Glm(),
+    Glm4(),
+    Exaone4(),
+    Cohere2(),
+)
 
 SUPPORTED_ARCHITECTURES = tuple(family.architectures[0] for family in FAMILIES)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from tokenizers import normalizers, pre_tokenizers
 from torch import Tensor
@@ -52,6 +54,48 @@ class PreTokenizer:
     whole_words: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Norms:
+    """Names of a layer's norms; None: there is no such norm.
+
+    Attributes:
+        attention: Of what goes into attention.
+        mlp: Of what goes into the MLP.
+        after_attention: Of what attention adds.
+        after_mlp: Of what the MLP adds.
+    """
+
+    attention: str | None = "input_layernorm"
+    mlp: str | None = "post_attention_layernorm"
+    after_attention: str | None = None
+    after_mlp: str | None = None
+
+
+def paired(rows: Tensor, config: ModelConfig) -> Tensor:
+    """Orders the channels of each head so that those that rotate together are half a head apart.
+
+    Those that do not rotate take the places between. Queries and keys are ordered alike, so that no product
+    of two changes.
+
+    Args:
+        rows: [heads * head_dim, ...] of queries or keys, as the model has them.
+        config: Says which channels rotate together.
+    """
+    if config.rotary_dim == config.head_dim and not config.rope_interleaved:
+        return rows
+    heads, half = rows.reshape(-1, config.head_dim, *rows.shape[1:]), config.rotary_dim // 2
+    rest = config.head_dim // 2 + half
+    first, second = heads[:, :half], heads[:, half : 2 * half]
+    if config.rope_interleaved:
+        first, second = heads[:, : 2 * half : 2], heads[:, 1 : 2 * half : 2]
+    return torch.cat([first, heads[:, 2 * half : rest], second, heads[:, rest:]], 1).flatten(0, 1)
+
+
+def scaled(weight: Tensor, factor: float) -> Tensor:
+    """Multiplies a weight by what its product is multiplied by."""
+    return weight if factor == 1.0 else weight * factor
+
+
 class Family(ABC):
     """Models that compute alike. What is written here is Llama's way; a family says where it differs.
 
@@ -61,6 +105,11 @@ class Family(ABC):
         gguf_architecture: In GGUF files, if it has a name of its own there.
         gguf_tensors: GGUF names to names in safetensors, without layer and kind.
         gguf_interleaved: Rows of query and key projections lie in GGUF files in pairs that rotate together.
+        gguf_settings: Keys of a GGUF file's metadata to those of `config.json`, beside what all have.
+        gguf_windows: The family knows what to do about windows that a GGUF file names.
+        gguf_norm: Key of the number that is added to the mean square in norms.
+        norms: Names of a layer's norms.
+        prunable: Layers are Llama's, and their weights are computed with as they are stored.
         pre_tokenizers: Those that came with the family, by their names in GGUF files.
     """
 
@@ -69,6 +118,11 @@ class Family(ABC):
     gguf_architecture: ClassVar[str | None] = None
     gguf_tensors: ClassVar[Mapping[str, str]] = TENSOR_NAMES
     gguf_interleaved: ClassVar[bool] = False
+    gguf_settings: ClassVar[Mapping[str, str]] = {}
+    gguf_windows: ClassVar[bool] = False
+    gguf_norm: ClassVar[str] = "attention.layer_norm_rms_epsilon"
+    norms: ClassVar[Norms] = Norms()
+    prunable: ClassVar[bool] = True
     pre_tokenizers: ClassVar[Mapping[str, PreTokenizer]] = {}
 
     @abstractmethod
@@ -81,57 +135,90 @@ class Family(ABC):
 
     def embedding(self, read: Read, config: ModelConfig) -> Tensor:
         """[vocab, hidden]."""
-        return read(EMBEDDING, config.vocab_size, config.hidden_size)
+        return scaled(read(EMBEDDING, config.vocab_size, config.hidden_size), config.embedding_scale)
 
     def final_norm(self, read: Read, config: ModelConfig) -> Tensor:
         """[hidden]."""
-        return read(FINAL_NORM, config.hidden_size)
+        return self.norm(read, FINAL_NORM, config.hidden_size)
 
     def head(self, read: Read, config: ModelConfig) -> Tensor:
         """[vocab, hidden]; the embedding if the model ties them."""
         name = EMBEDDING if config.tie_embeddings else HEAD
-        return read(name, config.vocab_size, config.hidden_size)
+        return scaled(read(name, config.vocab_size, config.hidden_size), config.logit_scale)
 
     def layer(self, read: Read, config: ModelConfig, index: int) -> LayerWeights:
         """Reads one decoder layer and fuses its projections."""
-        prefix = f"model.layers.{index}"
+        prefix, norms = f"model.layers.{index}", self.norms
+
+        def norm(name: str | None) -> Tensor | None:
+            return None if name is None else self.norm(read, f"{prefix}.{name}.weight", config.hidden_size)
+
+        attention = self.attention(read, config, f"{prefix}.self_attn")
+        mlp = self.mlp(read, config, f"{prefix}.mlp")
         return LayerWeights(
-            self.attention(read, config, f"{prefix}.self_attn", f"{prefix}.input_layernorm"),
-            self.mlp(read, config, f"{prefix}.mlp", f"{prefix}.post_attention_layernorm"),
+            replace(attention, norm=norm(norms.attention), post_norm=norm(norms.after_attention)),
+            replace(mlp, norm=norm(norms.mlp), post_norm=norm(norms.after_mlp)),
         )
 
-    def attention(self, read: Read, config: ModelConfig, prefix: str, norm: str) -> AttentionWeights:
-        """Reads the weights of attention under a prefix, and the norm of its input."""
-        hidden, head_dim = config.hidden_size, config.head_dim
-        rows = {"q": config.q_size, "k": config.kv_size, "v": config.kv_size}
-        qkv = [read(f"{prefix}.{name}_proj.weight", size, hidden) for name, size in rows.items()]
-        bias = config.qkv_bias and [read(f"{prefix}.{name}_proj.bias", size) for name, size in rows.items()]
+    def norm(self, read: Read, name: str, size: int) -> Tensor:
+        """Reads what a norm multiplies by, [size]."""
+        return read(name, size)
+
+    def attention(self, read: Read, config: ModelConfig, prefix: str) -> AttentionWeights:
+        """Reads the weights of attention under a prefix; norms of what goes in and comes out lie elsewhere.
+
+        Rows of queries and keys are brought into the order in which the kernels rotate.
+        """
+        q, k, v = self.qkv(read, config, f"{prefix}.{{}}.weight", config.hidden_size)
+        bias = self.qkv(read, config, f"{prefix}.{{}}.bias") if config.qkv_bias else None
+        q_norm = k_norm = None
+        if config.qk_norm:
+            head, whole = config.head_dim, config.qk_norm_whole
+            q_norm = self.norm(read, f"{prefix}.q_norm.weight", config.q_size if whole else head)
+            k_norm = self.norm(read, f"{prefix}.k_norm.weight", config.kv_size if whole else head)
+            q_norm, k_norm = scaled(paired(q_norm, config), config.query_scale), paired(k_norm, config)
+        scale = 1.0 if config.qk_norm else config.query_scale
+
+        def ordered(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return torch.cat([scaled(paired(q, config), scale), paired(k, config), v])
+
         return AttentionWeights(
-            norm=read(f"{norm}.weight", hidden),
-            qkv=torch.cat(qkv),
-            o=read(f"{prefix}.o_proj.weight", hidden, config.q_size),
-            qkv_bias=torch.cat(bias) if bias else None,
-            o_bias=read(f"{prefix}.o_proj.bias", hidden) if config.o_bias else None,
-            q_norm=read(f"{prefix}.q_norm.weight", head_dim) if config.qk_norm else None,
-            k_norm=read(f"{prefix}.k_norm.weight", head_dim) if config.qk_norm else None,
+            norm=None,
+            qkv=ordered(q, k, v),
+            o=self.out(read, config, f"{prefix}.o_proj.weight", config.q_size),
+            qkv_bias=ordered(*bias) if bias else None,
+            o_bias=self.out(read, config, f"{prefix}.o_proj.bias") if config.o_bias else None,
+            q_norm=q_norm,
+            k_norm=k_norm,
         )
 
-    def mlp(self, read: Read, config: ModelConfig, prefix: str, norm: str) -> MlpWeights:
-        """Reads the weights of an MLP under a prefix, and the norm of its input."""
-        hidden, width, parts = config.hidden_size, config.intermediate_size, ("gate", "up")
-        gate_up = [read(f"{prefix}.{name}_proj.weight", width, hidden) for name in parts]
-        bias = config.mlp_bias and [read(f"{prefix}.{name}_proj.bias", width) for name in parts]
+    def qkv(self, read: Read, config: ModelConfig, name: str, *columns: int) -> list[Tensor]:
+        """Reads weights or biases of queries, keys and values; the projection's name goes into `name`."""
+        rows = {"q_proj": config.q_size, "k_proj": config.kv_size, "v_proj": config.kv_size}
+        return [read(name.format(part), size, *columns) for part, size in rows.items()]
+
+    def mlp(self, read: Read, config: ModelConfig, prefix: str) -> MlpWeights:
+        """Reads the weights of an MLP under a prefix; norms of what goes in and comes out lie elsewhere."""
         return MlpWeights(
-            norm=read(f"{norm}.weight", hidden),
-            gate_up=torch.cat(gate_up),
-            down=read(f"{prefix}.down_proj.weight", hidden, width),
-            gate_up_bias=torch.cat(bias) if bias else None,
-            down_bias=read(f"{prefix}.down_proj.bias", hidden) if config.mlp_bias else None,
+            norm=None,
+            gate_up=self.gate_up(read, config, f"{prefix}.{{}}.weight", config.hidden_size),
+            down=self.out(read, config, f"{prefix}.down_proj.weight", config.intermediate_size),
+            gate_up_bias=self.gate_up(read, config, f"{prefix}.{{}}.bias") if config.mlp_bias else None,
+            down_bias=self.out(read, config, f"{prefix}.down_proj.bias") if config.mlp_bias else None,
         )
+
+    def gate_up(self, read: Read, config: ModelConfig, name: str, *columns: int) -> Tensor:
+        """Reads weights or biases of gate above up; the projection's name goes into `name`."""
+        parts = ("gate_proj", "up_proj")
+        return torch.cat([read(name.format(part), config.intermediate_size, *columns) for part in parts])
 
     def attention_output(self, read: Read, config: ModelConfig, index: int) -> Tensor:
         """[hidden, q_size], the weight of a layer's output projection."""
-        return read(f"model.layers.{index}.self_attn.o_proj.weight", config.hidden_size, config.q_size)
+        return self.out(read, config, f"model.layers.{index}.self_attn.o_proj.weight", config.q_size)
+
+    def out(self, read: Read, config: ModelConfig, name: str, *columns: int) -> Tensor:
+        """Reads the weight or bias of a projection whose rows are the channels of the residual stream."""
+        return scaled(read(name, config.hidden_size, *columns), config.residual_scale)
 
     def layer_blocks(self, config: ModelConfig, index: int, weights: LayerWeights, pack: Packer) -> Layer:
         """Makes a layer that runs."""
@@ -147,13 +234,24 @@ class Family(ABC):
 
         def note(name: str, *shape: int) -> Tensor:
             shapes[name] = shape
-            return torch.empty(0, *shape[1:])  # with its columns and none of its rows
+            return torch.empty(shape, device="meta")
 
         for part in (self.embedding, self.final_norm, self.head):
             part(note, config)
         for index in range(config.num_layers):
             self.layer(note, config, index)
         return shapes
+
+    def values_of_gguf(
+        self, name: str, values: npt.NDArray[np.float32], config: ModelConfig
+    ) -> npt.NDArray[np.float32]:
+        """Returns the values in safetensors of a tensor with this name there, from those in a GGUF file."""
+        heads = {"self_attn.q_proj": config.num_heads, "self_attn.k_proj": config.num_kv_heads}
+        count = next((count for part, count in heads.items() if part in name), None)
+        if not self.gguf_interleaved or count is None:
+            return values
+        pairs = values.reshape(count, config.head_dim // 2, 2, -1)
+        return pairs.swapaxes(1, 2).reshape(values.shape)
 
     def config_of_gguf(self, gguf: GGUF) -> dict[str, Any]:
         """Returns the `config.json` that describes a GGUF file.
@@ -164,7 +262,8 @@ class Family(ABC):
         return {
             "architectures": [self.architectures[0]],
             "model_type": self.model_type,
-            **read_metadata(gguf),
+            **read_metadata(gguf, windows=self.gguf_windows, norm=self.gguf_norm),
+            **{key: gguf.setting(name) for name, key in self.gguf_settings.items()},
         }
 
     def tensor_of_gguf(self, name: str) -> str:

@@ -25,7 +25,24 @@ TENSOR_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+POST_NORM_TENSORS = {
+    name: tensor for name, tensor in TENSOR_NAMES.items() if name not in ("attn_norm", "ffn_norm")
+} | {
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+"""Where norms stand behind the blocks and not before them."""
+
+FUSED_TENSORS = {name: tensor for name, tensor in TENSOR_NAMES.items() if name != "ffn_gate"} | {
+    "attn_qkv": "self_attn.qkv_proj",
+    "ffn_up": "mlp.gate_up_proj",
+}
+"""Where gate and up are one tensor."""
+
 ROPE_FREQS = "rope_freqs.weight"
+LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
+ROPE_TENSORS = {ROPE_FREQS, LONG_FACTORS, SHORT_FACTORS}
+"""What says how frequencies are scaled, and is no weight."""
 
 ROPE_KEYS = {
     "rope.dimension_count",
@@ -67,8 +84,13 @@ class GGUF(Protocol):
         """Returns the value of a key under the architecture's prefix."""
 
 
-def read_metadata(gguf: GGUF) -> dict[str, Any]:
+def read_metadata(gguf: GGUF, *, windows: bool, norm: str) -> dict[str, Any]:
     """Returns the part of a `config.json` that all families write alike.
+
+    Args:
+        gguf: The file.
+        windows: Sliding windows are not refused.
+        norm: Key of the number that is added to the mean square in norms.
 
     Raises:
         UnsupportedModel: A setting is not implemented.
@@ -76,17 +98,22 @@ def read_metadata(gguf: GGUF) -> dict[str, Any]:
     """
     if gguf.get("split.count", 1) > 1:
         raise UnsupportedModel("GGUF files in several parts are not supported; join them first")
-    if gguf.setting("attention.sliding_window"):
+    window = gguf.setting("attention.sliding_window") or None
+    if window and not windows:
         raise UnsupportedModel("sliding-window attention is not supported; full attention is")
     heads, kv_heads = _required(gguf, "attention.head_count"), gguf.setting("attention.head_count_kv")
     if isinstance(heads, list) or isinstance(kv_heads, list):
         raise UnsupportedModel("GGUF models whose layers differ in their heads are not supported")
     hidden_size = _required(gguf, "embedding_length")
     head_dim = gguf.setting("attention.key_length", hidden_size // heads)
-    if gguf.setting("rope.dimension_count", head_dim) != head_dim:
-        raise UnsupportedModel("partial rotary embeddings are not supported; RoPE must cover the whole head")
+    rotated = gguf.setting("rope.dimension_count", head_dim)
     if "token_embd.weight" not in gguf.tensors:
         raise ModelError("the GGUF file has no tensor token_embd.weight")
+    optional: dict[str, Any] = {}
+    if rotated != head_dim:
+        optional["partial_rotary_factor"] = rotated / head_dim
+    if windows:
+        optional |= {"sliding_window": window, **_layer_types(gguf)}
     parameters = sum(int(tensor.n_elements) for tensor in gguf.tensors.values())
     return {
         "attention_bias": "blk.0.attn_q.bias" in gguf.tensors,
@@ -103,12 +130,20 @@ def read_metadata(gguf: GGUF) -> dict[str, Any]:
         "num_hidden_layers": _required(gguf, "block_count"),
         "num_key_value_heads": kv_heads or heads,
         "pad_token_id": gguf.get("tokenizer.ggml.padding_token_id"),
-        "rms_norm_eps": _shortest(_required(gguf, "attention.layer_norm_rms_epsilon")),
-        "rope_scaling": _rope_scaling(gguf, head_dim),
+        "rms_norm_eps": _shortest(_required(gguf, norm)),
+        "rope_scaling": _rope_scaling(gguf, rotated),
         "rope_theta": gguf.setting("rope.freq_base", 10000.0),
         "tie_word_embeddings": "output.weight" not in gguf.tensors,
         "vocab_size": int(gguf.tensors["token_embd.weight"].shape[1]),
-    }
+    } | optional
+
+
+def _layer_types(gguf: GGUF) -> dict[str, Any]:
+    """Returns which layers have a window: a flag for each, or every which has none."""
+    pattern = gguf.setting("attention.sliding_window_pattern")
+    if isinstance(pattern, list):
+        return {"layer_types": ["sliding_attention" if one else "full_attention" for one in pattern]}
+    return {} if pattern is None else {"sliding_window_pattern": pattern}
 
 
 def _required(gguf: GGUF, key: str) -> Any:
@@ -124,9 +159,19 @@ def _shortest(value: float) -> float:
 
 
 def _rope_scaling(gguf: GGUF, head_dim: int) -> dict[str, Any] | None:
-    unknown = sorted(key for key in gguf.keys if key.startswith("rope.") and key not in ROPE_KEYS)
+    known = ROPE_KEYS | ({"rope.scaling.attn_factor"} if LONG_FACTORS in gguf.tensors else set())
+    unknown = sorted(key for key in gguf.keys if key.startswith("rope.") and key not in known)
     if unknown:
         raise UnsupportedModel(f"the GGUF file sets {unknown[0]}, which is not supported")
+    original = gguf.setting("rope.scaling.original_context_length")
+    if LONG_FACTORS in gguf.tensors and SHORT_FACTORS in gguf.tensors:
+        return {
+            "rope_type": "longrope",
+            "attention_factor": gguf.setting("rope.scaling.attn_factor"),
+            "original_max_position_embeddings": original,
+            "short_factor": gguf.tensors[SHORT_FACTORS].data.view(np.float32).tolist(),
+            "long_factor": gguf.tensors[LONG_FACTORS].data.view(np.float32).tolist(),
+        }
     kind = gguf.setting("rope.scaling.type", "linear")
     factor = gguf.setting("rope.scaling.factor") or gguf.setting("rope.scale_linear") or 1.0
     scaled = kind != "none" and (factor != 1.0 or kind != "linear")
@@ -136,7 +181,10 @@ def _rope_scaling(gguf: GGUF, head_dim: int) -> dict[str, Any] | None:
                 "RoPE frequencies and a scaling beside them are not supported in GGUF files"
             )
         return _llama3_scaling(gguf, head_dim)
-    return {"rope_type": kind, "factor": _shortest(factor)} if scaled else None
+    scaling = {"rope_type": kind, "factor": _shortest(factor)}
+    if kind == "yarn":
+        scaling["original_max_position_embeddings"] = original
+    return scaling if scaled else None
 
 
 def _llama3_scaling(gguf: GGUF, head_dim: int) -> dict[str, Any]:

@@ -1,12 +1,12 @@
-"""Mistral with full attention."""
+"""Mistral, with windows or without."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from curkv.models.config import ModelConfig, read_shape
-from curkv.models.errors import UnsupportedModel
+from curkv.models.config import LayerKind, ModelConfig, read_shape, read_window
 from curkv.models.families.base import Family
 
 DEFAULT_WINDOW = 4096
@@ -22,10 +22,5 @@ class Mistral(Family):
     def config(self, raw: Mapping[str, Any]) -> ModelConfig:
         """See `Family.config`."""
         config = read_shape(raw, self.architectures[0])
-        window = raw.get("sliding_window", DEFAULT_WINDOW)
-        if window is not None and window < config.max_positions:
-            raise UnsupportedModel(
-                f"sliding-window attention (sliding_window = {window}) is not supported; Mistral models "
-                "with full attention (sliding_window: null, such as Mistral-7B-Instruct-v0.3) are"
-            )
-        return config
+        window = read_window({"sliding_window": DEFAULT_WINDOW} | dict(raw))
+        return replace(config, layers=(LayerKind(config.rope, window),) * config.num_layers)

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5, dense, with full attention."""
+"""Qwen2 and Qwen2.5, dense."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 
 from tokenizers import normalizers
 
-from curkv.models.config import ModelConfig, read_shape
-from curkv.models.errors import UnsupportedModel
+from curkv.models.config import LayerKind, ModelConfig, read_shape, read_window, sliding_layers
 from curkv.models.families.base import Family, PreTokenizer
 from curkv.models.families.pre_tokenizers import words_and_bytes
 
@@ -27,16 +26,18 @@ class Qwen2(Family):
 
     def config(self, raw: Mapping[str, Any]) -> ModelConfig:
         """See `Family.config`."""
-        config = replace(read_shape(raw, self.architectures[0]), qkv_bias=True)
-        refuse_windows(raw, config)
+        return windowed(raw, replace(read_shape(raw, self.architectures[0]), qkv_bias=True))
+
+
+def windowed(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
+    """Returns the configuration with its windows; the first layers never have one."""
+    if not raw.get("use_sliding_window"):
         return config
-
-
-def refuse_windows(raw: Mapping[str, Any], config: ModelConfig) -> None:
-    """Raises UnsupportedModel if a layer attends to less than everything; the first ones never do."""
-    full_layers = raw.get("max_window_layers", DEFAULT_FULL_LAYERS)
-    window = raw.get("sliding_window") or DEFAULT_WINDOW
-    if raw.get("use_sliding_window") and full_layers < config.num_layers and window < config.max_positions:
-        raise UnsupportedModel(
-            "sliding-window attention (use_sliding_window = true) is not supported; full attention is"
-        )
+    window = read_window({"sliding_window": DEFAULT_WINDOW} | dict(raw))
+    full = raw.get("max_window_layers", DEFAULT_FULL_LAYERS)
+    sliding = sliding_layers(raw, config.num_layers, None)
+    if raw.get("layer_types") is None:
+        sliding = [index >= full for index in range(config.num_layers)]
+    return replace(
+        config, layers=tuple(LayerKind(config.rope, window if slides else None) for slides in sliding)
+    )

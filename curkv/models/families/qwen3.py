@@ -1,4 +1,4 @@
-"""Qwen3, dense, with full attention."""
+"""Qwen3, dense."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from curkv.models.config import ModelConfig, read_shape
 from curkv.models.families.base import Family
-from curkv.models.families.qwen2 import refuse_windows
+from curkv.models.families.qwen2 import windowed
 
 DEFAULT_HEAD_DIM = 128
 """What transformers assumes if config.json does not say."""
@@ -25,6 +25,4 @@ class Qwen3(Family):
         """See `Family.config`."""
         bias = bool(raw.get("attention_bias", False))
         config = read_shape(raw, self.architectures[0], DEFAULT_HEAD_DIM)
-        config = replace(config, qkv_bias=bias, o_bias=bias, qk_norm=True)
-        refuse_windows(raw, config)
-        return config
+        return windowed(raw, replace(config, qkv_bias=bias, o_bias=bias, qk_norm=True))

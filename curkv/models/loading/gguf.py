@@ -16,7 +16,7 @@ from curkv.models.config import ModelConfig
 from curkv.models.errors import ModelError
 from curkv.models.families import family_of_gguf, read_config
 from curkv.models.families.base import Family
-from curkv.models.families.gguf_names import ROPE_FREQS
+from curkv.models.families.gguf_names import ROPE_TENSORS
 from curkv.models.loading.gguf_tokenizer import write_tokenizer
 from curkv.models.loading.safetensors_file import TensorEntry, write_safetensors
 from curkv.models.loading.tensors import check_shapes, not_finite
@@ -82,7 +82,7 @@ def _entries(
     gguf: GGUFFile, family: Family, config: ModelConfig, dtype: np.dtype[Any]
 ) -> Iterator[TensorEntry]:
     for tensor in gguf.tensors.values():
-        if tensor.name == ROPE_FREQS:
+        if tensor.name in ROPE_TENSORS:
             continue
         name = family.tensor_of_gguf(tensor.name)
         shape = tuple(int(size) for size in reversed(tensor.shape))
@@ -91,23 +91,10 @@ def _entries(
             values = dequantize(tensor.data, tensor.tensor_type).reshape(shape)
             if not np.isfinite(values.sum(dtype=np.float64)):
                 raise not_finite(gguf.path, tensor.name)
-            if family.gguf_interleaved:
-                values = _unpermuted(name, values, config)
+            values = family.values_of_gguf(name, values, config)
             return values.astype(dtype, copy=False)
 
         yield TensorEntry(name, shape, dtype, read)
-
-
-def _unpermuted(name: str, values: npt.NDArray[Any], config: ModelConfig) -> npt.NDArray[Any]:
-    """Undoes llama.cpp's reordering of query and key rows, from interleaved RoPE pairs back to half-split."""
-    if "q_proj" in name:
-        heads = config.num_heads
-    elif "k_proj" in name:
-        heads = config.num_kv_heads
-    else:
-        return values
-    pairs = values.reshape(heads, config.head_dim // 2, 2, -1)
-    return pairs.swapaxes(1, 2).reshape(values.shape)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -85,6 +85,7 @@ def trained_tensors(weights: LayerWeights, config: ModelConfig) -> dict[str, Ten
             "mlp.up_proj.weight": up,
             DOWN: mlp.down,
         }.items()
+        if tensor is not None
     }
 
 

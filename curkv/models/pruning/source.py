@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from curkv.models.errors import UnsupportedModel
+from curkv.models.families import family_of
 from curkv.models.loading import load_config, load_pruning
 from curkv.models.loading.checkpoint import Checkpoint, TensorFiles
 from curkv.models.loading.json_file import read_json
@@ -31,6 +33,10 @@ class Source:
         self._headers = TensorFiles(directory).headers()
         check_gated(self._headers)
         self.config = load_config(directory)
+        if not family_of(self.config).prunable:
+            raise UnsupportedModel(
+                f"pruning of {self.config.architecture} is not supported; its layers differ from Llama's"
+            )
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
