@@ -149,7 +149,7 @@ def replay_over(maker: Counting) -> Replay:
     def forward(batch: Batch, _: PagedAttention) -> Tensor:
         return torch.stack([batch.token_ids, batch.positions, batch.slots], 1).float()[batch.logit_rows]
 
-    attention = PagedAttention(kv, (torch.ones(64, 4), torch.zeros(64, 4)))
+    attention = PagedAttention(kv, [(torch.ones(64, 4), torch.zeros(64, 4))] * len(kv.layout.layers))
     return Replay(SimpleNamespace(forward=forward), attention, maker)  # type: ignore[arg-type]
 
 
