@@ -93,8 +93,23 @@ def test_other_architectures_are_refused_with_a_list_of_the_supported_ones(conte
 
 
 @pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"kv_lora_rank": 512, "n_routed_experts": 8}, "multi-head latent attention, mixtures of experts"),
+        ({"mamba_d_state": 16}, "state-space or delta-rule layers"),
+        ({"linear_num_value_heads": 4}, "state-space or delta-rule layers"),
+        ({"vision_config": {}, "text_config": {"num_experts": 4}}, "vision or audio towers, mixtures of exp"),
+    ],
+)
+def test_what_an_unknown_architecture_lacks_is_named(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UnsupportedModel, match=f"OtherForCausalLM with {words}.*; supported: LlamaFor"):
+        read_config(raw("OtherForCausalLM", **settings))
+
+
+@pytest.mark.parametrize(
     ("content", "words"),
     [
+        (raw("Gemma3ForCausalLM", attn_logit_softcapping=50.0), "attn_logit_softcapping = 50"),
         (raw(hidden_act="gelu"), "supported: silu"),
         (raw(rope_scaling={"type": "mrope", "factor": 4.0}), "rope type mrope; supported: default, linear"),
         (raw(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4}), "factor"),

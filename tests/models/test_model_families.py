@@ -13,6 +13,8 @@ from transformers import (
     AutoModelForCausalLM,
     Cohere2Config,
     Exaone4Config,
+    Gemma3TextConfig,
+    GemmaConfig,
     Glm4Config,
     GlmConfig,
     GraniteConfig,
@@ -83,6 +85,17 @@ MODELS: dict[str, PreTrainedConfig] = {
     "exaone4": Exaone4Config(**BASE, sliding_window=None, layer_types=["full_attention"] * 3),
     "exaone4-hybrid": Exaone4Config(**BASE, sliding_window=256, sliding_window_pattern=2),
     "cohere2": Cohere2Config(**BASE, sliding_window=256, layer_types=None),
+    "gemma": GemmaConfig(**BASE, head_dim=16),
+    "gemma3": Gemma3TextConfig(
+        **BASE | {"num_hidden_layers": 6},
+        head_dim=16,
+        query_pre_attn_scalar=40,
+        sliding_window=256,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    ),
     "mistral-yarn": MistralConfig(**BASE, sliding_window=None, head_dim=16, rope_parameters=YARN),
     "qwen2-dynamic": Qwen2Config(**BASE, rope_parameters=DYNAMIC),
 }

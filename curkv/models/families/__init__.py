@@ -9,6 +9,7 @@ from curkv.models.config import ModelConfig, unsupported
 from curkv.models.families.base import Family, PreTokenizer
 from curkv.models.families.cohere2 import Cohere2
 from curkv.models.families.exaone4 import Exaone4
+from curkv.models.families.gemma import Gemma, Gemma3
 from curkv.models.families.glm4 import Glm, Glm4
 from curkv.models.families.granite import Granite
 from curkv.models.families.llama import Llama
@@ -33,7 +34,17 @@ FAMILIES: tuple[Family, ...] = (
     Glm4(),
     Exaone4(),
     Cohere2(),
+    Gemma(),
+    Gemma3(),
 )
+
+UNSUPPORTED = {
+    "vision or audio towers": ("vision_config", "audio_config"),
+    "multi-head latent attention": ("kv_lora_rank",),
+    "state-space or delta-rule layers": ("mamba_", "ssm_", "state_size", "linear_", "gated_delta_"),
+    "mixtures of experts": ("num_experts", "num_local_experts", "n_routed_experts"),
+}
+"""What no family has, and the settings, or beginnings of their names, that tell of it."""
 
 SUPPORTED_ARCHITECTURES = tuple(family.architectures[0] for family in FAMILIES)
 
@@ -57,7 +68,20 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
         ):
             return family.config(raw)
     found = ", ".join(names) or f"model_type {raw.get('model_type')!r} without architectures"
+    if missing := _missing(raw):
+        found += f" with {missing}"
     raise unsupported("architecture", found, SUPPORTED_ARCHITECTURES)
+
+
+def _missing(raw: Mapping[str, Any]) -> str:
+    """Names what an unknown architecture consists of that no family has, as far as its settings tell."""
+    text = raw.get("text_config")
+    keys = {*raw, *(text if isinstance(text, dict) else ())}
+    return ", ".join(
+        what
+        for what, signs in UNSUPPORTED.items()
+        if any(key == sign or (sign.endswith("_") and key.startswith(sign)) for key in keys for sign in signs)
+    )
 
 
 def family_of_gguf(architecture: str) -> Family:
