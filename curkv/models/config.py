@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from curkv.models.errors import UnsupportedModel
-from curkv.models.rope import LinearScaling, Llama3Scaling, LongRope, Rope, RopeScaling, YarnScaling
+from curkv.models.rope_scaling import LinearScaling, Llama3Scaling, LongRope, Rope, RopeScaling, YarnScaling
 
 SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 SUPPORTED_LAYER_TYPES = ("full_attention", "sliding_attention")

@@ -4,7 +4,8 @@ import pytest
 
 from curkv.models.errors import UnsupportedModel
 from curkv.models.families import SUPPORTED_ARCHITECTURES, read_config
-from curkv.models.rope import LinearScaling, Llama3Scaling, rope_tables
+from curkv.models.rope import rope_tables
+from curkv.models.rope_scaling import LinearScaling, Llama3Scaling
 
 
 def raw(architecture: str = "LlamaForCausalLM", **changes: Any) -> dict[str, Any]:

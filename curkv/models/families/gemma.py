@@ -24,7 +24,7 @@ from curkv.models.config import (
 from curkv.models.errors import UnsupportedModel
 from curkv.models.families.base import Family, Norms, Read
 from curkv.models.families.gguf_names import GGUF, TENSOR_NAMES
-from curkv.models.rope import Rope
+from curkv.models.rope_scaling import Rope
 
 ACTIVATION = "gelu_pytorch_tanh"
 DEFAULT_HEAD_DIM, EVERY_WHICH_IS_FULL = 256, 6
