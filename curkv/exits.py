@@ -23,6 +23,9 @@ class Exit(IntEnum):
     NO_RESOURCE = 4
     """The machine lacks something, which may pass: a port, memory, space, rights, the network."""
 
+    ENGINE_BROKEN = 5
+    """The engine failed again and again, or its device is lost: a new process may do better."""
+
 
 class StartupError(Exception):
     """A process cannot start; the message says in a line why and what to do.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,23 @@ from curkv.kernels.pages import Pages
 
 class OutOfSlots(RuntimeError):
     """Every one of the cache's `max_sequences` slots is taken."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where sequences stood before a step.
+
+    Attributes:
+        slots: [B], the sequences.
+        lengths: int32 [B, L, H].
+        observed: by slot, what had been observed of their queries.
+        attention: by slot, float32 [pages, page_size], what their tokens had received, if it is summed up.
+    """
+
+    slots: Sequence[int]
+    lengths: NDArray[np.int32]
+    observed: Mapping[int, Observations]
+    attention: Mapping[int, Tensor]
 
 
 class PageManager:
@@ -338,6 +356,47 @@ class PageManager:
         self._lengths[slots] = lengths
         self._publish_lengths(slots)
 
+    def mark(self, slots: Sequence[int]) -> Mark:
+        """Notes where sequences stand, so that a step that fails half-way can be taken back.
+
+        Args:
+            slots: [B], different sequences.
+        """
+        observed = {slot: self.observed[slot].fork() for slot in slots if slot in self.observed}
+        attention = {
+            slot: self.pages.attention[self._page_ids(slot)]
+            for slot, one in observed.items()
+            if one.needs.column_sums
+        }
+        return Mark(slots, self._lengths[np.array(slots, dtype=np.int64)], observed, attention)
+
+    def retract(self, mark: Mark) -> None:
+        """Takes back what `extend` and the kernels have done to sequences since they were marked.
+
+        Only tokens may have been added meanwhile.
+        """
+        for slot, lengths in zip(mark.slots, mark.lengths, strict=True):
+            kept, column = self._pages_of(lengths), self._page_index
+            counts = self.page_counts[slot]
+            self.pool.release(self._table[slot][(column >= kept[..., None]) & (column < counts[..., None])])
+            self.page_counts[slot], self._lengths[slot] = kept, lengths
+        self.observed.update(mark.observed)
+        for slot, sums in mark.attention.items():
+            self.pages.attention[self._page_ids(slot)] = sums
+        self._publish_lengths(mark.slots)
+
+    def clear(self) -> None:
+        """Forgets everything, whatever state it is in: every slot and page is free, no prefix is held."""
+        self.pool.clear()
+        self.prefixes.clear()
+        self.observed.clear()
+        self._lengths[:] = 0
+        self.page_counts[:] = 0
+        slots = range(self.layout.max_sequences)
+        self._active[:] = [False for _ in slots]
+        self._free_slots[:] = reversed(slots)
+        self._publish_lengths(slots)
+
     def evict(self, slot: int, indices: Tensor, counts: Tensor) -> int:
         """Keeps the chosen tokens of a sequence and gives the emptied pages back.
 
@@ -463,6 +522,10 @@ class PageManager:
 
     def _pages_of(self, lengths: NDArray[np.int32]) -> NDArray[np.int32]:
         return (lengths + (self.layout.page_size - 1)) // self.layout.page_size
+
+    def _page_ids(self, slot: int) -> Tensor:
+        """int64 [pages], ids of all pages of a sequence, on the cache's device."""
+        return self._upload(self._owned_pages(slot, self.page_counts[slot]).astype(np.int64))
 
     def _owned_pages(self, slot: int, counts: NDArray[np.int32]) -> Ids:
         """Lists the ids of the first `counts` [L, H] pages of each head."""

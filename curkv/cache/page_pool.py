@@ -103,6 +103,12 @@ class PagePool:
         self._num_idle -= count
         return ids
 
+    def clear(self) -> None:
+        """Frees every page, whoever owns it."""
+        self.owners[:] = self.held[:] = 0
+        self._stack[:] = np.arange(self.num_pages - 1, -1, -1)
+        self._num_free = self._num_idle = self.num_pages
+
     def share(self, ids: Ids, held: bool = False) -> None:
         """Adds one owner to each listed page; a page listed twice gains two.
 

@@ -167,6 +167,12 @@ class PrefixCache:
             if listed[prefix.pages].any():
                 self._remove(key)
 
+    def clear(self) -> None:
+        """Forgets all prefixes, whose pages the pool has freed."""
+        self.held_pages = 0
+        for books in (self._entries, self._following, self._before):
+            books.clear()
+
     def _remove(self, key: Hashable) -> int:
         prefix = self._entries.pop(key)
         before = self._before.pop(key, None)

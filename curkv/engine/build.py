@@ -123,7 +123,9 @@ def _warm_up(engine: Engine) -> None:
         request = Request(policy, [0] * length, SamplingParams(max_tokens=2, ignore_eos=True), kv)
         engine.add(engine.plan(request))
     while engine.has_work:
-        engine.step()
+        for output in engine.step():
+            if output.problem is not None and output.problem.__cause__ is not None:
+                raise output.problem.__cause__
     engine.drop_prefixes()
     engine.step()
     engine.scheduler.pace.forget()

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from curkv.cache.layout import CacheLayout
 from curkv.engine.engine import Engine
+from curkv.engine.faults import EngineFault
 from curkv.engine.stats import StatsSink, StepStats
 from curkv.engine.structure import Structures
 from curkv.engine.types import Output, Planned, Request
@@ -50,6 +51,8 @@ class EngineClient:
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._streams: dict[str, _Stream] = {}
+        self._ended = False
+        self._on_death: list[Callable[[], object]] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @classmethod
@@ -128,6 +131,12 @@ class EngineClient:
         """Calls `sink` with the statistics of every step, from the engine's thread."""
         self._sinks.append(sink)
 
+    def on_death(self, act: Callable[[], object]) -> None:
+        """Calls `act` from the engine's thread if that fails, after every stream has got its error."""
+        self._on_death.append(act)
+        if self.state == "dead":  # it may have failed before
+            act()
+
     def plan(self, request: Request) -> Planned:
         """Checks a request and resolves its eviction options; takes nothing. May be slow.
 
@@ -155,9 +164,9 @@ class EngineClient:
         request = planned.request
         stream = _Stream(asyncio.get_running_loop(), started)
         self._streams[request.id] = stream
-        self._submit(lambda: self._add(planned, stream))
         unfinished = request.sampling.n
         try:
+            self._submit(lambda: self._add(planned, stream))
             while unfinished:
                 for output in await stream.next():
                     unfinished -= output.finish_reason is not None
@@ -165,7 +174,8 @@ class EngineClient:
         finally:
             self._streams.pop(request.id, None)
             if unfinished:
-                self._submit(lambda: self._engine.abort(request.id))
+                with contextlib.suppress(EngineUnavailable):  # then it holds nothing any more
+                    self._submit(lambda: self._engine.abort(request.id))
 
     async def drop_prefixes(self) -> int:
         """Drops the prefixes that no running sequence uses.
@@ -176,13 +186,14 @@ class EngineClient:
         Raises:
             EngineUnavailable: the engine's thread has ended.
         """
-        if not self._thread.is_alive():
-            raise EngineUnavailable(f"the engine is {self.state}")
         dropped: Future[int] = Future()
 
         def drop() -> None:
             if dropped.set_running_or_notify_cancel():  # else the caller went away
-                dropped.set_result(self._engine.drop_prefixes())
+                try:
+                    dropped.set_result(self._engine.drop_prefixes())
+                except Exception as error:
+                    dropped.set_exception(error)
 
         self._submit(drop)
         return await asyncio.wrap_future(dropped)
@@ -206,18 +217,30 @@ class EngineClient:
 
     def stop(self) -> None:
         """Ends the engine's thread after its current step; what still runs is aborted."""
-        self.state = "stopped"
-        self._submit(lambda: None)
+        if self.state != "dead":
+            self.state = "stopped"
+        with contextlib.suppress(EngineUnavailable):  # it has ended
+            self._submit(lambda: None)
         self._thread.join()
 
     def _add(self, planned: Planned, stream: _Stream) -> None:
         try:
             self._engine.add(planned)
         except Exception as error:
-            stream.put(error)
+            logger.exception("a request was not taken")
+            fault = EngineFault("add")
+            fault.__cause__ = error
+            stream.put(fault)
 
     def _submit(self, command: Callable[[], None]) -> None:
+        """Has the engine's thread run a command between two steps.
+
+        Raises:
+            EngineUnavailable: that has ended.
+        """
         with self._wake:
+            if self._ended:
+                raise EngineUnavailable(f"the engine is {self.state}")
             self._inbox.append(command)
             self._wake.notify()
 
@@ -225,15 +248,28 @@ class EngineClient:
         try:
             while self.state != "stopped":
                 self._obey()
-                self._publish(self._step())
+                self._publish(self._engine.step())
+                self._engine.check_faults()
             for request_id in list(self._streams):
                 self._engine.abort(request_id)
         except BaseException:
             self.state = "dead"
-            logger.critical("the engine's thread died", exc_info=True)
+            logger.critical("the engine is given up", exc_info=True)
         finally:
-            for stream in list(self._streams.values()):
-                stream.put(EngineUnavailable(f"the engine is {self.state}"))
+            self._end()
+
+    def _end(self) -> None:
+        """Takes nothing more, and answers all who wait."""
+        with self._wake:
+            self._ended = True
+        while self._inbox:
+            with contextlib.suppress(Exception):
+                self._inbox.popleft()()
+        for stream in list(self._streams.values()):
+            stream.put(EngineUnavailable(f"the engine is {self.state}"))
+        if self.state == "dead":
+            for act in self._on_death:
+                act()
 
     def _obey(self) -> None:
         """Runs queued commands; with nothing to do, checks the cache and waits for the next one."""
@@ -243,12 +279,6 @@ class EngineClient:
                 self._wake.wait_for(lambda: self._inbox)
         while self._inbox:
             self._inbox.popleft()()
-
-    def _step(self) -> list[Output]:
-        try:
-            return self._engine.step()
-        except Exception as error:
-            return self._engine.fail(error)
 
     def _publish(self, outputs: list[Output]) -> None:
         news: dict[_Stream, list[Output]] = {}

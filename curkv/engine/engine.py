@@ -6,8 +6,10 @@ import itertools
 import logging
 import secrets
 import time
+from collections.abc import Callable
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from curkv.cache.eviction import evict, select
@@ -16,6 +18,7 @@ from curkv.cache.integrity import check_integrity
 from curkv.cache.page_pool import OutOfPages
 from curkv.cache.reuse import PrefixReuse
 from curkv.engine.detokenizer import Detokenizer
+from curkv.engine.faults import EngineBroken, EngineFault, Faults, Phase
 from curkv.engine.planning import Planner
 from curkv.engine.reporting import StepReport, kv_report, silent_output, token_output
 from curkv.engine.runner import Runner
@@ -25,7 +28,7 @@ from curkv.engine.sequence import Sequence, observed_of
 from curkv.engine.stats import EvictionStats
 from curkv.engine.stopping import stop_after
 from curkv.engine.structure import Structures
-from curkv.engine.types import FinishReason, KVReport, Output, Planned, Request
+from curkv.engine.types import FinishReason, KVReport, Output, Planned, Request, TokenLogprob
 from curkv.models.info import ModelInfo
 
 logger = logging.getLogger(__name__)
@@ -33,6 +36,11 @@ logger = logging.getLogger(__name__)
 
 class Engine:
     """Runs requests over one model and one cache. Not thread-safe: one thread calls `add`, `abort`, `step`.
+
+    What raises in a step ends those at fault and nobody else. A phase over several sequences is tried again
+    with each alone; what raises for a single sequence has it computed anew, and ends it the second time, or
+    at once where it was alone already or its text cannot be made again. After a step with a fault the cache's
+    books are checked; if they do not agree any more, everything in it is computed anew.
 
     Args:
         runner: the model over its cache.
@@ -62,6 +70,8 @@ class Engine:
         num_token_ids = info.num_token_ids(config.vocab_size)
         self._planner = Planner(self.kv, num_token_ids, self.structures, max_model_len)
         self._order = itertools.count()
+        self._phase: Phase = "schedule"
+        self._faults = Faults()
         self._report = StepReport()
         self.last_stats = self._report.stats(self.kv, self.scheduler, Schedule(), seconds=0.0)
 
@@ -107,43 +117,146 @@ class Engine:
 
     def drop_prefixes(self) -> int:
         """Drops the prefixes that no running sequence uses; returns the bytes that are free again."""
-        return self.kv.prefixes.drop() * self.kv.page_bytes
+        try:
+            return self.kv.prefixes.drop() * self.kv.page_bytes
+        except Exception as error:
+            self._faults.note("free", error)
+            self._recover()
+            raise
 
     def abort(self, request_id: str) -> None:
         """Ends a request wherever it is and frees its pages; unknown ids are ignored."""
         for sequence in self.scheduler.find(request_id):
             self._finish(sequence, "abort")
+        self._recover()
 
     def step(self) -> list[Output]:
-        """Advances every scheduled sequence by its tokens and returns what is new."""
-        self._explain_next()
-        started = time.perf_counter()
-        schedule = self.scheduler.schedule()
-        if schedule.sequences:
-            logits = self._run(schedule)
-            self._judge_prompts(schedule, logits)
-            self._advance(schedule)
-            self._sample(self._fork(schedule), logits)
+        """Advances every scheduled sequence by its tokens and returns what is new.
+
+        Raises:
+            EngineBroken: the device is lost.
+        """
+        started, schedule = time.perf_counter(), Schedule()
+        try:
+            self._explain_next()
+            started = time.perf_counter()
+            schedule = self._schedule()
+            if schedule.sequences:
+                schedule, logits = self._run(schedule)
+                self._judge_prompts(schedule, logits)
+                self._advance(schedule)
+                self._sample(self._fork(schedule), logits)
+        except EngineBroken:
+            raise
+        except Exception as error:  # nobody's: where it struck, no sequence was at work
+            self._faults.note(self._phase, error)
+            self._faults.unexplained = True
+            self.scheduler.restart()
+        self._recover()
         return self._end_step(schedule, started)
 
-    def fail(self, error: BaseException) -> list[Output]:
-        """Ends every running sequence after a step that raised; their pages are freed, the queue stays."""
-        logger.error("step failed: its requests end with an error", exc_info=error)
-        outputs, self._report.outputs = self._report.outputs, []
-        for sequence in list(self.scheduler.running):
-            indices = [s.index for s in (sequence, *sequence.forks)]
-            self._finish(sequence, "error")
-            outputs += [Output(sequence.request.id, i, "", [], finish_reason="error") for i in indices]
-        report, self._report = self._report, StepReport()
-        self.last_stats = report.stats(self.kv, self.scheduler, Schedule(), seconds=0.0)
-        return outputs
+    def check_faults(self) -> None:
+        """Checks that steps do not fail again and again; called after each.
+
+        Raises:
+            EngineBroken: they do.
+        """
+        self._faults.check()
 
     def check_integrity(self) -> None:
         """Checks the cache's invariants; called when the engine is idle."""
         check_integrity(self.kv)
 
-    def _run(self, schedule: Schedule) -> Tensor:
-        """Computes the step's tokens; the logits that `schedule.wanted` counts."""
+    def _blame(self, sequence: Sequence, error: Exception, again: bool = True) -> None:
+        """Deals with a sequence over which a phase has raised.
+
+        Args:
+            sequence: the sequence.
+            error: what was raised.
+            again: it may be computed anew once.
+        """
+        self._faults.note(self._phase, error, sequence)
+        if again and not sequence.faulty and sequence in self.scheduler.running:
+            sequence.faulty = True
+            self._for_nobody("free", lambda: self.scheduler.preempt(sequence))
+            return
+        fault = EngineFault(self._phase)
+        fault.__cause__ = error
+        for choice in (sequence, *sequence.forks):
+            news = Output(sequence.request.id, choice.index, "", [], finish_reason="error", problem=fault)
+            self._report.outputs.append(news)
+        self._finish(sequence, "error")
+
+    def _for_nobody(self, phase: Phase, act: Callable[[], None]) -> None:
+        """Does what no sequence is to suffer for if it raises."""
+        try:
+            act()
+        except Exception as error:
+            self._faults.note(phase, error)
+            self._faults.unexplained = True
+
+    def _recover(self) -> None:
+        """Cleans up after faults: frees what nobody holds, and the whole cache if its books do not agree."""
+        if not self._faults.noted:
+            return
+        try:
+            for slot in set(self.kv.active_slots) - {s.slot for s in self.scheduler.running}:
+                self.kv.free(slot)
+            check_integrity(self.kv)
+        except Exception as error:
+            self._faults.note("free", error)
+            logger.error("the cache's books do not agree after a fault: all of it is computed anew")
+            self.scheduler.restart()
+            self.kv.clear()
+
+    def _schedule(self) -> Schedule:
+        """Picks the step's work; if that raises, every sequence that it looked at is tried alone."""
+        self._phase = "schedule"
+        try:
+            return self.scheduler.schedule()
+        except Exception as error:
+            self._faults.note(self._phase, error)
+        guilty = False
+        for sequence in self.scheduler.candidates:
+            try:
+                self.scheduler.schedule(alone=sequence)
+            except Exception as error:
+                guilty, self._phase = True, "schedule" if sequence.slot >= 0 else "start"
+                self._blame(sequence, error, again=False)
+        self._phase = "schedule"
+        try:
+            return self.scheduler.schedule()
+        except Exception as error:
+            self._faults.note(self._phase, error)
+            self._faults.unexplained |= not guilty
+            return Schedule()
+
+    def _run(self, schedule: Schedule) -> tuple[Schedule, Tensor]:
+        """Computes the step's tokens; if that raises, those of each sequence alone.
+
+        Returns:
+            The step as far as it was computed, and the logits that its `wanted` counts.
+        """
+        self._phase = "forward"
+        mark = self.kv.mark([s.slot for s in schedule.sequences])
+        try:
+            return schedule, self._forward(schedule)
+        except Exception as error:
+            self._faults.note(self._phase, error)
+            self.kv.retract(mark)
+        computed, logits = [], []
+        for index, sequence in enumerate(schedule.sequences):
+            mark = self.kv.mark([sequence.slot])
+            try:
+                logits.append(self._forward(schedule.only([index])).clone())
+                computed.append(index)
+            except Exception as error:
+                self.kv.retract(mark)
+                self._blame(sequence, error, again=False)
+        self._faults.unexplained |= len(computed) == len(schedule.sequences)
+        return schedule.only(computed), torch.cat(logits) if logits else torch.empty(0)
+
+    def _forward(self, schedule: Schedule) -> Tensor:
         sequences, chunks = schedule.sequences, schedule.chunks
         return self.runner.run(
             slots=[s.slot for s in sequences],
@@ -154,29 +267,44 @@ class Engine:
 
     def _judge_prompts(self, schedule: Schedule, logits: Tensor) -> None:
         """Notes the log-probabilities of prompts that want them."""
+        self._phase = "prompt_logprobs"
         ends = itertools.accumulate(schedule.wanted)
         for sequence, count, end in zip(schedule.sequences, schedule.wanted, ends, strict=True):
             if sequence.wants_prompt_logprobs:
                 following = sequence.prompt[sequence.computed + 1 : sequence.computed + 1 + count]
                 rows = logits[end - count : end - count + len(following)]
                 top = sequence.request.sampling.prompt_logprobs or 0
-                sequence.progress.prompt_logprobs += token_logprobs(rows, following, top)
+                try:
+                    sequence.progress.prompt_logprobs += token_logprobs(rows, following, top)
+                except Exception as error:
+                    self._blame(sequence, error)
 
     def _advance(self, schedule: Schedule) -> None:
         """Counts the computed tokens, and holds and evicts where a sequence's plan says so."""
         for sequence, chunk in zip(schedule.sequences, schedule.chunks, strict=True):
-            slot, start, prompt = sequence.slot, sequence.computed, sequence.prompt
-            sequence.progress.computed += chunk
-            sequence.peak_bytes = max(sequence.peak_bytes, self.kv.sequence_bytes(slot))
-            self._reuse.after_chunk(slot, sequence.keys, prompt, start, sequence.computed)
-            self._evict_if_due(sequence)
-            progress = sequence.progress  # a new one if it had to be preempted
-            self._reuse.after_eviction(slot, sequence.keys, progress.computed, progress.evictions)
-            if progress.computed == len(prompt):
-                progress.kept_tokens = self.kv.held_tokens(slot)
-                if sequence.plan.decode_budget_tokens is None and not sequence.explain_plans:
-                    self.kv.stop_observing(slot)
+            if sequence.slot >= 0:
+                try:
+                    self._advance_one(sequence, chunk)
+                except Exception as error:
+                    self._blame(sequence, error)
+        self._phase = "trim"
         self.kv.trim([sequence.slot for sequence in schedule.sequences if sequence.slot >= 0])
+
+    def _advance_one(self, sequence: Sequence, chunk: int) -> None:
+        slot, start, prompt = sequence.slot, sequence.computed, sequence.prompt
+        self._phase = "prefix"
+        sequence.progress.computed += chunk
+        sequence.peak_bytes = max(sequence.peak_bytes, self.kv.sequence_bytes(slot))
+        self._reuse.after_chunk(slot, sequence.keys, prompt, start, sequence.computed)
+        self._phase = "evict"
+        self._evict_if_due(sequence)
+        self._phase = "prefix"
+        progress = sequence.progress  # a new one if it had to be preempted
+        self._reuse.after_eviction(slot, sequence.keys, progress.computed, progress.evictions)
+        if progress.computed == len(prompt):
+            progress.kept_tokens = self.kv.held_tokens(slot)
+            if sequence.plan.decode_budget_tokens is None and not sequence.explain_plans:
+                self.kv.stop_observing(slot)
 
     def _evict_if_due(self, sequence: Sequence) -> None:
         decoded, plan = sequence.computed - len(sequence.prompt), sequence.plan
@@ -221,6 +349,7 @@ class Engine:
         Returns:
             Sequences whose known tokens are all computed, and the row of the step's logits of each.
         """
+        self._phase = "fork"
         rows = zip(schedule.sequences, schedule.last_rows, strict=True)
         held = [(sequence, row) for sequence, row in rows if row is not None and sequence.slot >= 0]
         forked = list(held)
@@ -230,6 +359,7 @@ class Engine:
                 if self._share(parent, fork):
                     forked.append((fork, row))
                 else:
+                    fork.reset()
                     self.scheduler.add(fork)
         return forked
 
@@ -238,60 +368,104 @@ class Engine:
             return False
         try:
             fork.fork_from(parent, self.kv.fork(parent.slot))
+            fork.peak_bytes = self.kv.sequence_bytes(fork.slot)
         except OutOfPages:
             return False
-        fork.peak_bytes = self.kv.sequence_bytes(fork.slot)
+        except Exception as error:
+            self._faults.note(self._phase, error)
+            return False
         self.scheduler.adopt(fork)
         return True
 
     def _sample(self, ready: list[tuple[Sequence, int]], logits: Tensor) -> None:
         """Gives each sequence its next token, or its end if it was only to compute its prompt."""
-        silent = [sequence for sequence, _ in ready if not sequence.max_tokens]
-        for sequence in silent:
-            if not sequence.explain_plans:  # else it ends when they are explained
-                self._end_silently(sequence)
-        if silent:
-            ready = [(sequence, row) for sequence, row in ready if sequence.max_tokens]
+        for sequence, _ in ready:
+            if not sequence.max_tokens and not sequence.explain_plans:  # else it ends when they are explained
+                try:
+                    self._end_silently(sequence)
+                except Exception as error:
+                    self._blame(sequence, error, again=False)
+        ready = [(sequence, row) for sequence, row in ready if sequence.max_tokens]
         if not ready:
             return
+        for sequence, token, logprob in self._choose(ready, logits):
+            try:
+                self._take(sequence, token, logprob)
+            except Exception as error:
+                self._blame(sequence, error, again=False)
+
+    def _choose(
+        self, ready: list[tuple[Sequence, int]], logits: Tensor
+    ) -> list[tuple[Sequence, int, TokenLogprob | None]]:
+        """Chooses a token for each sequence; if that raises, for each alone."""
+        self._phase = "sample"
         sequences = [sequence for sequence, _ in ready]
-        sampled = sample(logits[[row for _, row in ready]], sequences, self.eos_ids)
-        now = time.monotonic()
-        for sequence, token, logprob in zip(sequences, sampled.token_ids, sampled.logprobs, strict=True):
-            sequence.output.append(token)
-            sequence.token_times.append(now)
-            stop = stop_after(sequence, token, self.eos_ids)
-            report = self._finish(sequence, stop.reason) if stop.reason is not None else None
-            self._report.outputs.append(token_output(sequence, token, logprob, stop, report))
+        try:
+            sampled = sample(logits[[row for _, row in ready]], sequences, self.eos_ids)
+            return list(zip(sequences, sampled.token_ids, sampled.logprobs, strict=True))
+        except Exception as error:
+            self._faults.note(self._phase, error)
+        chosen = []
+        for sequence, row in ready:
+            try:
+                sampled = sample(logits[[row]], [sequence], self.eos_ids)
+                chosen.append((sequence, sampled.token_ids[0], sampled.logprobs[0]))
+            except Exception as error:
+                self._blame(sequence, error, again=False)
+        self._faults.unexplained |= len(chosen) == len(ready)
+        return chosen
+
+    def _take(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> None:
+        """Adds a token to a sequence, and ends it if it is the last one."""
+        self._phase = "detokenize"
+        sequence.output.append(token)
+        sequence.token_times.append(time.monotonic())
+        stop = stop_after(sequence, token, self.eos_ids)
+        self._phase = "report"
+        report = kv_report(self.kv, sequence) if stop.reason is not None else None
+        output = token_output(sequence, token, logprob, stop, report)
+        if stop.reason is not None:
+            self._finish(sequence, stop.reason, report)
+        self._report.outputs.append(output)
 
     def _explain_next(self) -> None:
         """Asks one plan what it would keep of a prompt: one per step, so that decodes do not wait for all."""
+        self._phase = "explain"
         sequence = next((s for s in self.scheduler.running if s.remaining == 0), None)
         if sequence is None:
             return
-        explanations = sequence.progress.explanations
-        plan, view = sequence.explain_plans[len(explanations)], self.runner.attention.view(sequence.slot)
-        explanations.append(explain(view, plan, self.kv.kernels, self.kv.page_bytes))
-        if len(explanations) == len(sequence.explain_plans):
-            self._end_silently(sequence)
+        try:
+            explanations = sequence.progress.explanations
+            plan, view = sequence.explain_plans[len(explanations)], self.runner.attention.view(sequence.slot)
+            explanations.append(explain(view, plan, self.kv.kernels, self.kv.page_bytes))
+            if len(explanations) == len(sequence.explain_plans):
+                self._end_silently(sequence)
+        except Exception as error:
+            self._blame(sequence, error)
 
     def _end_silently(self, sequence: Sequence) -> None:
-        report = self._finish(sequence, "length")
-        self._report.outputs.append(silent_output(sequence, report))
-
-    def _finish(self, sequence: Sequence, reason: FinishReason) -> KVReport | None:
-        """Takes a sequence out of the engine and reports what its cache held."""
+        self._phase = "report"
         report = kv_report(self.kv, sequence)
-        self.scheduler.remove(sequence)
-        self._report.finish(sequence, reason, report)
-        return report
+        output = silent_output(sequence, report)
+        self._finish(sequence, "length", report)
+        self._report.outputs.append(output)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, report: KVReport | None = None) -> None:
+        """Takes a sequence out of the engine."""
+        self._for_nobody("free", lambda: self.scheduler.remove(sequence))
+        self._for_nobody("report", lambda: self._report.finish(sequence, reason, report))
 
     def _end_step(self, schedule: Schedule, started: float) -> list[Output]:
         """Hands out what is new, and learns how long it took."""
         report, self._report = self._report, StepReport()
         seconds = time.perf_counter() - started
+        self._for_nobody("report", lambda: self._tell(report, schedule, seconds))
+        self._faults.end_step(schedule.sequences)
+        return report.outputs
+
+    def _tell(self, report: StepReport, schedule: Schedule, seconds: float) -> None:
+        self.last_stats = report.bare_stats(self.scheduler, seconds)  # lest those before are told again
         self.last_stats = stats = report.stats(self.kv, self.scheduler, schedule, seconds)
         if stats.generation_tokens:  # the host has waited for the device
             decodes = sum(schedule.chunks) - stats.prompt_tokens
             self.scheduler.pace.observe(decodes, stats.prompt_tokens, seconds)
-        return report.outputs

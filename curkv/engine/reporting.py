@@ -32,6 +32,21 @@ class StepReport:
             self.finished.append(_request_stats(fork, reason, None))
         self.finished.append(_request_stats(sequence, reason, report))
 
+    def bare_stats(self, scheduler: Scheduler, seconds: float) -> StepStats:
+        """What can be told of the step without looking at the cache."""
+        return StepStats(
+            running=len(scheduler.running),
+            waiting=scheduler.num_waiting,
+            used_pages=0,
+            num_pages=0,
+            used_bytes=0,
+            capacity_bytes=0,
+            generation_tokens=self.sampled,
+            evictions=self.evictions,
+            finished=self.finished,
+            step_seconds=seconds,
+        )
+
     def stats(self, kv: PageManager, scheduler: Scheduler, step: Schedule, seconds: float) -> StepStats:
         """Where the engine stands after the step."""
         usage = kv.usage

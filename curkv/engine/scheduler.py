@@ -32,6 +32,13 @@ class Schedule:
     preempted: int = 0
     admitted: list[Sequence] = field(default_factory=list)
 
+    def only(self, indices: list[int]) -> Schedule:
+        """The same step for some of its sequences."""
+        sequences, chunks = [self.sequences[i] for i in indices], [self.chunks[i] for i in indices]
+        step = Schedule(sequences, chunks, preempted=self.preempted, admitted=self.admitted)
+        step.count_logits()
+        return step
+
     def count_logits(self) -> None:
         """Settles which logits are wanted: of a whole chunk to judge a prompt, else of the last token."""
         row = -1
@@ -69,6 +76,7 @@ class Scheduler:
         self.pace = Pace(max_itl, max_step_tokens)
         self.running: list[Sequence] = []
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []
+        self._admitted: list[Sequence] = []
 
     @property
     def num_waiting(self) -> int:
@@ -89,30 +97,48 @@ class Scheduler:
         waiting = (sequence for _, sequence in self._waiting)
         return [s for s in (*self.running, *waiting) if s.request.id == request_id]
 
+    @property
+    def candidates(self) -> list[Sequence]:
+        """What the next step looks at: the running sequences, and the one that would be admitted first."""
+        first = self._next_waiting()
+        return [*self.running, *([first] if first is not None else [])]
+
     def remove(self, sequence: Sequence) -> None:
-        """Takes a sequence out, wherever it is, and gives its pages back."""
+        """Takes a sequence out, wherever it is, and gives its pages back, as the last thing."""
         if sequence in self.running:
             self.running.remove(sequence)
         else:
             self._waiting = [entry for entry in self._waiting if entry[1] is not sequence]
-        self._free(sequence)
+        slot, sequence.slot = sequence.slot, -1
+        self._free(slot)
 
     def adopt(self, sequence: Sequence) -> None:
         """Lets a sequence run that already holds memory (a fork)."""
         self.running.append(sequence)
 
-    def schedule(self) -> Schedule:
-        """Picks the next step's work, for which there are pages."""
+    def schedule(self, alone: Sequence | None = None) -> Schedule:
+        """Picks the next step's work, for which there are pages.
+
+        Whatever raises, every sequence runs or waits afterwards, and can be scheduled again.
+
+        Args:
+            alone: a step for this sequence and no other; None: for all.
+        """
         step = Schedule()
         budget = self._step_tokens()
-        for sequence in sorted(self.running, key=lambda s: (s.remaining > 1, s.priority)):
+        running = self.running if alone is None else [s for s in self.running if s is alone]
+        for sequence in sorted(running, key=lambda s: (s.remaining > 1, s.priority)):
             budget -= self._plan_chunk(step, sequence, budget)
         self._preempt_until_it_fits(step)
-        while budget > 1 and not step.preempted and self._admit_next(step):
-            budget -= self._plan_chunk(step, self.running[-1], budget)
+        while budget > 1 and not step.preempted:
+            candidate = self._next_waiting() if alone is None else alone
+            if candidate in self.running or candidate is None or not self._admit(candidate):
+                break
+            budget -= self._plan_chunk(step, candidate, budget)
         decodes_first = sorted(range(len(step.chunks)), key=lambda i: step.chunks[i] > 1)
         step.sequences = [step.sequences[i] for i in decodes_first]
         step.chunks = [step.chunks[i] for i in decodes_first]
+        step.admitted, self._admitted = self._admitted, []
         step.count_logits()
         return step
 
@@ -144,26 +170,32 @@ class Scheduler:
 
     def preempt(self, sequence: Sequence) -> None:
         """Takes a sequence's pages; it is computed again later, from its place in the queue."""
+        slot = sequence.slot
         self.running.remove(sequence)
-        self._free(sequence)
         sequence.reset()
         self.add(sequence)
+        self._free(slot)
 
-    def _admit_next(self, step: Schedule) -> bool:
-        """Moves the first waiting sequence to the running ones if it fits."""
+    def restart(self) -> None:
+        """Has all running sequences computed again later; what they hold is left to whoever cleans up."""
+        running, self.running = self.running, []
+        for sequence in running:
+            sequence.reset()
+            self.add(sequence)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Moves a waiting sequence to the running ones if it fits."""
         if len(self.running) >= self.kv.layout.max_sequences:
-            return False
-        sequence = self._next_waiting()
-        if sequence is None:
             return False
         prefix = self._reuse.find(sequence.keys, sequence.prompt, sequence.wants_prompt_logprobs)
         if self.running and not self._fits(sequence, prefix):
             return False
-        self._waiting.remove((sequence.priority, sequence))
+        slot, prefix = self._reuse.start(prefix, sequence.observed)
         if sequence.first_run is None:
-            step.admitted.append(sequence)
-        sequence.start(*self._reuse.start(prefix, sequence.observed))
+            self._admitted.append(sequence)
+        self._waiting.remove((sequence.priority, sequence))
         self.running.append(sequence)
+        sequence.start(slot, prefix)
         return True
 
     def _next_waiting(self) -> Sequence | None:
@@ -191,7 +223,6 @@ class Scheduler:
     def _pages_needed(self, sequences: list[Sequence], chunks: list[int]) -> int:
         return self.kv.pages_needed([s.slot for s in sequences], chunks) if sequences else 0
 
-    def _free(self, sequence: Sequence) -> None:
-        if sequence.slot >= 0:
-            self.kv.free(sequence.slot)
-            sequence.slot = -1
+    def _free(self, slot: int) -> None:
+        if slot >= 0:
+            self.kv.free(slot)

@@ -88,6 +88,7 @@ class Sequence:
         progress: how far it is computed.
         first_run: when it first ran; None: it did not yet.
         peak_bytes: most bytes of pages held at the end of any step.
+        faulty: something raised while it was worked on, and it was computed anew: it has no second chance.
     """
 
     request: Request
@@ -107,6 +108,7 @@ class Sequence:
     progress: Progress = field(default_factory=Progress)
     first_run: FirstRun | None = None
     peak_bytes: int = 0
+    faulty: bool = False
 
     @property
     def prompt(self) -> list[int]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from curkv.cache.explain import Explanation
     from curkv.cache.options import EvictionOptions
     from curkv.cache.plan import EvictionPlan
+    from curkv.engine.faults import EngineFault
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -203,7 +204,7 @@ class Output:
         explanations: on the last output, one of each option in `explain`.
         finish_reason: None while the choice runs.
         stop_reason: the stop string or token id that ended the choice, if one did.
-        problem: what of the request made the choice end in an error; None: the engine did.
+        problem: what made the choice end in an error: of the request, or of the engine.
         kv: eviction report, on the choice's last output.
         cached_tokens: prompt tokens that were not computed, for they were cached from an earlier prompt.
     """
@@ -217,6 +218,6 @@ class Output:
     explanations: list[Explanation] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
-    problem: InvalidRequest | None = None
+    problem: InvalidRequest | EngineFault | None = None
     kv: KVReport | None = None
     cached_tokens: int = 0

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import Request
 
 from curkv.engine.client import EngineUnavailable
+from curkv.engine.faults import EngineFault
 from curkv.engine.types import InvalidRequest
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,8 @@ def as_api_error(error: Exception) -> APIError:
             return error
         case InvalidRequest():
             return APIError(400, error.message, error.param)
+        case EngineFault():
+            return APIError(500, str(error), code="engine_error")
         case EngineUnavailable():
             return unavailable(str(error), "engine_unavailable")
         case RequestValidationError():
@@ -120,6 +123,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
     for kind in (
         InvalidRequest,
+        EngineFault,
         EngineUnavailable,
         RequestValidationError,
         StarletteHTTPException,

@@ -42,6 +42,8 @@ T = TypeVar("T")
 KEEP_ALIVE_SECONDS = 30
 CLOSE_SECONDS = 5
 """Time that answers have to be written after the engine has finished or been stopped."""
+FAREWELL_SECONDS = 2
+"""Time for which a server with a dead engine still answers, /health with 503."""
 LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
 POLLED = ("/health", "/metrics", "/v1/kv/state")
 
@@ -155,7 +157,7 @@ class Server(uvicorn.Server):
     within `drain_timeout`, after which, or at a second signal, they end with a 503.
 
     Attributes:
-        exit_status: 0, or why the engine could not be loaded.
+        exit_status: 0, or why the engine could not be loaded or go on.
     """
 
     def __init__(self, settings: Settings, build: Callable[[Settings], EngineClient] = build_client):
@@ -219,6 +221,15 @@ class Server(uvicorn.Server):
             await asyncio.to_thread(client.stop)
         self.should_exit = True
 
+    def _give_up(self) -> None:
+        """Ends a process whose engine is dead, once whoever watches it could see that."""
+        self.exit_status = Exit.ENGINE_BROKEN
+        logger.critical("the server stops: its engine is dead")
+        asyncio.get_running_loop().call_later(FAREWELL_SECONDS, self._stop)
+
+    def _stop(self) -> None:
+        self.should_exit = True
+
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         self._loop = asyncio.get_running_loop()
@@ -241,6 +252,8 @@ class Server(uvicorn.Server):
             logger.critical("the engine did not start: %s", error, exc_info=unforeseen)
             return
         self._state.attach(client)
+        loop = asyncio.get_running_loop()
+        client.on_death(lambda: loop.call_soon_threadsafe(self._give_up))
         print(self._welcome(time.perf_counter() - started), flush=True)
 
     def _welcome(self, seconds: float) -> str:

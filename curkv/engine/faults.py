@@ -1,0 +1,111 @@
+"""Whose fault a raised exception is, and when the engine is given up."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+if TYPE_CHECKING:
+    from curkv.engine.sequence import Sequence
+
+logger = logging.getLogger(__name__)
+
+Phase = Literal[
+    "add",
+    "explain",
+    "schedule",
+    "start",
+    "forward",
+    "prompt_logprobs",
+    "prefix",
+    "evict",
+    "trim",
+    "fork",
+    "sample",
+    "detokenize",
+    "report",
+    "free",
+]
+"""What the engine does with a sequence: once it comes, and then step by step."""
+
+MAX_FAILED_STEPS = 8
+"""Steps in a row of which nothing came, before the engine is given up."""
+
+
+class EngineFault(Exception):
+    """The engine could not go on with a sequence; the cause of this error is what was raised.
+
+    Attributes:
+        phase: what was being done.
+    """
+
+    def __init__(self, phase: Phase):
+        super().__init__(f"the engine failed on this request (phase: {phase}); the server's log says more")
+        self.phase = phase
+
+
+class EngineBroken(RuntimeError):
+    """The engine can do nothing more; a new process may."""
+
+
+class Faults:
+    """The faults of a step, and how many steps in a row have failed.
+
+    Attributes:
+        noted: faults of the running step.
+        unexplained: one of them was nobody's: it did not come back with any sequence alone.
+    """
+
+    def __init__(self) -> None:
+        self.noted = 0
+        self.unexplained = False
+        self._blamed: list[Sequence] = []
+        self._failed_steps = 0
+
+    def note(self, phase: Phase, error: Exception, sequence: Sequence | None = None) -> None:
+        """Takes note of something that was raised.
+
+        Args:
+            phase: while what was done.
+            error: what was raised.
+            sequence: at whose turn; None: while several were worked on, or none.
+
+        Raises:
+            EngineBroken: the device is lost, and with it everything in its memory.
+        """
+        self.noted += 1
+        if sequence is not None:
+            self._blamed.append(sequence)
+        logger.error("%s failed", phase, exc_info=error)
+        if is_device_lost(error):
+            raise EngineBroken(f"the device failed: {error}") from error
+
+    def end_step(self, sequences: list[Sequence]) -> None:
+        """Counts a step.
+
+        Args:
+            sequences: whose tokens were computed in it.
+        """
+        succeeded = any(sequence not in self._blamed for sequence in sequences)
+        if self.unexplained or (self.noted and not succeeded):
+            self._failed_steps += 1
+        elif succeeded:
+            self._failed_steps = 0
+        self.noted, self.unexplained, self._blamed = 0, False, []
+
+    def check(self) -> None:
+        """Checks that the engine can go on.
+
+        Raises:
+            EngineBroken: too many steps in a row have failed.
+        """
+        if self._failed_steps >= MAX_FAILED_STEPS:
+            raise EngineBroken(f"{self._failed_steps} steps in a row have failed")
+
+
+def is_device_lost(error: Exception) -> bool:
+    """Whether an error of a GPU is one that every later call would meet too; lack of memory is not."""
+    lost = isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+    return lost and not isinstance(error, torch.OutOfMemoryError)
