@@ -88,6 +88,11 @@ class EngineClient:
         return self._engine.max_model_len
 
     @property
+    def max_kv_tokens(self) -> int:
+        """Most tokens of prompt and output together of a request that keeps all of them."""
+        return self._engine.max_kv_tokens
+
+    @property
     def weights(self) -> str:
         """Type of the linear layers' weights."""
         return self._engine.runner.model.weights
@@ -132,9 +137,12 @@ class EngineClient:
         self._sinks.append(sink)
 
     def on_death(self, act: Callable[[], object]) -> None:
-        """Calls `act` from the engine's thread if that fails, after every stream has got its error."""
-        self._on_death.append(act)
-        if self.state == "dead":  # it may have failed before
+        """Calls `act`, from the engine's thread, if that fails and once every stream has got its error."""
+        with self._wake:
+            if not self._ended:
+                self._on_death.append(act)
+                return
+        if self.state == "dead":
             act()
 
     def plan(self, request: Request) -> Planned:

@@ -80,6 +80,11 @@ class Engine:
         """Whether a step would do anything."""
         return self.scheduler.has_work
 
+    @property
+    def max_kv_tokens(self) -> int:
+        """Most tokens of a request that keeps all of them: the context, or what the cache has pages for."""
+        return min(self.max_model_len, self.kv.layout.sequence_tokens(self.kv.num_pages))
+
     def plan(self, request: Request) -> Planned:
         """Checks a request and resolves its eviction options; takes nothing. Any thread may call it.
 
@@ -102,7 +107,7 @@ class Engine:
                 order=next(self._order),
                 plan=plan,
                 seed=choice_seed(seed, index),
-                max_tokens=self._planner.max_tokens(request),
+                max_tokens=planned.max_tokens,
                 detokenizer=Detokenizer(
                     self.info.vocabulary, prompt, sampling.stop, sampling.skip_special_tokens
                 ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -37,16 +38,16 @@ class Planner:
         Raises:
             InvalidRequest: it could never be served as asked.
         """
-        sampling, max_tokens = request.sampling, self.max_tokens(request)
-        self._check_length(request)
+        sampling, prompt = request.sampling, request.prompt_token_ids
+        self._check_length(prompt, sampling.max_tokens)
         for field in ("logit_bias", "stop_token_ids"):
             check_ids(getattr(sampling, field), self._num_token_ids, field)
+        plan = self._resolve(request.eviction, prompt)
+        max_tokens = self._max_tokens(plan, sampling.max_tokens)
         if sampling.min_tokens > max_tokens:
             raise InvalidRequest(f"is larger than max_tokens ({max_tokens})", "min_tokens")
-        plan = self._resolve(request.eviction, request.prompt_token_ids)
-        self._check_pool(plan, max_tokens)
-        explain_plans = tuple(self._resolve(options, request.prompt_token_ids) for options in request.explain)
-        return Planned(request, plan, explain_plans, self._matcher(sampling))
+        explain_plans = tuple(self._resolve(options, prompt) for options in request.explain)
+        return Planned(request, plan, max_tokens, explain_plans, self._matcher(sampling))
 
     def _resolve(self, options: EvictionOptions, prompt: Sequence[int]) -> EvictionPlan:
         try:
@@ -54,23 +55,17 @@ class Planner:
         except OptionError as error:
             raise InvalidRequest(error.message, f"kv.{error.field}") from error
 
-    def max_tokens(self, request: Request) -> int:
-        """Tokens the request may generate: what it asked for, else what the context has left."""
-        asked = request.sampling.max_tokens
-        return asked if asked is not None else self._max_model_len - len(request.prompt_token_ids)
-
-    def _check_length(self, request: Request) -> None:
-        prompt, max_tokens, most = request.prompt_token_ids, self.max_tokens(request), self._max_model_len
+    def _check_length(self, prompt: Sequence[int], asked: int | None) -> None:
+        most = self._max_model_len
         if not prompt:
             raise InvalidRequest("the prompt is empty", "prompt")
         check_ids(prompt, self._num_token_ids, "prompt")
-        if request.sampling.max_tokens is None and max_tokens < 1:
+        if asked is None and len(prompt) >= most:
             message = f"{len(prompt)} tokens leave no room in the context of {most} tokens"
             raise InvalidRequest(message, "prompt")
-        if len(prompt) + max_tokens > most:
+        if asked is not None and len(prompt) + asked > most:
             raise InvalidRequest(
-                f"prompt ({len(prompt)} tokens) + max_tokens ({max_tokens}) exceeds the context of "
-                f"{most} tokens",
+                f"prompt ({len(prompt)} tokens) + max_tokens ({asked}) exceeds the context of {most} tokens",
                 "max_tokens" if len(prompt) < most else "prompt",
             )
 
@@ -81,11 +76,17 @@ class Planner:
             raise InvalidRequest("a structured output ends where its structure does", "min_tokens")
         return self._structures.matcher(sampling.structure)
 
-    def _check_pool(self, plan: EvictionPlan, max_tokens: int) -> None:
-        needed, pages = self._kv.footprint(plan, max(0, max_tokens - 1)), self._kv.num_pages
+    def _max_tokens(self, plan: EvictionPlan, asked: int | None) -> int:
+        """Tokens that may be generated: what was asked for, else all that context and pool have room for."""
+        left, pages = self._max_model_len - plan.prompt_tokens, self._kv.num_pages
+        generated = max(0, asked - 1) if asked is not None else 0  # the last token is not stored
+        needed = self._kv.footprint(plan, generated)
         if needed > pages:
             raise InvalidRequest(
                 f"the request needs {needed} pages of KV cache at its peak, of {pages}: shorten it, lower "
                 "its budget, choose prefill 'streaming', or start the server with a larger --kv-cache-memory",
                 "prompt" if self._kv.footprint(plan, 0) > pages else "max_tokens",
             )
+        if asked is not None:
+            return asked
+        return bisect_left(range(left), True, key=lambda stored: self._kv.footprint(plan, stored) > pages)

@@ -140,12 +140,14 @@ class Planned:
     Attributes:
         request: the request.
         eviction: its eviction options, resolved for its prompt.
+        max_tokens: most tokens that each choice generates.
         explain_plans: the options to be explained, resolved to plans.
         matcher: stands at the start of an output that follows its structure; None: the output is free.
     """
 
     request: Request
     eviction: EvictionPlan
+    max_tokens: int
     explain_plans: tuple[EvictionPlan, ...] = ()
     matcher: LLMatcher | None = None
 

@@ -252,6 +252,13 @@ class Server(uvicorn.Server):
             logger.critical("the engine did not start: %s", error, exc_info=unforeseen)
             return
         self._state.attach(client)
+        if client.max_kv_tokens < client.max_model_len:
+            logger.warning(
+                "the KV cache holds %d tokens, less than the context of %d: longer requests must evict, or "
+                "--kv-cache-memory be larger",
+                client.max_kv_tokens,
+                client.max_model_len,
+            )
         loop = asyncio.get_running_loop()
         client.on_death(lambda: loop.call_soon_threadsafe(self._give_up))
         print(self._welcome(time.perf_counter() - started), flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -199,26 +200,26 @@ def test_abort_frees_everything_in_every_phase(make_engine: MakeEngine, loaded: 
         assert engine.last_stats.running == engine.last_stats.waiting == 0
 
 
-def test_a_step_that_fails_ends_its_requests_and_nothing_else(
-    make_engine: MakeEngine, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "kv", [{}, {"policy": "curdkv", "budget": "50%"}, {"policy": "adacurdkv", "budget": "50%"}]
+)
+def test_without_max_tokens_all_is_generated_that_the_pool_has_room_for(
+    make_engine: MakeEngine, loaded: Loaded, kv: dict[str, str]
 ) -> None:
-    engine = make_engine()
-    item = request(loaded.prompt(40), 4, n=2)
-    engine.add(engine.plan(item))
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            engine.runner.model, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("broken"))
-        )
-        with pytest.raises(RuntimeError) as raised:
-            engine.step()
-    outputs = engine.fail(raised.value)
-    assert [(o.index, o.finish_reason) for o in outputs] == [(0, "error"), (1, "error")]
-    stats = engine.last_stats
-    assert [ended.finish_reason for ended in stats.finished] == ["error", "error"]
-    assert (stats.running, stats.used_bytes, stats.sequences, stats.generation_tokens) == (0, 0, [], 0)
-    engine.check_integrity()
-    assert engine.kv.used_pages == 0
-    assert len(tokens(run(engine, request(loaded.prompt(40), 4))["r", 0])) == 4
+    engine = make_engine(num_pages=90 * 6)
+    assert engine.max_kv_tokens == 6 * 32
+    item = request(loaded.prompt(100), kv=parse_options(kv), max_tokens=None)
+    most = engine.plan(item).max_tokens
+    assert most == 6 * 32 - 100 + 1 if not kv else most > 6 * 32 - 100 + 1
+    for asked, fits in ((most, True), (most + 1, False)):
+        with nullcontext() if fits else pytest.raises(InvalidRequest, match="pages of KV cache"):
+            engine.plan(request(loaded.prompt(100), asked, kv=parse_options(kv)))
+    with pytest.raises(InvalidRequest, match="pages of KV cache") as caught:
+        engine.plan(request(loaded.prompt(300), kv=parse_options({}), max_tokens=None))
+    assert caught.value.param == "prompt"
+    assert make_engine(num_pages=90 * 300).plan(item).max_tokens == 8192 - 100
+    if not kv:
+        assert len(tokens(run(engine, item)["r", 0])) == most
 
 
 def test_priority_runs_first(make_engine: MakeEngine, loaded: Loaded) -> None:

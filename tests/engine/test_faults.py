@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from curkv.cache.layout import CacheLayout, full_attention
 from curkv.cache.page_manager import PageManager
 from curkv.cache.parsing import parse_options
 from curkv.engine import engine as engine_module
+from curkv.engine.client import EngineClient, EngineUnavailable
 from curkv.engine.engine import Engine
 from curkv.engine.faults import MAX_FAILED_STEPS, EngineBroken, EngineFault
 from curkv.engine.recorded_launches import RecordedLaunches
@@ -237,7 +239,7 @@ def inject(
     def hit(args: tuple[Any, ...]) -> bool:
         if victim is None or point.involved is None:
             return True
-        its = [s for s in engine.scheduler.running if s.request is victim]
+        its = [s for s in engine.scheduler.running if s.request.id == victim.id]
         known = [*its, *(s.slot for s in its), *(s.plan for s in its)]
         known += [victim.id, tuple(victim.prompt_token_ids)]
         return any(x in known for x in point.involved(*args))
@@ -388,3 +390,77 @@ def test_statistics_of_a_failed_step_are_its_own(monkeypatch: pytest.MonkeyPatch
     engine.step()
     assert finished == ["error"] and engine.last_stats.finished == []
     assert engine.last_stats.running == 0 and engine.last_stats.sequences == []
+
+
+async def heard(client: EngineClient, item: Request) -> dict[int, Told] | Exception:
+    """What a client gets: what each choice is told, or the error that its request ends with."""
+    news: dict[int, list[Output]] = {index: [] for index in range(item.sampling.n)}
+    try:
+        async for output in client.generate(client.plan(item)):
+            if output.problem is not None:
+                return output.problem
+            news[output.index].append(output)
+    except (EngineFault, EngineUnavailable) as error:
+        return error
+    return {index: told(outputs) for index, outputs in news.items()}
+
+
+async def hear(client: EngineClient) -> dict[str, dict[int, Told] | Exception]:
+    items = requests()
+    async with asyncio.timeout(20):
+        answers = await asyncio.gather(*(heard(client, item) for item in items))
+    return {item.id: answer for item, answer in zip(items, answers, strict=True)}
+
+
+def answer_alone(item: Request) -> dict[int, Told]:
+    return {index: alone()[item.id, index] for index in range(item.sampling.n)}
+
+
+@pytest.mark.parametrize("name", ["add", "start", "forward, half", "evict", "sample", "detokenize"])
+async def test_clients_hear_of_the_fault_of_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    point, engine = POINTS[name], make_engine()
+    inject(monkeypatch, engine, point, float("inf"), {item.id: item for item in requests()}[point.victim])
+    client = EngineClient.start(engine)
+    answers = await hear(client)
+    fault = answers.pop(point.victim)
+    assert isinstance(fault, EngineFault) and point.phase in str(fault) and client.healthy
+    assert answers == {item.id: answer_alone(item) for item in requests() if item.id != point.victim}
+    client.stop()
+    monkeypatch.undo()
+    assert_nothing_is_left(engine)
+
+
+@pytest.mark.parametrize(
+    "name", ["add", "schedule", "forward", "evict", "sample", "detokenize", "free, half"]
+)
+async def test_every_client_gets_an_answer_whatever_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, ended = make_engine(), []
+    inject(monkeypatch, engine, POINTS[name], float("inf"), None)
+    client = EngineClient.start(engine)
+    client.on_death(lambda: ended.append(1))
+    for _ in range(MAX_FAILED_STEPS):
+        for item, answer in zip(requests(), (await hear(client)).values(), strict=True):
+            assert isinstance(answer, EngineFault | EngineUnavailable) or answer == answer_alone(item)
+    dead = not client.healthy
+    client.stop()
+    assert ended == [1] * dead
+    if name in ("schedule", "forward"):  # the others let through who only asks for an explanation
+        assert dead
+    with pytest.raises(EngineUnavailable):
+        await client.drop_prefixes()
+
+
+async def test_a_lost_device_ends_the_client_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, ended = make_engine(), []
+
+    def lost(*_: Any) -> None:
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(engine.runner.model, "forward", lost)
+    client = EngineClient.start(engine)
+    client.on_death(lambda: ended.append(1))
+    assert all(isinstance(answer, EngineUnavailable) for answer in (await hear(client)).values())
+    assert not client.healthy
+    client.stop()
+    client.on_death(lambda: ended.append(2))
+    assert ended == [1, 2] and client.state == "dead"

@@ -97,11 +97,16 @@ class ScriptedClient:
     tokenizer: Tokenizer = field(default_factory=word_tokenizer)
     chat_template: WordTemplate | None = field(default_factory=WordTemplate)
     max_model_len: int = MAX_MODEL_LEN
+    max_kv_tokens: int = MAX_MODEL_LEN
+    die: Callable[[], object] = lambda: None
     waits: bool = False
 
     @property
     def vocab_size(self) -> int:
         return VOCABULARY
+
+    def on_death(self, act: Callable[[], object]) -> None:
+        self.die = act
 
     @property
     def healthy(self) -> bool:
@@ -147,7 +152,9 @@ class ScriptedClient:
         if len(ids) + (request.sampling.max_tokens or 1) > self.max_model_len:
             raise InvalidRequest("prompt + max_tokens exceeds the context", "max_tokens")
         try:
-            return Planned(request, resolve(request.eviction, ids, self.cache_layout))
+            asked = request.sampling.max_tokens
+            most = asked if asked is not None else self.max_model_len - len(ids)
+            return Planned(request, resolve(request.eviction, ids, self.cache_layout), most)
         except OptionError as error:
             raise InvalidRequest(error.message, f"kv.{error.field}") from error
 

@@ -155,3 +155,27 @@ def test_the_access_log_leaves_out_what_is_polled() -> None:
 
     paths = ("/v1/completions", "/metrics", "/v1/kv/state", "/v1/models")
     assert [path for path in paths if _is_no_poll(line(path))] == ["/v1/completions", "/v1/models"]
+
+
+async def test_a_dead_engine_ends_the_process_after_a_last_look_at_its_health(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("curkv.server.run.FAREWELL_SECONDS", 0.5)
+    client = ScriptedClient()
+    with served(lambda settings: client) as (server, http):
+        await wait_for(http, "ready")
+        client.state = "dead"
+        client.die()
+        health = await http.get("/health")
+        assert (health.status_code, health.json()) == (503, {"status": "dead"})
+        assert (await http.post("/v1/completions", json={"prompt": "w1"})).status_code == 503
+        await until(lambda: not server.started or server.should_exit)
+    assert server.exit_status == Exit.ENGINE_BROKEN
+
+
+async def test_a_cache_smaller_than_the_context_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING), served(lambda _: ScriptedClient(max_kv_tokens=96)) as (_, http):
+        await wait_for(http, "ready")
+        [model] = (await http.get("/v1/models")).json()["data"]
+    assert (model["max_model_len"], model["max_kv_tokens"]) == (256, 96)
+    assert "holds 96 tokens, less than the context of 256" in caplog.text

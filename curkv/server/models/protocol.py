@@ -27,6 +27,7 @@ class ModelCard(BaseModel):
     Attributes:
         root: what was loaded: built-in name, path or Hub id.
         max_model_len: most tokens of prompt and output together.
+        max_kv_tokens: as many of them as the cache has room for if a request keeps all.
         weights: type of its linear layers' weights: float32, int8, int4 or bfloat16.
         weights_bytes: memory of all its weights.
         pruning: null if it was not pruned.
@@ -38,6 +39,7 @@ class ModelCard(BaseModel):
     owned_by: str = "curkv"
     root: str
     max_model_len: int
+    max_kv_tokens: int
     weights: str
     weights_bytes: int
     pruning: PruningCard | None = None

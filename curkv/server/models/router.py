@@ -35,6 +35,7 @@ def _card(state: ServerState) -> ModelCard:
         created=state.created,
         root=state.settings.engine.model,
         max_model_len=client.max_model_len,
+        max_kv_tokens=client.max_kv_tokens,
         weights=client.weights,
         weights_bytes=sum(client.weights_bytes.values()),
         pruning=_pruning(client.pruning),
