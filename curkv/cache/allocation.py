@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from curkv.cache.declarations import SHARE, Configurable, Number, option
+from curkv.cache.upload import upload
 
 if TYPE_CHECKING:
     from curkv.cache.policies.base import CacheView
@@ -113,7 +114,8 @@ class Pyramid(Allocation):
         steps = torch.linspace(top, bottom, layers, dtype=torch.float64)
         ends = (steps.cumsum(0) + 1e-9).round().long()
         budgets = ends.diff(prepend=ends.new_zeros(1)) + (k - base)
-        return budgets.int().to(view.lengths.device)[:, None].expand(view.lengths.shape).contiguous(), None
+        by_layer = upload(budgets.int(), view.lengths.device)
+        return by_layer[:, None].expand(view.lengths.shape).contiguous(), None
 
 
 ALLOCATIONS: dict[str, Allocation] = {kind.name: kind for kind in (Uniform(), Adaptive(), Pyramid())}

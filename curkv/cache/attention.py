@@ -11,6 +11,7 @@ from torch import Tensor
 from curkv.cache.batch import Batch, Observed
 from curkv.cache.page_manager import PageManager
 from curkv.cache.policies.base import CacheView
+from curkv.cache.upload import upload_list
 
 
 class PagedAttention:
@@ -60,12 +61,13 @@ class PagedAttention:
         kv, layout, projection = self.kv, self.kv.layout, self.output_projection
         table, lengths = kv.page_table[slot], kv.lengths[slot]
         if len(self._evicted) < layout.num_layers:
-            rows = torch.tensor(layout.full_rows, device=kv.device)
+            rows = upload_list(layout.full_rows, kv.device)
             table, lengths = table.index_select(0, rows), lengths.index_select(0, rows)
         return CacheView(
             kv.pages,
             table,
             lengths,
+            int(kv.head_lengths(slot)[list(layout.full_rows)].max()),
             seed,
             phase,
             round,
@@ -136,7 +138,7 @@ class PagedAttention:
         out = torch.empty_like(q)
         others = sorted(set(range(len(slots))) - set(summed))
         for chosen, accumulate in ((summed, True), (others, False)):
-            rows = torch.tensor(chosen, device=q.device)
+            rows = upload_list(chosen, q.device)
             out[rows] = attend(
                 q[rows], pages, table, lengths, slots[rows], self._scale, accumulate=accumulate
             )
@@ -157,6 +159,6 @@ class PagedAttention:
         for one in summed:
             rows = slice(one.start - batch.num_decodes, one.end - batch.num_decodes)
             index = slice(one.index, one.index + 1)
-            count = torch.tensor([0, one.end - one.start], dtype=torch.int32, device=q.device)
+            count = upload_list((0, one.end - one.start), q.device, torch.int32)
             self._kernels.column_sums(q[rows], lse[rows], *heads, batch.slots[index], count, self._scale)
         return out

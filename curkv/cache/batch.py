@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from curkv.cache.observations import Observations
+from curkv.cache.upload import upload_list
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +90,9 @@ class Batch:
         positions = [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
         wanted = [1] * len(ends) if wanted is None else wanted
         rows = chain.from_iterable(range(end - n, end) for end, n in zip(ends, wanted, strict=True))
-        pinned = torch.device(device).type != "cpu"
 
         def upload(values: Iterable[int], dtype: torch.dtype) -> Tensor:
-            host = torch.tensor(list(values), dtype=dtype)
-            return (host.pin_memory() if pinned else host).to(device, non_blocking=True)
+            return upload_list(values, torch.device(device), dtype)
 
         return cls(
             token_ids=upload(chain.from_iterable(token_ids), torch.int64),

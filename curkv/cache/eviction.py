@@ -11,6 +11,7 @@ from torch import Tensor
 from curkv.cache.merging import merged
 from curkv.cache.plan import EvictionPlan
 from curkv.cache.policies.base import CacheView, Scored
+from curkv.cache.upload import upload
 
 if TYPE_CHECKING:
     from curkv.cache.page_manager import PageManager
@@ -94,10 +95,12 @@ def evict(
 
 def protected(view: CacheView, plan: EvictionPlan) -> Tensor:
     """Tell which stored tokens the plan always keeps: bool [L, H, n]."""
-    position = view.position
-    tokens = int(position.max()) + 1
     recent = plan.recent_tokens if view.phase == "prefill" else plan.decode_recent_tokens
-    always = torch.zeros(tokens + 1, dtype=torch.bool, device=position.device)
-    for start, end in ((0, plan.sink_tokens), (max(0, tokens - recent), tokens), *plan.protect):
-        always[start : min(end, tokens)] = True
-    return always[position]
+    spans = [(0, plan.sink_tokens), *plan.protect]
+    past = max(end for _, end in spans)
+    named = torch.zeros(past + 1, dtype=torch.bool)
+    for start, end in spans:
+        named[start:end] = True
+    # Index -1, past a head's length, is that of the last place, as are all positions past the spans.
+    position = view.position.clamp_(max=past)
+    return upload(named, position.device)[position] | view.newest(recent)

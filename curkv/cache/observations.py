@@ -110,7 +110,7 @@ class BlockAttention:
     @classmethod
     def empty(cls, block: int, q: Tensor, k: Tensor) -> BlockAttention:
         """No tokens yet, for queries and keys shaped like these."""
-        return cls(block, q.new_zeros(k.shape[1], 0), q[:0], k[:0])
+        return cls(block, q.new_zeros(k.shape[1], 0, dtype=torch.float32), q[:0], k[:0])
 
     def extended(self, q: Tensor, k: Tensor) -> BlockAttention:
         """The same with further tokens."""
@@ -133,7 +133,7 @@ def _block_sums(q: Tensor, k: Tensor) -> Tensor:
     tokens, heads, dim = k.shape
     group = q.shape[1] // heads
     queries = q.view(tokens, heads, group, dim).permute(1, 2, 0, 3)
-    logits = queries @ k.permute(1, 2, 0)[:, None]
+    logits = queries.float() @ k.permute(1, 2, 0)[:, None].float()
     return logits.softmax(-1).sum(2).mean(1)
 
 

@@ -17,6 +17,7 @@ from curkv.cache.observations import Needs, Observations
 from curkv.cache.page_pool import Ids, OutOfPages, PagePool
 from curkv.cache.plan import EvictionPlan
 from curkv.cache.prefixes import Prefix, PrefixCache
+from curkv.cache.upload import upload
 from curkv.cache.usage import CacheUsage
 from curkv.kernels.dispatch import Kernels
 from curkv.kernels.pages import Pages
@@ -153,6 +154,11 @@ class PageManager:
     def active_slots(self) -> list[int]:
         """Slots in use, ascending."""
         return [slot for slot, active in enumerate(self._active) if active]
+
+    def wait(self) -> None:
+        """Waits until a GPU has done all that it was told; on a CPU it has."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def sequence_bytes(self, slot: int) -> int:
         """Bytes of the pages a sequence owns, alone or with others."""
@@ -488,7 +494,7 @@ class PageManager:
         size, pages, row = self.layout.page_size, self.pages, self.layout.full_rows[layer]
         index = torch.arange(k.shape[1], device=k.device)
         ids = self.page_table[slot, row].long()[:, index // size]
-        alone = torch.from_numpy(self.pool.owners == 1).to(k.device)[ids.clamp(0, self.num_pages - 1)]
+        alone = self._upload(self.pool.owners == 1)[ids.clamp(0, self.num_pages - 1)]
         head, token = (alone & (index < self.lengths[slot, row, :, None])).nonzero(as_tuple=True)
         place = ids[head, token], token % size
         for store, squares, x in ((pages.k, pages.k_sq, k), (pages.v, pages.v_sq, v)):
@@ -516,9 +522,8 @@ class PageManager:
             self.lengths.index_copy_(0, self._upload(np.array(slots)), self._upload(self._lengths[slots]))
 
     def _upload(self, array: NDArray[Any]) -> Tensor:
-        """Copies an array to the device without waiting: from pinned memory, in the order of the stream."""
-        tensor = torch.from_numpy(array)
-        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+        """Copies an array to the device without waiting."""
+        return upload(torch.from_numpy(array), self.device)
 
     def _pages_of(self, lengths: NDArray[np.int32]) -> NDArray[np.int32]:
         return (lengths + (self.layout.page_size - 1)) // self.layout.page_size

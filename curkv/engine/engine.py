@@ -17,6 +17,7 @@ from curkv.cache.explain import explain
 from curkv.cache.integrity import check_integrity
 from curkv.cache.page_pool import OutOfPages
 from curkv.cache.reuse import PrefixReuse
+from curkv.cache.upload import upload_list
 from curkv.engine.detokenizer import Detokenizer
 from curkv.engine.faults import EngineBroken, EngineFault, Faults, Phase
 from curkv.engine.planning import Planner
@@ -321,6 +322,7 @@ class Engine:
 
     def _evict(self, sequence: Sequence, phase: Literal["prefill", "decode"]) -> None:
         """Evicts as the sequence's plan says; if pages that others share cannot be copied, it starts anew."""
+        self.kv.wait()  # the step is no part of what the eviction takes
         started, progress = time.perf_counter(), sequence.progress
         before = self.kv.held_tokens(sequence.slot)
         view = self.runner.attention.view(sequence.slot, sequence.plan.seed, phase, progress.evictions)
@@ -331,17 +333,18 @@ class Engine:
             return self.scheduler.preempt(sequence)
         progress.evictions += 1
         progress.decode_evictions += phase == "decode"
-        kept = counts.double().mean().item()
+        budgets = self.kv.head_lengths(sequence.slot)[list(self.kv.layout.full_rows)]
+        kept = float(budgets.mean())
         progress.evicted_tokens += before - kept
         self._report.evictions.append(
             EvictionStats(
                 policy=sequence.plan.policy.name,
                 phase=phase,
-                tokens_evicted=round((before - kept) * counts.numel()),
+                tokens_evicted=round((before - kept) * budgets.size),
                 pages_freed=max(0, pages_freed),
                 seconds=time.perf_counter() - started,
                 kept_ratio=kept / before,
-                head_budgets=counts.cpu().numpy(),
+                head_budgets=budgets,
             )
         )
 
@@ -406,7 +409,9 @@ class Engine:
         self._phase = "sample"
         sequences = [sequence for sequence, _ in ready]
         try:
-            sampled = sample(logits[[row for _, row in ready]], sequences, self.eos_ids)
+            sampled = sample(
+                logits[upload_list((row for _, row in ready), logits.device)], sequences, self.eos_ids
+            )
             return list(zip(sequences, sampled.token_ids, sampled.logprobs, strict=True))
         except Exception as error:
             self._faults.note(self._phase, error)

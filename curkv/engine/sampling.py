@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from curkv.cache.upload import upload, upload_list
 from curkv.engine.sequence import Sequence
 from curkv.engine.structure import rule_out
 from curkv.engine.types import SamplingParams, TokenLogprob
@@ -44,14 +45,15 @@ def sample(logits: Tensor, sequences: list[Sequence], stop_ids: frozenset[int]) 
     if all(_takes_the_best(p) for p in params):
         return Sampled(logits.argmax(dim=-1).tolist(), [None] * len(params))
     wanted = [i for i, p in enumerate(params) if p.logprobs is not None]
-    raw = logits[wanted]
+    raw = logits[upload_list(wanted, logits.device)] if wanted else logits
     for row, sequence in zip(logits, sequences, strict=True):
         _adjust(row, sequence, stop_ids)
     rule_out(logits, [sequence.matcher for sequence in sequences])
     tokens = logits.argmax(dim=-1)
     drawn = [i for i, p in enumerate(params) if p.temperature >= GREEDY_BELOW]
     if drawn:
-        tokens[drawn] = _draw(logits[drawn], [sequences[i] for i in drawn])
+        rows = upload_list(drawn, logits.device)
+        tokens[rows] = _draw(logits[rows], [sequences[i] for i in drawn])
     ids: list[int] = tokens.tolist()
     logprobs: list[TokenLogprob | None] = [None] * len(ids)
     for row, i in enumerate(wanted):
@@ -89,30 +91,30 @@ def _adjust(row: Tensor, sequence: Sequence, stop_ids: frozenset[int]) -> None:
     """Applies penalties, bias and min_tokens to one row of logits, in place."""
     p = sequence.request.sampling
     if p.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({*sequence.prompt, *sequence.output}), device=row.device)
+        seen = upload_list(sorted({*sequence.prompt, *sequence.output}), row.device)
         values = row[seen]
         row[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
     if (p.presence_penalty or p.frequency_penalty) and sequence.output:
-        ids, counts = torch.unique(torch.tensor(sequence.output), return_counts=True)
+        ids, counts = (torch.from_numpy(x) for x in np.unique(sequence.output, return_counts=True))
         penalties = p.presence_penalty + p.frequency_penalty * counts
-        row[ids.to(row.device)] -= penalties.to(row.device)
+        row[upload(ids, row.device)] -= upload(penalties, row.device)
     if p.logit_bias:
-        biased = torch.tensor(list(p.logit_bias), device=row.device)
-        row[biased] += torch.tensor(list(p.logit_bias.values()), dtype=row.dtype, device=row.device)
+        biased = upload_list(p.logit_bias, row.device)
+        row[biased] += upload_list(p.logit_bias.values(), row.device, row.dtype)
     if len(sequence.output) < p.min_tokens:
         stops = sorted({*stop_ids, *p.stop_token_ids})
-        row[torch.tensor(stops, dtype=torch.long, device=row.device)] = -torch.inf
+        row[upload_list(stops, row.device)] = -torch.inf
 
 
 def _draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
     """Draws from the softmax of each row after temperature and truncation, by the inverse of its CDF."""
     params = [sequence.request.sampling for sequence in sequences]
-    logits = logits / torch.tensor([[p.temperature] for p in params], device=logits.device)
+    logits = logits / upload_list((p.temperature for p in params), logits.device, torch.float32)[:, None]
     for row, p in zip(logits, params, strict=True):
         _truncate(row, p)
     cdf = torch.softmax(logits, dim=-1, dtype=torch.float64).cumsum(dim=-1)
     u = uniform([s.seed for s in sequences], [len(s.output) for s in sequences])
-    targets = torch.from_numpy(u).to(cdf.device)[:, None] * cdf[:, -1:]
+    targets = upload(torch.from_numpy(u), cdf.device)[:, None] * cdf[:, -1:]
     return torch.searchsorted(cdf, targets, right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
 
 
@@ -137,7 +139,7 @@ def token_logprobs(logits: Tensor, token_ids: list[int], count: int) -> list[Tok
         count: how many of the likeliest to report.
     """
     norm = logits.logsumexp(dim=-1, keepdim=True)
-    ids = torch.tensor(token_ids, device=logits.device)[:, None]
+    ids = upload_list(token_ids, logits.device)[:, None]
     chosen = (logits.gather(1, ids) - norm).squeeze(1).tolist()
     top = logits.topk(count, dim=-1)
     rows = zip(top.indices.tolist(), (top.values - norm).tolist(), strict=True)

@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from torch import Tensor
 
+from curkv.cache.upload import upload, upload_list
 from curkv.engine.grammars import compile_grammar, grammar_tokenizer, source_text
 from curkv.engine.types import InvalidRequest, Structure
 
@@ -26,7 +28,6 @@ MAX_HELD = 2_000_000
 """Characters of the structures whose compiled forms are held; a form takes up to some 500 bytes for each."""
 
 _BITS = 32
-_SHIFTS = torch.arange(_BITS, dtype=torch.int32)
 
 
 class Structures:
@@ -88,17 +89,20 @@ def rule_out(logits: Tensor, matchers: Sequence[LLMatcher | None]) -> None:
     """Sets the logits of tokens that may not come next to -inf, in place and for all rows at once.
 
     Args:
-        logits: float32 [R, vocab] on the CPU.
+        logits: float32 [R, vocab].
         matchers: of each row; None leaves it alone.
     """
     rows = [(row, matcher) for row, matcher in enumerate(matchers) if matcher is not None]
     if not rows:
         return
-    words = torch.empty(len(rows), -(-logits.shape[1] // _BITS), dtype=torch.int32)
+    device = logits.device
+    words = np.empty((len(rows), -(-logits.shape[1] // _BITS)), dtype=np.int32)
     places = [(matcher, place) for place, (_, matcher) in enumerate(rows)]
-    _executor().unsafe_compute_mask_ptr(places, words.data_ptr(), words.shape[1] * 4, len(rows))
-    allowed = (words[:, :, None] >> _SHIFTS & 1).bool().flatten(1)[:, : logits.shape[1]]
-    chosen = [row for row, _ in rows]
+    _executor().unsafe_compute_mask_ptr(places, words.ctypes.data, words.shape[1] * 4, len(rows))
+    shifts = torch.arange(_BITS, dtype=torch.int32, device=device)
+    allowed = upload(torch.from_numpy(words), device)[:, :, None] >> shifts & 1
+    allowed = allowed.bool().flatten(1)[:, : logits.shape[1]]
+    chosen = upload_list((row for row, _ in rows), device)
     logits[chosen] = logits[chosen].masked_fill_(~allowed, -torch.inf)
 
 

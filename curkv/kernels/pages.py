@@ -91,6 +91,11 @@ def allocate(
     return Pages(store(format.keys), store(format.values), **sides)
 
 
+def longest(lengths: Tensor) -> int:
+    """Tokens of the longest head, 0 if there is none; reads the lengths, so that a GPU is waited for."""
+    return int(lengths.max()) if lengths.numel() else 0
+
+
 def _memory(shape: tuple[int, ...], dtype: torch.dtype, device: str | torch.device) -> Tensor:
     """Allocates uninitialised memory; on the host by numpy, which asks for huge pages: fewer TLB misses."""
     if torch.device(device).type != "cpu":

@@ -14,6 +14,9 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 FLOAT32_DOT = tl.constexpr("ieee" if INTERPRETED.value or torch.version.hip else "tf32x3")
 """Precision of float32 dots: NVIDIA's tensor cores make three TF32 products of one, AMD's have float32."""
 
+BOOKS = ("table", "lengths", "slots", "query_start", "positions", "lse")
+"""Arguments that are slices, of one number each: where they start says nothing for which to compile anew."""
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 

@@ -164,6 +164,11 @@ class Attention:
         self._o = pack.linear("attention", weights.o, weights.o_bias)
         self._exit = Exit(weights.post_norm, eps, pack)
 
+    @property
+    def output_weight(self) -> Tensor | None:
+        """[hidden, q_size], the weight of the output projection, if it is held as it was given."""
+        return self._o.given
+
     def __call__(
         self, x: Tensor, residual: Tensor | None, cache: CacheAttention, batch: Any
     ) -> tuple[Tensor, Tensor]:

@@ -105,5 +105,7 @@ class Decoder:
 
     def output_projection(self, index: int) -> Tensor:
         """W_o of a layer, by query head: [num_heads, head_dim, hidden]."""
-        weight = self._weights.attention_output(index)
+        weight = self._layers[index].attention.output_weight
+        if weight is None:
+            weight = self._weights.attention_output(index)
         return weight.T.reshape(self.config.num_heads, self.config.head_dim, -1)

@@ -66,7 +66,7 @@ def make_view(
         v_sq=paged(values.float().square().sum(-1), nan),
         attention=paged(torch.zeros(layers, heads, n), nan),
     )
-    return CacheView(pages, table, lengths)
+    return CacheView(pages, table, lengths, int(lengths.max()))
 
 
 def as_int8(view: CacheView) -> CacheView:
@@ -274,7 +274,7 @@ def test_kept_tokens_are_the_top_scores(request):
     if plan.policy.allocation.name == "adaptive":
         plan = make_plan(view, **(raw | {"sink_tokens": 0, "recent_tokens": 0, "protect": None, "alpha": 0}))
     indices, counts = select(view, plan, CPU)
-    scores = plan.policy.score(CacheView(view.pages, view.table, view.lengths, plan.seed), CPU)
+    scores = plan.policy.score(CacheView(view.pages, view.table, view.lengths, view.width, plan.seed), CPU)
     kept = as_mask(indices, counts, scores.shape[2])
     dim = (1, 2) if plan.policy.allocation.name == "adaptive" else 2
     worst_kept = scores.masked_fill(~kept, torch.inf).amin(dim)
@@ -327,7 +327,7 @@ def test_what_is_drawn_depends_on_seed_and_round_alone(policy, leverage):
     raw |= {"leverage": leverage} if policy != "random" else {}
 
     def kept(round, **more):
-        decode = CacheView(view.pages, view.table, view.lengths, phase="decode", round=round)
+        decode = CacheView(view.pages, view.table, view.lengths, view.width, phase="decode", round=round)
         return kept_positions(decode, select(decode, make_plan(view, **(raw | more)), CPU))
 
     drawn = policy == "random" or leverage == "sketch"
@@ -346,7 +346,7 @@ def test_protection_goes_by_position_after_earlier_evictions():
     lengths = torch.tensor([[len(head) for head in held]], dtype=torch.int32)
     positions = torch.tensor([[head + [-1] * (n - len(head)) for head in held]])
     view = make_view(*torch.randn(2, 1, 3, n, 8, generator=generator), positions=positions, lengths=lengths)
-    view = CacheView(view.pages, view.table, view.lengths, phase="decode", round=1)
+    view = CacheView(view.pages, view.table, view.lengths, view.width, phase="decode", round=1)
     plan = make_plan(view, prompt=300, policy="curdkv", decode_budget=100, protect="44-50")
     for head, tokens in enumerate(kept_positions(view, select(view, plan, CPU))[0]):
         assert len(tokens) == 100

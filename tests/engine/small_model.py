@@ -33,16 +33,18 @@ CONFIG = ModelConfig(
 )
 
 
-def random_checkpoint(device: str = "cpu") -> SimpleNamespace:
+def random_checkpoint(
+    device: str = "cpu", dtype: torch.dtype = torch.float32, num_layers: int = CONFIG.num_layers
+) -> SimpleNamespace:
     """Weights of a model whose attention is far from uniform."""
     generator = torch.Generator().manual_seed(1)
     c = CONFIG
 
     def weight(*shape: int) -> Tensor:
-        return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(device)
+        return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(device, dtype)
 
     def ones(size: int) -> Tensor:
-        return torch.ones(size, device=device)
+        return torch.ones(size, device=device, dtype=dtype)
 
     layers = [
         LayerWeights(
@@ -59,11 +61,12 @@ def random_checkpoint(device: str = "cpu") -> SimpleNamespace:
                 down=weight(c.hidden_size, c.intermediate_size),
             ),
         )
-        for _ in range(c.num_layers)
+        for _ in range(num_layers)
     ]
     return SimpleNamespace(
         embedding=weight(c.vocab_size, c.hidden_size) * c.hidden_size**0.5,
         final_norm=ones(c.hidden_size),
         head=weight(c.vocab_size, c.hidden_size),
         layer=layers.__getitem__,
+        attention_output=lambda index: layers[index].attention.o,
     )

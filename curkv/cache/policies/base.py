@@ -32,6 +32,7 @@ class CacheView:
         pages: The page pool.
         table: int32 [L, H, max_pages], pages of each head.
         lengths: int32 [L, H], tokens of each head.
+        width: Tokens of the longest head, n_max, as the host knows.
         seed: Seed of the request, for policies that draw random numbers.
         phase: "prefill" while the prompt is computed, "decode" after an interval of generated tokens.
         round: Evictions of the sequence so far; a new one draws new random numbers.
@@ -44,6 +45,7 @@ class CacheView:
     pages: Pages
     table: Tensor
     lengths: Tensor
+    width: int
     seed: int = 0
     phase: Literal["prefill", "decode"] = "prefill"
     round: int = 0
@@ -51,11 +53,6 @@ class CacheView:
     observations: Observations | None = None
     rope: Sequence[tuple[Tensor, Tensor]] | None = None
     output_projection: Callable[[int], Tensor] | None = None
-
-    @property
-    def width(self) -> int:
-        """Tokens of the longest head, n_max."""
-        return int(self.lengths.max())
 
     @property
     def num_layers(self) -> int:
@@ -128,7 +125,7 @@ class CacheView:
         """
         observed = self._observed.queries
         heads, dim = self.lengths.shape[1], self.pages.head_dim
-        layers = torch.stack([observed[layer][-count:] for layer in range(self.num_layers)])
+        layers = torch.stack([observed[layer][-count:] for layer in range(self.num_layers)]).float()
         by_head = layers.view(*layers.shape[:2], heads, -1, dim).transpose(1, 2)
         return by_head.flatten(0, 1).contiguous()
 
@@ -139,8 +136,8 @@ class CacheView:
         return self.observations
 
     def generator(self) -> torch.Generator:
-        """A random generator for this request and round."""
-        return torch.Generator(self.lengths.device).manual_seed(mix(self.seed, self.round))
+        """A random generator for this request and round, on the CPU: it draws the same for every device."""
+        return torch.Generator().manual_seed(mix(self.seed, self.round))
 
 
 def mix(seed: int, round: int) -> int:

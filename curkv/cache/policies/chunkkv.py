@@ -64,7 +64,8 @@ class ChunkKV(AttentionPolicy, LeveragePolicy):
         # Heads of a layer hold as many tokens as each other, since they always keep the same ones.
         by_layer = scores.masked_fill(~stored, 0.0).sum(1)
         chunk = torch.arange(view.width, device=scores.device) // self.chunk
-        sums = by_layer.new_zeros(view.num_layers, int(chunk[-1]) + 1).index_add_(1, chunk, by_layer)
+        chunks = -(-view.width // self.chunk)
+        sums = by_layer.new_zeros(view.num_layers, chunks).index_add_(1, chunk, by_layer)
         counts = sums.new_zeros(sums.shape).index_add_(1, chunk, stored[:, 0].to(sums.dtype))
         means = (sums / counts.clamp_min(1))[:, chunk]
         spread = means[:, None].expand_as(scores).masked_fill(~stored, -torch.inf)

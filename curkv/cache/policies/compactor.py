@@ -14,6 +14,7 @@ from curkv.cache.declarations import SHARE, Integer, option
 from curkv.cache.observations import BLOCK_SKIP, Needs
 from curkv.cache.policies.base import CacheView, Policy, Published
 from curkv.cache.policies.curdkv import leverage
+from curkv.cache.upload import upload
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels
@@ -57,7 +58,7 @@ class Compactor(Policy):
             keys = unrotated(view, layer)
             sketch = torch.randn(len(keys), keys.shape[2], _SKETCH, generator=generator) / math.sqrt(_SKETCH)
             # Tokens that are not judged are pushed behind the others: the heads hold as many of them.
-            geometry = _leverage_of(keys @ sketch.to(keys.device), judged[layer])
+            geometry = _leverage_of(keys @ upload(sketch, keys.device), judged[layer])
             sums = view.observations.blocks[layer].all_sums()
             sums = F.pad(sums, (0, max(0, 1 - sums.shape[1])))  # no token lies behind those that are skipped
             place = (position[layer] - BLOCK_SKIP).clamp(0, sums.shape[1] - 1).long()

@@ -57,10 +57,11 @@ def projected_norms(view: CacheView) -> Tensor:
         raise ValueError("the attention was given no output projection; see `PagedAttention`")
     layers = []
     for layer in range(view.num_layers):
-        values, weights = view.values(layer), view.output_projection(layer)
+        weights = view.output_projection(layer)
+        values = view.values(layer).to(weights.dtype)
         group = len(weights) // len(values)
         norms = torch.zeros(values.shape[:2], device=values.device)
         for member in range(group):
-            norms += (values @ weights[member::group]).abs_().sum(-1)
+            norms += (values @ weights[member::group]).abs_().sum(-1, dtype=torch.float32)
         layers.append(norms / group)
     return torch.stack(layers)

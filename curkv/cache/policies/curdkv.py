@@ -13,6 +13,7 @@ from curkv.cache.allocation import ALLOCATIONS
 from curkv.cache.declarations import Choice, Integer, option, when
 from curkv.cache.policies.base import CacheView, Policy, PooledPolicy, Published
 from curkv.cache.presets import Leverage
+from curkv.cache.upload import upload
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels
@@ -52,7 +53,7 @@ class LeveragePolicy(Policy):
             settings |= {"normalization": "head"}
         else:
             settings |= {"window": self.window, "partial": self.preset.partial_window}
-        scores = kernels.leverage_scores(view.pages, *view.rows, **settings)
+        scores = kernels.leverage_scores(view.pages, *view.rows, width=view.width, **settings)
         return scores.view(*view.lengths.shape, view.width)
 
 
@@ -94,7 +95,7 @@ ADA_CURDKV = CurDKV(
 def gaussian_sketch(view: CacheView, rank: int) -> Tensor:
     """Draw G, float32 [head_dim, rank] with entries of N(0, 1 / rank), for this request and round."""
     shape = view.pages.head_dim, rank
-    return torch.randn(shape, generator=view.generator(), device=view.lengths.device) / math.sqrt(rank)
+    return upload(torch.randn(shape, generator=view.generator()) / math.sqrt(rank), view.lengths.device)
 
 
 def exact_leverage(view: CacheView, combine: str) -> Tensor:

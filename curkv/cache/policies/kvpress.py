@@ -27,14 +27,14 @@ class KVPress(PooledPolicy):
 
     def score_tokens(self, view: CacheView, kernels: Kernels) -> Tensor:
         """Score tokens head by head, each with its own length."""
-        scores = torch.full(view.stored.shape, -torch.inf)
+        scores, lengths = torch.full_like(view.stored, -torch.inf, dtype=torch.float32), view.lengths.tolist()
         for layer in range(view.num_layers):
             keys, values = view.keys(layer), view.values(layer)
-            for head, length in enumerate(view.lengths[layer].tolist()):
+            for head, length in enumerate(lengths[layer]):
                 if length:
                     own = slice(head, head + 1), slice(length)
                     scores[layer, head, :length] = _score(self.press, keys[own], values[own], layer)[0]
-        return scores.to(view.lengths.device)
+        return scores
 
 
 def load_press(name: str) -> Policy:

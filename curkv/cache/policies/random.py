@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from curkv.cache.policies.base import CacheView, Policy
+from curkv.cache.upload import upload
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels
@@ -24,5 +25,5 @@ class Random(Policy):
 
     def score(self, view: CacheView, kernels: Kernels) -> Tensor:
         """Draw a uniform score for every token."""
-        scores = torch.rand(view.stored.shape, generator=view.generator(), device=view.lengths.device)
+        scores = upload(torch.rand(view.stored.shape, generator=view.generator()), view.lengths.device)
         return scores.masked_fill_(~view.stored, -torch.inf)

@@ -44,7 +44,9 @@ class ObservingPolicy(Policy):
             kernels: Operations on pages.
             reduction: What counts of the queries of the window.
         """
-        scores = kernels.window_scores(self.queries(view), view.pages, *view.rows, view.scale, reduction)
+        scores = kernels.window_scores(
+            self.queries(view), view.pages, *view.rows, view.scale, reduction, width=view.width
+        )
         return scores.view(*view.lengths.shape, view.width)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from curkv.kernels.formats.triton import attention_block, load_operands, pointers, scaled
 from curkv.kernels.paged_prefill_attention.triton import load_queries, query_rows
 from curkv.kernels.pages import Pages
-from curkv.kernels.triton_util import LOG2_E, dot, find_slots, narrow, power_of_two
+from curkv.kernels.triton_util import BOOKS, LOG2_E, dot, find_slots, narrow, power_of_two
 
 _MAX_BLOCK_N = 64
 _TILE_BYTES = 16384
@@ -60,7 +60,7 @@ def column_sums(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=BOOKS)
 def _add_sums(
     q,
     lse,

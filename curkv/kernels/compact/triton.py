@@ -43,7 +43,7 @@ def compact(pages: Pages, source: Tensor, target: Tensor, indices: Tensor, count
     )
 
 
-@triton.jit(do_not_specialize=["stride_indices"])
+@triton.jit(do_not_specialize=["stride_source", "stride_target", "stride_indices"])
 def _move_rows(
     memories,
     source,

@@ -15,7 +15,7 @@ from curkv.kernels.cpu.rows import dot_rows
 from curkv.kernels.cpu.vectors import read_addresses
 from curkv.kernels.cpu.workers import compile_worker, launch, read_arguments
 from curkv.kernels.formats.base import VectorFormat
-from curkv.kernels.pages import Pages
+from curkv.kernels.pages import Pages, longest
 
 _COMBINE = {"product": 0, "mean": 1, "key": 2, "value": 3}
 
@@ -30,13 +30,14 @@ def leverage_scores(
     partial: Literal["corrected", "left", "right"] = "corrected",
     combine: Literal["product", "mean", "key", "value"] = "product",
     sketch: Tensor | None = None,
+    width: int | None = None,
 ) -> Tensor:
     """Score the stored tokens of every head; see `reference.leverage_scores`.
 
     head_dim is a multiple of 8; with a sketch the page size is one of 4.
     """
     table, lengths = table.contiguous(), lengths.contiguous()
-    count, width = len(lengths), int(lengths.max()) if len(lengths) else 0
+    count, width = len(lengths), longest(lengths) if width is None else width
     key, value, scores = (torch.empty(count, width) for _ in range(3))
     where = (
         key.data_ptr(), value.data_ptr(), scores.data_ptr(), address(lengths, torch.int32), width,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from curkv.kernels.formats.base import Store
-from curkv.kernels.pages import Pages
+from curkv.kernels.pages import Pages, longest
 
 
 def leverage_scores(
@@ -21,6 +21,7 @@ def leverage_scores(
     partial: Literal["corrected", "left", "right"] = "corrected",
     combine: Literal["product", "mean", "key", "value"] = "product",
     sketch: Tensor | None = None,
+    width: int | None = None,
 ) -> Tensor:
     """Score the stored tokens of every head by the energy of their key and value.
 
@@ -41,11 +42,12 @@ def leverage_scores(
             smaller sum. "corrected": last, its sum scaled by window / tokens in it.
         combine: "product", "mean", "key" or "value".
         sketch: float32 [head_dim, rank], the matrix G; None uses the plain norms.
+        width: Tokens of the longest row if they are known; else the device is asked.
 
     Returns:
         float32 [N, max(lengths)], -inf past a row's length.
     """
-    width = int(lengths.max()) if lengths.numel() else 0
+    width = longest(lengths) if width is None else width
     stored = torch.arange(width, device=lengths.device) < lengths[:, None]
     if sketch is None:
         key, value = (_gather(side, table, stored) for side in (pages.k_sq, pages.v_sq))

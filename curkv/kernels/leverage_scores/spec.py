@@ -26,6 +26,7 @@ class LeverageScores(Protocol):
         partial: Literal["corrected", "left", "right"] = "corrected",
         combine: Literal["product", "mean", "key", "value"] = "product",
         sketch: Tensor | None = None,
+        width: int | None = None,
     ) -> Tensor: ...
 
 

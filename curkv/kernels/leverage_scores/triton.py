@@ -16,7 +16,7 @@ from curkv.kernels.formats.triton import (
     pointers,
     scaled_energies,
 )
-from curkv.kernels.pages import Pages
+from curkv.kernels.pages import Pages, longest
 from curkv.kernels.triton_util import dot, find_slots, power_of_two
 
 _BLOCK = 2048
@@ -34,10 +34,11 @@ def leverage_scores(
     partial: Literal["corrected", "left", "right"] = "corrected",
     combine: Literal["product", "mean", "key", "value"] = "product",
     sketch: Tensor | None = None,
+    width: int | None = None,
 ) -> Tensor:
     """Score the stored tokens of every head; see `reference.leverage_scores`."""
     rows = len(lengths)
-    width = int(lengths.max()) if rows else 0
+    width = longest(lengths) if width is None else width
     scores = torch.empty(rows, width, dtype=torch.float32, device=lengths.device)
     if not width:
         return scores
@@ -50,13 +51,13 @@ def leverage_scores(
         scores,
         table.stride(0),
         width,
+        span,
         PAGE_SIZE=pages.page_size,
         PAGED=sketch is None,
         BY_WINDOW=normalization == "window",
         LEFT=partial == "left",
         CORRECTED=partial == "corrected",
         COMBINE=combine,
-        WINDOW=span,
         BLOCK_W=max(1, _BLOCK // power_of_two(span)),
         BLOCK_SPAN=power_of_two(span),
         num_warps=8,
@@ -83,11 +84,11 @@ def _sketch(
         value,
         table.stride(0),
         width,
+        rank,
         KEYS=pages.k.format.name,
         VALUES=pages.v.format.name,
         KEY_PARTS=_num_parts(operands[0].dtype),
         VALUE_PARTS=_num_parts(operands[1].dtype),
-        RANK=rank,
         HEAD_DIM=pages.head_dim,
         PAGE_SIZE=pages.page_size,
         BLOCK_N=block_n,
@@ -112,8 +113,8 @@ def _num_parts(dtype: torch.dtype) -> int:
 def _energies(
     x,
     sketch,
+    rank,
     PARTS: tl.constexpr,
-    RANK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -122,15 +123,15 @@ def _energies(
     """Squared norms [BLOCK_N] of x G, G being the sum of its parts."""
     d = tl.arange(0, BLOCK_D)
     r = tl.arange(0, BLOCK_R)
-    mask = (d < HEAD_DIM)[:, None] & (r < RANK)[None, :]
+    mask = (d < HEAD_DIM)[:, None] & (r < rank)[None, :]
     product = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
     for part in range(PARTS):
-        pointers = sketch + part * HEAD_DIM * RANK + d[:, None] * RANK + r[None, :]
+        pointers = sketch + part * HEAD_DIM * rank + d[:, None] * rank + r[None, :]
         product = dot(x, tl.load(pointers, mask=mask, other=0.0), product)
     return tl.sum(product * product, 1)
 
 
-@triton.jit(do_not_specialize=["width"])
+@triton.jit(do_not_specialize=["stride_table", "width", "rank"])
 def _sketch_rows(
     pages_k,
     pages_v,
@@ -142,11 +143,11 @@ def _sketch_rows(
     value,
     stride_table,
     width,
+    rank,
     KEYS: tl.constexpr,
     VALUES: tl.constexpr,
     KEY_PARTS: tl.constexpr,
     VALUE_PARTS: tl.constexpr,
-    RANK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -164,11 +165,11 @@ def _sketch_rows(
     place = find_slots(table + row * stride_table, index, valid, PAGE_SIZE)
     out = row * width + index
     keys = load_operands(pages_k, place, valid, KEYS, HEAD_DIM, BLOCK_D)
-    key_energies = _energies(keys, key_sketch, KEY_PARTS, RANK, HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_R)
+    key_energies = _energies(keys, key_sketch, rank, KEY_PARTS, HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_R)
     key_energies = scaled_energies(key_energies, pages_k, place, valid, KEYS)
     tl.store(key + out, key_energies, mask=valid)
     values = load_operands(pages_v, place, valid, VALUES, HEAD_DIM, BLOCK_D)
-    value_energies = _energies(values, value_sketch, VALUE_PARTS, RANK, HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_R)
+    value_energies = _energies(values, value_sketch, rank, VALUE_PARTS, HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_R)
     value_energies = scaled_energies(value_energies, pages_v, place, valid, VALUES)
     tl.store(value + out, value_energies, mask=valid)
 
@@ -187,18 +188,18 @@ def _combined(
     key,
     value,
     row,
+    window,
     PAGE_SIZE: tl.constexpr,
     PAGED: tl.constexpr,
     BY_WINDOW: tl.constexpr,
     CORRECTED: tl.constexpr,
     COMBINE: tl.constexpr,
-    WINDOW: tl.constexpr,
     BLOCK_SPAN: tl.constexpr,
 ):
     """Combined energies of windows `number` [BLOCK_W, BLOCK_SPAN]; the tokens' indices; which are valid."""
     i = tl.arange(0, BLOCK_SPAN)
-    index = number[:, None] * WINDOW + i[None, :] - shift
-    valid = (i < WINDOW)[None, :] & (index >= 0) & (index < length)
+    index = number[:, None] * window + i[None, :] - shift
+    valid = (i < window)[None, :] & (index >= 0) & (index < length)
     place = find_slots(row, index, valid, PAGE_SIZE) if PAGED else index
     k = tl.load(key + place, mask=valid, other=0.0)
     v = tl.load(value + place, mask=valid, other=0.0)
@@ -207,8 +208,8 @@ def _combined(
         v_sum = tl.sum(v, 1)
         if CORRECTED:
             count = tl.maximum(tl.sum(valid.to(tl.float32), 1), 1.0)
-            k_sum = k_sum * (WINDOW / count)
-            v_sum = v_sum * (WINDOW / count)
+            k_sum = k_sum * (window / count)
+            v_sum = v_sum * (window / count)
         k = _share(k, k_sum[:, None])
         v = _share(v, v_sum[:, None])
     if COMBINE == "product":
@@ -222,7 +223,7 @@ def _combined(
     return tl.where(valid, score, 0.0), index, valid
 
 
-@triton.jit(do_not_specialize=["width"])
+@triton.jit(do_not_specialize=["stride_table", "width", "window"])
 def _score_rows(
     key,
     value,
@@ -231,13 +232,13 @@ def _score_rows(
     scores,
     stride_table,
     width,
+    window,
     PAGE_SIZE: tl.constexpr,
     PAGED: tl.constexpr,
     BY_WINDOW: tl.constexpr,
     LEFT: tl.constexpr,
     CORRECTED: tl.constexpr,
     COMBINE: tl.constexpr,
-    WINDOW: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_SPAN: tl.constexpr,
 ):
@@ -250,22 +251,22 @@ def _score_rows(
         value += number * width
     shift = 0
     if LEFT:
-        shift = (WINDOW - length % WINDOW) % WINDOW
+        shift = (window - length % window) % window
     w = tl.arange(0, BLOCK_W)
     sums = tl.zeros([BLOCK_W], tl.float32)
-    windows = tl.cdiv(length + shift, WINDOW)
+    windows = tl.cdiv(length + shift, window)
     for block in range(0, windows, BLOCK_W):
         score, _, _ = _combined(
-            block + w, shift, length, key, value, row,
-            PAGE_SIZE, PAGED, BY_WINDOW, CORRECTED, COMBINE, WINDOW, BLOCK_SPAN,
+            block + w, shift, length, key, value, row, window,
+            PAGE_SIZE, PAGED, BY_WINDOW, CORRECTED, COMBINE, BLOCK_SPAN,
         )  # fmt: skip
         sums += tl.sum(score, 1)
     total = tl.sum(sums, 0)
     scores += number * width
     for block in range(0, windows, BLOCK_W):
         score, index, valid = _combined(
-            block + w, shift, length, key, value, row,
-            PAGE_SIZE, PAGED, BY_WINDOW, CORRECTED, COMBINE, WINDOW, BLOCK_SPAN,
+            block + w, shift, length, key, value, row, window,
+            PAGE_SIZE, PAGED, BY_WINDOW, CORRECTED, COMBINE, BLOCK_SPAN,
         )  # fmt: skip
         tl.store(scores + index, _share(score, total), mask=valid)
     i = tl.arange(0, BLOCK_W * BLOCK_SPAN)

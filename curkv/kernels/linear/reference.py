@@ -19,9 +19,11 @@ class ComposedLinear(ABC):
     """A linear layer that runs what goes before on its own.
 
     Attributes:
+        given: [N, K], the weight as it was given, if it is held so.
         rms_norm, silu_mul: What may go before.
     """
 
+    given: Tensor | None = None
     rms_norm: Callable[..., Any]
     silu_mul: Callable[[Tensor], Tensor]
 
@@ -61,12 +63,14 @@ class ReferenceLinear(ComposedLinear):
         weight: [N, K], of the type of x, or int8.
         bias: [N].
         scales: float32 [N] of an int8 weight, by which its rows are multiplied.
+        given: [N, K], the weight if it is held as it was given.
         rms_norm, silu_mul: What may go before.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     scales: Tensor | None = None
+    given: Tensor | None = None
     rms_norm: Callable[..., Any] = rms_norm
     silu_mul: Callable[[Tensor], Tensor] = silu_mul
 
@@ -95,4 +99,4 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None, form: WeightFormat =
         A function from x [T, K] to x W^T + b, [T, N], see `ReferenceLinear`.
     """
     stored, scales = form.encode(weight)
-    return ReferenceLinear(stored, bias, scales)
+    return ReferenceLinear(stored, bias, scales, stored if stored is weight else None)

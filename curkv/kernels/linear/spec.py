@@ -24,6 +24,10 @@ class Linear(Protocol):
         """The product with the gated activation of [T, 2 K]."""
 
     @property
+    def given(self) -> Tensor | None:
+        """[N, K], its weight as it was given, if it is held so; None: it is packed or rounded."""
+
+    @property
     def nbytes(self) -> int:
         """Memory of its weights."""
 

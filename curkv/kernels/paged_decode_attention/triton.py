@@ -16,7 +16,7 @@ from curkv.kernels.formats.triton import (
     softmax_step,
 )
 from curkv.kernels.pages import Pages
-from curkv.kernels.triton_util import LOG2_E, dot, find_slots, narrow, num_processors, power_of_two
+from curkv.kernels.triton_util import BOOKS, LOG2_E, dot, find_slots, narrow, num_processors, power_of_two
 
 MIN_SPLIT = 256
 """Tokens that a program reads at least before a head is split further: the partial result it writes is then a
@@ -126,7 +126,7 @@ def _split_size(length, splits, MIN_SPLIT: tl.constexpr):
     return tl.maximum(tl.cdiv(tl.cdiv(length, splits), MIN_SPLIT), 1) * MIN_SPLIT
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits", "max_tokens"], do_not_specialize_on_alignment=BOOKS)
 def _attend(
     q,
     pages_k,
@@ -203,7 +203,7 @@ def _attend(
     tl.store(lse + out, peak + tl.log2(total), mask=g < GROUP)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=BOOKS)
 def _reduce(
     partial,
     lse,
@@ -254,7 +254,7 @@ def _reduce(
     tl.store(total_lse + result, peak + tl.log2(weight))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_tokens"], do_not_specialize_on_alignment=BOOKS)
 def _accumulate(
     logits,
     total_lse,

@@ -20,6 +20,7 @@ from curkv.kernels.formats.triton import (
 )
 from curkv.kernels.pages import Pages
 from curkv.kernels.triton_util import (
+    BOOKS,
     LN_2,
     LOG2_E,
     dot,
@@ -143,7 +144,7 @@ def _attend_block(
     return softmax_step(scores, values, pages_v, place, valid, peak, total, acc, VALUES)
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+@triton.jit(do_not_specialize=["num_sequences"], do_not_specialize_on_alignment=BOOKS)
 def _attend(
     q,
     pages_k,

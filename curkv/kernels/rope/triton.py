@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from curkv.kernels.triton_util import narrow, power_of_two
+from curkv.kernels.triton_util import BOOKS, narrow, power_of_two
 
 _MAX_BLOCK_H = 8
 
@@ -38,7 +38,7 @@ def rotate(first, second, cos, sin):
     return first * cos - second * sin, second * cos + first * sin
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=BOOKS)
 def _rotate_heads(
     q,
     cos,

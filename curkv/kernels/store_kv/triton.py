@@ -9,7 +9,7 @@ from torch import Tensor
 from curkv.kernels.formats.triton import pointers, write
 from curkv.kernels.pages import Pages
 from curkv.kernels.rope.triton import rotate
-from curkv.kernels.triton_util import find_slots, power_of_two, sequence_block
+from curkv.kernels.triton_util import BOOKS, find_slots, power_of_two, sequence_block
 
 _MAX_BLOCK_H = 4
 
@@ -69,7 +69,7 @@ def store_kv(
     )
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+@triton.jit(do_not_specialize=["num_sequences"], do_not_specialize_on_alignment=BOOKS)
 def _store_tokens(
     k,
     v,

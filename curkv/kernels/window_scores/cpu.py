@@ -35,7 +35,7 @@ from curkv.kernels.cpu.vectors import read_addresses
 from curkv.kernels.cpu.workers import bits_of_float, compile_worker, float_of_bits, launch, read_arguments
 from curkv.kernels.formats.base import VectorFormat
 from curkv.kernels.paged_prefill_attention.cpu import KEY_BLOCK, load_keys, load_queries
-from curkv.kernels.pages import Pages
+from curkv.kernels.pages import Pages, longest
 
 BLOCK_ROWS = 96  # (query, query head) pairs that go through the keys together
 
@@ -48,6 +48,7 @@ def window_scores(
     scale: float,
     reduction: Literal["mean", "max"] = "mean",
     lse: Tensor | None = None,
+    width: int | None = None,
 ) -> Tensor:
     """Score the stored tokens of every head by the last w queries; see `reference.window_scores`.
 
@@ -57,9 +58,9 @@ def window_scores(
     page_size = pages.page_size
     if dim % 8 or page_size % 8:
         raise ValueError(f"head_dim {dim} and page size {page_size} must be multiples of 8")
-    longest = int(lengths.max()) if rows else 0
+    most = longest(lengths) if width is None else width
     # Rows end on whole blocks of keys, which the products reach beyond the last token.
-    width = -(-longest // KEY_BLOCK) * KEY_BLOCK
+    width = -(-most // KEY_BLOCK) * KEY_BLOCK
     queries, lengths = queries.contiguous(), lengths.contiguous()
     known = None if lse is None else lse.contiguous()
     scores = torch.empty(rows, width)
@@ -76,7 +77,7 @@ def window_scores(
         rows, window, group, dim, page_size, width, block, bits_of_float(scale * math.log2(math.e)),
         reduction == "max", counter.data_ptr(), scratch.data_ptr(), 4 * scratch.stride(0),
     )  # fmt: skip
-    return scores[:, :longest]
+    return scores[:, :most]
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from curkv.kernels.paged_decode_attention.reference import gather_tokens, gather_vectors
-from curkv.kernels.pages import Pages
+from curkv.kernels.pages import Pages, longest
 
 
 def window_scores(
@@ -19,6 +19,7 @@ def window_scores(
     scale: float,
     reduction: Literal["mean", "max"] = "mean",
     lse: Tensor | None = None,
+    width: int | None = None,
 ) -> Tensor:
     """Score the stored tokens of every head by the attention of the last w queries.
 
@@ -38,12 +39,13 @@ def window_scores(
         reduction: Over window and group, "mean" or "max".
         lse: float32 [N, w, group], log-sum-exp of each query's scaled scores if it is known, as from
             `paged_prefill_attention`: K is then read once, not twice.
+        width: Tokens of the longest row if they are known; else the device is asked.
 
     Returns:
         float32 [N, max(lengths)], -inf past a row's length.
     """
     window = queries.shape[1]
-    width = int(lengths.max()) if lengths.numel() else 0
+    width = longest(lengths) if width is None else width
     scores = torch.full((len(lengths), width), -torch.inf, device=queries.device)
     for row, length in enumerate(lengths.tolist()):
         if length:

@@ -25,6 +25,7 @@ class WindowScores(Protocol):
         scale: float,
         reduction: Literal["mean", "max"] = "mean",
         lse: Tensor | None = None,
+        width: int | None = None,
     ) -> Tensor: ...
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from curkv.kernels.formats.triton import attention_block, load_operands, load_tokens, pointers, scaled
-from curkv.kernels.pages import Pages
+from curkv.kernels.pages import Pages, longest
 from curkv.kernels.triton_util import LOG2_E, dot, find_slots, narrow, num_processors, power_of_two
 
 MIN_SPLIT = 512
@@ -30,10 +30,11 @@ def window_scores(
     scale: float,
     reduction: Literal["mean", "max"] = "mean",
     lse: Tensor | None = None,
+    width: int | None = None,
 ) -> Tensor:
     """Score the stored tokens by the attention of the last w queries; see `reference.window_scores`."""
     rows, window, group, head_dim = queries.shape
-    width = int(lengths.max()) if rows else 0
+    width = longest(lengths) if width is None else width
     scores = torch.empty(rows, width, dtype=torch.float32, device=queries.device)
     if not width:
         return scores
@@ -47,10 +48,10 @@ def window_scores(
         lengths,
         table.stride(0),
         scale * LOG2_E.value,
+        window,
     )
     constants = {
         "KEYS": pages.k.format.name,
-        "WINDOW": window,
         "GROUP": group,
         "HEAD_DIM": head_dim,
         "PAGE_SIZE": pages.page_size,
@@ -86,8 +87,8 @@ def _logits(
     pages_position,
     table,
     scale_log2,
+    window,
     KEYS: tl.constexpr,
-    WINDOW: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -103,14 +104,14 @@ def _logits(
     position = tl.load(pages_position + place, mask=valid, other=2147483647)
     newest = tl.load(pages_position + find_slots(table, length - 1, length > 0, PAGE_SIZE))
     r = first + tl.arange(0, BLOCK_M)
-    own = newest - (WINDOW - 1) + r // GROUP
-    tile = load_tokens(queries, row * (WINDOW * GROUP) + r, r < WINDOW * GROUP, HEAD_DIM, BLOCK_D)
+    own = newest - (window - 1) + r // GROUP
+    tile = load_tokens(queries, row * (window * GROUP) + r, r < window * GROUP, HEAD_DIM, BLOCK_D)
     scores = dot(narrow(tile, keys.dtype), tl.trans(keys), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-    read = (r < WINDOW * GROUP)[:, None] & valid[None, :] & (position[None, :] <= own[:, None])
+    read = (r < window * GROUP)[:, None] & valid[None, :] & (position[None, :] <= own[:, None])
     return tl.where(read, scaled(scores * scale_log2, pages_k, place, valid, KEYS), float("-inf"))
 
 
-@triton.jit(do_not_specialize=["splits", "size"])
+@triton.jit(do_not_specialize=["stride_table", "window", "splits", "size"])
 def _normalisers(
     queries,
     pages_k,
@@ -119,11 +120,11 @@ def _normalisers(
     lengths,
     stride_table,
     scale_log2,
+    window,
     lse,
     splits,
     size,
     KEYS: tl.constexpr,
-    WINDOW: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -141,18 +142,18 @@ def _normalisers(
     for block in range(split * size, tl.minimum((split + 1) * size, length), BLOCK_N):
         scores = _logits(
             row, first, block, length, queries, pages_k, pages_position, table + row * stride_table,
-            scale_log2, KEYS, WINDOW, GROUP, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
+            scale_log2, window, KEYS, GROUP, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         shift = tl.where(new_peak > float("-inf"), new_peak, 0.0)
         total = total * tl.exp2(peak - shift) + tl.sum(tl.exp2(scores - shift[:, None]), 1)
         peak = new_peak
     r = first + tl.arange(0, BLOCK_M)
-    out = lse + (row * splits + split) * (WINDOW * GROUP) + r
-    tl.store(out, peak + tl.log2(total), mask=r < WINDOW * GROUP)
+    out = lse + (row * splits + split) * (window * GROUP) + r
+    tl.store(out, peak + tl.log2(total), mask=r < window * GROUP)
 
 
-@triton.jit(do_not_specialize=["splits", "width"])
+@triton.jit(do_not_specialize=["stride_table", "window", "splits", "width"])
 def _sum_probabilities(
     queries,
     pages_k,
@@ -161,13 +162,13 @@ def _sum_probabilities(
     lengths,
     stride_table,
     scale_log2,
+    window,
     lse,
     splits,
     scores,
     width,
     MEAN: tl.constexpr,
     KEYS: tl.constexpr,
-    WINDOW: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -182,13 +183,13 @@ def _sum_probabilities(
     index = block + tl.arange(0, BLOCK_N)
     result = tl.zeros([BLOCK_N], tl.float32)
     if block < length:
-        for first in range(0, WINDOW * GROUP, BLOCK_M):
+        for first in range(0, window * GROUP, BLOCK_M):
             r = first + tl.arange(0, BLOCK_M)
             peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
             total = tl.zeros([BLOCK_M], tl.float32)
             for split in range(splits):
-                pointers = lse + (row * splits + split) * (WINDOW * GROUP) + r
-                part = tl.load(pointers, mask=r < WINDOW * GROUP, other=float("-inf"))
+                pointers = lse + (row * splits + split) * (window * GROUP) + r
+                part = tl.load(pointers, mask=r < window * GROUP, other=float("-inf"))
                 new_peak = tl.maximum(peak, part)
                 shift = tl.where(new_peak > float("-inf"), new_peak, 0.0)
                 total = total * tl.exp2(peak - shift) + tl.exp2(part - shift)
@@ -196,12 +197,12 @@ def _sum_probabilities(
             whole = tl.where(total > 0, peak + tl.log2(total), 0.0)
             logits = _logits(
                 row, first, block, length, queries, pages_k, pages_position,
-                table + row * stride_table, scale_log2,
-                KEYS, WINDOW, GROUP, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
+                table + row * stride_table, scale_log2, window,
+                KEYS, GROUP, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
             paid = tl.exp2(logits - whole[:, None])
             if MEAN:
-                result += tl.sum(paid, 0) / (WINDOW * GROUP)
+                result += tl.sum(paid, 0) / (window * GROUP)
             else:
                 result = tl.maximum(result, tl.max(paid, 0))
     result = tl.where(index < length, result, float("-inf"))
