@@ -182,7 +182,7 @@ def end_to_end(model: ModelShape, device: str, prompt: int, outputs: int, batch:
         model.kv_heads, model.head_dim, prompt + outputs, 1e-5, 500_000.0, None, False, False, False, False,
         True, None, (),
     )  # fmt: skip
-    kernels = get_kernels("triton")
+    kernels = get_kernels("triton", device)
     weights = Decoder(config, RandomCheckpoint(config, device), kernels, BFLOAT16)
     tokenizer = Tokenizer(WordLevel({str(i): i for i in range(1024)}, unk_token="0"))
     layout = CacheLayout(

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from curkv.cache.policies.base import CacheView
 
+_BLOCK = 4096
+"""Tokens whose keys are compared with the kept ones at once: all with all would take gigabytes."""
+
 
 def merged(
     view: CacheView, layer: int, indices: Tensor, counts: Tensor, threshold: float
@@ -35,8 +38,10 @@ def merged(
     evicted = view.stored[layer].scatter(1, place.where(kept, place[:, :1]), False)
     own = place[..., None].expand(-1, -1, keys.shape[2])
     kept_keys = keys.gather(1, own)
-    cosine = F.normalize(keys, dim=-1) @ F.normalize(kept_keys, dim=-1).transpose(1, 2)
-    best, target = cosine.masked_fill(~kept[:, None], -torch.inf).max(-1)
+    directions = F.normalize(kept_keys, dim=-1).transpose(1, 2)
+    blocks = torch.split(F.normalize(keys, dim=-1), _BLOCK, dim=1)
+    nearest = [(block @ directions).masked_fill_(~kept[:, None], -torch.inf).max(-1) for block in blocks]
+    best, target = (torch.cat(parts, 1) for parts in zip(*nearest, strict=True))
     goes = evicted & (best >= threshold)
     distance = (keys - kept_keys.gather(1, target[..., None].expand_as(keys))).square().sum(-1)
     width = (distance * goes).sum(1, keepdim=True) / goes.sum(1, keepdim=True).clamp_min(1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 
 import torch
-from numba import set_num_threads
 
 from curkv.cache.attention import PagedAttention
 from curkv.cache.budgets import Budget
@@ -52,13 +51,16 @@ def build_engine(options: EngineOptions) -> Engine:
     """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-        set_num_threads(options.threads)
     directory = resolve_model(options.model)
     config = load_config(directory)
     max_model_len = _max_model_len(options.max_model_len, config)
     rope = rope_tables(config, max_model_len)
     device = choose_device(options.device)
     kernels = get_kernels(options.kernels, device.torch)
+    if options.threads is not None and kernels.backend.name == "cpu":
+        from numba import set_num_threads  # a GPU needs no Numba
+
+        set_num_threads(options.threads)
     form = device.weight_format(options.weights)
     model = Decoder(config, Checkpoint(directory, config, form.dtype, device.torch), kernels, form)
     layout = CacheLayout(

@@ -418,7 +418,7 @@ class Engine:
         chosen = []
         for sequence, row in ready:
             try:
-                sampled = sample(logits[[row]], [sequence], self.eos_ids)
+                sampled = sample(logits[row : row + 1].clone(), [sequence], self.eos_ids)
                 chosen.append((sequence, sampled.token_ids[0], sampled.logprobs[0]))
             except Exception as error:
                 self._blame(sequence, error, again=False)
