@@ -96,6 +96,9 @@ MODELS: dict[str, PreTrainedConfig] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
         },
     ),
+    "gemma3-plain": Gemma3TextConfig(
+        **BASE | {"num_hidden_layers": 6}, head_dim=16, query_pre_attn_scalar=16, sliding_window=256
+    ),
     "mistral-yarn": MistralConfig(**BASE, sliding_window=None, head_dim=16, rope_parameters=YARN),
     "qwen2-dynamic": Qwen2Config(**BASE, rope_parameters=DYNAMIC),
 }

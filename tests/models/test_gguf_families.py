@@ -1,0 +1,138 @@
+"""GGUF files of each family, named as the `gguf` package does, against the model that they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFWriter
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from curkv.kernels.dispatch import get_kernels
+from curkv.models.decoder import Decoder
+from curkv.models.families import family_of_gguf
+from curkv.models.loading import load_config
+from curkv.models.loading.checkpoint import Checkpoint
+from curkv.models.loading.gguf import convert_gguf
+from tests.models.dense import DenseAttention, DenseBatch
+from tests.models.test_gguf import permute
+from tests.models.test_model_families import MODELS, text
+from tests.models.test_tokenizer import byte_level_metadata
+
+
+def granite(writer: GGUFWriter, config: Any) -> None:
+    writer.add_embedding_scale(config.embedding_multiplier)
+    writer.add_attention_scale(config.attention_multiplier)
+    writer.add_residual_scale(config.residual_multiplier)
+    writer.add_logit_scale(config.logits_scaling)
+
+
+def longrope(writer: GGUFWriter, config: Any) -> None:
+    scaling = config.rope_parameters
+    writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+    for kind in ("long", "short"):
+        factors = np.array(scaling[f"{kind}_factor"], np.float32)
+        writer.add_tensor(f"rope_factors_{kind}.weight", factors)
+    ratio = config.max_position_embeddings / scaling["original_max_position_embeddings"]
+    amplitude = np.sqrt(1 + np.log(ratio) / np.log(scaling["original_max_position_embeddings"]))
+    writer.add_rope_scaling_attn_factors(float(amplitude))
+
+
+def window(writer: GGUFWriter, config: Any) -> None:
+    writer.add_sliding_window(config.sliding_window)
+
+
+def pattern(writer: GGUFWriter, config: Any) -> None:
+    window(writer, config)
+    writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+
+
+def cohere(writer: GGUFWriter, config: Any) -> None:
+    window(writer, config)
+    writer.add_logit_scale(config.logit_scale)
+    writer.add_layer_norm_eps(config.layer_norm_eps)
+
+
+CASES: dict[str, tuple[str, Callable[[GGUFWriter, Any], None] | None]] = {
+    "granite-tied": ("granite", granite),
+    "olmo2": ("olmo2", None),
+    "smollm3": ("smollm3", None),
+    "phi3": ("phi3", None),
+    "phi4-mini": ("phi3", longrope),
+    "glm4": ("glm4", None),
+    "exaone4": ("exaone4", None),
+    "exaone4-hybrid": ("exaone4", pattern),
+    "cohere2": ("cohere2", cohere),
+    "gemma": ("gemma", None),
+    "gemma3-plain": ("gemma3", window),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_converted_file_is_the_model_it_came_from(name: str, tmp_path: Path) -> None:
+    architecture, write = CASES[name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MODELS[name]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2)
+    write_gguf(tmp_path / "a.gguf", architecture, model, write)
+    convert_gguf(tmp_path / "a.gguf", tmp_path)
+    config = load_config(tmp_path)
+    decoder = Decoder(config, Checkpoint(tmp_path, config), get_kernels("cpu"))
+    ids = text(50, 0)
+    logits = decoder.forward(DenseBatch.of([ids], [0]), DenseAttention(config))
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits[0]
+    assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def write_gguf(
+    path: Path, architecture: str, model: PreTrainedModel, write: Callable[[GGUFWriter, Any], None] | None
+) -> None:
+    config = model.config
+    writer = gguf.GGUFWriter(path, architecture)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    if hasattr(config, "rms_norm_eps"):
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1)))
+    tokens = byte_level_metadata("qwen2")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens["tokenizer.ggml.tokens"])
+    writer.add_token_types(tokens["tokenizer.ggml.token_type"])
+    writer.add_token_merges(tokens["tokenizer.ggml.merges"])
+    if write is not None:
+        write(writer, config)
+    number = next(id for id, known in gguf.MODEL_ARCH_NAMES.items() if known == architecture)
+    names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        rows = tensor.numpy()
+        if family_of_gguf(architecture).gguf_interleaved and ("q_proj" in name or "k_proj" in name):
+            kind = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            rows = permute(rows, kind)
+        if architecture.startswith("gemma") and "norm" in name:
+            rows = rows + 1
+        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert found is not None, name
+        writer.add_tensor(found, np.ascontiguousarray(rows))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
