@@ -16,7 +16,6 @@ from curkv.config import EngineOptions
 from curkv.engine.cuda_graphs import CudaGraphs
 from curkv.engine.device import choose_device
 from curkv.engine.engine import Engine
-from curkv.engine.recorded_launches import RecordedLaunches
 from curkv.engine.replay import Replay
 from curkv.engine.runner import Runner
 from curkv.engine.types import Request, SamplingParams
@@ -107,6 +106,8 @@ def _replay(model: Decoder, attention: PagedAttention) -> Replay | None:
     """Runs decode steps again in the way that the kernels allow."""
     kv = attention.kv
     if kv.kernels.backend.replay == "launches":
+        from curkv.engine.recorded_launches import RecordedLaunches  # Numba, which a GPU needs not
+
         return Replay(model, attention, RecordedLaunches())
     if kv.kernels.backend.replay == "cuda graph" and kv.device.type == "cuda":
         return Replay(model, attention, CudaGraphs())
