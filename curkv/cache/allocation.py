@@ -13,7 +13,7 @@ from curkv.cache.declarations import SHARE, Configurable, Number, option
 from curkv.cache.upload import upload
 
 if TYPE_CHECKING:
-    from curkv.cache.policies.base import CacheView
+    from curkv.cache.view import CacheView
     from curkv.kernels.dispatch import Kernels
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from curkv.cache.batch import Batch, Observed
 from curkv.cache.page_manager import PageManager
-from curkv.cache.policies.base import CacheView
 from curkv.cache.upload import upload_list
+from curkv.cache.view import CacheView
 
 
 class PagedAttention:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from curkv.cache.merging import merged
 from curkv.cache.plan import EvictionPlan
-from curkv.cache.policies.base import CacheView, Scored
+from curkv.cache.policies.base import Scored
 from curkv.cache.upload import upload
+from curkv.cache.view import CacheView
 
 if TYPE_CHECKING:
     from curkv.cache.page_manager import PageManager

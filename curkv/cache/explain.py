@@ -13,7 +13,8 @@ from torch import Tensor
 from curkv.cache.eviction import protected, select_scored
 from curkv.cache.observations import Needs
 from curkv.cache.plan import EvictionPlan
-from curkv.cache.policies.base import CacheView, Scored
+from curkv.cache.policies.base import Scored
+from curkv.cache.view import CacheView
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curkv.cache.policies.base import CacheView
+from curkv.cache.view import CacheView
 
 _BLOCK = 4096
 """Tokens whose keys are compared with the kept ones at once: all with all would take gigabytes."""

@@ -24,7 +24,7 @@ from curkv.cache.observations import Needs
 from curkv.cache.page_manager import PageManager
 from curkv.cache.parsing import parse_options
 from curkv.cache.plan import resolve
-from curkv.cache.policies.base import CacheView
+from curkv.cache.view import CacheView
 from curkv.kernels.dispatch import get_kernels
 from curkv.kernels.formats import get_format
 

@@ -16,7 +16,8 @@ from curkv.cache.integrity import check_integrity
 from curkv.cache.layout import CacheLayout, full_attention
 from curkv.cache.parsing import parse_options
 from curkv.cache.plan import EvictionPlan, resolve
-from curkv.cache.policies.base import CacheView, pooled
+from curkv.cache.policies.base import pooled
+from curkv.cache.view import CacheView
 from curkv.kernels.formats import get_format
 from curkv.kernels.formats.base import Store, VectorFormat
 from curkv.kernels.leverage_scores import cpu as leverage_cpu

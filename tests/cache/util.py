@@ -12,7 +12,7 @@ from curkv.cache.attention import PagedAttention
 from curkv.cache.batch import Batch
 from curkv.cache.layout import CacheLayout, LayerSpec, full_attention
 from curkv.cache.page_manager import PageManager
-from curkv.cache.policies.base import CacheView
+from curkv.cache.view import CacheView
 from curkv.kernels.compact.reference import compact
 from curkv.kernels.formats import get_format
 from curkv.kernels.formats.base import KVFormat

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -13,139 +12,14 @@ from torch import Tensor
 
 from curkv.cache.allocation import ALLOCATIONS, Allocation
 from curkv.cache.declarations import Choice, Configurable, Integer, option, unless
-from curkv.cache.observations import Needs, Observations
-from curkv.kernels.formats.base import Store
-from curkv.kernels.pages import Pages
+from curkv.cache.observations import Needs
+from curkv.cache.view import CacheView
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels
 
 POOLING = Integer(1, 1023, odd=True)
 """The sizes that a pooling may have."""
-
-
-@dataclass(frozen=True)
-class CacheView:
-    """One sequence's part of the cache, all layers at once; policies read it and write nothing.
-
-    Attributes:
-        pages: The page pool.
-        table: int32 [L, H, max_pages], pages of each head.
-        lengths: int32 [L, H], tokens of each head.
-        width: Tokens of the longest head, n_max, as the host knows.
-        seed: Seed of the request, for policies that draw random numbers.
-        phase: "prefill" while the prompt is computed, "decode" after an interval of generated tokens.
-        round: Evictions of the sequence so far; a new one draws new random numbers.
-        budget: Tokens per head, on average, that this eviction leaves.
-        observations: Of the sequence's queries, if its policy needs them.
-        rope: By layer: cos and sin, float32 [positions, head_dim / 2] each.
-        output_projection: Gives a layer's W_o, float32 [Hq, head_dim, hidden].
-    """
-
-    pages: Pages
-    table: Tensor
-    lengths: Tensor
-    width: int
-    seed: int = 0
-    phase: Literal["prefill", "decode"] = "prefill"
-    round: int = 0
-    budget: int = 0
-    observations: Observations | None = None
-    rope: Sequence[tuple[Tensor, Tensor]] | None = None
-    output_projection: Callable[[int], Tensor] | None = None
-
-    @property
-    def num_layers(self) -> int:
-        """Layers of the model, L."""
-        return self.lengths.shape[0]
-
-    @property
-    def stored(self) -> Tensor:
-        """bool [L, H, n_max], False past a head's length."""
-        return torch.arange(self.width, device=self.lengths.device) < self.lengths[..., None]
-
-    @property
-    def position(self) -> Tensor:
-        """int32 [L, H, n_max], logical positions, -1 past a head's length."""
-        return self.gather(self.pages.position, -1)
-
-    @property
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """Table [L * H, max_pages] and lengths [L * H], one head a row."""
-        return self.table.flatten(0, 1), self.lengths.flatten()
-
-    @property
-    def scale(self) -> float:
-        """Factor of attention scores."""
-        return float(self.pages.head_dim**-0.5)
-
-    def gather(self, side: Tensor, fill: float) -> Tensor:
-        """Read one of the pages' per-token side arrays.
-
-        Args:
-            side: [num_pages, page_size], for example `pages.position`.
-            fill: Value past a head's length.
-
-        Returns:
-            [L, H, n_max] in the dtype of `side`.
-        """
-        used = -(-self.width // side.shape[1])
-        pages = self.table[..., :used].clamp(0, len(side) - 1)
-        tokens = side.index_select(0, pages.flatten()).view(*pages.shape[:2], -1)
-        return tokens[..., : self.width].masked_fill_(~self.stored, fill)
-
-    def keys(self, layer: int) -> Tensor:
-        """A layer's keys: float32 [H, n_max, head_dim], 0 past a head's length."""
-        return self._vectors(self.pages.k, layer)
-
-    def values(self, layer: int) -> Tensor:
-        """A layer's values: float32 [H, n_max, head_dim], 0 past a head's length."""
-        return self._vectors(self.pages.v, layer)
-
-    def _vectors(self, store: Store, layer: int) -> Tensor:
-        used = -(-self.width // self.pages.page_size)
-        pages = self.table[layer, :, :used].clamp(0, len(self.pages.position) - 1)
-        past = torch.arange(self.width, device=pages.device) >= self.lengths[layer, :, None]
-        tokens = store.read(pages.flatten()).view(len(pages), -1, store.head_dim)[:, : self.width]
-        return tokens.masked_fill_(past[..., None], 0.0)
-
-    def newest(self, count: int) -> Tensor:
-        """Tell the tokens of the newest `count` positions: bool [L, H, n_max]."""
-        position = self.position
-        return (position > position.max() - count) & (position >= 0)
-
-    def queries(self, count: int) -> Tensor:
-        """The last queries after RoPE, by KV head.
-
-        Args:
-            count: How many tokens' queries; fewer, if fewer were computed.
-
-        Returns:
-            float32 [L * H, w, group, head_dim].
-        """
-        observed = self._observed.queries
-        heads, dim = self.lengths.shape[1], self.pages.head_dim
-        layers = torch.stack([observed[layer][-count:] for layer in range(self.num_layers)]).float()
-        by_head = layers.view(*layers.shape[:2], heads, -1, dim).transpose(1, 2)
-        return by_head.flatten(0, 1).contiguous()
-
-    @property
-    def _observed(self) -> Observations:
-        if self.observations is None:
-            raise ValueError("the sequence's queries were not observed; see `PageManager.add_sequence`")
-        return self.observations
-
-    def generator(self) -> torch.Generator:
-        """A random generator for this request and round, on the CPU: it draws the same for every device."""
-        return torch.Generator().manual_seed(mix(self.seed, self.round))
-
-
-def mix(seed: int, round: int) -> int:
-    """Derive the seed of one eviction from the request's: SplitMix64, so that neighbours are unrelated."""
-    x = (seed + (round + 1) * 0x9E3779B97F4A7C15) & (1 << 64) - 1
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & (1 << 64) - 1
-    x = (x ^ x >> 27) * 0x94D049BB133111EB & (1 << 64) - 1
-    return (x ^ x >> 31) >> 1
 
 
 class UnknownPolicy(KeyError):

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from curkv.cache.declarations import Choice, Integer, option, options_of
 from curkv.cache.observations import Needs
-from curkv.cache.policies.base import CacheView, Policy
+from curkv.cache.policies.base import Policy
 from curkv.cache.policies.curdkv import CurDKV, LeveragePolicy
 from curkv.cache.policies.snapkv import AttentionPolicy, SnapKV
+from curkv.cache.view import CacheView
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from curkv.cache.declarations import SHARE, Integer, option
 from curkv.cache.observations import BLOCK_SKIP, Needs
-from curkv.cache.policies.base import CacheView, Policy, Published
+from curkv.cache.policies.base import Policy, Published
 from curkv.cache.policies.curdkv import leverage
 from curkv.cache.upload import upload
+from curkv.cache.view import CacheView
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from curkv.cache.declarations import SHARE, option
-from curkv.cache.policies.base import CacheView, Scored, best_of_heads
+from curkv.cache.policies.base import Scored, best_of_heads
 from curkv.cache.policies.snapkv import SnapKV
+from curkv.cache.view import CacheView
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels

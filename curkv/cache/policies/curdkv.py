@@ -11,9 +11,10 @@ from torch import Tensor
 
 from curkv.cache.allocation import ALLOCATIONS
 from curkv.cache.declarations import Choice, Integer, option, when
-from curkv.cache.policies.base import CacheView, Policy, PooledPolicy, Published
+from curkv.cache.policies.base import Policy, PooledPolicy, Published
 from curkv.cache.presets import Leverage
 from curkv.cache.upload import upload
+from curkv.cache.view import CacheView
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curkv.cache.policies.base import CacheView
 from curkv.cache.policies.snapkv import SnapKV
+from curkv.cache.view import CacheView
 
 
 @dataclass(frozen=True, kw_only=True)

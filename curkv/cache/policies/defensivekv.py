@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from curkv.cache.policies.base import CacheView
 from curkv.cache.policies.criticalkv import projected_norms
 from curkv.cache.policies.snapkv import SnapKV
+from curkv.cache.view import CacheView
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels

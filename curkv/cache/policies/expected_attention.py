@@ -10,7 +10,8 @@ from torch import Tensor
 
 from curkv.cache.declarations import Integer, option
 from curkv.cache.observations import Needs
-from curkv.cache.policies.base import CacheView, PooledPolicy, Published
+from curkv.cache.policies.base import PooledPolicy, Published
+from curkv.cache.view import CacheView
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from curkv.cache.observations import Needs
-from curkv.cache.policies.base import CacheView, PooledPolicy, Published
+from curkv.cache.policies.base import PooledPolicy, Published
+from curkv.cache.view import CacheView
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels

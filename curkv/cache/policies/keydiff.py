@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curkv.cache.policies.base import CacheView, PooledPolicy
+from curkv.cache.policies.base import PooledPolicy
+from curkv.cache.view import CacheView
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels

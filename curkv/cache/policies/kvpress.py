@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from curkv.cache.policies.base import CacheView, Policy, PooledPolicy, UnknownPolicy
+from curkv.cache.policies.base import Policy, PooledPolicy, UnknownPolicy
+from curkv.cache.view import CacheView
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from curkv.cache.declarations import Integer, option
-from curkv.cache.policies.base import CacheView, Policy, Published
+from curkv.cache.policies.base import Policy, Published
+from curkv.cache.view import CacheView
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels

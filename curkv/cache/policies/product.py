@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from curkv.cache.observations import Needs
-from curkv.cache.policies.base import CacheView, Policy
+from curkv.cache.policies.base import Policy
+from curkv.cache.view import CacheView
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels

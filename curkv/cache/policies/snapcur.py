@@ -11,11 +11,12 @@ from torch import Tensor
 
 from curkv.cache.allocation import ALLOCATIONS, Allocation
 from curkv.cache.declarations import SHARE, option
-from curkv.cache.policies.base import CacheView, best_of_heads, pooled
+from curkv.cache.policies.base import best_of_heads, pooled
 from curkv.cache.policies.chunkkv import CHUNK
 from curkv.cache.policies.curdkv import LeveragePolicy
 from curkv.cache.policies.snapkv import SnapKV
 from curkv.cache.presets import Leverage
+from curkv.cache.view import CacheView
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels

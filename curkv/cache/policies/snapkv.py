@@ -10,7 +10,8 @@ from torch import Tensor
 from curkv.cache.allocation import ALLOCATIONS
 from curkv.cache.declarations import Choice, Integer, option
 from curkv.cache.observations import Needs
-from curkv.cache.policies.base import CacheView, Policy, PooledPolicy
+from curkv.cache.policies.base import Policy, PooledPolicy
+from curkv.cache.view import CacheView
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from curkv.cache.policies.base import CacheView, Policy, Published
+from curkv.cache.policies.base import Policy, Published
+from curkv.cache.view import CacheView
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from curkv.cache.policies.base import CacheView, PooledPolicy
+from curkv.cache.policies.base import PooledPolicy
 from curkv.cache.policies.snapkv import ObservingPolicy
+from curkv.cache.view import CacheView
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels
