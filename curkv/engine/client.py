@@ -16,10 +16,9 @@ from tokenizers import Tokenizer
 
 from curkv.cache.layout import CacheLayout
 from curkv.engine.engine import Engine
-from curkv.engine.faults import EngineFault
 from curkv.engine.stats import StatsSink, StepStats
 from curkv.engine.structure import Structures
-from curkv.engine.types import Output, Planned, Request
+from curkv.engine.types import EngineFault, Output, Planned, Request
 from curkv.models.config import ModelConfig
 from curkv.models.vocabulary import Vocabulary
 

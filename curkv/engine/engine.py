@@ -19,7 +19,7 @@ from curkv.cache.page_pool import OutOfPages
 from curkv.cache.reuse import PrefixReuse
 from curkv.cache.upload import upload_list
 from curkv.engine.detokenizer import Detokenizer
-from curkv.engine.faults import EngineBroken, EngineFault, Faults, Phase
+from curkv.engine.faults import EngineBroken, Faults
 from curkv.engine.planning import Planner
 from curkv.engine.reporting import StepReport, kv_report, silent_output, token_output
 from curkv.engine.runner import Runner
@@ -29,7 +29,16 @@ from curkv.engine.sequence import Sequence, observed_of
 from curkv.engine.stats import EvictionStats
 from curkv.engine.stopping import stop_after
 from curkv.engine.structure import Structures
-from curkv.engine.types import FinishReason, KVReport, Output, Planned, Request, TokenLogprob
+from curkv.engine.types import (
+    EngineFault,
+    FinishReason,
+    KVReport,
+    Output,
+    Phase,
+    Planned,
+    Request,
+    TokenLogprob,
+)
 from curkv.models.info import ModelInfo
 
 logger = logging.getLogger(__name__)

@@ -3,47 +3,19 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
+
+from curkv.engine.types import Phase
 
 if TYPE_CHECKING:
     from curkv.engine.sequence import Sequence
 
 logger = logging.getLogger(__name__)
 
-Phase = Literal[
-    "add",
-    "explain",
-    "schedule",
-    "start",
-    "forward",
-    "prompt_logprobs",
-    "prefix",
-    "evict",
-    "trim",
-    "fork",
-    "sample",
-    "detokenize",
-    "report",
-    "free",
-]
-"""What the engine does with a sequence: once it comes, and then step by step."""
-
 MAX_FAILED_STEPS = 8
 """Steps in a row of which nothing came, before the engine is given up."""
-
-
-class EngineFault(Exception):
-    """The engine could not go on with a sequence; the cause of this error is what was raised.
-
-    Attributes:
-        phase: what was being done.
-    """
-
-    def __init__(self, phase: Phase):
-        super().__init__(f"the engine failed on this request (phase: {phase}); the server's log says more")
-        self.phase = phase
 
 
 class EngineBroken(RuntimeError):

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from curkv.cache.explain import Explanation
     from curkv.cache.options import EvictionOptions
     from curkv.cache.plan import EvictionPlan
-    from curkv.engine.faults import EngineFault
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -30,6 +29,37 @@ class InvalidRequest(ValueError):
         super().__init__(message)
         self.message = message
         self.param = param
+
+
+Phase = Literal[
+    "add",
+    "explain",
+    "schedule",
+    "start",
+    "forward",
+    "prompt_logprobs",
+    "prefix",
+    "evict",
+    "trim",
+    "fork",
+    "sample",
+    "detokenize",
+    "report",
+    "free",
+]
+"""What the engine does with a sequence: once it comes, and then step by step."""
+
+
+class EngineFault(Exception):
+    """The engine could not go on with a sequence; the cause of this error is what was raised.
+
+    Attributes:
+        phase: what was being done.
+    """
+
+    def __init__(self, phase: Phase):
+        super().__init__(f"the engine failed on this request (phase: {phase}); the server's log says more")
+        self.phase = phase
 
 
 def check_ids(token_ids: Collection[int], vocab_size: int, param: str) -> None:

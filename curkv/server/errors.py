@@ -16,8 +16,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import Request
 
 from curkv.engine.client import EngineUnavailable
-from curkv.engine.faults import EngineFault
-from curkv.engine.types import InvalidRequest
+from curkv.engine.types import EngineFault, InvalidRequest
 
 logger = logging.getLogger(__name__)
 

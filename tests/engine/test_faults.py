@@ -20,12 +20,12 @@ from curkv.cache.parsing import parse_options
 from curkv.engine import engine as engine_module
 from curkv.engine.client import EngineClient, EngineUnavailable
 from curkv.engine.engine import Engine
-from curkv.engine.faults import MAX_FAILED_STEPS, EngineBroken, EngineFault
+from curkv.engine.faults import MAX_FAILED_STEPS, EngineBroken
 from curkv.engine.recorded_launches import RecordedLaunches
 from curkv.engine.replay import Replay
 from curkv.engine.reporting import StepReport
 from curkv.engine.runner import Runner
-from curkv.engine.types import Output, Request, Structure
+from curkv.engine.types import EngineFault, Output, Request, Structure
 from curkv.kernels.dispatch import get_kernels
 from curkv.kernels.formats import get_format
 from curkv.models.decoder import Decoder
