@@ -203,3 +203,22 @@ class Marked:
         """Takes all that is left."""
         text, self.buffer = self.buffer, ""
         return text
+
+
+class BufferedParser(Parser):
+    """Reads on for as long as what has come allows a step."""
+
+    def __init__(self) -> None:
+        self._text = Marked()
+
+    def feed(self, text: str) -> list[Event]:
+        """See `Parser`."""
+        self._text.buffer += text
+        events: list[Event] = []
+        while self._text.buffer and self._advance(events):
+            pass
+        return events
+
+    @abstractmethod
+    def _advance(self, events: list[Event]) -> bool:
+        """Takes a step; False: more text is needed."""

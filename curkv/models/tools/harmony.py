@@ -8,10 +8,10 @@ from typing import ClassVar
 
 from curkv.models.tools.base import (
     Arguments,
+    BufferedParser,
     Call,
     Event,
     Grammar,
-    Marked,
     Parser,
     Reasoning,
     Text,
@@ -62,23 +62,15 @@ class Harmony(ToolFormat):
         return _ChannelParser(tools)
 
 
-class _ChannelParser(Parser):
+class _ChannelParser(BufferedParser):
     """Alternates between a message's header and its body."""
 
     def __init__(self, tools: Iterable[str]):
+        super().__init__()
         self._tools = frozenset(tools)
-        self._text = Marked()
         self._header = True
         self._kind = "final"
         self._index = -1
-
-    def feed(self, text: str) -> list[Event]:
-        """See `Parser`."""
-        self._text.buffer += text
-        events: list[Event] = []
-        while self._text.buffer and self._advance(events):
-            pass
-        return events
 
     def _advance(self, events: list[Event]) -> bool:
         if self._header:

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
-from curkv.models.tools.base import Arguments, Call, Event, Grammar, Marked, Parser, Text, Tool, ToolFormat
+from curkv.models.tools.base import (
+    Arguments,
+    BufferedParser,
+    Call,
+    Event,
+    Grammar,
+    Parser,
+    Text,
+    Tool,
+    ToolFormat,
+)
 from curkv.models.tools.hermes import TaggedParser, named_object
 from curkv.models.tools.json_calls import Braces
 
@@ -47,21 +57,13 @@ class MistralNamed(ToolFormat):
         return _NamedParser(tools)
 
 
-class _NamedParser(Parser):
+class _NamedParser(BufferedParser):
     def __init__(self, tools: Iterable[str]):
+        super().__init__()
         self._tools = frozenset(tools)
-        self._text = Marked()
         self._naming = False
         self._arguments: Braces | None = None
         self._index = -1
-
-    def feed(self, text: str) -> list[Event]:
-        """See `Parser`."""
-        self._text.buffer += text
-        events: list[Event] = []
-        while self._text.buffer and self._advance(events):
-            pass
-        return events
 
     def _advance(self, events: list[Event]) -> bool:
         buffer = self._text.buffer
