@@ -11,6 +11,9 @@ from curkv.cache.reuse import PrefixReuse
 from curkv.engine.pace import Pace
 from curkv.engine.sequence import Sequence
 
+MAX_JUDGED_TOKENS = 64
+"""Tokens of a prompt that a step judges while others decode: their logits cost more than their layers."""
+
 
 @dataclass
 class Schedule:
@@ -148,7 +151,8 @@ class Scheduler:
     def _plan_chunk(self, step: Schedule, sequence: Sequence, budget: int) -> int:
         """Adds what a step's budget allows; of several tokens none is left alone, which would be a decode."""
         left = min(sequence.remaining, sequence.next_stop() - sequence.computed)
-        chunk = min(budget, left)
+        judged = sequence.wants_prompt_logprobs and any(not other.prefilling for other in self.running)
+        chunk = min(budget, left, MAX_JUDGED_TOKENS if judged else left)
         if left - chunk == 1:
             chunk -= 1
         if chunk > 1 or chunk == left == 1:

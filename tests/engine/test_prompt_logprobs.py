@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from curkv.cache.parsing import parse_options
 from curkv.engine.engine import Engine
-from curkv.engine.types import InvalidRequest
+from curkv.engine.scheduler import MAX_JUDGED_TOKENS
+from curkv.engine.types import InvalidRequest, Output
 
 from .conftest import Loaded, request, run, tokens
 
@@ -59,6 +60,21 @@ def test_a_preempted_prompt_is_judged_once(make_engine: MakeEngine, loaded: Load
     for item in items:
         judged = [output for output in outputs[item.id, 0] if output.prompt_logprobs is not None]
         assert [len(output.prompt_logprobs) for output in judged] == [59]
+
+
+def test_whoever_decodes_waits_for_few_rows_of_logits(make_engine: MakeEngine, loaded: Loaded) -> None:
+    judged = request(loaded.prompt(200), 0, id="judged", prompt_logprobs=1)
+    alone = run(make_engine(), judged)["judged", 0][0].prompt_logprobs
+    engine = make_engine()
+    engine.add(engine.plan(request(loaded.prompt(16, start=300), 12, id="decoding")))
+    engine.step()
+    engine.add(engine.plan(judged))
+    outputs: list[Output] = []
+    while engine.has_work:
+        outputs += engine.step()
+        assert engine.last_stats.prompt_tokens <= MAX_JUDGED_TOKENS
+    [last] = [output for output in outputs if output.request_id == "judged"]
+    assert last.prompt_logprobs == alone
 
 
 def test_no_tokens_end_after_the_prompt_and_a_full_context_has_no_room(
