@@ -6,6 +6,7 @@ compiled per schema, keywords that it cannot follow are refused, and it brings n
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from curkv.engine.types import InvalidRequest, Structure
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 MAX_HELD = 2_000_000
 """Characters of the structures whose compiled forms are held; a form takes up to some 500 bytes for each."""
@@ -56,8 +59,14 @@ class Structures:
         return grammar_tokenizer(*self.vocabulary)
 
     def warm_up(self) -> None:
-        """Makes what the first structured request would hold up everybody half a second for."""
-        assert self._tokenizer
+        """Makes what the first structured request would hold up everybody half a second for.
+
+        A tokenizer that llguidance cannot read is no reason not to serve: structured requests are refused.
+        """
+        try:
+            assert self._tokenizer
+        except ValueError as error:
+            logger.warning("no structured output, no tools: llguidance cannot read the tokenizer: %s", error)
 
     def holds(self, structure: Structure) -> bool:
         """Whether a structure's matcher is there already."""

@@ -48,6 +48,6 @@ def test_fused_mlp_is_refused_by_name(tmp_path: Path) -> None:
 def test_unsupported_architecture_is_refused_by_name(tmp_path: Path) -> None:
     save_model(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["GemmaForCausalLM"]}))
-    with pytest.raises(UnsupportedModel, match="GemmaForCausalLM"):
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["MambaForCausalLM"]}))
+    with pytest.raises(UnsupportedModel, match="MambaForCausalLM"):
         Source(tmp_path)
