@@ -165,7 +165,7 @@ def test_sources_are_compared_over_the_samples_they_share() -> None:
         (["--policy", "nope"], "policy"),
         (["--policy", "curdkv", "--budget", "101%"], "budget"),
         (["--protocol", "nope"], "visible or hidden"),
-        (["--weights", "nope"], "auto, float32, int8"),
+        (["--weights", "nope"], "auto, float32, bfloat16, int8"),
         (["--kv-dtype", "nope"], "auto, float32"),
         (["--url", "http://x", "--protocol", "hidden"], "--url"),
     ],
