@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
 
 from curkv.kernels.formats.triton import (
     attention_block,
@@ -69,7 +70,8 @@ def _sketch(
     pages: Pages, table: Tensor, lengths: Tensor, sketch: Tensor, width: int
 ) -> tuple[Tensor, Tensor]:
     """Energies float32 [N, width] of keys and of values projected by `sketch` [head_dim, rank]."""
-    rows, rank = len(lengths), sketch.shape[1]
+    rows, columns = len(lengths), max(16, power_of_two(sketch.shape[1]))
+    sketch = pad(sketch, (0, columns - sketch.shape[1]))
     operands = operands_of(pages.k), operands_of(pages.v)
     block_n = attention_block(pages.k, _MAX_BLOCK_N, _TILE_BYTES)
     key = torch.empty(rows, width, dtype=torch.float32, device=lengths.device)
@@ -84,7 +86,6 @@ def _sketch(
         value,
         table.stride(0),
         width,
-        rank,
         KEYS=pages.k.format.name,
         VALUES=pages.v.format.name,
         KEY_PARTS=_num_parts(operands[0].dtype),
@@ -93,14 +94,14 @@ def _sketch(
         PAGE_SIZE=pages.page_size,
         BLOCK_N=block_n,
         BLOCK_D=power_of_two(pages.head_dim),
-        BLOCK_R=max(16, power_of_two(rank)),
+        BLOCK_R=columns,
         num_warps=4 if any(each.widened for each in operands) else 8,
     )
     return key, value
 
 
 def _parts(sketch: Tensor, dtype: torch.dtype) -> Tensor:
-    """G as parts [1 or 2, head_dim, rank] of a dtype, whose sum keeps G's precision in 16 bits too."""
+    """G as parts [1 or 2, head_dim, columns] of a dtype, whose sum keeps G's precision in 16 bits too."""
     high = sketch.to(dtype)
     return torch.stack([high, (sketch - high.float()).to(dtype)][: _num_parts(dtype)])
 
@@ -113,7 +114,6 @@ def _num_parts(dtype: torch.dtype) -> int:
 def _energies(
     x,
     sketch,
-    rank,
     PARTS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -123,15 +123,15 @@ def _energies(
     """Squared norms [BLOCK_N] of x G, G being the sum of its parts."""
     d = tl.arange(0, BLOCK_D)
     r = tl.arange(0, BLOCK_R)
-    mask = (d < HEAD_DIM)[:, None] & (r < rank)[None, :]
+    mask = (d < HEAD_DIM)[:, None]
     product = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
     for part in range(PARTS):
-        pointers = sketch + part * HEAD_DIM * rank + d[:, None] * rank + r[None, :]
+        pointers = sketch + part * HEAD_DIM * BLOCK_R + d[:, None] * BLOCK_R + r[None, :]
         product = dot(x, tl.load(pointers, mask=mask, other=0.0), product)
     return tl.sum(product * product, 1)
 
 
-@triton.jit(do_not_specialize=["stride_table", "width", "rank"])
+@triton.jit(do_not_specialize=["stride_table", "width"])
 def _sketch_rows(
     pages_k,
     pages_v,
@@ -143,7 +143,6 @@ def _sketch_rows(
     value,
     stride_table,
     width,
-    rank,
     KEYS: tl.constexpr,
     VALUES: tl.constexpr,
     KEY_PARTS: tl.constexpr,
@@ -165,11 +164,11 @@ def _sketch_rows(
     place = find_slots(table + row * stride_table, index, valid, PAGE_SIZE)
     out = row * width + index
     keys = load_operands(pages_k, place, valid, KEYS, HEAD_DIM, BLOCK_D)
-    key_energies = _energies(keys, key_sketch, rank, KEY_PARTS, HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_R)
+    key_energies = _energies(keys, key_sketch, KEY_PARTS, HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_R)
     key_energies = scaled_energies(key_energies, pages_k, place, valid, KEYS)
     tl.store(key + out, key_energies, mask=valid)
     values = load_operands(pages_v, place, valid, VALUES, HEAD_DIM, BLOCK_D)
-    value_energies = _energies(values, value_sketch, rank, VALUE_PARTS, HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_R)
+    value_energies = _energies(values, value_sketch, VALUE_PARTS, HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_R)
     value_energies = scaled_energies(value_energies, pages_v, place, valid, VALUES)
     tl.store(value + out, value_energies, mask=valid)
 

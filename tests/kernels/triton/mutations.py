@@ -114,19 +114,22 @@ MUTATIONS = (
         "tl.minimum((split + 2) * size, length)",
     ),
     Mutation(
-        "window_scores", "wrong head of the group", "(WINDOW - 1) + r // GROUP", "(WINDOW - 1) + r % GROUP"
+        "window_scores", "wrong head of the group", "(window - 1) + r // GROUP", "(window - 1) + r % GROUP"
     ),
     Mutation(
-        "leverage_scores", "correction upside down", "k_sum * (WINDOW / count)", "k_sum * (count / WINDOW)"
+        "leverage_scores", "correction upside down", "k_sum * (window / count)", "k_sum * (count / window)"
     ),
     Mutation(
         "leverage_scores",
         "partial window on the wrong side",
-        "shift = (WINDOW - length % WINDOW) % WINDOW",
-        "shift = length % WINDOW",
+        "shift = (window - length % window) % window",
+        "shift = length % window",
     ),
     Mutation(
-        "leverage_scores", "sketch without its last column", "(r < RANK)[None, :]", "(r < RANK - 1)[None, :]"
+        "leverage_scores",
+        "sketch without its last column",
+        "pad(sketch, (0, columns - sketch.shape[1]))",
+        "pad(sketch[:, :-1], (0, columns - sketch.shape[1] + 1))",
     ),
     Mutation(
         "leverage_scores", "sketch rounded to 16 bits", "for part in range(PARTS):", "for part in range(1):"
