@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -116,3 +118,15 @@ def test_tied_models_are_read_however_they_were_saved(tmp_path: Path, form: str)
     logits = decoder.forward(DenseBatch.of([list(range(20))], [0]), DenseAttention(config))
     expected = model(torch.arange(20)[None]).logits[0]
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_shapes_are_told_without_what_torch_loads_for_tensors_that_have_no_memory() -> None:
+    code = (
+        "import sys; from curkv.models.families.llama import Llama;"
+        "raw = {'architectures': ['LlamaForCausalLM'], 'vocab_size': 8, 'hidden_size': 16,"
+        " 'intermediate_size': 8, 'num_hidden_layers': 1, 'num_attention_heads': 2, 'rms_norm_eps': 1e-5, 'max_position_embeddings': 8};"
+        "assert len(Llama().tensors(Llama().config(raw))) > 9;"
+        "assert not {'triton', 'sympy', 'torch._inductor'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

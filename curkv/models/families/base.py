@@ -234,7 +234,7 @@ class Family(ABC):
 
         def note(name: str, *shape: int) -> Tensor:
             shapes[name] = shape
-            return torch.empty(shape, device="meta")
+            return torch.empty(0, *shape[1:])  # with its columns and none of its rows
 
         for part in (self.embedding, self.final_norm, self.head):
             part(note, config)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from curkv.models.config import LayerKind, ModelConfig, read_shape, read_window
@@ -42,7 +42,8 @@ class Phi3(Family):
     def qkv(self, read: Read, config: ModelConfig, name: str, *columns: int) -> list[Tensor]:
         """See `Family.qkv`."""
         sizes = [config.q_size, config.kv_size, config.kv_size]
-        return list(torch.split(read(name.format("qkv_proj"), sum(sizes), *columns), sizes))
+        rows = read(name.format("qkv_proj"), sum(sizes), *columns)
+        return [rows[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
 
     def gate_up(self, read: Read, config: ModelConfig, name: str, *columns: int) -> Tensor:
         """See `Family.gate_up`."""
