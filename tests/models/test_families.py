@@ -124,7 +124,8 @@ def test_shapes_are_told_without_what_torch_loads_for_tensors_that_have_no_memor
     code = (
         "import sys; from curkv.models.families.llama import Llama;"
         "raw = {'architectures': ['LlamaForCausalLM'], 'vocab_size': 8, 'hidden_size': 16,"
-        " 'intermediate_size': 8, 'num_hidden_layers': 1, 'num_attention_heads': 2, 'rms_norm_eps': 1e-5, 'max_position_embeddings': 8};"
+        " 'intermediate_size': 8, 'num_hidden_layers': 1, 'num_attention_heads': 2, 'rms_norm_eps': 1e-5,"
+        " 'max_position_embeddings': 8};"
         "assert len(Llama().tensors(Llama().config(raw))) > 9;"
         "assert not {'triton', 'sympy', 'torch._inductor'} & set(sys.modules)"
     )
