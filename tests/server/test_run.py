@@ -60,6 +60,15 @@ async def wait_for(http: httpx.AsyncClient, status: str) -> None:
             await asyncio.sleep(0.02)
 
 
+def test_connections_send_at_once() -> None:
+    with (
+        listen("127.0.0.1", 0) as listening,
+        socket.create_connection(listening.getsockname()),
+        listening.accept()[0] as accepted,
+    ):
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def complete(http: httpx.AsyncClient, **body: Any) -> asyncio.Task[httpx.Response]:
     return asyncio.create_task(http.post("/v1/completions", json={"prompt": "w1", **body}))
 
