@@ -1,17 +1,20 @@
 """Compiles schemas, expressions and choices, here or, to see whether it ends well, in a process of its own.
 
 A schema of a few kilobytes can keep the compiler busy for minutes, in spite of its own limits, or crash it.
-What a stranger sends is compiled by a process that can be killed first, `python -m curkv.engine.grammars`;
-`curkv.server.vetting` speaks to it. It does without torch and the model.
+What a stranger sends is compiled first by a process that only it can harm: a fork of
+`python -m curkv.engine.grammars`, which has read the tokenizer and does without torch and the model.
+`curkv.server.vetting` speaks to it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
+import signal
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from llguidance import LLMatcher, LLTokenizer, grammar_from
 
@@ -19,6 +22,8 @@ Kind = Literal["json", "regex", "choice", "lark"]
 
 MEMORY_BYTES = 4 << 30
 """Address space of the process that tries structures."""
+MAX_PROBLEM = 500
+"""Characters that are told of what is wrong: a line of answer has to be written in one piece."""
 EXACT_INTEGER = 2**53
 """Constants beyond it lose digits: the compiler reads numbers as float64."""
 
@@ -88,17 +93,45 @@ def _check_constants(schema: Any) -> None:
 
 
 def main() -> None:
-    """Answers JSON lines: first the tokenizer's arguments, then [kind, source] each; null: all is well."""
+    """Answers JSON lines: first the tokenizer's arguments, then [number, seconds, kind, source] each.
+
+    Each is tried in a fork of its own, and answered, in any order, by [number, outcome]: null if all is well,
+    what is wrong, "" for what crashes the compiler, or false if it takes longer than its seconds.
+    """
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     tokenizer = grammar_tokenizer(*json.loads(sys.stdin.readline()))
     print(json.dumps(None), flush=True)
     for line in sys.stdin:
-        problem = None
+        if os.fork() == 0:
+            _try(tokenizer, *json.loads(line))
+
+
+def _try(tokenizer: LLTokenizer, number: int, seconds: float, kind: Kind, source: str) -> NoReturn:
+    """Answers for one structure, which a child of this process compiles."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        signal.setitimer(signal.ITIMER_REAL, seconds)  # whose signal ends the process
         try:
-            compile_grammar(tokenizer, *json.loads(line))
-        except ValueError as error:
-            problem = str(error)[:2000]
-        print(json.dumps(problem), flush=True)
+            os.write(writer, json.dumps(_problem(tokenizer, kind, source)).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    said = b"".join(iter(lambda: os.read(reader, 65536), b""))
+    status = os.waitpid(child, 0)[1]
+    late = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
+    outcome = False if late else json.loads(said or b'""')
+    os.write(sys.stdout.fileno(), json.dumps([number, outcome]).encode() + b"\n")
+    os._exit(0)
+
+
+def _problem(tokenizer: LLTokenizer, kind: Kind, source: str) -> str | None:
+    try:
+        compile_grammar(tokenizer, kind, source)
+    except ValueError as error:
+        return str(error)[:MAX_PROBLEM]
+    return None
 
 
 if __name__ == "__main__":

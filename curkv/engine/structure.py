@@ -68,9 +68,14 @@ class Structures:
         except ValueError as error:
             logger.warning("no structured output, no tools: llguidance cannot read the tokenizer: %s", error)
 
+    @staticmethod
+    def key(structure: Structure) -> tuple[str, str]:
+        """Kind and text of a structure: what is equal is compiled once."""
+        return structure.kind, source_text(structure.source)
+
     def holds(self, structure: Structure) -> bool:
         """Whether a structure's matcher is there already."""
-        return (structure.kind, source_text(structure.source)) in self._held
+        return self.key(structure) in self._held
 
     def matcher(self, structure: Structure) -> LLMatcher:
         """Returns a matcher at the start of an output, to be copied; compiles it unless it is held.
@@ -78,13 +83,13 @@ class Structures:
         Raises:
             InvalidRequest: the schema or expression is wrong, or uses what cannot be followed.
         """
-        key = structure.kind, source_text(structure.source)
+        key = self.key(structure)
         with self._lock:
             if key in self._held:
                 self._held.move_to_end(key)
                 return self._held[key]
         try:
-            matcher = compile_grammar(self._tokenizer, *key)
+            matcher = compile_grammar(self._tokenizer, structure.kind, key[1])
         except ValueError as error:
             raise InvalidRequest(str(error), structure.param) from error
         with self._lock:

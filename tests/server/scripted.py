@@ -49,6 +49,10 @@ def word_tokenizer() -> Tokenizer:
 class NoStructures:
     """Takes every structure for compiled."""
 
+    @staticmethod
+    def key(structure: Structure) -> tuple[str, str]:
+        return structure.kind, str(structure.source)
+
     def holds(self, structure: Structure) -> bool:
         return True
 
@@ -102,7 +106,7 @@ class ScriptedClient:
     waits: bool = False
 
     @property
-    def vocab_size(self) -> int:
+    def num_token_ids(self) -> int:
         return VOCABULARY
 
     def on_death(self, act: Callable[[], object]) -> None:

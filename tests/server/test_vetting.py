@@ -59,7 +59,48 @@ async def test_a_structure_is_compiled_once_and_beside_the_event_loop(
     await asyncio.gather(*asked)
     for _ in range(3):
         structures.matcher(Structure("json", HARMLESS, "again"))
-    assert len(compiled) == 1 and compiled[0].startswith("text")
+    assert len(compiled) == 1 and compiled[0].startswith("structures")
+
+
+async def test_who_asks_for_an_ordinary_schema_does_not_wait_for_slow_ones(
+    vetting: Vetting, structures: Structures
+) -> None:
+    await vetting.compile(Structure("json", HARMLESS, "p"), structures)
+    slow = [
+        asyncio.create_task(
+            vetting.compile(Structure("json", {**NEVER_ENDS, "title": name}, "p"), structures)
+        )
+        for name in "ab"
+    ]
+    await asyncio.sleep(0.01)
+    await vetting.compile(Structure("regex", "a", "p"), structures)
+    assert not any(task.done() for task in slow)
+    for task in slow:
+        with pytest.raises(InvalidRequest, match="longer than 2 s"):
+            await task
+
+
+async def test_a_schema_that_nobody_waits_for_is_not_compiled(
+    vetting: Vetting, structures: Structures
+) -> None:
+    slow = asyncio.create_task(vetting.compile(Structure("json", NEVER_ENDS, "p"), structures))
+    gone = asyncio.create_task(vetting.compile(Structure("regex", "gone", "p"), structures))
+    await asyncio.sleep(0.01)
+    gone.cancel()
+    await vetting.compile(Structure("regex", "here", "p"), structures)
+    assert not structures.holds(Structure("regex", "gone", "p"))
+    with pytest.raises(InvalidRequest):
+        await slow
+
+
+async def test_a_compiler_that_was_killed_is_started_anew(vetting: Vetting, structures: Structures) -> None:
+    await vetting.compile(Structure("regex", "a", "p"), structures)
+    slow = asyncio.create_task(vetting.compile(Structure("json", NEVER_ENDS, "p"), structures))
+    await asyncio.sleep(0.1)
+    await vetting.kill()
+    with pytest.raises(InvalidRequest, match="cannot be compiled"):
+        await slow
+    await vetting.compile(Structure("regex", "b", "p"), structures)
 
 
 async def test_what_is_wrong_with_a_schema_is_said(vetting: Vetting, structures: Structures) -> None:
