@@ -15,6 +15,7 @@ from torch import Tensor
 from curkv.cache.eviction import evict, select
 from curkv.cache.explain import explain
 from curkv.cache.integrity import check_integrity
+from curkv.cache.options import EvictionOptions
 from curkv.cache.page_pool import OutOfPages
 from curkv.cache.reuse import PrefixReuse
 from curkv.cache.upload import upload_list
@@ -37,6 +38,7 @@ from curkv.engine.types import (
     Phase,
     Planned,
     Request,
+    SamplingParams,
     TokenLogprob,
 )
 from curkv.models.info import ModelInfo
@@ -77,8 +79,8 @@ class Engine:
         self.structures = Structures(info.tokenizer, config.vocab_size, sorted(self.eos_ids))
         self._reuse = PrefixReuse(self.kv)
         self.scheduler = Scheduler(self.kv, self._reuse, max_step_tokens, max_itl)
-        num_token_ids = info.num_token_ids(config.vocab_size)
-        self._planner = Planner(self.kv, num_token_ids, self.structures, max_model_len)
+        self.num_token_ids = info.num_token_ids(config.vocab_size)
+        self._planner = Planner(self.kv, self.num_token_ids, self.structures, max_model_len)
         self._order = itertools.count()
         self._phase: Phase = "schedule"
         self._faults = Faults()
@@ -105,12 +107,18 @@ class Engine:
 
     def add(self, planned: Planned) -> None:
         """Queues a request; its further choices fork from the first one after prefill."""
+        first, *others = self._sequences(planned)
+        first.forks = others
+        self.scheduler.add(first)
+
+    def _sequences(self, planned: Planned) -> list[Sequence]:
+        """A sequence for each choice of a request."""
         request, plan, matcher = planned.request, planned.eviction, planned.matcher
         sampling, prompt = request.sampling, request.prompt_token_ids
         seed = sampling.seed if sampling.seed is not None else secrets.randbits(64)
         observed, judged = observed_of(plan, planned.explain_plans), sampling.prompt_logprobs is not None
         keys = self._reuse.keys(prompt, plan, observed, request.cache_salt, judged)
-        first, *others = [
+        return [
             Sequence(
                 request=request,
                 index=index,
@@ -127,8 +135,6 @@ class Engine:
             )
             for index in range(sampling.n)
         ]
-        first.forks = others
-        self.scheduler.add(first)
 
     def drop_prefixes(self) -> int:
         """Drops the prefixes that no running sequence uses; returns the bytes that are free again."""
@@ -171,12 +177,29 @@ class Engine:
         return self._end_step(schedule, started)
 
     def check_faults(self) -> None:
-        """Checks that steps do not fail again and again; called after each.
+        """Checks that steps do not fail again and again for no fault of the requests; called after each.
 
         Raises:
             EngineBroken: they do.
         """
-        self._faults.check()
+        self._faults.check(self._works)
+
+    def _works(self) -> bool:
+        """Whether a token can be computed, if there is room for it."""
+        request = Request("probe", [0], SamplingParams(max_tokens=1, temperature=0), EvictionOptions())
+        try:
+            [probe] = self._sequences(self.plan(request))
+            self.scheduler.add(probe)
+            try:
+                schedule = self.scheduler.schedule(alone=probe)
+                if schedule.sequences:
+                    sample(self._forward(schedule), [probe], self.eos_ids)
+            finally:
+                self.scheduler.remove(probe)
+        except Exception:
+            logger.exception("a request of the engine's own failed too")
+            return False
+        return True
 
     def check_integrity(self) -> None:
         """Checks the cache's invariants; called when the engine is idle."""

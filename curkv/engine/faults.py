@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_FAILED_STEPS = 8
-"""Steps in a row of which nothing came, before the engine is given up."""
+"""Steps in a row of which nothing came, before it is asked whether the engine still works."""
 
 
 class EngineBroken(RuntimeError):
@@ -35,6 +36,7 @@ class Faults:
         self.unexplained = False
         self._blamed: list[Sequence] = []
         self._failed_steps = 0
+        self._own = False
 
     def note(self, phase: Phase, error: Exception, sequence: Sequence | None = None) -> None:
         """Takes note of something that was raised.
@@ -63,18 +65,26 @@ class Faults:
         succeeded = any(sequence not in self._blamed for sequence in sequences)
         if self.unexplained or (self.noted and not succeeded):
             self._failed_steps += 1
+            self._own |= self.unexplained
         elif succeeded:
-            self._failed_steps = 0
+            self._failed_steps, self._own = 0, False
         self.noted, self.unexplained, self._blamed = 0, False, []
 
-    def check(self) -> None:
+    def check(self, works: Callable[[], bool]) -> None:
         """Checks that the engine can go on.
 
+        Args:
+            works: tries whether a request that is certainly good would be served; asked if each of many
+                failed steps was some request's fault.
+
         Raises:
-            EngineBroken: too many steps in a row have failed.
+            EngineBroken: too many steps in a row have failed, and not for what was asked.
         """
-        if self._failed_steps >= MAX_FAILED_STEPS:
+        if self._failed_steps < MAX_FAILED_STEPS:
+            return
+        if self._own or not works():
             raise EngineBroken(f"{self._failed_steps} steps in a row have failed")
+        self._failed_steps = 0
 
 
 def is_device_lost(error: Exception) -> bool:

@@ -336,6 +336,19 @@ def test_an_engine_that_fails_all_the_time_is_given_up(name: str, monkeypatch: p
     assert Served(engine, requests()[:1]).broken
 
 
+@pytest.mark.parametrize("name", ["evict", "judged", "forward"])
+def test_a_run_of_poisoned_requests_ends_nobody_else(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, items = make_engine(), {item.id: item for item in requests()}
+    point = POINTS["prompt_logprobs" if name == "judged" else name]
+    victim = items[point.victim]
+    inject(monkeypatch, engine, point, float("inf"), victim)
+    for _ in range(3 * MAX_FAILED_STEPS):
+        served = Served(engine, [victim])
+        assert served.faults == {(victim.id, 0): point.phase} and not served.broken
+    assert Served(engine, [items["full"]]).told[("full", 0)] == alone()[("full", 0)]
+    assert_nothing_is_left(engine)
+
+
 def test_steps_that_fail_only_together_are_the_engines_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, forward = make_engine(), Decoder.forward
 
