@@ -61,6 +61,23 @@ def test_a_recording_runs_in_order_over_new_contents_with_counters_at_zero(add_u
         assert result.item() == factor * 2 * 4950
 
 
+def test_recordings_over_one_memory_share_their_counters(add_up: int, double: int) -> None:
+    memory, numbers = Memory(), torch.arange(100)
+    runs = []
+    for parts in (100, 10):
+        result = torch.zeros(1, dtype=torch.int64)
+        with recording(memory) as recorded:
+            total = counters(1)
+            launch(add_up, parts, numbers.data_ptr(), total.data_ptr())
+            launch(double, 1, total.data_ptr(), result.data_ptr())
+        runs.append((recorded, result, 2 * sum(range(parts)), total.data_ptr()))
+    assert len({place for *_, place in runs}) == 1
+    for recorded, result, wanted, _ in (*runs, *runs):
+        result.zero_()
+        recorded.run()
+        assert result.item() == wanted
+
+
 def test_memory_is_given_out_again_when_no_tensor_is_left_over_it() -> None:
     memory = Memory()
     with recording(memory):

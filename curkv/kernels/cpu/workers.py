@@ -40,7 +40,7 @@ ENTRY = 16
 TAKEN, FINISHED = 8 * 3, 8 * 8
 """Bytes from a launch to its counters."""
 MOST_COUNTERS = 1 << 20
-"""Most counters of a recording: 1,000 sequences of Llama-3.1-8B need a quarter; unused ones cost nothing."""
+"""Most counters of a recording: 1,000 sequences of Llama-3.1-8B need a quarter."""
 SPINS = 2000
 """How often a thread looks whether the others have finished before it lets other processes run."""
 
@@ -218,9 +218,13 @@ class Memory:
 
     A piece is given out again when the last tensor over it is gone. In a recording that is when the last
     launch that reads it has been noted, so a launch that is given it again comes later in every run.
+
+    Attributes:
+        counters: int64, of which each recording sets to 0 those that it needs before it runs.
     """
 
     def __init__(self) -> None:
+        self.counters = torch.zeros(MOST_COUNTERS, dtype=torch.int64)
         self._free: dict[int, list[Tensor]] = defaultdict(list)
         self._used: dict[int, Tensor] = {}
 
@@ -253,7 +257,6 @@ class Recording:
     def __init__(self, memory: Memory):
         self.memory = memory
         self.launches: list[tuple[int, int, array[int]]] = []
-        self._counters = torch.zeros(MOST_COUNTERS, dtype=torch.int64)
         self._counted = 0
         self._list: array[int] = array("q")
 
@@ -264,16 +267,18 @@ class Recording:
             RuntimeError: the work needs more of them than a recording has.
         """
         first, self._counted = self._counted, self._counted + count
-        if self._counted > len(self._counters):
+        if self._counted > len(self.memory.counters):
             raise RuntimeError("the recorded work needs too many counters")
-        return self._counters[first : self._counted]
+        taken = self.memory.counters[first : self._counted]
+        taken.numpy()[:] = 0
+        return taken
 
     def run(self) -> None:
         """Does the recorded work."""
         if not self._list:
             for function, parts, packed in self.launches:
                 self._list.extend((function, packed.buffer_info()[0], parts, *(0,) * (ENTRY - 3)))
-        place, cleared = self._list.buffer_info()[0], self._counters.data_ptr()
+        place, cleared = self._list.buffer_info()[0], self.memory.counters.data_ptr()
         _run(place, len(self.launches), numba.get_num_threads(), cleared, self._counted, _give_way)
 
 
