@@ -72,9 +72,9 @@ class EngineClient:
         return self._engine.info.tokenizer
 
     @property
-    def vocab_size(self) -> int:
-        """Token ids are below it."""
-        return self.model_config.vocab_size
+    def num_token_ids(self) -> int:
+        """Token ids are below it, the tokenizer's and those that the model has rows for."""
+        return self._engine.num_token_ids
 
     @property
     def chat_template(self) -> ChatTemplate | None:

@@ -21,6 +21,7 @@ from curkv.engine.types import EngineFault, InvalidRequest
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 5
+INTERNAL_ERROR = "internal_error"
 
 _KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 
@@ -66,6 +67,11 @@ class APIError(HTTPException):
             error=ErrorDetail(message=_encodable(message), type=kind, param=param, code=code)
         )
 
+    @property
+    def unforeseen(self) -> bool:
+        """Whether it says nothing, so that the log has to."""
+        return self.body.error.code == INTERNAL_ERROR
+
     def response(self) -> JSONResponse:
         """The error as an answer."""
         return JSONResponse(jsonable_encoder(self.body), self.status_code, self.headers)
@@ -96,7 +102,7 @@ def as_api_error(error: Exception) -> APIError:
             return _validation_error(error.errors())
         case StarletteHTTPException():
             return APIError(error.status_code, _http_message(error), headers=error.headers)
-    return APIError(500, "internal error: the server's log says more", code="internal_error")
+    return APIError(500, "internal error: the server's log says more", code=INTERNAL_ERROR)
 
 
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:

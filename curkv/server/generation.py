@@ -297,6 +297,8 @@ async def _events(answer: Answer, outputs: OutputStream) -> AsyncGenerator[str, 
         if include_usage:
             yield event(answer.usage_chunk(answer.usage))
     except Exception as error:
-        logger.exception("%s failed in mid-stream", answer.generation.id)
-        yield event(as_api_error(error).body)
+        problem = as_api_error(error)
+        unforeseen = error if problem.unforeseen else None
+        logger.error("%s ended in mid-stream: %s", answer.generation.id, error, exc_info=unforeseen)
+        yield event(problem.body)
     yield DONE

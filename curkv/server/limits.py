@@ -20,6 +20,8 @@ MAX_CHOICES = 128
 MAX_ALL_CHOICES = 1024
 """Most choices of all prompts of a request together."""
 MAX_MESSAGES = 4096
+MAX_TOOLS = 128
+"""Most tools of a request, as in OpenAI's API."""
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_TOKEN_IDS = 1024

@@ -220,6 +220,23 @@ async def test_failure_in_mid_stream(http: httpx.AsyncClient, engine: ScriptedCl
     assert (done, rest) == ("data: [DONE]", "")
 
 
+@pytest.mark.parametrize(
+    ("failure", "traced"), [("error", False), ("abort", False), (RuntimeError("secret"), True)]
+)
+async def test_only_the_unforeseen_leaves_a_traceback(
+    http: httpx.AsyncClient,
+    engine: ScriptedClient,
+    caplog: pytest.LogCaptureFixture,
+    failure: Exception | str,
+    traced: bool,
+) -> None:
+    engine.fail_after, engine.failure = 2, failure
+    response = await http.post("/v1/completions", json={**BASE, "stream": True})
+    assert '"error"' in response.text
+    [record] = [record for record in caplog.records if "mid-stream" in record.message]
+    assert bool(record.exc_info) == traced
+
+
 async def test_one_failed_prompt_ends_the_others(http: httpx.AsyncClient, engine: ScriptedClient) -> None:
     engine.fail_after, engine.delay = 1, 0.01
     response = await http.post("/v1/completions", json={**BASE, "prompt": ["w1", "w2", "w3"]})

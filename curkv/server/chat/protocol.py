@@ -16,7 +16,6 @@ from pydantic import (
 
 from curkv.engine.types import InvalidRequest
 from curkv.server.chat.tools import (
-    MAX_TOOLS,
     CalledFunction,
     Choice,
     FunctionDelta,
@@ -29,7 +28,7 @@ from curkv.server.chat.tools import (
     ToolSpec,
     ToolUse,
 )
-from curkv.server.limits import MAX_LOGPROBS, MAX_MESSAGES
+from curkv.server.limits import MAX_LOGPROBS, MAX_MESSAGES, MAX_TOOLS
 from curkv.server.protocol import GenerationFields, Text, Usage
 
 PART_SEPARATOR = "\n"

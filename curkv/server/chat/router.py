@@ -7,12 +7,13 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Request, Response
 
+from curkv.server.bodies import BodyRoute
 from curkv.server.chat.protocol import ChatRequest, ChatResponse
 from curkv.server.chat.serving import ChatAnswer, tokenize, with_tools
 from curkv.server.generation import documented, prepare, respond
 from curkv.server.state import server_state
 
-router = APIRouter(tags=["generation"])
+router = APIRouter(tags=["generation"], route_class=BodyRoute)
 
 EXAMPLES: dict[str, Any] = {
     "question": {

@@ -13,10 +13,7 @@ from curkv.engine.types import InvalidRequest, Structure
 from curkv.models.chat_template import ChatTemplate
 from curkv.models.tools.base import Arguments, Call, Event, Parser, Reasoning, Text, Tool
 from curkv.models.tools.thinking import ThinkingParser
-from curkv.server.limits import MAX_STRUCTURE_CHARACTERS
-
-MAX_TOOLS = 128
-"""Most tools of a request, as in OpenAI's API."""
+from curkv.server.limits import MAX_STRUCTURE_CHARACTERS, MAX_TOOLS
 
 _STRICT = ConfigDict(strict=True)
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Request, Response
 
 from curkv.server import headers, limits
+from curkv.server.bodies import BodyRoute
 from curkv.server.errors import error_responses
 from curkv.server.explain.protocol import ExplainRequest, ExplainResponse
 from curkv.server.explain.serving import explain, prepare
@@ -14,7 +15,7 @@ from curkv.server.generation import CLIENT_CLOSED_REQUEST
 from curkv.server.state import server_state
 from curkv.server.streaming import ClientDisconnected, unless_disconnected
 
-router = APIRouter(tags=["eviction"])
+router = APIRouter(tags=["eviction"], route_class=BodyRoute)
 
 EXAMPLES: dict[str, Any] = {
     "two policies": {

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from fastapi import APIRouter, Request, Response
 
 from curkv.engine.types import check_ids
+from curkv.server.bodies import BodyRoute
 from curkv.server.errors import error_responses
 from curkv.server.state import server_state
 from curkv.server.tokenizing import Reader
@@ -21,7 +22,7 @@ from curkv.server.workers import in_worker
 if TYPE_CHECKING:
     from curkv.engine.client import EngineClient
 
-router = APIRouter(tags=["tokens"], responses=error_responses(400, 404, 408, 413, 503))
+router = APIRouter(tags=["tokens"], responses=error_responses(400, 404, 408, 413, 503), route_class=BodyRoute)
 
 
 @router.post("/tokenize", summary="Turn a prompt into tokens", response_model=TokenizeResponse)
@@ -39,14 +40,14 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     state = server_state(request)
     client = state.ready_client()
     state.check_model(body.model)
-    check_ids(body.tokens, client.vocab_size, "tokens")
+    check_ids(body.tokens, client.num_token_ids, "tokens")
     text = await in_worker(lambda: client.vocabulary.decode(body.tokens))
     return Response(DetokenizeResponse(prompt=text).model_dump_json(), media_type="application/json")
 
 
 def _tokenized(body: TokenizeRequest, client: EngineClient) -> Response:
     ids = body.token_ids(client, Reader(client), body.add_special_tokens is not False)
-    check_ids(ids, client.vocab_size, "prompt")
+    check_ids(ids, client.num_token_ids, "prompt")
     names = [client.tokenizer.id_to_token(i) for i in ids] if body.return_token_strs else None
     answer = TokenizeResponse(
         count=len(ids), max_model_len=client.max_model_len, tokens=ids, token_strs=names
