@@ -76,19 +76,23 @@ class Vetting:
                 async with lane.turn:
                     if not job.wanted:
                         return "nobody waits for it"
-                    outcome = await self._try(key, lane.seconds, structures)
-                    if outcome is None:
-                        await lane.run(structures, structure)
-                    if outcome is not False:
-                        return outcome
+                    with contextlib.suppress(_TakesLonger):
+                        problem = await self._try(key, lane.seconds, structures)
+                        if problem is None:
+                            await lane.run(structures, structure)
+                        return problem
             return f"takes longer than {self.seconds:g} s to compile"
         except InvalidRequest as error:
             return error.message
         finally:
             del self._jobs[key]
 
-    async def _try(self, key: tuple[str, str], seconds: float, structures: Structures) -> str | bool | None:
-        """What is wrong with a structure; False: it takes longer."""
+    async def _try(self, key: tuple[str, str], seconds: float, structures: Structures) -> str | None:
+        """What is wrong with a structure.
+
+        Raises:
+            _TakesLonger: it takes longer than the seconds to find out.
+        """
         try:
             async with self._starting:
                 if self._compiler is None or self._compiler.ended:
@@ -99,16 +103,22 @@ class Vetting:
             logger.warning("the compiler of structures died, or cannot read the tokenizer")
             await self.kill()
             return "cannot be compiled"
+        if outcome is False:
+            raise _TakesLonger
         if outcome == "":
             logger.warning("a request's structure crashed the compiler: %.200s", key[1])
             return "cannot be compiled"
-        return outcome
+        return None if outcome is None else str(outcome)
 
     async def kill(self) -> None:
         """Ends the process and its forks, if there is one."""
         compiler, self._compiler = self._compiler, None
         if compiler is not None:
             await compiler.kill()
+
+
+class _TakesLonger(Exception):
+    """A structure was not compiled in its time."""
 
 
 @dataclass

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,6 +99,14 @@ def test_rules_use_metrics_that_exist(metrics: set[str]) -> None:
         "CurkvPoolNearlyFull",
         "CurkvLatencyBurnsFast",
     }
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="Prometheus is not installed")
+def test_alerts_fire_when_they_should() -> None:
+    rules = DOCKER / "prometheus"
+    for command in (["check", "rules", "rules.yml"], ["test", "rules", "rules_test.yml"]):
+        run = subprocess.run(["promtool", *command], cwd=rules, capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout + run.stderr
 
 
 def files(service: dict[str, Any]) -> Iterator[Path]:

@@ -30,7 +30,7 @@ from curkv.server.limits import (
     MAX_TOKEN_IDS,
     MAX_TOOLS,
 )
-from curkv.server.vetting import Vetting
+from curkv.server.vetting import Vetting, _TakesLonger
 from tests.engine.conftest import request
 from tests.engine.test_faults import make_engine
 from tests.server.scripted import MAX_MODEL_LEN, NoStructures, ScriptedClient
@@ -109,8 +109,8 @@ def slow_request(engine: ScriptedClient) -> set[int]:
 
 
 def slow_schema(engine: ScriptedClient) -> set[int]:
-    async def late(*_: Any) -> bool:
-        return False
+    async def late(*_: Any) -> None:
+        raise _TakesLonger
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(NoStructures, "holds", lambda *_: False)
