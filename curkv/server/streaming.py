@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+STARTED_AT_ONCE = 16
+"""Requests that are handed to the engine before the event loop goes on with what others want."""
+
 DONE = "data: [DONE]\n\n"
 
 
@@ -52,11 +55,18 @@ class OutputStream:
         self._news: asyncio.Queue[tuple[int, Output] | Exception | None] = asyncio.Queue()
         self._unfinished = len(requests)
         self._first: tuple[int, Output] | None = None
-        self._tasks = [asyncio.create_task(self._run(i, request)) for i, request in enumerate(requests)]
+        self._tasks: list[asyncio.Task[None]] = []
+        self._starting = asyncio.create_task(self._start(requests))
         self._timer: asyncio.TimerHandle | None = None
         if timeout is not None:
             error = APIError(408, f"the request was not finished after {timeout:g} s", code="timeout")
             self._timer = asyncio.get_running_loop().call_later(timeout, self._news.put_nowait, error)
+
+    async def _start(self, requests: Sequence[Planned]) -> None:
+        for index, request in enumerate(requests):
+            self._tasks.append(asyncio.create_task(self._run(index, request)))
+            if len(self._tasks) % STARTED_AT_ONCE == 0:
+                await asyncio.sleep(0)
 
     async def _run(self, index: int, request: Planned) -> None:
         place = self._places[index]
@@ -105,7 +115,7 @@ class OutputStream:
         self._unfinished = 0
         if self._timer is not None:
             self._timer.cancel()
-        for task in self._tasks:
+        for task in (self._starting, *self._tasks):
             task.cancel()
         for place in self._places:  # a task that had not begun gives nothing back itself
             place.leave()
