@@ -93,6 +93,7 @@ class Vetting:
         Raises:
             _TakesLonger: it takes longer than the seconds to find out.
         """
+        compiler: _Compiler | None = None
         try:
             async with self._starting:
                 if self._compiler is None or self._compiler.ended:
@@ -101,7 +102,8 @@ class Vetting:
             outcome = await compiler.ask(seconds, *key)
         except (EOFError, OSError, TimeoutError):
             logger.warning("the compiler of structures died, or cannot read the tokenizer")
-            await self.kill()
+            if compiler is not None:
+                await compiler.kill()
             return "cannot be compiled"
         if outcome is False:
             raise _TakesLonger
