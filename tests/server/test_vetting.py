@@ -66,18 +66,12 @@ async def test_who_asks_for_an_ordinary_schema_does_not_wait_for_slow_ones(
     vetting: Vetting, structures: Structures
 ) -> None:
     await vetting.compile(Structure("json", HARMLESS, "p"), structures)
-    slow = [
-        asyncio.create_task(
-            vetting.compile(Structure("json", {**NEVER_ENDS, "title": name}, "p"), structures)
-        )
-        for name in "ab"
-    ]
+    slow = asyncio.create_task(vetting.compile(Structure("json", NEVER_ENDS, "p"), structures))
     await asyncio.sleep(0.01)
     await vetting.compile(Structure("regex", "a", "p"), structures)
-    assert not any(task.done() for task in slow)
-    for task in slow:
-        with pytest.raises(InvalidRequest, match="longer than 2 s"):
-            await task
+    assert not slow.done()
+    with pytest.raises(InvalidRequest, match="longer than 2 s"):
+        await slow
 
 
 async def test_a_schema_that_nobody_waits_for_is_not_compiled(
