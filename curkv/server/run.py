@@ -29,7 +29,7 @@ from curkv.models.errors import ModelError, ModelUnreachable
 from curkv.server.app import create_app
 from curkv.server.connections import impatient
 from curkv.server.keys import KeysError
-from curkv.server.process import keep_freed_memory, share_heap, trim_heap, unmap_code
+from curkv.server.process import keep_freed_memory, share_heap, spare_collector, trim_heap, unmap_code
 from curkv.server.state import ServerState
 
 if TYPE_CHECKING:
@@ -129,6 +129,7 @@ def build_client(settings: Settings) -> EngineClient:
     from curkv.engine.client import EngineClient
 
     engine.structures.warm_up()
+    spare_collector()
     trim_heap()
     keep_freed_memory()
     unmap_code()

@@ -1,7 +1,8 @@
-"""What is asked of the C library and the kernel leaves the process as it was, and smaller."""
+"""What is asked of interpreter, C library and kernel leaves the process as it was, and smaller."""
 
 from __future__ import annotations
 
+import gc
 import resource
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from curkv.server.process import keep_freed_memory, trim_heap, unmap_code
+from curkv.server.process import keep_freed_memory, spare_collector, trim_heap, unmap_code
 
 SMAPS = Path("/proc/self/smaps")
 
@@ -35,6 +36,14 @@ def test_code_that_is_not_run_leaves_memory_and_comes_back() -> None:
     unmap_code()
     assert resident_code() < before / 2
     assert torch.equal(a @ a, expected)
+
+
+def test_the_collector_looks_at_nothing_that_stays() -> None:
+    spare_collector()
+    try:
+        assert len(gc.get_objects()) < 1000 < gc.get_freeze_count()
+    finally:
+        gc.unfreeze()
 
 
 def test_a_trimmed_heap_can_be_used() -> None:
