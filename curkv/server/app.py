@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from fastapi import Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.security import HTTPBearer
+from fastapi_offline import FastAPIOffline
 
 import curkv
 from curkv.config import Settings
@@ -51,11 +52,13 @@ def create_app(client: EngineClient | None, settings: Settings, lifespan: Lifesp
         OptionError: the settings' default eviction options are wrong.
         KeysError: the file of API keys cannot be used.
     """
-    app = FastAPI(
+    app = FastAPIOffline(
+        redoc_url=None,
+        static_url="/docs/files",
+        favicon_url="/page/icon.svg",
         title="curkv",
         version=curkv.__version__,
         description=DESCRIPTION,
-        redoc_url=None,
         lifespan=lifespan,
     )
     keys = Keys(settings.server.api_key, settings.server.api_key_file)

@@ -33,14 +33,17 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(params=[(1600, "light"), (400, "dark")], ids=["wide", "narrow"])
 def page(request: pytest.FixtureRequest, browser: Any, url: str) -> Iterator[Any]:
     width, scheme = request.param
-    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    touch = width == 400
+    context = browser.new_context(
+        viewport={"width": width, "height": 900}, color_scheme=scheme, has_touch=touch, is_mobile=touch
+    )
     page = context.new_page()
     page.complaints = complaints = []
     page.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("request", lambda r: None if r.url.startswith(url) else complaints.append(r.url))
     page.goto(url)
-    page.wait_for_function("document.querySelector('.policy').options.length")
+    page.wait_for_selector(".policy option", state="attached")
     page.fill("#document", "w1 w2 w3 w4 w5 w6 w7 w8 w9")
     page.fill("#question", "w9")
     page.locator(".budget").nth(1).fill("50%")
@@ -80,17 +83,78 @@ def test_escape_stops_both(page: Any, engine: ScriptedClient) -> None:
     page.wait_for_selector(".pane.b.busy .answer:has-text('w1')")
     page.keyboard.press("Escape")
     page.wait_for_selector(".pane.b .answer:has-text('(stopped)')")
-    page.wait_for_function("document.querySelector('#stop').disabled")
+    page.wait_for_selector("#stop:disabled")
     assert len(engine.taken) == 2
 
 
-def test_a_refusal_is_shown_where_the_answer_would_be(page: Any) -> None:
-    page.locator(".budget").nth(1).fill("a lot")
-    page.keyboard.press("Control+Enter")
-    page.wait_for_selector(".pane.b .answer.failed:has-text('X-KV-Budget')")
-    page.wait_for_selector("#problem:has-text('budget')")
-    refused = "the server responded with a status of 400"
+def excuse(page: Any, status: int) -> None:
+    """The browser itself writes to the console about an answer that was to come."""
+    refused = f"the server responded with a status of {status}"
     page.complaints[:] = [complaint for complaint in page.complaints if refused not in complaint]
+
+
+def test_a_refusal_is_said_once_and_nothing_of_the_run_before_is_left(page: Any) -> None:
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector(".map.b")
+    assert "given back" in page.inner_text(".pane.b .memory")
+    page.locator(".budget").nth(1).fill("150%")
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector(".pane.b .answer.failed:has-text('Budget: ')")
+    page.wait_for_selector("#inspect:has-text('when both have answered')")
+    said = page.inner_text("main")
+    assert said.count("more than everything") == 1 and "X-KV" not in said
+    assert page.inner_text(".pane.b .held-text") == page.inner_text(".pane.b .kept") == "–"
+    assert "given back" not in page.inner_text(".pane.b") and page.locator(".map").count() == 0
+    assert page.locator(".budget").nth(1).get_attribute("aria-invalid") == "true"
+    page.locator(".budget").nth(1).fill("50%")
+    assert page.locator("[aria-invalid]").count() == 0
+    excuse(page, 400)
+
+
+def test_a_text_that_is_too_long_or_missing_is_stopped_before_the_engine(
+    page: Any, engine: ScriptedClient
+) -> None:
+    page.fill("#document", "w1 " * 300)
+    page.wait_for_selector("#size.over:has-text('of 256')")
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector("#problem:has-text('tokens too long')")
+    page.fill("#document", " ")
+    page.fill("#question", "")
+    assert page.locator("#problem").is_hidden()
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector("#problem:has-text('paste a text')")
+    assert not engine.taken
+
+
+def test_an_error_that_both_would_meet_is_told_once(page: Any, engine: ScriptedClient) -> None:
+    engine.state = "draining"
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector("#problem:has-text('takes no requests')")
+    assert page.locator(".answer.failed").count() == 0
+    page.wait_for_selector("#run:enabled")
+    excuse(page, 503)
+
+
+def test_run_brings_both_memories_and_answers_into_view(page: Any) -> None:
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector(".map.b")
+    page.wait_for_timeout(500)  # for the scrolling
+    for side in ("a", "b"):
+        box = page.locator(f".pane.{side} .memory").bounding_box()
+        assert 0 <= box["y"] < 900 - box["height"]
+
+
+def test_a_touch_screen_is_told_of_no_keys_and_a_long_question_is_seen_whole(page: Any) -> None:
+    touch = page.evaluate("matchMedia('(pointer: coarse)').matches")
+    assert page.locator("#run kbd").is_visible() != touch
+    before = page.locator("#question").bounding_box()["height"]
+    page.fill("#question", "What did the widow give the harbour, and why did she do so? " * 3)
+    assert page.locator("#question").bounding_box()["height"] > before + 20
+
+
+def test_the_documentation_loads_from_this_server_alone(page: Any, url: str) -> None:
+    page.goto(f"{url}/docs")
+    page.wait_for_selector(".opblock-summary-path:has-text('completions')")
 
 
 def test_colours_follow_the_button(page: Any) -> None:

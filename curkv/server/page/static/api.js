@@ -5,12 +5,14 @@ export const setKey = (value) => { key = value.trim(); };
 
 const headers = (extra) => ({ "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }), ...extra });
 
+// The server's refusal, with the field at fault if it names one.
 async function failure(response) {
+  const { status } = response;
   try {
     const { error } = await response.json();
-    return new Error(error.param ? `${error.param}: ${error.message}` : error.message);
+    return Object.assign(new Error(error.message), { status, param: error.param });
   } catch {
-    return new Error(`${response.status} ${response.statusText}`);
+    return Object.assign(new Error(`${status} ${response.statusText}`), { status });
   }
 }
 

@@ -16,7 +16,11 @@ export function start() {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paintMaps);
 }
 
-export function waiting(text) {
+// Takes the maps away and says why there are none.
+export function clear(text) {
+  answer = null;
+  maps = [];
+  $("maps").replaceChildren();
   $("inspect").textContent = text;
 }
 

@@ -37,7 +37,7 @@ async function poll() {
     show(state);
     listeners.forEach((listener) => listener(state));
   } catch (error) {
-    phase("bad", error.message === "Failed to fetch" ? "no answer" : error.message);
+    phase("bad", error.status ? `refused (${error.status})` : "no answer");
   }
   clearTimeout(timer);
   timer = setTimeout(poll, fast ? FAST : SLOW);

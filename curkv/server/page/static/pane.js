@@ -31,22 +31,38 @@ export class Pane {
     setTimeout(() => { button.textContent = "Copy as curl"; }, 1500);
   }
 
+  // Takes away all that an earlier run has left.
+  clear() {
+    Object.assign(this, { id: null, tokens: 0, peak: 0, held: 0 });
+    this.part(".answer").textContent = "";
+    this.part(".answer").classList.remove("failed");
+    for (const name of ["ttft", "rate", "kept", "peak-text", "held-text"]) this.part(`.${name}`).textContent = "–";
+    this.part(".freed-text").textContent = "KV cache held";
+    this.part(".kept").title = "";
+    this.showMemory(1);
+  }
+
+  // Raises what the server refuses, or an AbortError.
   async run(signal) {
-    Object.assign(this, { id: null, kv: null, tokens: 0, peak: 0, held: 0, active: true, started: performance.now() });
+    this.clear();
+    Object.assign(this, { active: true, ran: true, started: performance.now() });
     this.element.classList.add("busy");
     const answer = this.part(".answer");
-    answer.textContent = "";
-    answer.classList.remove("failed");
-    for (const name of ["ttft", "rate", "kept", "peak-text"]) this.part(`.${name}`).textContent = "–";
     try {
       for await (const chunk of stream(this.path, this.body, this.headers, signal)) this.take(chunk, answer);
-    } catch (error) {
-      answer.classList.add("failed");
-      answer.append(signal.aborted ? " (stopped)" : error.message);
     } finally {
       this.active = false;
       this.element.classList.remove("busy");
     }
+  }
+
+  stopped() {
+    this.part(".answer").append(" (stopped)");
+  }
+
+  fail(text) {
+    this.part(".answer").classList.add("failed");
+    this.part(".answer").append(text);
   }
 
   take(chunk, answer) {
@@ -66,7 +82,6 @@ export class Pane {
       this.showRate(this.tokens);
     }
     if (chunk.usage) {
-      this.kv = chunk.usage.kv;
       this.showRate(chunk.usage.completion_tokens);
       this.finish(chunk.usage);
     }
