@@ -26,7 +26,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	@touch $@
 
-serve: setup ## serve the default model on port 8000 (PORT=8001, ARGS='--kv-policy curdkv')
+serve: setup ## serve the default model on port 8000 (PORT=8001, ARGS='--weights int8')
 	$(BIN)/curkv serve --port $(PORT) $(ARGS)
 
 test: $(VENV)/.installed-dev ## run the test suite (ARGS='-k cache')

@@ -135,6 +135,11 @@ class ServerOptions(Section):
     vllm_metrics: bool = Field(
         default=False, description="Also emit the gauges that routers read under vLLM's names."
     )
+    log_format: Literal["text", "json"] = Field(default="text", description="Form of a line of the log.")
+    otlp_traces_endpoint: str | None = Field(
+        default=None,
+        description="URL of a collector that gets OpenTelemetry spans; needs curkv[otel].",
+    )
 
 
 class Limits(Section):

@@ -169,4 +169,6 @@ def _request_stats(sequence: Sequence, reason: FinishReason, report: KVReport | 
         ttft_seconds=first - arrival if times else None,
         itl_seconds=[after - before for before, after in itertools.pairwise(times)],
         kv=report,
+        request_id=sequence.request.id,
+        traceparent=sequence.request.traceparent,
     )

@@ -50,6 +50,8 @@ class RequestStats:
         ttft_seconds: arrival to first token; None if there was none.
         itl_seconds: gaps between successive tokens.
         kv: eviction report; None if the choice ended before its prefill did.
+        request_id: id of its request.
+        traceparent: the span that its request belongs to; "" if none.
     """
 
     finish_reason: FinishReason
@@ -62,6 +64,8 @@ class RequestStats:
     ttft_seconds: float | None = None
     itl_seconds: list[float] = field(default_factory=list)
     kv: KVReport | None = None
+    request_id: str = ""
+    traceparent: str = ""
 
 
 @dataclass(frozen=True)

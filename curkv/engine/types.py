@@ -149,6 +149,7 @@ class Request:
         cache_salt: prompts share prefixes only with those of the same salt.
         priority: lower runs first; equal priorities run in order of arrival.
         owner: name of the API key that it came with.
+        traceparent: the span that it belongs to, as in W3C Trace Context; "" if none.
         arrival_time: `time.monotonic()` in seconds.
     """
 
@@ -160,6 +161,7 @@ class Request:
     cache_salt: str = ""
     priority: int = 0
     owner: str = ""
+    traceparent: str = ""
     arrival_time: float = field(default_factory=time.monotonic)
 
 

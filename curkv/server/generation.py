@@ -233,6 +233,7 @@ async def prepare(
                 cache_salt=state.keys.salt(key, body.cache_salt or ""),
                 priority=treated.priority,
                 owner=key,
+                traceparent=http.headers.get("traceparent", ""),
             )
             for index, prompt in enumerate(prompts)
         ]

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from curkv.server.errors import APIError, as_api_error
 from curkv.server.keys import Keys
+from curkv.server.logs import current_request, names_of
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ _ACCEPTABLE_ID = re.compile(r"[!-~]{1,128}")
 class RequestIdMiddleware:
     """Gives every request an id, the client's own `X-Request-Id` if it is usable, and echoes it.
 
-    The id is `scope["request_id"]`. Usable means 1 to 128 visible ASCII characters.
+    The id is `scope["request_id"]`, and logs name it. Usable means 1 to 128 visible ASCII characters.
     """
 
     def __init__(self, app: ASGIApp):
@@ -34,9 +35,11 @@ class RequestIdMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
         request_id = given if _ACCEPTABLE_ID.fullmatch(given) else uuid.uuid4().hex
         scope["request_id"] = request_id
+        current_request.set(names_of(request_id, headers.get("traceparent", "")))
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":

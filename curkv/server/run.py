@@ -29,12 +29,14 @@ from curkv.models.errors import ModelError, ModelUnreachable
 from curkv.server.app import create_app
 from curkv.server.connections import impatient
 from curkv.server.keys import KeysError
+from curkv.server.logs import configure_logging
 from curkv.server.process import keep_freed_memory, share_heap, spare_collector, trim_heap, unmap_code
 from curkv.server.state import ServerState
 
 if TYPE_CHECKING:
     from curkv.engine.client import EngineClient
     from curkv.engine.engine import Engine
+    from curkv.server.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -45,7 +47,6 @@ CLOSE_SECONDS = 5
 FAREWELL_SECONDS = 2
 """Time for which a server with a dead engine still answers, /health with 503."""
 LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
-POLLED = ("/health", "/metrics", "/v1/kv/state")
 
 
 def serve(settings: Settings) -> int:
@@ -54,7 +55,7 @@ def serve(settings: Settings) -> int:
     Raises:
         StartupError: the port is taken or a setting is wrong; nothing has been loaded.
     """
-    _configure_logging()
+    configure_logging(settings.server.log_format)
     share_heap()
     try:
         server = Server(settings)
@@ -108,6 +109,20 @@ def listen(host: str, port: int) -> socket.socket:
     # follows the head of an answer waits up to 40 ms for the client to acknowledge that.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listening
+
+
+def _tracing(settings: Settings) -> Tracing | None:
+    endpoint = settings.server.otlp_traces_endpoint
+    if endpoint is None:
+        return None
+    try:
+        from curkv.server.tracing import Tracing, send_to
+    except ImportError as error:
+        raise StartupError(
+            f"--otlp-traces-endpoint needs OpenTelemetry: pip install 'curkv[otel]' ({error})",
+            Exit.BAD_OPTION,
+        ) from error
+    return Tracing(settings.model_name, send_to(endpoint))
 
 
 def build_client(settings: Settings) -> EngineClient:
@@ -184,6 +199,7 @@ class Server(uvicorn.Server):
         self._settings = settings
         self._build = build
         self._state: ServerState = app.state.server
+        self._tracing = _tracing(settings)
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -246,6 +262,8 @@ class Server(uvicorn.Server):
         await self._state.vetting.kill()
         if self._state.client is not None:
             await asyncio.to_thread(self._state.client.stop)
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
 
     async def _load(self) -> None:
         started = time.perf_counter()
@@ -257,6 +275,8 @@ class Server(uvicorn.Server):
             logger.critical("the engine did not start: %s", error, exc_info=unforeseen)
             return
         self._state.attach(client)
+        if self._tracing is not None:
+            client.add_sink(self._tracing.observe)
         if client.max_kv_tokens < client.max_model_len:
             logger.warning(
                 "the KV cache holds %d tokens, less than the context of %d: longer requests must evict, or "
@@ -302,7 +322,7 @@ Try a long prompt with the whole cache and with a quarter of it, and compare usa
            + "The code of the vault is")))' > prompt.json
   curl {url}/v1/completions -H 'Content-Type: application/json' -d @prompt.json
   curl {url}/v1/completions -H 'Content-Type: application/json' -d @prompt.json \\
-    -H 'X-KV-Policy: curdkv' -H 'X-KV-Budget: 25%'
+    -H 'X-KV-Policy: snapcur' -H 'X-KV-Budget: 25%'
 
 Page: {url}    Metrics: {url}/metrics    API: {url}/docs    Policies: curkv model policies    Stop: Ctrl-C
 """
@@ -321,16 +341,3 @@ async def _in_daemon_thread(work: Callable[[], T]) -> T:
 
     threading.Thread(target=run, name="load", daemon=True).start()
     return await asyncio.wrap_future(future)
-
-
-def _configure_logging() -> None:
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    for name in ("curkv", "uvicorn.access"):
-        logging.getLogger(name).setLevel(logging.INFO)
-    logging.getLogger("uvicorn.access").addFilter(_is_no_poll)
-
-
-def _is_no_poll(record: logging.LogRecord) -> bool:
-    """Whether an access log's record is worth a line: what is asked every few seconds is not."""
-    assert isinstance(record.args, tuple)
-    return record.args[2] not in POLLED

@@ -20,7 +20,8 @@ import pytest
 from curkv.config import Settings
 from curkv.exits import Exit
 from curkv.models.errors import ModelError
-from curkv.server.run import Server, StartupError, _is_no_poll, listen, serve
+from curkv.server.logs import is_no_poll
+from curkv.server.run import Server, StartupError, listen, serve
 from tests.server.scripted import ScriptedClient, until
 
 SCRIPT = """
@@ -92,7 +93,7 @@ async def test_sigterm_lets_running_requests_finish_and_refuses_new_ones() -> No
         assert all(answer.status_code == 200 and "w15" in answer.text for answer in answers)
         output, _ = process.communicate(timeout=20)
         assert process.returncode == 0
-        assert "X-KV-Policy: curdkv" in output and "/metrics" in output
+        assert "X-KV-Policy: snapcur" in output and "/metrics" in output
     finally:
         process.kill()
         process.communicate()
@@ -163,7 +164,7 @@ def test_the_access_log_leaves_out_what_is_polled() -> None:
         )
 
     paths = ("/v1/completions", "/metrics", "/v1/kv/state", "/v1/models")
-    assert [path for path in paths if _is_no_poll(line(path))] == ["/v1/completions", "/v1/models"]
+    assert [path for path in paths if is_no_poll(line(path))] == ["/v1/completions", "/v1/models"]
 
 
 async def test_a_dead_engine_ends_the_process_after_a_last_look_at_its_health(
