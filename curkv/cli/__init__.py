@@ -15,7 +15,6 @@ from curkv.cli import bench, chat, eval, kernels, model, prune, serve
 app = typer.Typer(
     help="An OpenAI-compatible server that keeps only the part of the KV cache that matters.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

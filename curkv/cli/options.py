@@ -46,10 +46,21 @@ def _parameter(option: Option, environment: bool) -> inspect.Parameter:
         show_default=False,
         metavar=None if kind == "boolean" else metavar(option),
         rich_help_panel=option.group,
+        autocompletion=_completion(option),
     )
     return inspect.Parameter(
         option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[values, declared]
     )
+
+
+def _completion(option: Option) -> Callable[[str], list[str]] | None:
+    """What a shell completes a value with; None: as it likes, such as with names of files."""
+    values: list[str] | None = option.schema.get("enum")
+
+    def complete(incomplete: str) -> list[str]:
+        return [value for value in values or () if value.startswith(incomplete)]
+
+    return complete if values else None
 
 
 def metavar(option: Option) -> str:

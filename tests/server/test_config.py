@@ -168,3 +168,17 @@ def test_version() -> None:
 def test_policies_are_listed() -> None:
     output = CliRunner().invoke(app, ["model", "policies"]).output
     assert {"full", "curdkv", "adacurdkv"} <= {line.split()[0] for line in output.splitlines()}
+
+
+def test_a_shell_completes_commands_options_and_their_values() -> None:
+    def completed(words: str) -> set[str]:
+        begun = {
+            "_CURKV_COMPLETE": "complete_bash",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(words.count(" ")),
+        }
+        return set(CliRunner().invoke(app, env=begun, prog_name="curkv").output.split())
+
+    assert {"serve", "chat"} <= completed("curkv ")
+    assert completed("curkv serve --kv-bud") == {"--kv-budget"}
+    assert completed("curkv serve --weights int") == {"int8", "int4"}
