@@ -5,7 +5,7 @@ import { all, check, checkCall, PERSON, PLACE, QUESTION } from "./cases.mjs";
 const tools = { get_weather: tool({ description: "The weather in a city", inputSchema: jsonSchema(PLACE), execute: async () => "sunny" }) };
 
 export function cases(model, embeddings) {
-  const fixed = { model, prompt: QUESTION, maxRetries: 0, maxOutputTokens: 60, temperature: 0 };
+  const fixed = { model, prompt: QUESTION, maxRetries: 0, maxOutputTokens: 200, temperature: 0 };
   return {
     "chat": async () => check((await generateText(fixed)).text, "no text"),
     "stream": async () => check((await all(streamText(fixed).textStream)).length > 1, "no chunks"),

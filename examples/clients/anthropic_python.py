@@ -13,7 +13,7 @@ ASK = [{"role": "user", "content": QUESTION}]
 
 def create(**options):
     return client.messages.create(
-        **{"model": MODEL, "max_tokens": 60, "temperature": 0, "messages": ASK} | options
+        **{"model": MODEL, "max_tokens": 200, "temperature": 0, "messages": ASK} | options
     )
 
 
@@ -43,7 +43,7 @@ def tools_required():
 
 def tools_streamed():
     with client.messages.stream(
-        model=MODEL, max_tokens=60, messages=ASK, tools=[TOOL], tool_choice={"type": "any"}
+        model=MODEL, max_tokens=200, messages=ASK, tools=[TOOL], tool_choice={"type": "any"}
     ) as events:
         (call, *_) = called(events.get_final_message())
     check_call(call.name, call.input)

@@ -87,6 +87,7 @@ def check_call(name: str | None, arguments: str | dict[str, Any]) -> None:
 def main(client: str, package: str, cases: dict[str, Callable[[], Any]]) -> None:
     """Runs the cases of a client; those of `CASES` that are not given are not its own."""
     warnings.simplefilter("ignore")
+    loop = asyncio.Runner()  # one for all cases: clients keep connections
     for case, run in cases.items():
         assert case in CASES, case
         signal.signal(signal.SIGALRM, _too_long)
@@ -94,7 +95,7 @@ def main(client: str, package: str, cases: dict[str, Callable[[], Any]]) -> None
         result, reason = "yes", ""
         try:
             if inspect.iscoroutinefunction(run):
-                asyncio.run(run())
+                loop.run(run())
             else:
                 run()
         except NotOurs as error:

@@ -18,7 +18,7 @@ parts = []
 
 
 def run(messages=None, callback=None, tools=None, **options):
-    options = {"max_tokens": 60, "temperature": 0} | options
+    options = {"max_tokens": 200, "temperature": 0} | options
     generator = OpenAIChatGenerator(
         api_key=KEY,
         model=MODEL,

@@ -26,7 +26,7 @@ def create(mode, **options):
         "messages": ASK,
         "response_model": Person,
         "max_retries": 0,
-        "max_tokens": 60,
+        "max_tokens": 200,
         "temperature": 0,
     }
     return client, fixed | options

@@ -7,7 +7,7 @@ import { z } from "zod";
 import { all, BASE, check, checkCall, main, MODEL, QUESTION } from "./cases.mjs";
 
 const configuration = { baseURL: BASE };
-const model = new ChatOpenAI({ model: MODEL, apiKey: "none", configuration, maxRetries: 0, temperature: 0, maxTokens: 60 });
+const model = new ChatOpenAI({ model: MODEL, apiKey: "none", configuration, maxRetries: 0, temperature: 0, maxTokens: 200 });
 const Person = z.object({ name: z.string().max(20), age: z.number().int().min(0).max(120) });
 const weather = tool(() => "sunny", { name: "get_weather", description: "The weather in a city", schema: z.object({ city: z.string().max(20) }) });
 

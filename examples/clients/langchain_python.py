@@ -24,7 +24,7 @@ def get_weather(city: str) -> str:
 
 def model(**options):
     return ChatOpenAI(
-        base_url=BASE, api_key="none", model=MODEL, max_retries=0, temperature=0, max_tokens=60, **options
+        base_url=BASE, api_key="none", model=MODEL, max_retries=0, temperature=0, max_tokens=200, **options
     )
 
 

@@ -13,7 +13,7 @@ ASK = [{"role": "user", "content": QUESTION}]
 
 def create(**options):
     fixed = {"model": f"hosted_vllm/{MODEL}", "api_base": BASE, "api_key": "none", "num_retries": 0}
-    return litellm.completion(**fixed | {"messages": ASK, "max_tokens": 60, "temperature": 0} | options)
+    return litellm.completion(**fixed | {"messages": ASK, "max_tokens": 200, "temperature": 0} | options)
 
 
 def chat():

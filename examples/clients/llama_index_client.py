@@ -1,5 +1,5 @@
 # /// script
-# dependencies = ["llama-index-core", "llama-index-llms-openai-like"]
+# dependencies = ["llama-index-llms-openai-like==0.8.1"]
 # ///
 """llama-index, OpenAILike."""
 
@@ -28,7 +28,7 @@ llm = OpenAILike(
     is_chat_model=True,
     is_function_calling_model=True,
     should_use_structured_outputs=True,
-    max_tokens=60,
+    max_tokens=200,
     temperature=0,
     max_retries=0,
     timeout=100,
@@ -62,7 +62,9 @@ def tools_required():
 
 
 def tools_streamed():
-    *_, last = llm.stream_chat_with_tools([TOOL], QUESTION, tool_required=True)
+    *_, last = llm.stream_chat_with_tools(
+        [TOOL], QUESTION, tool_required=True, allow_parallel_tool_calls=False
+    )
     (call, *_) = llm.get_tool_calls_from_response(last)
     check_call(call.tool_name, call.tool_kwargs)
 

@@ -30,7 +30,7 @@ def llm(*words, prompt=QUESTION):
         *words,
         "-o",
         "max_tokens",
-        "60",
+        "200",
         "-o",
         "temperature",
         "0",

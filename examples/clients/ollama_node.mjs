@@ -3,7 +3,7 @@ import { Ollama } from "ollama";
 import { all, check, checkCall, main, MODEL, PERSON, QUESTION, TOOL, URL_ } from "./cases.mjs";
 
 const client = new Ollama({ host: URL_ });
-const fixed = { model: MODEL, messages: [{ role: "user", content: QUESTION }], options: { num_predict: 60, temperature: 0 } };
+const fixed = { model: MODEL, messages: [{ role: "user", content: QUESTION }], options: { num_predict: 200, temperature: 0 } };
 
 main("ollama (Node)", "ollama", {
   "chat": async () => check((await client.chat(fixed)).message.content, "no text"),

@@ -10,7 +10,7 @@ from ollama import Client
 
 client = Client(URL)
 ASK = [{"role": "user", "content": QUESTION}]
-OPTIONS = {"num_predict": 60, "temperature": 0}
+OPTIONS = {"num_predict": 200, "temperature": 0}
 
 
 def create(**options):

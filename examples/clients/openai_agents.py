@@ -18,7 +18,7 @@ from openai import AsyncOpenAI
 from pydantic import BaseModel, Field
 
 set_tracing_disabled(True)
-SETTINGS = {"temperature": 0, "max_tokens": 60}
+SETTINGS = {"temperature": 0, "max_tokens": 200}
 
 
 class Person(BaseModel):

@@ -3,7 +3,7 @@ import OpenAI from "openai";
 import { all, BASE, check, checkCall, HISTORY, main, MODEL, PERSON, QUESTION, TOOL } from "./cases.mjs";
 
 const client = new OpenAI({ baseURL: BASE, apiKey: "none", maxRetries: 0 });
-const fixed = { model: MODEL, messages: [{ role: "user", content: QUESTION }], max_tokens: 60, temperature: 0 };
+const fixed = { model: MODEL, messages: [{ role: "user", content: QUESTION }], max_tokens: 200, temperature: 0 };
 const create = (options) => client.chat.completions.create({ ...fixed, ...options });
 
 main("openai (Node)", "openai", {

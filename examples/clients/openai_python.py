@@ -14,7 +14,7 @@ ASK = [{"role": "user", "content": QUESTION}]
 
 def create(**options):
     return client.chat.completions.create(
-        **{"model": MODEL, "messages": ASK, "max_tokens": 60, "temperature": 0} | options
+        **{"model": MODEL, "messages": ASK, "max_tokens": 200, "temperature": 0} | options
     )
 
 
@@ -42,7 +42,7 @@ def tools_auto():
 
 
 def tools_required():
-    choice = create(tools=[TOOL], tool_choice="required").choices[0]
+    choice = create(tools=[TOOL], tool_choice="required", parallel_tool_calls=False).choices[0]
     check(choice.finish_reason == "tool_calls", choice.finish_reason)
     check_call(choice.message.tool_calls[0].function.name, choice.message.tool_calls[0].function.arguments)
 

@@ -19,7 +19,7 @@ class Person(BaseModel):
 
 client = openai.OpenAI(base_url=BASE, api_key="none", max_retries=0)
 models = [outlines.from_vllm(client, MODEL), outlines.from_sglang(client, MODEL)]
-LIMIT = {"max_tokens": 60}
+LIMIT = {"max_tokens": 200}
 
 
 def chat():

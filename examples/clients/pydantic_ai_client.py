@@ -17,7 +17,7 @@ class Person(BaseModel):
 
 provider = OpenAIProvider(base_url=BASE, api_key="none")
 model = OpenAIChatModel(MODEL, provider=provider)
-SETTINGS = {"temperature": 0, "max_tokens": 60}
+SETTINGS = {"temperature": 0, "max_tokens": 200}
 
 
 async def chat():

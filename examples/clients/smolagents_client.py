@@ -17,7 +17,7 @@ def get_weather(city: str) -> str:
     return "sunny"
 
 
-model = OpenAIServerModel(MODEL, api_base=BASE, api_key="none", max_tokens=60, temperature=0)
+model = OpenAIServerModel(MODEL, api_base=BASE, api_key="none", max_tokens=200, temperature=0)
 ASK = [{"role": "user", "content": [{"type": "text", "text": QUESTION}]}]
 
 
