@@ -1,11 +1,10 @@
-import os
 from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # settled when triton is first imported, by whichever test
-
 from curkv.models.loading.default_model import DEFAULT_MODEL, ensure_built_in
+
+from . import device  # noqa: F401, before anything imports triton
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 
 from curkv.cache.attention import PagedAttention
-from curkv.cache.budgets import Budget
 from curkv.cache.layout import CacheLayout, full_attention
-from curkv.cache.options import EvictionOptions
 from curkv.cache.page_manager import PageManager
 from curkv.cache.sizing import num_pages_for
 from curkv.config import EngineOptions
@@ -18,8 +14,7 @@ from curkv.engine.device import choose_device
 from curkv.engine.engine import Engine
 from curkv.engine.replay import Replay
 from curkv.engine.runner import Runner
-from curkv.engine.types import Request, SamplingParams
-from curkv.kernels import compile_cache
+from curkv.engine.warm_up import warm_up
 from curkv.kernels.dispatch import get_kernels
 from curkv.models.chat_template import load_chat_template, load_eos_token
 from curkv.models.config import ModelConfig
@@ -29,8 +24,6 @@ from curkv.models.loading import load_config, load_pruning, load_tokenizer, reso
 from curkv.models.loading.checkpoint import Checkpoint
 from curkv.models.rope import rope_tables
 from curkv.units import format_size
-
-logger = logging.getLogger(__name__)
 
 PREFIX_SHARE = 1 / 8
 """Share of the cache that prefixes of prompts may take by default.
@@ -96,7 +89,7 @@ def build_engine(options: EngineOptions) -> Engine:
         max_model_len,
         options.max_itl,
     )
-    _warm_up(engine)
+    warm_up(engine)
     if replay is not None:
         replay.prepare()
     return engine
@@ -112,26 +105,6 @@ def _replay(model: Decoder, attention: PagedAttention) -> Replay | None:
     if kv.kernels.backend.replay == "cuda graph" and kv.device.type == "cuda":
         return Replay(model, attention, CudaGraphs())
     return None
-
-
-def _warm_up(engine: Engine) -> None:
-    """Runs every kernel once, so that what Numba compiles on a new machine is not waited for by a request."""
-    if compile_cache.is_empty():
-        logger.info("compiling the kernels, once on this machine: about a minute")
-    layout = engine.kv.layout
-    room = engine.kv.num_pages // layout.num_heads * layout.page_size
-    length = min(2 * layout.page_size, engine.max_model_len - 2, room - 2)
-    for policy in ("curdkv", "adacurdkv"):
-        kv = EvictionOptions(policy=policy, budget=Budget("ratio", 0.5))
-        request = Request(policy, [0] * length, SamplingParams(max_tokens=2, ignore_eos=True), kv)
-        engine.add(engine.plan(request))
-    while engine.has_work:
-        for output in engine.step():
-            if output.problem is not None and output.problem.__cause__ is not None:
-                raise output.problem.__cause__
-    engine.drop_prefixes()
-    engine.step()
-    engine.scheduler.pace.forget()
 
 
 def _max_model_len(asked: int | None, config: ModelConfig) -> int:

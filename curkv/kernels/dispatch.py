@@ -135,5 +135,7 @@ def _check_triton(kind: str) -> None:
         triton = import_module("triton")
     except ModuleNotFoundError as error:
         raise ValueError("Triton's kernels need the package triton, 3.4 or newer") from error
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4):
+        raise ValueError(f"Triton's kernels need triton 3.4 or newer; {triton.__version__} is installed")
     if kind == "cpu" and not triton.knobs.runtime.interpret:
         raise ValueError("Triton's kernels need a GPU; TRITON_INTERPRET=1 runs them on a CPU, very slowly")

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
 
 import curkv
 
@@ -70,6 +72,7 @@ class FakeCuda:
     Attributes:
         waits: how often the host waited for the device, by the place, as "cache.page_manager.evict".
         launches: how often kernels were launched.
+        variants: what Triton would have compiled: a kernel, and what of its arguments it specialises on.
     """
 
     integer, real = 10, 1.0
@@ -77,6 +80,7 @@ class FakeCuda:
     def __init__(self) -> None:
         self.waits: Counter[str] = Counter()
         self.launches = 0
+        self.variants: set[tuple[str, ...]] = set()
 
     def wait(self) -> None:
         """Notes that the innermost function of the package waits."""
@@ -85,6 +89,25 @@ class FakeCuda:
     def launch(self, *_: Any, **__: Any) -> None:
         """Stands for the launch of a kernel."""
         self.launches += 1
+
+    def note_variant(self, kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Notes the variant of a kernel that a launch needs, as `JITFunction` chooses it."""
+        values = dict(zip(kernel.arg_names, arguments, strict=False)) | options
+        key = [kernel.__module__, kernel.__name__]
+        for parameter in kernel.params:
+            value = values[parameter.name]
+            if parameter.is_constexpr or value is None:
+                key.append(f"{parameter.name}={value}")
+                continue
+            for part in value if isinstance(value, tuple) else (value,):
+                key.append(f"{parameter.name}:{_specialised(parameter, part)}")
+        self.variants.add(tuple(key))
+
+
+def pretend_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets Triton believe that a GPU is there, where it is not interpreted."""
+    driver = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32))
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
 
 
 @contextmanager
@@ -122,9 +145,25 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
     if triton.knobs.runtime.interpret:
         monkeypatch.setattr("triton.runtime.interpreter.GridExecutor.__call__", cuda.launch)
     else:
-        monkeypatch.setattr(triton.JITFunction, "run", cuda.launch)
+
+        def note(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+            cuda.launch()
+            cuda.note_variant(kernel, arguments, options)
+
+        monkeypatch.setattr(triton.JITFunction, "run", note)
     with FakeTensorMode(allow_non_fake_inputs=True), _Waits(cuda):
         yield cuda
+
+
+def _specialised(parameter: Any, value: Any) -> str:
+    """What Triton makes a variant for: type, and whether 16 divides it; of integers also whether it is 1."""
+    if isinstance(value, Tensor):
+        fixed = not parameter.do_not_specialize_on_alignment
+        aligned = fixed and value.storage_offset() * value.element_size() % 16 == 0
+        return f"{value.dtype}{' aligned' * aligned}"
+    if isinstance(value, float) or parameter.do_not_specialize:
+        return type(value).__name__
+    return "1" if value == 1 else f"int{' of 16' * (value % 16 == 0)}"
 
 
 class _Waits(TorchDispatchMode):

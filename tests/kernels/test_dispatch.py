@@ -24,6 +24,16 @@ def test_triton_that_is_not_installed_is_an_error_that_says_so(monkeypatch: pyte
 
 
 @pytest.mark.triton
+def test_a_triton_that_is_too_old_is_an_error_that_says_which_would_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", "3.3.1")
+    with pytest.raises(ValueError, match=r"need triton 3\.4 or newer; 3\.3\.1 is installed"):
+        get_kernels("triton")
+
+
+@pytest.mark.triton
 def test_triton_on_a_cpu_needs_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)

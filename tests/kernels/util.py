@@ -45,6 +45,11 @@ def map_arrays(pages: Pages, function: Callable[[Tensor], Tensor]) -> Pages:
     return Pages(k, v, **{name: function(getattr(pages, name)) for name in SIDES})
 
 
+def generator(seed: int) -> torch.Generator:
+    """Draws for tensors on the default device."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def rows_of(pool: Pool) -> tuple[Tensor, Tensor]:
     """Table [N, max_pages] and lengths [N] of all heads of all sequences, one a row."""
     slots = pool.slots.long()
@@ -74,6 +79,34 @@ def make_pool(
             (as far as these and sequence 0 have full pages).
         seed: Of the random numbers.
     """
+    with torch.device("cpu"):
+        drawn = _draw_pool(lengths, head_dim, page_size, kv_dtype, new_tokens, shared_pages, seed)
+    device = torch.get_default_device()
+    return replace(
+        drawn,
+        pages=map_arrays(drawn.pages, lambda array: array.to(device)),
+        table=_moved_slice(drawn.table, device),
+        lengths=_moved_slice(drawn.lengths, device),
+        slots=drawn.slots.to(device),
+    )
+
+
+def _moved_slice(layer: Tensor, device: torch.device) -> Tensor:
+    """A layer's slice of a tensor on another device, with the strides that it has here."""
+    assert layer._base is not None
+    return layer._base.to(device)[:, 1]
+
+
+def _draw_pool(
+    lengths: Sequence[Sequence[int]],
+    head_dim: int,
+    page_size: int,
+    kv_dtype: str | KVFormat,
+    new_tokens: Sequence[int] | None,
+    shared_pages: int,
+    seed: int,
+) -> Pool:
+    """`make_pool` on the CPU: equal on every device."""
     generator = torch.Generator().manual_seed(seed)
     counts = torch.tensor(lengths, dtype=torch.int32)
     batch, heads = counts.shape

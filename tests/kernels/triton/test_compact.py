@@ -5,13 +5,13 @@ import torch
 
 from curkv.kernels.compact import reference, triton
 from tests.kernels.triton.test_window_scores import rows_of
-from tests.kernels.util import make_pool
+from tests.kernels.util import generator, make_pool
 
 
 def choose(lengths, share):
     """Ascending random indices [N, max_kept], -1 padded, and their counts."""
-    generator = torch.Generator().manual_seed(2)
-    kept = [(torch.rand(n, generator=generator) < share).nonzero()[:, 0] for n in lengths.tolist()]
+    draw = generator(2)
+    kept = [(torch.rand(n, generator=draw) < share).nonzero()[:, 0] for n in lengths.tolist()]
     counts = torch.tensor([len(x) for x in kept], dtype=torch.int32)
     indices = torch.full((len(kept), int(counts.max()) + 3), -1, dtype=torch.int32)
     for row, x in zip(indices, kept, strict=True):

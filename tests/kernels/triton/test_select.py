@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from curkv.kernels.select import reference, triton
+from tests.kernels.util import generator
 
 
 def check(scores, lengths, keep, floor=None):
@@ -19,10 +20,10 @@ def check(scores, lengths, keep, floor=None):
 
 
 def scores_of(kind, *shape):
-    generator = torch.Generator().manual_seed(3)
+    draw = generator(3)
     if kind == "ties":
-        return torch.randint(-2, 3, shape, generator=generator).float() / 4
-    scores = torch.randn(shape, generator=generator)
+        return torch.randint(-2, 3, shape, generator=draw).float() / 4
+    scores = torch.randn(shape, generator=draw)
     if kind == "protected":
         scores[..., :4] = torch.inf
         scores[..., 7] = -torch.inf

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from curkv.kernels.store_kv import reference, triton
-from tests.kernels.util import make_pool, query_start, rope_tables
+from tests.kernels.util import generator, make_pool, query_start, rope_tables
 
 
 def store(kernel, pool, new_tokens, head_dim, slots=None, activations=torch.float32):
     tokens, heads = sum(new_tokens), pool.table.shape[1]
-    qkv = torch.randn(tokens, 4 * heads, head_dim, generator=torch.Generator().manual_seed(1)).to(activations)
+    qkv = torch.randn(tokens, 4 * heads, head_dim, generator=generator(1)).to(activations)
     k, v = qkv[:, 2 * heads : 3 * heads], qkv[:, 3 * heads :]
     positions = torch.arange(100, 100 + tokens, dtype=torch.int32)
     layout = pool.table, pool.lengths, pool.slots if slots is None else slots
