@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,8 @@ from typing import Any
 import httpx
 import torch
 import triton
+from alone import check, times
 from engines import generate, overlap, random_engine, read_engine
-from operations import check, times
 
 from curkv.bench.process import curkv_serve, running
 from curkv.bench.script import submit
@@ -84,7 +86,7 @@ def env(place: Place) -> Iterator[Row]:
     yield {"what": "torch", "value": torch.__version__}
     yield {"what": "triton", "value": triton.__version__}
     for package in ("numba", "numpy", "transformers"):
-        yield {"what": package, "value": __import__(package).__version__}
+        yield {"what": package, "value": import_module(package).__version__}
     yield {"what": "python", "value": sys.version}
     if not place.gpu:
         return
@@ -320,10 +322,9 @@ def _prefill_once(engine: Engine, options: dict[str, Any], n: int, batch: int) -
 
 def peer(place: Place) -> Iterator[Row]:
     """The same shape in transformers: SDPA over a dense cache, launched operation by operation."""
-    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
-
+    transformers: Any = import_module("transformers")  # its types are wrong in places
     shape = LLAMA if place.gpu else TINY
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=32_000, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers, num_attention_heads=shape.query_heads,
         num_key_value_heads=shape.kv_heads, max_position_embeddings=40_000, attn_implementation="sdpa",
@@ -331,13 +332,14 @@ def peer(place: Place) -> Iterator[Row]:
     default = torch.get_default_dtype()
     with torch.device(place.device):
         torch.set_default_dtype(torch.bfloat16)
-        model = LlamaForCausalLM(config).eval()
+        model = transformers.LlamaForCausalLM(config).eval()
         torch.set_default_dtype(default)
     for batch, n in ((1, 8192), (8, 8192), (32, 8192)) if place.gpu else ((2, 64),):
-        cache = DynamicCache(config=config)
+        cache = transformers.DynamicCache(config=config)
         for layer in range(shape.layers):
             size = 2, batch, shape.kv_heads, n, shape.hidden // shape.query_heads
-            cache.update(*torch.randn(size, device=place.device, dtype=torch.bfloat16), layer)
+            k, v = torch.randn(size, device=place.device, dtype=torch.bfloat16)
+            cache.update(k, v, layer)
         ids, steps = torch.zeros(batch, 1, dtype=torch.int64, device=place.device), []
         with torch.inference_mode():
             for _ in range(12 if place.gpu else 2):
@@ -355,13 +357,12 @@ def peer(place: Place) -> Iterator[Row]:
 
 def real(place: Place) -> Iterator[Row]:
     """Real weights: in float32 the tokens of transformers and the kept sets of plain torch; then bfloat16."""
-    from transformers import AutoModelForCausalLM
-
+    transformers: Any = import_module("transformers")
     directory = resolve_model(place.model)
     ids = load_tokenizer(directory).encode(documentation_text()[:60_000]).ids
     prompts = [ids[:900], ids[2000:2500], ids[4000:4100]] if place.gpu else [ids[:12]]
     new = 8 if place.gpu else 2
-    load = AutoModelForCausalLM.from_pretrained
+    load = transformers.AutoModelForCausalLM.from_pretrained
     reference = load(directory, dtype=torch.float32, attn_implementation="eager").to(place.device)
     wanted = {}
     with torch.inference_mode():
@@ -422,9 +423,9 @@ def _ask(client: httpx.Client, body: Row) -> Row:
 
 def sanitizer(place: Place) -> Iterator[Row]:
     """Accesses out of bounds in any kernel, on small inputs, with no allocator to hide them."""
-    code = (
-        "from operations import check; from curkv.kernels.spec import MODELS; list(check(MODELS[0], 'cuda'))"
-    )
+    if shutil.which("compute-sanitizer") is None:
+        raise RuntimeError("compute-sanitizer of the CUDA toolkit is not installed")
+    code = "from alone import check; from curkv.kernels.spec import MODELS; list(check(MODELS[0], 'cuda'))"
     command = [
         "compute-sanitizer",
         "--tool",
@@ -458,13 +459,14 @@ def milliseconds(place: Place, run: Callable[[], Any], repeat: int = 30, warm: i
         run()
     if not place.gpu:
         return 1e3 * seconds_each(1, run)
-    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeat)]
+    event: Any = torch.cuda.Event
+    pairs = [[event(enable_timing=True) for _ in range(2)] for _ in range(repeat)]
     for before, after in pairs:
         before.record()
         run()
         after.record()
     torch.cuda.synchronize()
-    return statistics.median(before.elapsed_time(after) for before, after in pairs)
+    return float(statistics.median(before.elapsed_time(after) for before, after in pairs))
 
 
 def seconds_each(count: int, run: Callable[[], Any]) -> float:
