@@ -155,7 +155,7 @@ ATTACKS = (
     Attack("2 1 M bad stop tokens", COMPLETIONS,
            lambda: completion(prompt="x", stop_token_ids=["a"] * 1_000_000), "413"),
     Attack("2 200 k logit biases", COMPLETIONS,
-           lambda: completion(prompt="x", logit_bias={str(i): 200 for i in range(200_000)}), "400"),
+           lambda: completion(prompt="x", logit_bias={str(i): 200 for i in range(200_000)}), "413"),
     Attack("2 100 k protected spans", COMPLETIONS,
            lambda: completion(prompt="x", kv={"policy": "snapcur", "protect": [[0, 1]] * 100_000}), "413"),
     Attack("3 1,024 prompts", COMPLETIONS, lambda: completion(prompt=["hello"] * 1024)),
