@@ -140,7 +140,7 @@ ATTACKS = (
            lambda: completion(prompt=["hi"] * 8, guided_json=patterns(1300)), "400"),
     Attack("1 the same, other names, 2 prompts", COMPLETIONS,
            lambda: completion(prompt=["hi"] * 2, guided_json=patterns(1250)), "400"),
-    Attack("1 20 tools", CHAT, lambda: conversation("hi", tools=tools(20), max_tokens=1)),
+    Attack("1 five tools", CHAT, lambda: conversation("hi", tools=tools(5), max_tokens=1)),
     Attack("2 4 M digits, /tokenize", TOKENIZE, lambda: {"prompt": "0123" * 1_000_000}, "400"),
     Attack("2 4 M digits, completions", COMPLETIONS, lambda: completion(prompt="0123" * 1_000_000), "400"),
     Attack("2 8 M of a, chat", CHAT, lambda: conversation("a" * 8_000_000), "400"),
