@@ -78,6 +78,19 @@ class EngineOptions(Section):
         ge=0,
         description="Most of it held for repeated prompts, 0 for none; an eighth if not given.",
     )
+    prefix_cache: Literal["generated", "exact"] = Field(
+        default="generated",
+        description="What is held: answers too, or prompts alone, so that reuse changes no bit of an answer.",
+    )
+    session_ttl: float = Field(
+        default=3600.0, gt=0, description="Seconds after its last use at which a session is dropped."
+    )
+    prefix_store: Path | None = Field(
+        default=None, description="Directory where prefixes and sessions outlive the process; may be shared."
+    )
+    prefix_store_size: Size = Field(
+        default=8 * 1024**3, gt=0, description="Most bytes in it; the least recently used go."
+    )
     kv_dtype: KVDtype = Field(
         default="auto", description="Type of cached K, V; int8 has a scale per token and head."
     )

@@ -19,8 +19,8 @@ def check_integrity(cache: PageManager) -> None:
 
     Every page is free or owned; reference counts equal owners, sequences and prefixes; lengths fit pages;
     positions ascend within a head; no page lies in two heads (a fork or a prefix shares pages with the same
-    layer and head of its origin only); a shared page is full. Positions are those stored, so call it between
-    steps, not between `extend` and `attend`.
+    layer and head of its origin only); a page that a sequence shares is full. Positions are those stored, so
+    call it between steps, not between `extend` and `attend`.
 
     Args:
         cache: the cache to check.
@@ -109,8 +109,9 @@ def _check_sharing(cache: PageManager, ids: Ids, owner: NDArray[np.int64], head:
 
 
 def _check_shared_full(cache: PageManager, ids: Ids, tokens: NDArray[np.int64]) -> None:
-    full = tokens >= cache.layout.page_size
-    _require((cache.pool.owners[ids] <= 1) | full, "a shared page is not full (entry {})")
+    full, pool = tokens >= cache.layout.page_size, cache.pool
+    written = pool.owners[ids] > pool.held[ids]
+    _require((pool.owners[ids] <= 1) | full | ~written, "a shared page is not full (entry {})")
 
 
 def _check_positions(cache: PageManager, ids: Ids, tokens: NDArray[np.int64], row: NDArray[np.int64]) -> None:

@@ -266,19 +266,35 @@ class PageManager:
             OutOfPages: the partial pages cannot be copied; nothing is changed.
             OutOfSlots: no slot is free; nothing is changed.
         """
-        return self._start_from(prefix.table, prefix.lengths, prefix.lengths // self.layout.page_size, needs)
+        shared = prefix.lengths // self.layout.page_size
+        if needs is not None and needs.column_sums:  # every step writes to all pages
+            shared = np.zeros_like(shared)
+        slot = self._start_from(prefix.table, prefix.lengths, shared, needs)
+        if prefix.observed is not None:
+            self.observed[slot] = prefix.observed.fork()
+        return slot
 
-    def keep_blocks(self, slot: int, keys: Sequence[Hashable], tokens: Sequence[int] = ()) -> None:
+    def keep_blocks(
+        self, slot: int, keys: Sequence[Hashable], tokens: Sequence[int] = (), root: Hashable = None
+    ) -> None:
         """Holds the first pages of a sequence for prompts to come.
 
         Args:
-            slot: the sequence, of whose first `len(keys)` pages per head nothing was evicted.
+            slot: the sequence, of whose first `len(keys)` pages per head nothing was evicted; if the last of
+                them is not full, the sequence ends.
             keys: of its first blocks, in their order.
             tokens: its prompt, so that a block can be found by its first tokens.
+            root: stands for what lies before the first block.
         """
         if keys:
             table = self._table[slot][..., : len(keys)]
-            self.prefixes.insert_blocks(keys, table, self.layout.page_size, tokens)
+            self.prefixes.insert_blocks(keys, table, self.layout.page_size, tokens, root)
+
+    def contents(self, slot: int, tokens: int) -> Prefix:
+        """All that a sequence of so many tokens holds; to be cached, it must end."""
+        counts = self.page_counts[slot]
+        table = self._table[slot][..., : counts.max()].copy()
+        return Prefix(table, self.head_lengths(slot), self._owned_pages(slot, counts), tokens)
 
     def keep(self, slot: int, key: Hashable, tokens: int, evictions: int) -> None:
         """Holds all that a sequence holds for prompts to come; without room for its partial pages, nothing.
@@ -294,7 +310,7 @@ class PageManager:
             table = self._duplicate(self._table[slot], lengths, lengths // self.layout.page_size)
             table = table[..., : counts.max()].copy()
             pages = table[self._page_index[: counts.max()] < counts[..., None]]
-            self.prefixes.insert(key, Prefix(table, lengths, pages, tokens, evictions))
+            self.prefixes.insert(key, Prefix(table, lengths, pages, tokens, evictions, tokens))
             self.pool.release(pages)
 
     def footprint(self, plan: EvictionPlan, generated: int, prefix: Prefix | None = None) -> int:
@@ -312,18 +328,20 @@ class PageManager:
             The number of pages. Never too few for a sequence that shares nothing, and exact where all heads
             hold equally many tokens.
         """
-        prompt = self.layout.sequence_pages(
-            plan.peak_prompt_tokens, ragged=plan.ragged and plan.streaming, seen=plan.prompt_tokens
+        peak, ragged = plan.peak_prompt_tokens, plan.ragged and plan.streaming
+        if prefix is not None and prefix.evictions:
+            peak, ragged = plan.peak_tokens_behind(prefix.tokens, float(prefix.lengths.mean())), plan.ragged
+        needed = max(
+            self.layout.sequence_pages(peak, ragged=ragged, seen=plan.prompt_tokens),
+            self.held_pages(plan, generated),
         )
-        held = self.held_pages(plan, generated)
         if prefix is None:
-            return max(prompt, held)
+            return needed
         owners, holders = self.pool.owners[prefix.pages], self.pool.held[prefix.pages]
         shared = int((owners > holders).sum())
-        if prefix.evictions:
-            return held - shared
-        copied = self.layout.sequence_pages(plan.budget_tokens) if shared and plan.evicts_prompt else 0
-        return max(prompt, held) - shared + copied
+        evicts = plan.evicts_prompt and prefix.tokens < plan.context_tokens
+        copied = self.layout.sequence_pages(plan.budget_tokens) if shared and evicts else 0
+        return needed - shared + copied
 
     def held_pages(self, plan: EvictionPlan, generated: int) -> int:
         """Most pages that a sequence holds from the last eviction of its prompt on; see `footprint`."""
@@ -357,7 +375,7 @@ class PageManager:
         missing = new_counts - counts
         total = int(missing.sum())
         if total:
-            self._append_pages(slots, counts, missing, self._take(total))
+            self._append_pages(slots, counts, missing, self.take(total))
             self.page_counts[slots] = new_counts
         self._lengths[slots] = lengths
         self._publish_lengths(slots)
@@ -565,7 +583,7 @@ class PageManager:
         rows: NDArray[np.bool_] = np.logical_or.reduce(shared, axis=1, keepdims=True)
         return rows
 
-    def _take(self, count: int) -> Ids:
+    def take(self, count: int) -> Ids:
         """Takes pages for sequences, dropping prefixes if too few are free.
 
         Raises:
@@ -613,7 +631,7 @@ class PageManager:
         copied = used & (column >= shared[..., None])
         self.pool.share(table[used])  # those to be copied as well, lest they are dropped for their copies
         try:
-            copies = self._take(int(copied.sum()))
+            copies = self.take(int(copied.sum()))
         except OutOfPages:
             self.pool.release(table[used])
             raise
@@ -627,7 +645,7 @@ class PageManager:
     def _with_fresh_pages(self, source: Ids, fresh: NDArray[np.bool_]) -> Ids:
         """Copies the table rows `source` [N, pages], with newly taken pages where `fresh`."""
         target = source.copy()
-        target[fresh] = self._take(int(fresh.sum()))
+        target[fresh] = self.take(int(fresh.sum()))
         return target
 
     def _copy_pages(self, source: Ids, target: Ids, counts: NDArray[np.int32]) -> None:

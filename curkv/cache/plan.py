@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Literal
 
 import numpy as np
@@ -85,6 +86,23 @@ class EvictionPlan:
         if self.chunk is not None:
             context = min(context, self.budget_tokens + self.chunk)
         return max(context, self.kept_prompt_tokens)
+
+    def peak_tokens_behind(self, tokens: int, held: float) -> int:
+        """Most prompt tokens held per head, on average, if of the first `tokens` so many are held."""
+        left = self.prompt_tokens - tokens
+        if self.chunk is not None and tokens < self.context_tokens:
+            left = min(left, self.chunk + self.prompt_tokens - self.context_tokens)
+            held = max(held, self.budget_tokens)
+        return ceil(held) + left
+
+    def protecting(self, spans: Iterable[Span]) -> EvictionPlan:
+        """The same with further spans kept, if they leave room for the newest tokens."""
+        protect = tuple(merged_spans([*self.protect, *spans]))
+        covered = _covered([*protect, (0, self.sink_tokens)])
+        decode, recent = self.decode_budget_tokens, self.decode_recent_tokens
+        fits = covered + self.recent_tokens <= self.budget_tokens
+        fits_decode = decode is None or covered + recent < decode
+        return replace(self, protect=protect) if fits and fits_decode else self
 
     @property
     def chunk(self) -> int | None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import takewhile
 
 import numpy as np
 from numpy.typing import NDArray
 
+from curkv.cache.observations import Observations
+from curkv.cache.options import Span
 from curkv.cache.page_pool import Ids, PagePool
 
 Tokens = NDArray[np.int64]
@@ -26,6 +29,10 @@ class Prefix:
         pages: int32 [pages], those of the table that are cached.
         tokens: prompt tokens that it stands for, kept or not.
         evictions: how often its tokens have been evicted from.
+        evicted_at: how many tokens there were at the last of these; of those that followed none is gone.
+        shareable: whether it is what any prompt that begins with its tokens would have.
+        protect: spans of its tokens that are never evicted.
+        observed: of the queries of its tokens, where a policy needs to know of all of them.
     """
 
     table: Ids
@@ -33,75 +40,109 @@ class Prefix:
     pages: Ids
     tokens: int
     evictions: int = 0
+    evicted_at: int = 0
+    shareable: bool = True
+    protect: tuple[Span, ...] = ()
+    observed: Observations | None = None
+
+    @property
+    def observes_more_than_pages(self) -> bool:
+        """Whether its policy has to know more of the queries than what lies in its pages."""
+        return self.observed is not None and bool(self.observed.statistics or self.observed.blocks)
+
+    def cut(self, tokens: int, page_size: int) -> Prefix:
+        """What its sequence held when it had so many tokens, `evicted_at` at least."""
+        lengths = self.lengths - np.int32(self.tokens - tokens)
+        first = np.arange(self.table.shape[-1]) * page_size
+        return replace(
+            self, lengths=lengths, pages=self.table[first < lengths[..., None]], tokens=tokens, observed=None
+        )
 
 
 class PrefixCache:
     """Pages cached for prompts to come, by keys that stand for their tokens and all that has shaped them.
 
-    Plain prefixes are cached in blocks: a page of every head, with the K and V of `page_size` tokens whose
-    key depends on all tokens before them. Of the block behind the last one that fits, a prompt gets those
-    first tokens that do. Compressed prefixes are cached as a whole. A page that a sequence owns as well is
-    cached in name only. What is cached gives way, least recently used first, where sequences need pages and
-    where it exceeds its limit; a block is always dropped before those that it continues.
+    Plain prefixes are cached in blocks: a page of every head, with the K and V of `page_size` tokens (fewer
+    at the end of a text), whose key depends on all tokens before them. Of the block behind the last one that
+    fits, a prompt gets those first tokens that do. Compressed prefixes are cached as a whole. A page that a
+    sequence owns as well is cached in name only. What is cached gives way, least recently used first, where
+    sequences need pages and where it exceeds its limit; a block is always dropped before those that it
+    continues.
 
     Attributes:
         max_pages: most pages cached; 0: nothing is.
         held_pages: pages cached; one that two prefixes share counts for both.
+        dropped: called with the key of each prefix that is about to be dropped.
     """
 
     def __init__(self, pool: PagePool, max_pages: int) -> None:
         self.max_pages = max_pages
         self.held_pages = 0
+        self.dropped: Callable[[Hashable], object] = lambda key: None
         self._pool = pool
         self._entries: OrderedDict[Hashable, Prefix] = OrderedDict()
         self._following: dict[Hashable, dict[Hashable, Tokens]] = {}
         self._before: dict[Hashable, Hashable] = {}
+        self._pinned: dict[Hashable, float] = {}
 
     @property
     def all(self) -> list[Prefix]:
         """Everything cached, least recently used first."""
         return list(self._entries.values())
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._entries
+
+    def get(self, key: Hashable) -> Prefix:
+        """Gives the prefix under a key that is there, which is not to use it."""
+        return self._entries[key]
+
     def find(self, key: Hashable) -> Prefix | None:
-        """Gives the prefix under a key."""
+        """Gives the prefix under a key, if there is one, and uses it."""
         if key not in self._entries:
             return None
         self._entries.move_to_end(key)
         return self._entries[key]
 
-    def find_blocks(self, keys: Sequence[Hashable], tokens: Sequence[int] = ()) -> Prefix | None:
+    def pin(self, keys: Iterable[Hashable], seconds: float) -> None:
+        """Has prefixes give way after those that are not pinned, for so many seconds."""
+        until = time.monotonic() + seconds
+        self._pinned |= {key: until for key in keys if key in self._entries}
+
+    def find_blocks(
+        self, keys: Sequence[Hashable], tokens: Sequence[int] = (), root: Hashable = None
+    ) -> Prefix | None:
         """Gives the longest plain prefix.
 
         Args:
             keys: of the blocks of a prompt, in their order; see `block_keys`.
             tokens: the prompt as far as it may be that of others; without it whole blocks are found.
+            root: stands for what lies before the first block; without it that one is found whole.
 
         Returns:
             The blocks cached from the first one on, put together, and the first tokens of one more; None if
-            not even the first block is cached. Its pages are those of whole blocks.
+            there are none. Its pages are those of whole blocks.
         """
         found = [block for block in takewhile(lambda b: b is not None, map(self._entries.get, keys)) if block]
         for key in reversed(keys[: len(found)]):
             self._entries.move_to_end(key)
-        if not found:
+        whole = sum(block.tokens for block in found)
+        next_key, common = self._closest([root, *keys][len(found)], tokens[whole:])
+        parts = [*found, *([self._entries[next_key]] if common else [])]
+        if not parts:
             return None
-        whole = found[0].tokens * len(found)
-        next_key, common = self._closest(keys[len(found) - 1], tokens[whole:][: found[0].tokens])
-        further = [self._entries[next_key]] if common else []
         return Prefix(
-            table=np.concatenate([block.table for block in [*found, *further]], axis=-1),
-            lengths=found[0].lengths * len(found) + np.int32(common),
-            pages=np.concatenate([block.pages for block in found]),
+            table=np.concatenate([block.table for block in parts], axis=-1),
+            lengths=np.full_like(parts[0].lengths, whole + common),
+            pages=np.concatenate([np.zeros(0, dtype=np.int32), *(block.pages for block in found)]),
             tokens=whole + common,
         )
 
     def _closest(self, key: Hashable, tokens: Sequence[int]) -> tuple[Hashable, int]:
         """The block cached behind one that begins with most of the tokens, and with how many."""
-        wanted = np.asarray(tokens, dtype=np.int64)
         best: tuple[Hashable, int] = (None, 0)
         for block, held in self._following.get(key, {}).items():
-            different = np.flatnonzero(held[: len(wanted)] != wanted)
-            common = int(different[0]) if len(different) else len(wanted)
+            common = common_length(held, tokens[: len(held)])
             if common > best[1]:
                 best = block, common
         return best
@@ -116,47 +157,61 @@ class PrefixCache:
         self._shrink()
 
     def insert_blocks(
-        self, keys: Sequence[Hashable], table: Ids, page_size: int, tokens: Sequence[int] = ()
+        self,
+        keys: Sequence[Hashable],
+        table: Ids,
+        page_size: int,
+        tokens: Sequence[int] = (),
+        root: Hashable = None,
     ) -> None:
         """Holds the first blocks of a prompt, as many as the limit allows.
 
+        A block that was the end of a text, and is now the beginning of one of these, is dropped.
+
         Args:
             keys: of the blocks, in their order.
-            table: int32 [L, H, len(keys)], full pages in use.
+            table: int32 [L, H, len(keys)], pages in use, all full but for the last one.
             page_size: tokens of a page.
             tokens: the prompt; without it the blocks are found whole or not at all.
+            root: stands for what lies before the first block; without it that one is found whole.
         """
         keys = keys[: self.max_pages // table[..., 0].size]
         new = [i for i, key in enumerate(keys) if key not in self._entries]
         self._pool.share(table[..., new].reshape(-1), held=True)
         self.held_pages += table[..., new].size
-        lengths = np.full(table.shape[:2], page_size, dtype=np.int32)
         for i in new:
-            block = table[..., i : i + 1].copy()
-            self._entries[keys[i]] = Prefix(block, lengths, block.reshape(-1), page_size)
-            if i and tokens:
-                held = np.asarray(tokens[i * page_size :][:page_size], dtype=np.int64)
-                self._following.setdefault(keys[i - 1], {})[keys[i]] = held
-                self._before[keys[i]] = keys[i - 1]
+            held = np.asarray(tokens[i * page_size :][:page_size], dtype=np.int64)
+            size = len(held) or page_size
+            lengths, block = np.full(table.shape[:2], size, dtype=np.int32), table[..., i : i + 1].copy()
+            self._entries[keys[i]] = Prefix(block, lengths, block.reshape(-1), size)
+            before = keys[i - 1] if i else root
+            if before is not None and tokens:
+                following = self._following.setdefault(before, {})
+                for shorter in [key for key, other in following.items() if _begins(held, other)]:
+                    self.remove(shorter)
+                self._following.setdefault(before, {})[keys[i]] = held
+                self._before[keys[i]] = before
         for key in reversed(keys):
             self._entries.move_to_end(key)
         self._shrink()
 
-    def drop(self, pages: int | None = None) -> int:
+    def drop(self, pages: int | None = None, spare: Container[Hashable] = ()) -> int:
         """Drops prefixes that sequences do not use as a whole, least recently used first.
 
         Args:
             pages: drop until so many are free again; None: drop all.
+            spare: keys of prefixes that stay.
 
         Returns:
             Pages that went back to the pool.
         """
         owners, held, freed = self._pool.owners, self._pool.held, 0
-        for key, prefix in list(self._entries.items()):
+        for key in self._in_order():
             if pages is not None and freed >= pages:
                 break
-            if (owners[prefix.pages] == held[prefix.pages]).any():
-                freed += self._remove(key)
+            prefix = self._entries[key]
+            if key not in spare and (owners[prefix.pages] == held[prefix.pages]).any():
+                freed += self.remove(key)
         return freed
 
     def forget(self, pages: Ids) -> None:
@@ -165,16 +220,21 @@ class PrefixCache:
         listed[pages] = True
         for key, prefix in list(self._entries.items()):
             if listed[prefix.pages].any():
-                self._remove(key)
+                self.remove(key)
 
     def clear(self) -> None:
         """Forgets all prefixes, whose pages the pool has freed."""
+        for key in self._entries:
+            self.dropped(key)
         self.held_pages = 0
-        for books in (self._entries, self._following, self._before):
+        for books in (self._entries, self._following, self._before, self._pinned):
             books.clear()
 
-    def _remove(self, key: Hashable) -> int:
+    def remove(self, key: Hashable) -> int:
+        """Drops a prefix; returns the pages that went back to the pool."""
+        self.dropped(key)
         prefix = self._entries.pop(key)
+        self._pinned.pop(key, None)
         before = self._before.pop(key, None)
         if before is not None:
             self._following[before].pop(key)
@@ -184,32 +244,60 @@ class PrefixCache:
         return self._pool.release(prefix.pages, held=True)
 
     def _shrink(self) -> None:
-        while self.held_pages > self.max_pages:
-            self._remove(next(iter(self._entries)))
+        if self.held_pages <= self.max_pages:
+            return
+        for key in self._in_order():
+            self.remove(key)
+            if self.held_pages <= self.max_pages:
+                return
+
+    def _in_order(self) -> list[Hashable]:
+        """All keys in the order in which they give way."""
+        now = time.monotonic()
+        self._pinned = {key: until for key, until in self._pinned.items() if until > now}
+        return sorted(self._entries, key=self._pinned.__contains__)
 
 
-def block_keys(tokens: Sequence[int], block: int, salt: str = "") -> list[bytes]:
-    """Gives a key to each full block of a prompt, which stands for the block and everything before it.
+def block_keys(tokens: Sequence[int], block: int, salt: str = "", ends: bool = False) -> list[bytes]:
+    """Gives a key to each block of a prompt, which stands for the block and everything before it.
 
     Args:
         tokens: token ids.
         block: tokens of a block.
         salt: prompts with different salts have no key in common.
+        ends: what is left behind the last full block is one as well.
 
     Returns:
-        [len(tokens) // block], 16 bytes each.
+        [len(tokens) // block], or one more, 16 bytes each.
     """
     data, size = np.asarray(tokens, dtype="<i8").tobytes(), 8 * block
-    keys, key = [], _digest(salt.encode())
-    for start in range(0, len(data) // size * size, size):
+    keys, key = [], root_key(salt)
+    for start in range(0, len(data) if ends else len(data) // size * size, size):
         key = _digest(key + data[start : start + size])
         keys.append(key)
     return keys
 
 
+def root_key(salt: str = "") -> bytes:
+    """Stands for what lies before the first block of prompts with a salt: 16 bytes."""
+    return _digest(salt.encode())
+
+
+def common_length(first: Sequence[int] | Tokens, second: Sequence[int] | Tokens) -> int:
+    """How many tokens two texts have in common at their beginning."""
+    size = min(len(first), len(second))
+    different = np.flatnonzero(np.asarray(first[:size]) != np.asarray(second[:size]))
+    return int(different[0]) if len(different) else size
+
+
 def context_digest(tokens: Sequence[int], salt: str = "") -> bytes:
     """Gives all tokens of a context one key, 16 bytes."""
-    return _digest(_digest(salt.encode()) + np.asarray(tokens, dtype="<i8").tobytes())
+    return _digest(root_key(salt) + np.asarray(tokens, dtype="<i8").tobytes())
+
+
+def _begins(text: Tokens, other: Tokens) -> bool:
+    """Whether a text begins with another one that is shorter."""
+    return len(other) < len(text) and common_length(text, other) == len(other)
 
 
 def _digest(data: bytes) -> bytes:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
+import curkv
 from curkv.cache.attention import PagedAttention
 from curkv.cache.layout import CacheLayout, full_attention
 from curkv.cache.page_manager import PageManager
 from curkv.cache.sizing import num_pages_for
+from curkv.cache.store import Store
 from curkv.config import EngineOptions
 from curkv.engine.cuda_graphs import CudaGraphs
 from curkv.engine.device import choose_device
@@ -22,6 +24,7 @@ from curkv.models.decoder import Decoder
 from curkv.models.info import ModelInfo
 from curkv.models.loading import load_config, load_pruning, load_tokenizer, resolve_model
 from curkv.models.loading.checkpoint import Checkpoint
+from curkv.models.loading.fingerprint import fingerprint
 from curkv.models.rope import rope_tables
 from curkv.units import format_size
 
@@ -77,6 +80,14 @@ def build_engine(options: EngineOptions) -> Engine:
         raise MemoryError(message) from error
     attention = PagedAttention(kv, rope, model.output_projection, prefill_dtype)
     replay = _replay(model, attention)
+    store = None
+    if options.prefix_store is not None:
+        numerics = form.name, layout.format.name, layout.page_size, prefill_dtype, options.prefix_cache
+        turned = [
+            table[1].tolist() for pair in {id(pair[0]): pair for pair in rope}.values() for table in pair
+        ]
+        digest = fingerprint(directory, curkv.__version__, *numerics, turned)
+        store = Store(options.prefix_store, digest, options.prefix_store_size)
     engine = Engine(
         Runner(model, attention, replay),
         ModelInfo(
@@ -88,6 +99,9 @@ def build_engine(options: EngineOptions) -> Engine:
         options.max_step_tokens,
         max_model_len,
         options.max_itl,
+        reuse_generated=options.prefix_cache == "generated",
+        session_ttl=options.session_ttl,
+        store=store,
     )
     warm_up(engine)
     if replay is not None:

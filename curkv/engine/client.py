@@ -10,11 +10,12 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from tokenizers import Tokenizer
 
 from curkv.cache.layout import CacheLayout
+from curkv.cache.sessions import SessionStats
 from curkv.engine.engine import Engine
 from curkv.engine.stats import StatsSink, StepStats
 from curkv.engine.structure import Structures
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from curkv.models.chat_template import ChatTemplate
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+STORE_SECONDS = 10.0
+"""Time that prefixes have to be written to disk when the engine ends."""
 
 State = Literal["ready", "draining", "stopped", "dead"]
 
@@ -184,8 +189,11 @@ class EngineClient:
                 with contextlib.suppress(EngineUnavailable):  # then it holds nothing any more
                     self._submit(lambda: self._engine.abort(request.id))
 
-    async def drop_prefixes(self) -> int:
+    async def drop_prefixes(self, tenant: str = "") -> int:
         """Drops the prefixes that no running sequence uses.
+
+        Args:
+            tenant: whose they are; of one alone, only those on disk are dropped.
 
         Returns:
             Bytes of the cache that are free again.
@@ -193,17 +201,40 @@ class EngineClient:
         Raises:
             EngineUnavailable: the engine's thread has ended.
         """
-        dropped: Future[int] = Future()
+        return await self._ask(lambda: self._engine.drop_prefixes(tenant))
 
-        def drop() -> None:
-            if dropped.set_running_or_notify_cancel():  # else the caller went away
+    async def sessions(self, owner: str) -> list[SessionStats]:
+        """The sessions of an API key that can go on, the one used last first.
+
+        Raises:
+            EngineUnavailable: the engine's thread has ended.
+        """
+        return await self._ask(lambda: self._engine.sessions(owner))
+
+    async def drop_session(self, owner: str, name: str, tenant: str = "") -> int | None:
+        """Drops a session, in memory and on disk.
+
+        Returns:
+            Bytes of the cache that are free again; None: the key has no session of that name.
+
+        Raises:
+            EngineUnavailable: the engine's thread has ended.
+        """
+        return await self._ask(lambda: self._engine.drop_session(owner, name, tenant))
+
+    async def _ask(self, question: Callable[[], T]) -> T:
+        """Has the engine's thread do something between two steps, and gives what comes of it."""
+        answer: Future[T] = Future()
+
+        def reply() -> None:
+            if answer.set_running_or_notify_cancel():  # else the caller went away
                 try:
-                    dropped.set_result(self._engine.drop_prefixes())
+                    answer.set_result(question())
                 except Exception as error:
-                    dropped.set_exception(error)
+                    answer.set_exception(error)
 
-        self._submit(drop)
-        return await asyncio.wrap_future(dropped)
+        self._submit(reply)
+        return await asyncio.wrap_future(answer)
 
     async def drain(self, timeout: float) -> bool:
         """Takes no new requests and waits for the running ones.
@@ -274,7 +305,10 @@ class EngineClient:
                 self._inbox.popleft()()
         for stream in list(self._streams.values()):
             stream.put(EngineUnavailable(f"the engine is {self.state}"))
-        if self.state == "dead":
+        if self.state != "dead":
+            with contextlib.suppress(Exception):
+                self._engine.close(STORE_SECONDS)
+        else:
             for act in self._on_death:
                 act()
 

@@ -7,6 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -17,7 +18,9 @@ from curkv.cache.explain import explain
 from curkv.cache.integrity import check_integrity
 from curkv.cache.options import EvictionOptions
 from curkv.cache.page_pool import OutOfPages
-from curkv.cache.reuse import PrefixReuse
+from curkv.cache.reuse import SESSION_TTL, PrefixReuse, ReuseKeys
+from curkv.cache.sessions import SessionName, SessionStats, shaped_by
+from curkv.cache.store import Store
 from curkv.cache.upload import upload_list
 from curkv.engine.detokenizer import Detokenizer
 from curkv.engine.faults import EngineBroken, Faults
@@ -60,6 +63,9 @@ class Engine:
         max_step_tokens: most tokens of one step; long prompts are prefilled in chunks of at most this size.
         max_model_len: most tokens of prompt and output together.
         max_itl: seconds that a step with running decodes may take, see `Pace`.
+        reuse_generated: generated tokens are cached for prompts to come, see `PrefixReuse`.
+        session_ttl: seconds after its last use at which a session is dropped.
+        store: keeps copies of prefixes on disk.
     """
 
     def __init__(
@@ -69,6 +75,9 @@ class Engine:
         max_step_tokens: int,
         max_model_len: int,
         max_itl: float | None = None,
+        reuse_generated: bool = False,
+        session_ttl: float = SESSION_TTL,
+        store: Store | None = None,
     ):
         config = runner.model.config
         self.runner = runner
@@ -77,7 +86,7 @@ class Engine:
         self.max_model_len = max_model_len
         self.eos_ids = frozenset(info.end_ids(config.eos_token_ids, config.vocab_size))
         self.structures = Structures(info.tokenizer, config.vocab_size, sorted(self.eos_ids))
-        self._reuse = PrefixReuse(self.kv)
+        self._reuse = PrefixReuse(self.kv, reuse_generated, session_ttl, store)
         self.scheduler = Scheduler(self.kv, self._reuse, max_step_tokens, max_itl)
         self.num_token_ids = info.num_token_ids(config.vocab_size)
         self._planner = Planner(self.kv, self.num_token_ids, self.structures, max_model_len)
@@ -85,12 +94,12 @@ class Engine:
         self._phase: Phase = "schedule"
         self._faults = Faults()
         self._report = StepReport()
-        self.last_stats = self._report.stats(self.kv, self.scheduler, Schedule(), seconds=0.0)
+        self.last_stats = self._report.stats(self.kv, self._reuse, self.scheduler, Schedule(), seconds=0.0)
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._reuse.unwritten
 
     @property
     def max_kv_tokens(self) -> int:
@@ -103,12 +112,29 @@ class Engine:
         Raises:
             InvalidRequest: it could never be served as asked.
         """
-        return self._planner.plan(request)
+        planned = self._planner.plan(request)
+        keys, judged = self._keys(planned), request.sampling.prompt_logprobs is not None
+        return replace(planned, keys=keys, read=self._reuse.read(keys, request.prompt_token_ids, judged))
+
+    def _keys(self, planned: Planned) -> ReuseKeys:
+        request = planned.request
+        name = SessionName(request.owner, request.session) if request.session else None
+        return self._reuse.keys(
+            request.prompt_token_ids,
+            planned.eviction,
+            observed_of(planned.eviction, planned.explain_plans),
+            request.cache_salt,
+            judged=request.sampling.prompt_logprobs is not None,
+            session=name,
+            shaped_by=shaped_by(request.eviction, request.cache_salt) if name is not None else "",
+            tenant=request.tenant,
+            context_ttl=request.context_ttl,
+        )
 
     def add(self, planned: Planned) -> None:
         """Queues a request; its further choices fork from the first one after prefill."""
         first, *others = self._sequences(planned)
-        first.forks = others
+        first.forks, first.read = others, planned.read
         self.scheduler.add(first)
 
     def _sequences(self, planned: Planned) -> list[Sequence]:
@@ -116,8 +142,6 @@ class Engine:
         request, plan, matcher = planned.request, planned.eviction, planned.matcher
         sampling, prompt = request.sampling, request.prompt_token_ids
         seed = sampling.seed if sampling.seed is not None else secrets.randbits(64)
-        observed, judged = observed_of(plan, planned.explain_plans), sampling.prompt_logprobs is not None
-        keys = self._reuse.keys(prompt, plan, observed, request.cache_salt, judged)
         return [
             Sequence(
                 request=request,
@@ -131,19 +155,39 @@ class Engine:
                 ),
                 matcher=matcher.deep_copy() if matcher is not None else None,
                 explain_plans=planned.explain_plans,
-                keys=keys,
+                keys=planned.keys,
             )
             for index in range(sampling.n)
         ]
 
-    def drop_prefixes(self) -> int:
-        """Drops the prefixes that no running sequence uses; returns the bytes that are free again."""
+    def drop_prefixes(self, tenant: str = "") -> int:
+        """Drops the prefixes that no running sequence uses, but for sessions; returns the bytes freed.
+
+        Args:
+            tenant: whose they are; of one alone, only those on disk are dropped.
+        """
         try:
-            return self.kv.prefixes.drop() * self.kv.page_bytes
+            return self._reuse.drop_prefixes(tenant) * self.kv.page_bytes
         except Exception as error:
             self._faults.note("free", error)
             self._recover()
             raise
+
+    def sessions(self, owner: str) -> list[SessionStats]:
+        """The sessions of an API key that can go on, the one used last first."""
+        return self._reuse.sessions.told(owner, self.kv.page_bytes)
+
+    def drop_session(self, owner: str, name: str, tenant: str = "") -> int | None:
+        """Drops a session; returns the bytes freed, or None if there is none of that name."""
+        pages = self._reuse.drop_session(SessionName(owner, name), tenant)
+        return None if pages is None else pages * self.kv.page_bytes
+
+    def close(self, timeout: float) -> None:
+        """Writes what is to be kept on disk, for so many seconds at most; nothing runs any more."""
+        while self._reuse.unwritten:
+            self._reuse.write_some()
+        if self._reuse.store is not None:
+            self._reuse.store.close(timeout)
 
     def abort(self, request_id: str) -> None:
         """Ends a request wherever it is and frees its pages; unknown ids are ignored."""
@@ -333,15 +377,17 @@ class Engine:
         self._phase = "prefix"
         sequence.progress.computed += chunk
         sequence.peak_bytes = max(sequence.peak_bytes, self.kv.sequence_bytes(slot))
-        self._reuse.after_chunk(slot, sequence.keys, prompt, start, sequence.computed)
+        if sequence.progress.shareable and not sequence.progress.evictions:
+            self._reuse.after_chunk(slot, sequence.keys, prompt, start, sequence.computed)
         self._phase = "evict"
         self._evict_if_due(sequence)
         self._phase = "prefix"
         progress = sequence.progress  # a new one if it had to be preempted
-        self._reuse.after_eviction(slot, sequence.keys, progress.computed, progress.evictions)
+        if progress.shareable:
+            self._reuse.after_eviction(slot, sequence.keys, progress.computed, progress.evictions)
         if progress.computed == len(prompt):
             progress.kept_tokens = self.kv.held_tokens(slot)
-            if sequence.plan.decode_budget_tokens is None and not sequence.explain_plans:
+            if not sequence.observes_answer:
                 self.kv.stop_observing(slot)
 
     def _evict_if_due(self, sequence: Sequence) -> None:
@@ -364,6 +410,7 @@ class Engine:
         except OutOfPages:
             return self.scheduler.preempt(sequence)
         progress.evictions += 1
+        progress.evicted_at = progress.computed
         progress.decode_evictions += phase == "decode"
         budgets = self.kv.head_lengths(sequence.slot)[list(self.kv.layout.full_rows)]
         kept = float(budgets.mean())
@@ -493,13 +540,30 @@ class Engine:
         self._report.outputs.append(output)
 
     def _finish(self, sequence: Sequence, reason: FinishReason, report: KVReport | None = None) -> None:
-        """Takes a sequence out of the engine."""
+        """Takes a sequence out of the engine; what it leaves may be gone on from."""
+        if reason != "error" and sequence.progress.kept_tokens is not None and sequence.slot >= 0:
+            self._for_nobody("prefix", lambda: self._leave(sequence))
         self._for_nobody("free", lambda: self.scheduler.remove(sequence))
         self._for_nobody("report", lambda: self._report.finish(sequence, reason, report))
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Caches what a sequence that ends has computed."""
+        slot, progress, observed = sequence.slot, sequence.progress, self.kv.observed.get(sequence.slot)
+        left = replace(
+            self.kv.contents(slot, progress.computed),
+            evictions=progress.evictions,
+            evicted_at=progress.evicted_at,
+            shareable=progress.shareable,
+            protect=sequence.plan.protect,
+            observed=observed if observed is not None and observed.needs.all_queries else None,
+        )
+        tokens = sequence.tokens(0, progress.computed)
+        self._reuse.after_end(slot, sequence.keys, tokens, left, sequence.plan.policy.name)
 
     def _end_step(self, schedule: Schedule, started: float) -> list[Output]:
         """Hands out what is new, and learns how long it took."""
         report, self._report = self._report, StepReport()
+        self._for_nobody("prefix", self._reuse.write_some)
         seconds = time.perf_counter() - started
         self._for_nobody("report", lambda: self._tell(report, schedule, seconds))
         self._faults.end_step(schedule.sequences)
@@ -507,7 +571,7 @@ class Engine:
 
     def _tell(self, report: StepReport, schedule: Schedule, seconds: float) -> None:
         self.last_stats = report.bare_stats(self.scheduler, seconds)  # lest those before are told again
-        self.last_stats = stats = report.stats(self.kv, self.scheduler, schedule, seconds)
+        self.last_stats = stats = report.stats(self.kv, self._reuse, self.scheduler, schedule, seconds)
         if stats.generation_tokens:  # the host has waited for the device
             decodes = sum(schedule.chunks) - stats.prompt_tokens
             self.scheduler.pace.observe(decodes, stats.prompt_tokens, seconds)

@@ -6,6 +6,8 @@ import itertools
 import time
 
 from curkv.cache.page_manager import PageManager
+from curkv.cache.reuse import PrefixReuse
+from curkv.cache.store import StoreStats
 from curkv.engine.scheduler import Schedule, Scheduler
 from curkv.engine.sequence import Sequence
 from curkv.engine.stats import EvictionStats, RequestStats, SequenceStats, StepStats
@@ -47,7 +49,9 @@ class StepReport:
             step_seconds=seconds,
         )
 
-    def stats(self, kv: PageManager, scheduler: Scheduler, step: Schedule, seconds: float) -> StepStats:
+    def stats(
+        self, kv: PageManager, reuse: PrefixReuse, scheduler: Scheduler, step: Schedule, seconds: float
+    ) -> StepStats:
         """Where the engine stands after the step."""
         usage = kv.usage
         prompt_tokens = sum(
@@ -75,6 +79,9 @@ class StepReport:
             finished=self.finished,
             sequences=[_sequence_stats(kv, sequence) for sequence in scheduler.running],
             step_seconds=seconds,
+            sessions=len(reuse.sessions),
+            session_bytes=reuse.sessions.held_pages * kv.page_bytes,
+            store=reuse.store.stats if reuse.store is not None else StoreStats(),
         )
 
 

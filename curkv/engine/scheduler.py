@@ -191,6 +191,9 @@ class Scheduler:
         """Moves a waiting sequence to the running ones if it fits."""
         if len(self.running) >= self.kv.layout.max_sequences:
             return False
+        if sequence.read:
+            self._reuse.restore(sequence.keys, sequence.prompt, sequence.read)
+            sequence.read = ()
         prefix = self._reuse.find(sequence.keys, sequence.prompt, sequence.wants_prompt_logprobs)
         if self.running and not self._fits(sequence, prefix):
             return False

@@ -19,6 +19,8 @@ from curkv.engine.types import Request, TokenLogprob
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
+    from curkv.cache.stored import Restored
+
 
 @dataclass
 class Progress:
@@ -29,6 +31,8 @@ class Progress:
         kept_tokens: prompt tokens held per head, on average, at the end of prefill; None before.
         evicted_tokens: tokens evicted so far, per head on average.
         evictions: rounds of eviction so far.
+        evicted_at: tokens computed at the last of them.
+        shareable: what it holds is what any sequence of its tokens would, as far as nothing was evicted.
         decode_evictions: of these, while generating.
         prompt_logprobs: of its prompt, as far as it is computed.
         explanations: of the plans explained so far.
@@ -38,6 +42,8 @@ class Progress:
     kept_tokens: float | None = None
     evicted_tokens: float = 0.0
     evictions: int = 0
+    evicted_at: int = 0
+    shareable: bool = True
     decode_evictions: int = 0
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     explanations: list[Explanation] = field(default_factory=list)
@@ -48,7 +54,13 @@ class Progress:
         if prefix is None:
             return cls()
         evicted = prefix.tokens - float(prefix.lengths.mean())
-        return cls(computed=prefix.tokens, evicted_tokens=evicted, evictions=prefix.evictions)
+        return cls(
+            computed=prefix.tokens,
+            evicted_tokens=evicted,
+            evictions=prefix.evictions,
+            evicted_at=prefix.evicted_at,
+            shareable=prefix.shareable,
+        )
 
     def copy(self) -> Progress:
         """The same, to go on apart."""
@@ -81,6 +93,7 @@ class Sequence:
         matcher: follows the structure of its output, if it has one.
         explain_plans: plans to be explained after the prompt.
         keys: under which prefixes of its prompt are cached.
+        read: what was read from disk for it and is not in memory yet.
         slot: row of the page table, -1 while the sequence holds no memory.
         output: generated tokens.
         token_times: when each of them was sampled, `time.monotonic()`.
@@ -101,6 +114,7 @@ class Sequence:
     matcher: LLMatcher | None = None
     explain_plans: tuple[EvictionPlan, ...] = ()
     keys: ReuseKeys = field(default_factory=ReuseKeys)
+    read: tuple[Restored, ...] = ()
     slot: int = -1
     output: list[int] = field(default_factory=list)
     token_times: list[float] = field(default_factory=list)
@@ -151,6 +165,13 @@ class Sequence:
         return observed_of(self.plan, self.explain_plans)
 
     @property
+    def observes_answer(self) -> bool:
+        """Whether queries of generated tokens are observed too, for them or for the session's next turn."""
+        if self.plan.decode_budget_tokens is not None or self.explain_plans:
+            return True
+        return self.keys.session is not None and self.observed.all_queries
+
+    @property
     def wants_prompt_logprobs(self) -> bool:
         """Whether log-probabilities of its prompt are still to be reported."""
         return self.request.sampling.prompt_logprobs is not None and not self.output
@@ -173,8 +194,10 @@ class Sequence:
         return head + self.output[: count - len(head)]
 
     def start(self, slot: int, prefix: Prefix | None) -> None:
-        """Lets it run from where a prefix ends, or from the beginning."""
+        """Lets it run from where a prefix ends, or from the beginning; what that protects stays protected."""
         self.slot, self.progress = slot, Progress.behind(prefix)
+        if prefix is not None and prefix.protect:
+            self.plan = self.plan.protecting(prefix.protect)
         if self.first_run is None:
             self.first_run = FirstRun(time.monotonic(), self.computed)
 

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from curkv.cache.store import StoreStats
 from curkv.engine.types import FinishReason, KVReport
 
 
@@ -124,6 +125,9 @@ class StepStats:
         prefix_queries: prompt tokens of the sequences that first ran in the step, if prefixes are cached.
         prefix_hits: of these, tokens that a cached prefix had.
         started: ids of the requests that first ran in the step.
+        sessions: conversations that can go on from what is held of them.
+        session_bytes: bytes of the pages held of them, a part of `prefix_bytes`.
+        store: what the prefix store has done since the start.
     """
 
     running: int
@@ -146,6 +150,9 @@ class StepStats:
     prefix_queries: int = 0
     prefix_hits: int = 0
     started: list[str] = field(default_factory=list)
+    sessions: int = 0
+    session_bytes: int = 0
+    store: StoreStats = field(default_factory=StoreStats)
 
 
 StatsSink = Callable[[StepStats], None]

@@ -7,12 +7,15 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from curkv.cache.reuse import ReuseKeys
+
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
     from curkv.cache.explain import Explanation
     from curkv.cache.options import EvictionOptions
     from curkv.cache.plan import EvictionPlan
+    from curkv.cache.stored import Restored
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -150,6 +153,9 @@ class Request:
         priority: lower runs first; equal priorities run in order of arrival.
         owner: name of the API key that it came with.
         traceparent: the span that it belongs to, as in W3C Trace Context; "" if none.
+        tenant: who alone finds on disk what is cached of it; "": everybody.
+        context_ttl: seconds for which what is cached of its context gives way after all else.
+        session: the conversation of that key that it goes on; "": none.
         arrival_time: `time.monotonic()` in seconds.
     """
 
@@ -162,6 +168,9 @@ class Request:
     priority: int = 0
     owner: str = ""
     traceparent: str = ""
+    tenant: str = ""
+    context_ttl: float = 0.0
+    session: str = ""
     arrival_time: float = field(default_factory=time.monotonic)
 
 
@@ -175,6 +184,8 @@ class Planned:
         max_tokens: most tokens that each choice generates.
         explain_plans: the options to be explained, resolved to plans.
         matcher: stands at the start of an output that follows its structure; None: the output is free.
+        keys: under what its prefixes are cached.
+        read: what was read from disk for it.
     """
 
     request: Request
@@ -182,6 +193,8 @@ class Planned:
     max_tokens: int
     explain_plans: tuple[EvictionPlan, ...] = ()
     matcher: LLMatcher | None = None
+    keys: ReuseKeys = field(default_factory=ReuseKeys)
+    read: tuple[Restored, ...] = ()
 
 
 @dataclass(frozen=True)

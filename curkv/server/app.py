@@ -26,6 +26,7 @@ from curkv.server.middleware import ApiKeyMiddleware, BodyMiddleware, CrashMiddl
 from curkv.server.models.router import router as models
 from curkv.server.page.router import files as page_files
 from curkv.server.page.router import router as page
+from curkv.server.sessions.router import router as sessions
 from curkv.server.state import ServerState
 from curkv.server.tokens.router import router as tokens
 
@@ -68,7 +69,7 @@ def create_app(client: EngineClient | None, settings: Settings, lifespan: Lifesp
         app.state.server.attach(client)
     guarded = [Depends(HTTPBearer(auto_error=False))] if keys else []
     refusals = error_responses(401) if keys else {}
-    for router in (completions, chat, explain, tokens, models, live, page):
+    for router in (completions, chat, explain, tokens, models, live, sessions, page):
         app.include_router(router, dependencies=guarded, responses=refusals)
     app.include_router(health)
     app.mount("/page", page_files)

@@ -61,11 +61,13 @@ class Prompt:
         token_ids: its tokens.
         text: as it was given; None if it was given in tokens.
         context_tokens: where the client says that its context ends, in tokens; None if it says nothing.
+        context_ttl: seconds for which what is cached of it gives way after all else.
     """
 
     token_ids: list[int]
     text: str | None = None
     context_tokens: int | None = None
+    context_ttl: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -234,6 +236,9 @@ async def prepare(
                 priority=treated.priority,
                 owner=key,
                 traceparent=http.headers.get("traceparent", ""),
+                tenant=state.keys.tenant(key),
+                context_ttl=prompt.context_ttl,
+                session=controls.session,
             )
             for index, prompt in enumerate(prompts)
         ]

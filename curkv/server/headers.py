@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
@@ -26,13 +27,21 @@ HEADERS = {
     "X-KV-Recent-Tokens": "recent_tokens",
     "X-KV-Protect": "protect",
     "X-KV-Seed": "seed",
+    "X-KV-Session": "session",
 }
-"""Header to field of `kv`. Both go through the field's one parser, that of `parse_options`."""
+"""Header to field of `kv`. Both go through the field's one parser, `session_name` or `parse_options`."""
 
 _FIELD_OF = {header.lower(): field for header, field in HEADERS.items()}
 _HEADER_OF = {field: header for header, field in HEADERS.items()}
 
-_SCHEMAS = {name: entry.schema for name, entry in catalogue().items()}
+_SESSION = re.compile(r"[A-Za-z0-9._:@+=~-]{1,128}")
+_SESSION_SCHEMA = {
+    "type": "string",
+    "pattern": f"^{_SESSION.pattern}$",
+    "description": "Conversation that the request goes on, whose cache is held for its next turn.",
+    "examples": ["chat-1"],
+}
+_SCHEMAS = {name: entry.schema for name, entry in catalogue().items()} | {"session": _SESSION_SCHEMA}
 
 
 def _check_object(value: Any) -> Any:
@@ -83,11 +92,13 @@ class EvictionControls:
         options: the options.
         in_headers: fields that a header gave.
         in_body: fields that the body's `kv` gave and no header.
+        session: name of the conversation that it goes on; "": none.
     """
 
     options: EvictionOptions
     in_headers: frozenset[str]
     in_body: frozenset[str]
+    session: str = ""
 
     def for_context(self, tokens: int | None) -> EvictionOptions:
         """The options of a prompt whose first `tokens` tokens the client marked as its context.
@@ -134,11 +145,24 @@ def eviction_controls(
     from_headers = _read_headers(headers)
     from_body = {f: v for f, v in (body or {}).items() if f not in from_headers and v is not None}
     in_headers, in_body = frozenset(from_headers), frozenset(from_body)
+    given = {**from_body, **from_headers}
     try:
-        options = parse_options({**from_body, **from_headers}, defaults)
+        session = session_name(given.pop("session", ""))
+        options = parse_options(given, defaults)
     except OptionError as error:
         raise InvalidRequest(error.message, _param(error.field, in_headers, in_body)) from error
-    return EvictionControls(options, in_headers, in_body)
+    return EvictionControls(options, in_headers, in_body, session)
+
+
+def session_name(value: object) -> str:
+    """Reads the name of a session; "" is none.
+
+    Raises:
+        OptionError: it is no name.
+    """
+    if value == "" or (isinstance(value, str) and _SESSION.fullmatch(value)):
+        return str(value)
+    raise OptionError("session", "expected 1 to 128 of the letters a-z, A-Z, the digits, and . _ : @ + = ~ -")
 
 
 def _read_headers(headers: Headers) -> dict[str, str]:

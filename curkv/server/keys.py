@@ -64,6 +64,10 @@ class Keys:
         """Under which salt prefixes of a key's requests are cached."""
         return f"{name}\x00{self._drops[name]}\x00{salt}" if self.several else salt
 
+    def tenant(self, name: str) -> str:
+        """Stands for a key, whatever its name, where the cache outlives the process; "" if all share it."""
+        return dict(self._digests)[name].hex() if self.several else ""
+
     def drop(self, name: str) -> None:
         """Lets go of the prefixes of a key: they are found no more, and give way when room is needed."""
         self._drops[name] += 1

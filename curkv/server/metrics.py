@@ -20,6 +20,7 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from curkv.cache.store import StoreStats
 from curkv.engine.stats import EvictionStats, RequestStats, SequenceStats, StepStats
 from curkv.engine.types import FinishReason
 
@@ -93,6 +94,19 @@ class Metrics:
         self._prefix_saved = self._gauge(
             "prefix_cache_saved_bytes", "Bytes of KV cache that more would be in use if no page was shared."
         )
+        self._sessions = self._gauge("sessions", "Conversations that can go on from what is held of them.")
+        self._session_bytes = self._gauge("session_held_bytes", "Bytes of KV cache pages held of sessions.")
+        self._store_bytes = self._gauge("prefix_store_bytes", "Bytes of the prefix store on disk.")
+        self._store = {
+            "hits": self._counter("prefix_store_hits", "Entries that were read and taken."),
+            "saved_tokens": self._counter("prefix_store_saved_tokens", "Prompt tokens that they stood for."),
+            "read_seconds": self._counter("prefix_store_read_seconds", "Time spent on reading entries."),
+            "written": self._counter("prefix_store_written", "Entries written."),
+            "skipped": self._counter(
+                "prefix_store_skipped", "Entries that were damaged or could not be written."
+            ),
+        }
+        self._stored = StoreStats()
         self._prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens that were looked up.")
         self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens that were held already.")
         self._prompt = self._counter("prompt_tokens", "Prompt tokens computed.")
@@ -224,7 +238,17 @@ class Metrics:
         self._stranded.labels(self._model).set(step.stranded_slots_ratio)
         self._prefix_bytes.labels(self._model).set(step.prefix_bytes)
         self._prefix_saved.labels(self._model).set(step.prefix_saved_bytes)
+        self._sessions.labels(self._model).set(step.sessions)
+        self._session_bytes.labels(self._model).set(step.session_bytes)
+        self._observe_store(step.store)
         self._observe_held(step.sequences)
+
+    def _observe_store(self, store: StoreStats) -> None:
+        """Takes in what the prefix store has done since the start."""
+        self._store_bytes.labels(self._model).set(store.bytes)
+        for name, counter in self._store.items():
+            counter.labels(self._model).inc(max(0, getattr(store, name) - getattr(self._stored, name)))
+        self._stored = store
 
     def _observe_held(self, sequences: Sequence[SequenceStats]) -> None:
         """Sums up what each policy's sequences hold; a policy seen before falls back to 0."""

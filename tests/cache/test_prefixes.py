@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from curkv.cache.integrity import check_integrity
 from curkv.cache.page_manager import PageManager
 from curkv.cache.prefixes import block_keys, context_digest
 from tests.cache.util import make_cache
@@ -103,3 +106,19 @@ def test_bytes_held_and_saved() -> None:
         cache.adopt(found)
         assert cache.usage.used_bytes == 12 * cache.page_bytes
         assert cache.usage.saved_bytes == count * 12 * cache.page_bytes
+
+
+def test_what_is_pinned_gives_way_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For as long as it is pinned, and all the same where nothing else is left."""
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    cache = make_cache(max_prefix_pages=5 * HEADS)
+    pinned = held_blocks(cache, "pinned", 2)
+    cache.prefixes.pin(pinned, 10.0)
+    for name in ("b", "c"):
+        held_blocks(cache, name, 2)
+    assert all(key in cache.prefixes for key in pinned)
+    now[0] = 11.0
+    held_blocks(cache, "d", 2)
+    assert not any(key in cache.prefixes for key in pinned)
+    check_integrity(cache)

@@ -29,7 +29,7 @@ def sequence() -> Sequence:
 
 def advanced() -> Progress:
     """Progress in which every field differs from that of a new sequence."""
-    progress = Progress(7, 4.5, 2.5, 2, 1, [TokenLogprob(1, -0.5)], [None])  # type: ignore[list-item]
+    progress = Progress(7, 4.5, 2.5, 2, 6, False, 1, [TokenLogprob(1, -0.5)], [None])  # type: ignore[list-item]
     new = Progress()
     assert all(getattr(progress, f.name) != getattr(new, f.name) for f in fields(Progress))
     return progress

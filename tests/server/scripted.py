@@ -17,6 +17,7 @@ from curkv.cache.explain import Explanation
 from curkv.cache.layout import CacheLayout, full_attention
 from curkv.cache.options import OptionError
 from curkv.cache.plan import EvictionPlan, resolve
+from curkv.cache.sessions import SessionStats
 from curkv.config import Settings
 from curkv.engine.client import EngineUnavailable
 from curkv.engine.stats import StatsSink, StepStats
@@ -230,7 +231,17 @@ class ScriptedClient:
             finish_reason="length",
         )
 
-    async def drop_prefixes(self) -> int:
+    async def sessions(self, owner: str) -> list[SessionStats]:
+        """One for each of an owner's requests that named one."""
+        named = {r.session: r for r in self.taken if r.session and r.owner == owner}
+        return [
+            SessionStats(name, r.eviction.policy, 9, 4.0, 4096, 1, 1, 2.0, 98.0) for name, r in named.items()
+        ]
+
+    async def drop_session(self, owner: str, name: str, tenant: str = "") -> int | None:
+        return 4096 if name in [session.id for session in await self.sessions(owner)] else None
+
+    async def drop_prefixes(self, tenant: str = "") -> int:
         return 4096
 
     async def drain(self, timeout: float) -> bool:

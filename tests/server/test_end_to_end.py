@@ -288,14 +288,36 @@ async def test_a_repeated_prompt_is_found_until_prefixes_are_dropped(
         answer = (await http.post("/v1/completions", json=body)).json()
         texts.append(answer["choices"][0]["text"])
         cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
-    page, length = engine.cache_layout.page_size, answer["usage"]["prompt_tokens"]
-    assert cached == [0, (length - 2) // page * page, 0]
+    assert cached == [0, answer["usage"]["prompt_tokens"] - 2, 0]
     assert len(set(texts)) == 1
     async with asyncio.timeout(10):
         while (
             f'curkv:prefix_cache_hits_total{{model_name="{NAME}"}} 0.0' in (await http.get("/metrics")).text
         ):
             await asyncio.sleep(0.05)
+
+
+async def test_a_conversation_goes_on_from_what_it_held(openai: AsyncOpenAI, http: httpx.AsyncClient) -> None:
+    messages, computed, held = [{"role": "user", "content": QUESTION}], [], []
+    for turn in range(4):
+        answer = await openai.chat.completions.create(
+            model=NAME, messages=messages, max_tokens=8, temperature=0,
+            extra_body={"kv": {"policy": "snapkv", "budget": "100", "session": "talk"}},
+        )  # fmt: skip
+        assert answer.usage is not None and answer.usage.prompt_tokens_details is not None
+        cached = answer.usage.prompt_tokens_details.cached_tokens or 0
+        computed.append(answer.usage.prompt_tokens - cached)
+        held.append(answer.usage.model_extra["kv"]["kept_tokens"])
+        messages += [
+            {"role": "assistant", "content": answer.choices[0].message.content},
+            {"role": "user", "content": f"And what is {turn} plus {turn}?"},
+        ]
+    assert computed[0] > 300 and max(computed[1:]) < 60 and max(held) <= 100
+    [session] = (await http.get("/v1/kv/sessions")).json()["data"]
+    assert (session["id"], session["policy"], session["answers"]) == ("talk", "snapkv", 4)
+    assert (await http.delete("/v1/kv/sessions/talk")).json()["freed_bytes"] > 0
+    assert (await http.delete("/v1/kv/sessions/talk")).status_code == 404
+    assert (await http.get("/v1/kv/sessions")).json() == {"data": []}
 
 
 async def test_a_client_that_goes_away_while_prefixes_are_dropped_leaves_the_engine_running(

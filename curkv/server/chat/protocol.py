@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -43,6 +44,9 @@ class CacheControl(BaseModel):
     model_config = ConfigDict(strict=True)
 
     type: Literal["ephemeral"]
+    ttl: Literal["5m", "1h"] | None = Field(
+        None, description="For so long what is cached of the context gives way after all else."
+    )
 
 
 class TextPart(BaseModel):
@@ -126,6 +130,16 @@ class Message(BaseModel):
         if parts and self.cache_control is not None:
             parts[-1] = parts[-1][0], True
         return parts
+
+
+def context_ttl(messages: Sequence[Message]) -> float:
+    """Seconds for which what is cached of the context gives way after all else: the longest asked for."""
+    parts = [part for message in messages if isinstance(message.content, list) for part in message.content]
+    marks = [marked.cache_control for marked in (*messages, *parts)]
+    return max((_TTL_SECONDS.get(mark.ttl or "", 0.0) for mark in marks if mark is not None), default=0.0)
+
+
+_TTL_SECONDS = {"5m": 300.0, "1h": 3600.0}
 
 
 class ChatRequest(GenerationFields):

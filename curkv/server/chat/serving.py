@@ -22,6 +22,7 @@ from curkv.server.chat.protocol import (
     FinishReason,
     Message,
     TopLogprob,
+    context_ttl,
 )
 from curkv.server.chat.tools import Spoken, ToolUse, readable_arguments
 from curkv.server.generation import Answer, Generation, Prompt
@@ -60,7 +61,7 @@ def tokenize(
     except ValueError as error:
         raise InvalidRequest(str(error), "messages") from error
     context = sum(end <= context_end for end in ends)
-    return [Prompt(ids, text, context or None)]
+    return [Prompt(ids, text, context or None, context_ttl(messages))]
 
 
 def _plain(messages: Sequence[Message], marked: tuple[int, int] | None = None) -> list[dict[str, Any]]:

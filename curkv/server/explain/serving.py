@@ -83,6 +83,7 @@ def _plan(
         cache_salt=state.keys.salt(place.key, ""),
         priority=priority,
         owner=place.key,
+        tenant=state.keys.tenant(place.key),
     )
     options = []
     for index, fields in enumerate(body.policies or [body.kv]):
@@ -99,6 +100,8 @@ def _plan(
 def _explainable(controls: EvictionControls, client: EngineClient, request: Request) -> EvictionOptions:
     """The options, if what they do to the request's prompt can be said after the whole of it is computed."""
     options = controls.options
+    if controls.session:
+        raise controls.named(InvalidRequest("an explanation belongs to no session", "kv.session"))
     for field, reason in (
         ("context_tokens", "an explanation is of the whole prompt: send the context alone"),
         ("prefill", "an explanation is of one eviction after the whole prompt, not of one per chunk"),

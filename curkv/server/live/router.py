@@ -48,7 +48,8 @@ async def drop_prefixes(request: Request) -> DroppedPrefixes:
     server = server_state(request)
     client = server.ready_client()
     if server.keys.several:
-        server.keys.drop(server.key_of(request))
+        server.keys.drop(key := server.key_of(request))
+        await client.drop_prefixes(server.keys.tenant(key))
         return DroppedPrefixes(freed_bytes=0)
     return DroppedPrefixes(freed_bytes=await client.drop_prefixes())
 

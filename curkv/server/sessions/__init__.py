@@ -1,0 +1,1 @@
+"""GET /v1/kv/sessions and DELETE /v1/kv/sessions/{id}."""
