@@ -5,7 +5,8 @@
 
 Starts a server with a pool small enough to preempt, asks each distinct request alone, under a salt of its own
 so that no prefix helps it, and then sends them mixed: every policy, shared beginnings, marked contexts,
-structured output, tools, several choices, log-probabilities, echoes, explanations, one bad request in 500.
+structured output, tools, several choices, log-probabilities, echoes, explanations, one bad request in 500,
+and one in eight is the next turn of a conversation, in a session and under a prefix store.
 Some go away: streams after a random piece, others after a random part of the time that their kind takes.
 
 Prints a table. Fails unless every answer that was waited for equals the one alone; running, waiting, used
@@ -16,6 +17,7 @@ resident memory grew by less than `--growth` per thousand requests over the last
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import tempfile
@@ -40,6 +42,10 @@ from curkv.sse import event_of
 from curkv.tables import table
 
 COMPLETIONS, CHAT, EXPLAIN = "/v1/completions", "/v1/chat/completions", "/v1/kv/explain"
+TALK_ONE_IN = 8
+"""Of that many requests one is the next turn of a conversation."""
+TALKS = 6
+"""Conversations at once."""
 POISONED_ONE_IN = 500
 SAMPLES = 200
 """How often the server's process is looked at."""
@@ -136,6 +142,28 @@ class Answer:
 
 
 @dataclass
+class Talk:
+    """A conversation in a session, whose turns go on from each other.
+
+    Attributes:
+        name: of the session.
+        kv: its options.
+        ids: what was said so far.
+    """
+
+    name: str
+    kv: dict[str, Any]
+    ids: list[int] = field(default_factory=list)
+
+    def body(self, rng: random.Random) -> dict[str, Any]:
+        """The next turn."""
+        said = [rng.randrange(90) for _ in range(rng.randint(8, 60))]
+        kv = {**self.kv, "session": self.name}
+        return {"prompt": self.ids + said, "max_tokens": 12, "ignore_eos": True, "return_token_ids": True,
+                "temperature": 0, "kv": kv}  # fmt: skip
+
+
+@dataclass
 class Sample:
     """The server's process at one moment."""
 
@@ -157,6 +185,9 @@ class Seen:
     unequal: list[str] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     started: int = 0
+    turns: int = 0
+    turn_tokens: int = 0
+    turn_cached: int = 0
 
     @property
     def done(self) -> int:
@@ -261,6 +292,7 @@ class Soak:
     def __init__(self, url: str, process: psutil.Process, gone: float, total: int, seconds: float) -> None:
         self.url, self.process, self.gone, self.total, self.seconds = url, process, gone, total, seconds
         self.seen, self.alone = Seen(), dict[str, Answer]()
+        self.talks: dict[int, Talk] = {}
 
     def client(self) -> httpx.AsyncClient:
         """A client with as many connections as it likes."""
@@ -303,6 +335,31 @@ class Soak:
             seen.seconds[case.path] += 0.1 * (time.monotonic() - started - seen.seconds[case.path])
             self.compare(case, answer)
 
+    async def talk(
+        self, http: httpx.AsyncClient, rng: random.Random, index: int, policies: Sequence[str]
+    ) -> None:
+        """Sends the next turn of a conversation, at times two at once; a long one begins anew."""
+        number = rng.randrange(TALKS)
+        talk = self.talks.get(number)
+        if talk is None or len(talk.ids) > 600:
+            policy = rng.choice(policies)
+            talk = Talk(f"talk-{index}", {"policy": policy, **({"budget": "80"} if policy != "full" else {})})
+            self.talks[number] = talk
+        body = talk.body(rng)
+        status, leaves = "gone", rng.random() < self.gone
+        self.seen.started += 1
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(rng.random() * 0.5 if leaves else None):
+                response = await http.post(COMPLETIONS, json=body)
+                status = str(response.status_code)
+        self.seen.statuses[status] += 1
+        if status == "200":
+            usage, ids = response.json()["usage"], response.json()["choices"][0]["token_ids"]
+            self.seen.turns += 1
+            self.seen.turn_tokens += usage["prompt_tokens"]
+            self.seen.turn_cached += usage["prompt_tokens_details"]["cached_tokens"]
+            talk.ids = body["prompt"] + ids
+
     def compare(self, case: Case, answer: Answer) -> None:
         """Holds an answer against the one alone."""
         seen, alone = self.seen, self.alone[case.key]
@@ -314,7 +371,7 @@ class Soak:
                 f"tokens {answer.tokens == alone.tokens}, {answer.distance(alone):.3g}: {case.key}"
             )
 
-    async def send_all(self, cases: Sequence[Case], users: int, seed: int) -> None:
+    async def send_all(self, cases: Sequence[Case], policies: Sequence[str], users: int, seed: int) -> None:
         """Sends everything, so many at once."""
         room, every = asyncio.Semaphore(users), max(1, self.total // SAMPLES)
         deadline = time.monotonic() + self.seconds
@@ -333,6 +390,8 @@ class Soak:
                             self.seen.statuses[
                                 "refused" if status in ("400", "413") else f"poison {status}"
                             ] += 1
+                        elif index % TALK_ONE_IN == 0:
+                            await self.talk(http, rng, index, policies)
                         else:
                             await self.send(http, rng, rng.choice(cases))
                     bar.update()
@@ -345,6 +404,8 @@ class Soak:
         """What is still held when all are gone, waited for for ten seconds."""
         for _ in range(100):
             async with self.client() as http:
+                for session in (await http.get("/v1/kv/sessions")).json()["data"]:
+                    await http.delete(f"/v1/kv/sessions/{session['id']}")
                 await http.delete("/v1/kv/prefixes")
                 figures = metrics((await http.get("/metrics")).text)
                 sequences = (await http.get("/v1/kv/state")).json()["sequences"]
@@ -373,7 +434,7 @@ async def soak(run: Soak, distinct: int, users: int, seed: int, growth: float) -
     await run.left()  # so that what only the end asks for is no news to the process
     run.seen.samples.append(run.sample())
     started = time.monotonic()
-    await run.send_all(cases, users, seed)
+    await run.send_all(cases, policies, users, seed)
     seconds, left = time.monotonic() - started, await run.left()
     await asyncio.sleep(1)
     end, seen = run.sample(), run.seen
@@ -394,6 +455,17 @@ async def soak(run: Soak, distinct: int, users: int, seed: int, growth: float) -
         ["anything else", str(other or 0)],
         ["preemptions", f"{figures['curkv:num_preemptions_total']:.0f}"],
         ["prompt tokens from prefixes", f"{figures['curkv:prefix_cache_hits_total']:.0f}"],
+        [
+            "turns of conversations; tokens of their prompts, of these found",
+            f"{seen.turns}; {seen.turn_tokens}, {seen.turn_cached}",
+        ],
+        [
+            "read from the prefix store; written; skipped",
+            "; ".join(
+                f"{figures[f'curkv:prefix_store_{name}_total']:.0f}"
+                for name in ("hits", "written", "skipped")
+            ),
+        ],
         *(
             [
                 f"{kind} equal",
@@ -434,6 +506,7 @@ def main(
             write_small_model(Path(directory))
             model = directory
         options = ["--kv-cache-memory", kv_cache_memory, "--weights", weights, "--max-model-len", "1024"]
+        options += ["--prefix-store", f"{directory}/store"]
         with running(curkv_serve("--model", model, *options), log) as (url, process):
             run = Soak(url, psutil.Process(process.pid), gone, requests, 60 * minutes)
             try:
