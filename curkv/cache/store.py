@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -330,5 +329,5 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in sorted(tensors.items()):
         value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
         if tensor.numel():
-            value = zlib.crc32(np.ascontiguousarray(tensor.contiguous().view(torch.uint8).numpy()), value)
+            value = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data, value)
     return f"{value:08x}"

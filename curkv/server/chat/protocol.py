@@ -135,7 +135,7 @@ class Message(BaseModel):
 def context_ttl(messages: Sequence[Message]) -> float:
     """Seconds for which what is cached of the context gives way after all else: the longest asked for."""
     parts = [part for message in messages if isinstance(message.content, list) for part in message.content]
-    marks = [marked.cache_control for marked in (*messages, *parts)]
+    marks = [part.cache_control for part in parts] + [message.cache_control for message in messages]
     return max((_TTL_SECONDS.get(mark.ttl or "", 0.0) for mark in marks if mark is not None), default=0.0)
 
 
