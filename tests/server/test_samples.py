@@ -46,7 +46,10 @@ def test_the_recommended_setting_answers(http: httpx.Client, sample: dict[str, A
     assert PAGE["answer"] in answer(http, sample, **PAGE["recommended"])
 
 
+@pytest.mark.parametrize("sample", SAMPLES)
 @pytest.mark.parametrize("step", STEPS)
-def test_the_next_steps_come_out_as_they_say(http: httpx.Client, step: dict[str, Any]) -> None:
-    said = answer(http, PAGE["samples"][0], step["boundary"], policy=step["policy"], budget=step["budget"])
+def test_the_next_steps_come_out_as_they_say(
+    http: httpx.Client, sample: dict[str, Any], step: dict[str, Any]
+) -> None:
+    said = answer(http, sample, step["boundary"], policy=step["policy"], budget=step["budget"])
     assert (PAGE["answer"] in said) == step["answers"]

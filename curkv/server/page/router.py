@@ -1,4 +1,4 @@
-"""The page at / and the files it is made of."""
+"""The pages at / and /conversation, and the files they are made of."""
 
 from __future__ import annotations
 
@@ -25,6 +25,12 @@ router = APIRouter(include_in_schema=False)
 async def page() -> FileResponse:
     """The page."""
     return FileResponse(FOLDER / "index.html", headers=SECURITY_HEADERS)
+
+
+@router.get("/conversation")
+async def conversation() -> FileResponse:
+    """The page of a conversation."""
+    return FileResponse(FOLDER / "conversation.html", headers=SECURITY_HEADERS)
 
 
 files = StaticFiles(directory=FOLDER)

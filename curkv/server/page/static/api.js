@@ -28,6 +28,12 @@ export async function post(path, body, signal) {
   return response.json();
 }
 
+export async function remove(path) {
+  const response = await fetch(path, { method: "DELETE", headers: headers() });
+  if (!response.ok) throw await failure(response);
+  return response.json();
+}
+
 // Yields the JSON of each event of a stream until `data: [DONE]`.
 export async function* stream(path, body, extra, signal) {
   const response = await fetch(path, { method: "POST", headers: headers(extra), body: JSON.stringify(body), signal });
