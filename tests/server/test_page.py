@@ -164,3 +164,40 @@ def test_colours_follow_the_button(page: Any) -> None:
         page.click("#theme")
         seen.add(page.evaluate(background))
     assert len(seen) == 2
+
+
+@pytest.fixture
+def talk(page: Any, url: str) -> Any:
+    page.goto(f"{url}/conversation")
+    page.wait_for_selector("#policy option", state="attached")
+    page.fill("#document", "w4 w5 w6")
+    page.fill("#budget", "50%")
+    page.fill("#max-tokens", "3")
+    return page
+
+
+def test_a_conversation_goes_on_in_one_session_and_shows_what_each_turn_cost(
+    talk: Any, engine: ScriptedClient
+) -> None:
+    for turn, said in enumerate(("w7", "w8"), 1):
+        talk.fill("#say", said)
+        talk.keyboard.press("Enter")
+        talk.wait_for_selector(f"#turns li.assistant >> nth={turn - 1} >> text=w1 w2 w3")
+        talk.wait_for_selector(f"#costs tr >> nth={turn - 1}")
+        talk.wait_for_selector("#go:enabled")
+    first, second = engine.taken
+    assert first.session == second.session != ""
+    assert second.prompt_token_ids[: len(first.prompt_token_ids) - 1] == first.prompt_token_ids[:-1]
+    assert talk.locator("#document").is_disabled()
+    talk.click("#anew")
+    assert talk.locator("#turns li").count() == 0 and talk.locator("#document").is_enabled()
+
+
+def test_a_turn_that_is_refused_can_be_said_again(talk: Any, engine: ScriptedClient) -> None:
+    talk.fill("#budget", "150%")
+    talk.fill("#say", "w7")
+    talk.keyboard.press("Enter")
+    talk.wait_for_selector("#problem:has-text('Budget: ')")
+    assert talk.locator("#turns li").count() == 0 and talk.input_value("#say") == "w7"
+    assert not engine.taken
+    excuse(talk, 400)
