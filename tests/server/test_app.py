@@ -43,5 +43,5 @@ async def test_openapi_describes_every_field_of_kv(http: httpx.AsyncClient) -> N
     document = (await http.get("/openapi.json")).json()
     schemas = [s for s in document["components"]["schemas"].values() if "kv" in s.get("properties", {})]
     [kv] = [part for part in schemas[0]["properties"]["kv"]["anyOf"] if part.get("title") == "KVFields"]
-    assert set(kv["properties"]) == set(catalogue())
+    assert set(kv["properties"]) == {*catalogue(), "session"}
     assert all(field["description"] for field in kv["properties"].values())
