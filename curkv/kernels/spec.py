@@ -85,6 +85,10 @@ class Workload:
         }  # fmt: skip
 
 
+SOFTCAP = 50.0
+"""Of attention scores, as Gemma 2 has it."""
+
+
 @dataclass
 class Inputs:
     """Tensors for a workload.
@@ -138,6 +142,11 @@ class Inputs:
             self.workload.tokens, dtype=torch.int32, device=self.device,
         )[:, self.layer]  # fmt: skip
         return table, lengths, self.integers(sequences)
+
+    def masks(self) -> dict[str, Any]:
+        """What else attention may be told: a window that leaves out an eighth of the tokens, a cap, sinks."""
+        m, n = self.workload.model, self.workload.tokens
+        return {"window": n - n // 8, "softcap": SOFTCAP, "sinks": self.near(1.0, m.query_heads)}
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """What an eviction takes: table and lengths of all heads of all layers of one sequence."""

@@ -17,6 +17,9 @@ FLOAT32_DOT = tl.constexpr("ieee" if INTERPRETED.value or torch.version.hip else
 BOOKS = ("table", "lengths", "slots", "query_start", "positions", "lse")
 """Arguments that are slices, of one number each: where they start says nothing for which to compile anew."""
 
+UNSEEN = tl.constexpr(-1e30)
+"""Highest logit of a query that has seen none: finite, lest a block in which it sees none makes NaN."""
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -84,6 +87,32 @@ def find_slots(row, index, mask, PAGE_SIZE: tl.constexpr):
     """
     page = tl.load(row + index // PAGE_SIZE, mask=mask, other=0)
     return page.to(tl.int64) * PAGE_SIZE + index % PAGE_SIZE
+
+
+@triton.jit
+def find_oldest(position, row, length, WINDOWED: tl.constexpr, window, PAGE_SIZE: tl.constexpr):
+    """Index of the first token of a head that its newest one has in its window; 0 without one.
+
+    `position` points to the pages' positions, by which the tokens are sorted.
+    """
+    low = tl.minimum(length, 0)
+    if WINDOWED:
+        high = tl.maximum(length - 1, 0)
+        newest = tl.load(position + find_slots(row, high, length > 0, PAGE_SIZE), mask=length > 0, other=0)
+        while low < high:
+            middle = (low + high) // 2
+            seen = tl.load(position + find_slots(row, middle, length > 0, PAGE_SIZE)) > newest - window
+            low = tl.where(seen, low, middle + 1)
+            high = tl.where(seen, middle, high)
+    return low
+
+
+@triton.jit
+def softcapped(logits, SOFTCAPPED: tl.constexpr, softcap):
+    """softcap tanh(logits / softcap); both in units of base-2 logits."""
+    if SOFTCAPPED:
+        logits = softcap * (1 - 2 / (tl.exp2(logits * (2 * LOG2_E / softcap)) + 1))
+    return logits
 
 
 @triton.jit

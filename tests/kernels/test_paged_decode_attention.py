@@ -7,7 +7,14 @@ import torch
 
 from curkv.kernels.formats import KV_FORMATS, get_format
 from curkv.kernels.paged_decode_attention import cpu, reference
-from tests.kernels.util import assert_close, make_pool, relative_rms
+from tests.kernels.util import (
+    MASKS,
+    assert_close,
+    make_pool,
+    mask_arguments,
+    relative_rms,
+    scatter_positions,
+)
 
 TOLERANCE = 2e-6  # both read the same rounded K and V and compute in float32
 INT8_TOLERANCE = 1e-4  # queries and weights are rounded to int16 besides: 1 / 65,534 of the largest each
@@ -110,3 +117,18 @@ def test_wrong_arguments_are_refused() -> None:
         cpu.paged_decode_attention(q, pool.pages, pool.table, pool.lengths, pool.slots.long(), 1.0)
     with pytest.raises(ValueError, match="multiples of 8"):
         cpu.paged_decode_attention(q[..., :60], pool.pages, pool.table, pool.lengths, pool.slots, 1.0)
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_windows_caps_and_sinks(kv_dtype: str, mask: dict[str, float]) -> None:
+    lengths = [[1, 0, 40], [700, 3, 1025], [15, 512, 96]]
+    pool = scatter_positions(make_pool(lengths, kv_dtype=kv_dtype), [1, 1, 1])
+    q = torch.randn(3, 9, 64, generator=torch.Generator().manual_seed(1))
+    mine, theirs = pool.copy(), pool.copy()
+    rest, masks = (pool.table, pool.lengths, pool.slots, 0.4), mask_arguments(mask, 9)
+    for accumulate in (False, True):
+        actual = cpu.paged_decode_attention(q, mine.pages, *rest, accumulate, **masks)
+        expected = reference.paged_decode_attention(q, theirs.pages, *rest, accumulate, **masks)
+        assert_close(actual, expected, 2 * (INT8_TOLERANCE if kv_dtype == "int8" else TOLERANCE))
+    assert_close(mine.pages.attention, theirs.pages.attention, 1e-4)

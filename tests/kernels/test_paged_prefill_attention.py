@@ -7,7 +7,14 @@ import torch
 
 from curkv.kernels.formats import KV_FORMATS
 from curkv.kernels.paged_prefill_attention import cpu, reference
-from tests.kernels.util import assert_close, make_pool, query_start
+from tests.kernels.util import (
+    MASKS,
+    assert_close,
+    make_pool,
+    mask_arguments,
+    query_start,
+    scatter_positions,
+)
 
 TOLERANCE = 2e-6  # both read the same rounded K and V and compute in float32
 BFLOAT16_TOLERANCE = 2e-2  # keys, values and weights of up to 4 are rounded to 8 bits
@@ -100,3 +107,26 @@ def test_queries_may_be_a_slice_of_a_wider_projection() -> None:
     q = torch.randn(30, 10, 64)[:, :6]
     args = (q, pool.pages, pool.table, pool.lengths, pool.slots, query_start([30]), 0.125)
     assert_close(cpu.paged_prefill_attention(*args), reference.paged_prefill_attention(*args), TOLERANCE)
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_windows_caps_and_sinks(kv_dtype: str, mask: dict[str, float]) -> None:
+    lengths, new_tokens = [[1, 1, 1], [300, 77, 129], [17, 32, 40], [65, 64, 500]], [1, 77, 9, 17]
+    pool = scatter_positions(make_pool(lengths, kv_dtype=kv_dtype), new_tokens)
+    q = torch.randn(sum(new_tokens), 9, 64, generator=torch.Generator().manual_seed(1))
+    rest = q, pool.pages, pool.table, pool.lengths, pool.slots, query_start(new_tokens), 0.4, True
+    masks = mask_arguments(mask, 9)
+    out, lse = cpu.paged_prefill_attention(*rest, **masks)
+    expected, expected_lse = reference.paged_prefill_attention(*rest, **masks)
+    assert_close(out, expected, 2 * TOLERANCE)
+    assert_close(lse, expected_lse, TOLERANCE)
+
+
+def test_a_window_of_queries_of_bfloat16() -> None:
+    pool = make_pool([[600, 300]])
+    q = torch.randn(250, 6, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    rest = q, pool.pages, pool.table, pool.lengths, pool.slots, query_start([250]), 0.125
+    masks = {"window": 130, "softcap": 2.0}
+    expected = reference.paged_prefill_attention(*rest, **masks)
+    assert_close(cpu.paged_prefill_attention(*rest, **masks), expected, BFLOAT16_TOLERANCE)

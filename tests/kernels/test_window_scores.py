@@ -53,3 +53,13 @@ def test_no_rows():
     none = torch.empty(0, dtype=torch.int32)
     scores = cpu.window_scores(torch.empty(0, 2, 1, 64), pool.pages, pool.table[:0, 0], none, 1.0)
     assert scores.shape == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "masks", [{"softcap": 2.0}, {"sinks": torch.tensor([[1.0, -2.0], [20.0, 0.0]])}], ids=str
+)
+def test_caps_and_sinks(masks):
+    pool = make_pool([[70, 20]])
+    table, counts = rows_of(pool)
+    arguments = torch.randn(2, 8, 2, 64), pool.pages, table, counts, 0.4
+    assert_close(cpu.window_scores(*arguments, **masks), reference.window_scores(*arguments, **masks), 6e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,6 +151,44 @@ def _fill_page(pages: Pages, number: int, page: int, filled: int, generator: tor
     pages.k_sq[number, :n] = k.square().sum(-1)
     pages.v_sq[number, :n] = v.square().sum(-1)
     pages.attention[number, :n] = 0
+
+
+def scatter_positions(pool: Pool, new_tokens: Sequence[int], seed: int = 0) -> Pool:
+    """A copy of a pool whose heads have lost different tokens: positions have gaps, but for new tokens."""
+    pool, draw = pool.copy(), torch.Generator().manual_seed(seed)
+    page_size, newest = pool.pages.page_size, 3 * int(pool.lengths.max())
+    table, lengths, position = pool.table.cpu(), pool.lengths.tolist(), pool.pages.position
+    with torch.device("cpu"):
+        for slot, new in zip(pool.slots.tolist(), new_tokens, strict=True):
+            for row, length in zip(table[slot], lengths[slot], strict=True):
+                old = torch.randperm(newest - new + 1, generator=draw)[: length - new].sort().values
+                found = torch.cat([old, torch.arange(newest - new + 1, newest + 1)])[:length]
+                index = torch.arange(length)
+                position[row[index // page_size].long(), index % page_size] = found.int().to(position.device)
+    return pool
+
+
+MASKS: tuple[dict[str, float], ...] = (
+    {"window": 1},
+    {"window": 7},
+    {"window": 16},
+    {"window": 100},
+    {"window": 5000},
+    {"softcap": 2.0},
+    {"sinks": 1.0},
+    {"window": 70, "softcap": 3.0, "sinks": -1.0},
+    {"sinks": 20.0},
+)
+"""What attention is told: windows smaller than a page of 16, as large, larger, larger than any text; a cap;
+sinks around a number."""
+
+
+def mask_arguments(mask: dict[str, float], query_heads: int) -> dict[str, Any]:
+    """Keywords of attention, where sinks are numbers around the given one."""
+    arguments: dict[str, Any] = dict(mask)
+    if "sinks" in mask:
+        arguments["sinks"] = mask["sinks"] + torch.linspace(-1, 1, query_heads)
+    return arguments
 
 
 def query_start(new_tokens: Sequence[int]) -> Tensor:

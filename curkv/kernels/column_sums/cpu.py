@@ -28,7 +28,8 @@ from curkv.kernels.cpu.memory import (
     store,
     store_scalar,
 )
-from curkv.kernels.cpu.softmax import row_exp2
+from curkv.kernels.cpu.positions import position_of
+from curkv.kernels.cpu.softmax import hide_first, row_exp2, row_softcap
 from curkv.kernels.cpu.tiles import STRIP, strip_tile
 from curkv.kernels.cpu.vectors import read_addresses
 from curkv.kernels.cpu.workers import bits_of_float, compile_worker, float_of_bits, launch, read_arguments
@@ -48,6 +49,8 @@ def column_sums(
     slots: Tensor,
     query_start: Tensor,
     scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> None:
     """Add the attention that a chunk's queries pay to each stored token; see `reference.column_sums`.
 
@@ -74,7 +77,8 @@ def column_sums(
         row_address(lengths, torch.int32), lengths.stride(0), address(slots, torch.int32),
         address(query_start, torch.int32), slots.shape[0], heads, group, dim, page_size, block,
         bits_of_float(scale * math.log2(math.e)), counter.data_ptr(), scratch.data_ptr(),
-        4 * scratch.stride(0),
+        4 * scratch.stride(0), address(pages.position, torch.int32), window or 0,
+        bits_of_float(softcap / scale if softcap else 0.0),
     )  # fmt: skip
 
 
@@ -104,12 +108,14 @@ def _work(vectors: Any, arguments: int, worker: int) -> None:
         factor: scale * log2(e), as bits.
         counter: int64, blocks taken.
         scratch: `scratch_bytes` for each worker: queries, a block of keys, scores of a strip, sums.
+        position, window: The pages of positions, and how many newest positions a query attends to, or 0.
+        ceiling: softcap / scale as bits, or those of 0.
     """
     (
         q, q_stride, lse, k, attention, table, table_stride, head_stride, lengths, lengths_stride,
         slots, query_start, batch, heads, group, dim, page_size, block, factor_bits, counter, scratch,
-        scratch_bytes,
-    ) = read_arguments(arguments, 22)  # fmt: skip
+        scratch_bytes, position, window, ceiling,
+    ) = read_arguments(arguments, 25)  # fmt: skip
     rows = (block * group + STRIP - 1) // STRIP * STRIP
     queries = scratch + worker * scratch_bytes
     keys = queries + 4 * rows * dim
@@ -138,7 +144,8 @@ def _work(vectors: Any, arguments: int, worker: int) -> None:
         _sum_block(
             q + 4 * (begin * q_stride + head * group * dim), q_stride,
             lse + 4 * (begin * heads + head) * group, heads * group, chunk, start - (length - chunk), width,
-            group, dim, block, float_of_bits(factor_bits), queries, keys, scores, sums,
+            group, dim, block, position, window, pages, page_size, start, float_of_bits(factor_bits),
+            float_of_bits(ceiling), queries, keys, scores, sums,
         )  # fmt: skip
         for t in range(width):
             page = load_int32(pages + 4 * ((start + t) // page_size))
@@ -159,7 +166,13 @@ def _sum_block(
     group: int,
     dim: int,
     block: int,
+    position: int,
+    window: int,
+    table: int,
+    page_size: int,
+    start: int,
     factor: float,
+    ceiling: float,
     queries: int,
     keys: int,
     scores: int,
@@ -178,7 +191,13 @@ def _sum_block(
         group: Query heads per KV head.
         dim: Size of a head.
         block: Queries that are copied together.
+        position: Of the pages of positions.
+        window: How many newest positions a query attends to, or 0.
+        table: Of the head's row of the page table.
+        page_size: Tokens per page.
+        start: The first of the stored tokens.
         factor: Of the products, with base 2.
+        ceiling: That caps the products, or 0.
         queries: Of scratch, float32 [block * group in whole strips, dim].
         keys: Of the panels of keys.
         scores: Of scratch, float32 [STRIP, KEY_BLOCK].
@@ -187,7 +206,12 @@ def _sum_block(
     padded = (width + 7) // 8 * 8
     for j in range(0, padded, 8):
         store(FLOAT32, sums + 4 * j, broadcast(np.float32(0.0)))
+    own, hidden = 0, 0  # the position of the chunk's first token; tokens that windows have passed
+    if window > 0:
+        own = position_of(position, table, page_size, start - offset)
     for first in range(max(0, offset), chunk, block):
+        if hidden == width:
+            break
         count = min(block, chunk - first)
         rows = count * group
         whole = (rows + STRIP - 1) // STRIP * STRIP
@@ -202,7 +226,16 @@ def _sum_block(
                 token, line = first + (row + r) // group, scores + 4 * r * KEY_BLOCK
                 natural = load_scalar(FLOAT32, lse + 4 * (token * lse_stride + (row + r) % group))
                 seen = min(width, token - offset + 1)
-                row_exp2(FLOAT32, line, seen, padded, factor, natural * math.log2(math.e) / factor)
-                for j in range(0, padded, 8):
-                    place = sums + 4 * j
-                    store(FLOAT32, place, add(load(FLOAT32, place), load(FLOAT32, line + 4 * j)))
+                if window > 0:
+                    while hidden < width and (
+                        position_of(position, table, page_size, start + hidden) <= own + token - window
+                    ):
+                        hidden += 1
+                if hidden < seen:
+                    if ceiling > 0:
+                        row_softcap(line, seen, ceiling)
+                    hide_first(line, hidden)
+                    row_exp2(FLOAT32, line, seen, padded, factor, natural * math.log2(math.e) / factor)
+                    for j in range(0, padded, 8):
+                        place = sums + 4 * j
+                        store(FLOAT32, place, add(load(FLOAT32, place), load(FLOAT32, line + 4 * j)))

@@ -9,7 +9,7 @@ from torch import Tensor
 from curkv.kernels.formats.triton import attention_block, load_operands, pointers, scaled
 from curkv.kernels.paged_prefill_attention.triton import load_queries, query_rows
 from curkv.kernels.pages import Pages
-from curkv.kernels.triton_util import BOOKS, LOG2_E, dot, find_slots, narrow, power_of_two
+from curkv.kernels.triton_util import BOOKS, LOG2_E, dot, find_slots, narrow, power_of_two, softcapped
 
 _MAX_BLOCK_N = 64
 _TILE_BYTES = 16384
@@ -24,6 +24,8 @@ def column_sums(
     slots: Tensor,
     query_start: Tensor,
     scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> None:
     """Add the attention that a chunk's queries pay to each stored token; see `reference.column_sums`."""
     tokens, query_heads, head_dim = q.shape
@@ -47,6 +49,9 @@ def column_sums(
         *table.stride()[:2],
         *lengths.stride(),
         scale * LOG2_E.value,
+        pages.position,
+        window or 0,
+        (softcap or 0.0) * LOG2_E.value,
         KEYS=pages.k.format.name,
         GROUP=group,
         HEAD_DIM=head_dim,
@@ -55,12 +60,14 @@ def column_sums(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_D=power_of_two(head_dim),
-        num_warps=8 if block_m == 128 else 4,
+        WINDOWED=window is not None,
+        SOFTCAPPED=softcap is not None,
+        num_warps=4 if block_m < 128 and window is None and softcap is None else 8,
         num_stages=2,
     )
 
 
-@triton.jit(do_not_specialize_on_alignment=BOOKS)
+@triton.jit(do_not_specialize=["window"], do_not_specialize_on_alignment=BOOKS)
 def _add_sums(
     q,
     lse,
@@ -77,6 +84,9 @@ def _add_sums(
     stride_lengths_slot,
     stride_lengths_head,
     scale_log2,
+    position,
+    window,
+    softcap_log2,
     KEYS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -85,6 +95,8 @@ def _add_sums(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SOFTCAPPED: tl.constexpr,
 ):
     """Program (block of tokens, KV head, sequence): the tokens' keys are read once, the queries pass by."""
     head = tl.program_id(1)
@@ -100,7 +112,11 @@ def _add_sums(
     chunk = tl.load(query_start + sequence + 1) - start
     index = block + tl.arange(0, BLOCK_N)
     valid = index < length
-    place = find_slots(table + slot * stride_table_slot + head * stride_table_head, index, valid, PAGE_SIZE)
+    row = table + slot * stride_table_slot + head * stride_table_head
+    place = find_slots(row, index, valid, PAGE_SIZE)
+    if WINDOWED:
+        stands = tl.load(position + place, mask=valid, other=-1)
+        newest = tl.load(position + find_slots(row, length - 1, length > 0, PAGE_SIZE))
     keys = tl.trans(load_operands(pages_k, place, valid, KEYS, HEAD_DIM, BLOCK_D))
     r = tl.arange(0, BLOCK_M)
     query_head = head * GROUP + r % GROUP
@@ -113,10 +129,13 @@ def _add_sums(
         queries = load_queries(q, token, query_head, stride_q_token, stride_q_head, reads, HEAD_DIM, BLOCK_D)
         scores = dot(narrow(queries, keys.dtype), keys, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
         scores = scaled(scores * scale_log2, pages_k, place, valid, KEYS)
+        scores = softcapped(scores, SOFTCAPPED, softcap_log2)
         normaliser = tl.load(
             lse + token.to(tl.int64) * (tl.num_programs(1) * GROUP) + query_head, mask=reads, other=0.0
         )
         paid = tl.exp2(scores - (normaliser * LOG2_E)[:, None])
-        causal = reads[:, None] & (index[None, :] <= (length - chunk + step)[:, None])
-        sums += tl.sum(tl.where(causal, paid, 0.0), 0)
+        seen = reads[:, None] & (index[None, :] <= (length - chunk + step)[:, None])
+        if WINDOWED:
+            seen = seen & (stands[None, :] > (newest - chunk + 1 + step - window)[:, None])
+        sums += tl.sum(tl.where(seen, paid, 0.0), 0)
     tl.atomic_add(attention + place, sums, mask=valid, sem="relaxed")

@@ -5,6 +5,7 @@ items from a shared counter, so that one long sequence keeps all of them busy. A
 the whole group of query heads, takes the softmax of the scores, then reads its V once. Whoever finishes the
 last split of a head merges them (Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
 No score of a token beyond a head's length is used and no V beyond it is read: unused memory may hold NaN.
+With a window a head begins on the page of the first token in it.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ from curkv.kernels.cpu.memory import (
     store,
     store_scalar,
 )
+from curkv.kernels.cpu.positions import first_in_window, position_of
 from curkv.kernels.cpu.rows import weigh_rows
-from curkv.kernels.cpu.softmax import row_exp2, row_max
+from curkv.kernels.cpu.softmax import hide_first, row_exp2, row_max, row_softcap
 from curkv.kernels.cpu.vectors import address_of, read_addresses
 from curkv.kernels.cpu.workers import (
     bits_of_float,
@@ -66,6 +68,9 @@ def paged_decode_attention(
     slots: Tensor,
     scale: float,
     accumulate: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend with one query per sequence; see `reference.paged_decode_attention`.
 
@@ -85,13 +90,15 @@ def paged_decode_attention(
     where = (
         row_address(table, torch.int32), table.stride(0), table.stride(1),
         row_address(lengths, torch.int32), lengths.stride(0), address(slots, torch.int32),
+        address(pages.position, torch.int32), window or 0,
     )  # fmt: skip
+    extra = 0 if sinks is None else address(sinks, torch.float32)
     group = query_heads // heads
     width = max(1, SPLIT_TOKENS // page_size) * page_size
     items = batch * heads * -(-table.shape[2] * page_size // width)
     workers = min(numba.get_num_threads(), items)
     if accumulate:
-        items = _count_items(*where[3:], batch, heads, width)
+        items = _count_items(*where, batch, heads, page_size, width)
     out = empty(batch, query_heads, dim)
     finished = counters(batch * heads + 1)
     partial = empty(items, group, dim + 2)
@@ -105,24 +112,50 @@ def paged_decode_attention(
         address(pages.v.addresses, torch.int64), *where,
         out.data_ptr(), batch, heads, group, dim, page_size, width, bits_of_float(scale * math.log2(math.e)),
         finished.data_ptr(), partial.data_ptr(), scores.data_ptr(), scratch.data_ptr(), for_queries,
-        scratch_bytes, accumulate,
+        scratch_bytes, accumulate, bits_of_float(softcap / scale if softcap else 0.0), extra,
     )  # fmt: skip
     if accumulate:
         _add_attention(
             address(pages.attention, torch.float32), *where, batch, heads, group, dim, page_size, width,
-            scale * math.log2(math.e), partial.data_ptr(), scores.data_ptr(),
+            scale * math.log2(math.e), partial.data_ptr(), scores.data_ptr(), extra,
         )  # fmt: skip
     return out
 
 
 @kernel
-def _count_items(lengths: int, lengths_stride: int, slots: int, batch: int, heads: int, width: int) -> int:
+def _count_items(
+    table: int,
+    table_stride: int,
+    head_stride: int,
+    lengths: int,
+    lengths_stride: int,
+    slots: int,
+    position: int,
+    window: int,
+    batch: int,
+    heads: int,
+    page_size: int,
+    width: int,
+) -> int:
     """How many splits of `width` tokens there are."""
-    items = 0
+    total = 0
     for row in range(batch * heads):
         slot = load_int32(slots + 4 * (row // heads))
-        items += _splits(load_int32(lengths + 4 * (slot * lengths_stride + row % heads)), width)
-    return items
+        length = load_int32(lengths + 4 * (slot * lengths_stride + row % heads))
+        pages = table + 4 * (slot * table_stride + row % heads * head_stride)
+        passed = _passed(position, pages, page_size, length, window) // page_size * page_size
+        total += _splits(length - passed, width)
+    return total
+
+
+@inlined
+def _passed(position: int, table: int, page_size: int, length: int, window: int) -> int:
+    """Tokens of a head that are too old for a window to hold them and the newest one."""
+    passed = 0
+    if window > 0 and length > 0:
+        newest = position_of(position, table, page_size, length - 1)
+        passed = first_in_window(position, table, page_size, length - 1, newest, window)
+    return passed
 
 
 @inlined
@@ -159,6 +192,7 @@ def _work(keys: Any, values: Any, arguments: int, worker: int) -> None:
         table: The page table, `table_stride` and `head_stride` entries per sequence and head.
         lengths: The lengths, `lengths_stride` entries per sequence.
         slots: int32 [B].
+        position, window: The pages of positions, and how many newest positions a query attends to, or 0.
         out: float32 [B, H, group, dim].
         batch, heads, group, dim, page_size: Numbers: B, H, query heads per KV head, ...
         width: Number of tokens per split.
@@ -169,17 +203,19 @@ def _work(keys: Any, values: Any, arguments: int, worker: int) -> None:
         scores: float32 [splits or workers, group, width].
         scratch: `scratch_bytes` for each worker, the first `for_queries` for queries, the rest for weights.
         keep: 1 to keep the exponentials of all splits in `scores`, 0 to keep those of each worker's last.
+        ceiling: softcap / scale as bits, or those of 0.
+        sinks: float32 [H, group], or 0.
     """
     (
-        q, q_stride, k, v, table, table_stride, head_stride, lengths, lengths_stride, slots, out, batch,
-        heads, group, dim, page_size, width, factor_bits, finished, partial, scores, scratch, for_queries,
-        scratch_bytes, keep,
-    ) = read_arguments(arguments, 25)  # fmt: skip
+        q, q_stride, k, v, table, table_stride, head_stride, lengths, lengths_stride, slots, position, window,
+        out, batch, heads, group, dim, page_size, width, factor_bits, finished, partial, scores, scratch,
+        for_queries, scratch_bytes, keep, ceiling, sinks,
+    ) = read_arguments(arguments, 29)  # fmt: skip
     k_store, v_store = read_addresses(keys, k), read_addresses(values, v)
     own = scratch + worker * scratch_bytes
     factor = float_of_bits(factor_bits)
     rows = batch * heads
-    row, first_item, splits, slot, length = -1, 0, 0, 0, 0
+    row, first_item, splits, slot, length, first_page, passed = -1, 0, 0, 0, 0, 0, 0
     while True:
         item = fetch_add(finished + 8 * rows, 1)
         while item >= first_item + splits and row < rows:
@@ -187,23 +223,31 @@ def _work(keys: Any, values: Any, arguments: int, worker: int) -> None:
             if row < rows:
                 slot = load_int32(slots + 4 * (row // heads))
                 length = load_int32(lengths + 4 * (slot * lengths_stride + row % heads))
+                first_page = table + 4 * (slot * table_stride + row % heads * head_stride)
+                passed = _passed(position, first_page, page_size, length, window)
+                first_page += 4 * (passed // page_size)
+                length -= passed // page_size * page_size
+                passed %= page_size
                 first_item += splits
                 splits = _splits(length, width)
         if row == rows:
             break
         split = item - first_item
         query = q + 4 * (row // heads * q_stride + row % heads * group * dim)
-        pages = table + 4 * (slot * table_stride + row % heads * head_stride + split * (width // page_size))
+        pages = first_page + 4 * split * (width // page_size)
         count = min(width, length - split * width)
         exponentials = scores + 4 * (item if keep else worker) * group * width
         mine = partial + 4 * item * group * (dim + 2)
         _attend_split(
-            keys, values, group, dim, query, k_store, v_store, pages, page_size, count, width, factor,
-            exponentials, own, own + for_queries, mine,
+            keys, values, group, dim, query, k_store, v_store, pages, page_size,
+            0 if split else passed, count, width, factor, float_of_bits(ceiling), exponentials, own,
+            own + for_queries, mine,
         )  # fmt: skip
         if fetch_add(finished + 8 * row, 1) == splits - 1:
             stride = 4 * group * (dim + 2)
-            _merge(out + 4 * row * group * dim, group, dim, factor, splits, partial + first_item * stride)
+            extra = sinks + 4 * (row % heads) * group if sinks else 0
+            target, source = out + 4 * row * group * dim, partial + first_item * stride
+            _merge(target, group, dim, factor, splits, source, extra)
 
 
 @inlined
@@ -217,9 +261,11 @@ def _attend_split(
     v: Any,
     table: int,
     page_size: int,
+    hidden: int,
     count: int,
     width: int,
     factor: float,
+    ceiling: float,
     scores: int,
     key_scratch: int,
     value_scratch: int,
@@ -227,7 +273,8 @@ def _attend_split(
 ) -> None:
     """Attend with a group's queries over `count` tokens, which start on the first page of `table`.
 
-    Writes the exponentials to `scores` and the rest to `partial`, float32 [group, dim + 2].
+    The first `hidden` of them, fewer than a page, are not attended to. Scores are capped unless `ceiling` is
+    0. Writes the exponentials to `scores` and the rest to `partial`, float32 [group, dim + 2].
     """
     queries = round_queries(keys, group, dim, q, key_scratch)
     for start in range(0, count, page_size):
@@ -244,6 +291,9 @@ def _attend_split(
         score_page(keys, group, dim, queries, k, token, tokens, scores + 4 * start, width, ahead, key_scratch)
     for g in range(group):
         row = scores + 4 * g * width
+        if ceiling > 0:
+            row_softcap(row, count, ceiling)
+        hide_first(row, hidden)
         top = row_max(row, count)
         mine = partial + 4 * g * (dim + 2)
         store_scalar(FLOAT32, mine + 4 * dim, top)
@@ -261,11 +311,11 @@ def _attend_split(
 
 
 @inlined
-def _merge(out: int, group: int, dim: int, factor: float, splits: int, partial: int) -> None:
+def _merge(out: int, group: int, dim: int, factor: float, splits: int, partial: int, sinks: int) -> None:
     """Combine the splits of one head, float32 [splits, group, dim + 2], into [group, dim] at `out`."""
     for g in range(group):
         target = out + 4 * g * dim
-        top, total = _combine(group, dim, factor, splits, partial, g)
+        top, total = _combine(group, dim, factor, splits, partial, sinks, g)
         for split in range(splits):
             source = partial + 4 * (split * group + g) * (dim + 2)
             weight = broadcast(np.float32(_share(factor, load_scalar(FLOAT32, source + 4 * dim), top, total)))
@@ -275,8 +325,13 @@ def _merge(out: int, group: int, dim: int, factor: float, splits: int, partial: 
 
 
 @inlined
-def _combine(group: int, dim: int, factor: float, splits: int, partial: int, g: int) -> tuple[Any, Any]:
-    """A query's largest score over all splits, and the sum of its exponentials relative to that."""
+def _combine(
+    group: int, dim: int, factor: float, splits: int, partial: int, sinks: int, g: int
+) -> tuple[Any, Any]:
+    """A query's largest score over all splits, and the sum of its exponentials relative to that.
+
+    The sum has that of its head's sink too, if `sinks` are not 0.
+    """
     top, total = np.float32(-np.inf), 0.0
     for split in range(splits):
         state = partial + 4 * ((split * group + g) * (dim + 2) + dim)
@@ -286,6 +341,8 @@ def _combine(group: int, dim: int, factor: float, splits: int, partial: int, g: 
             top = other
         if count > 0:
             total += count * np.exp2(factor * (other - top))
+    if sinks and total > 0:
+        total += np.exp2(math.log2(math.e) * load_scalar(FLOAT32, sinks + 4 * g) - factor * top)
     return top, total
 
 
@@ -304,6 +361,8 @@ def _add_attention(
     lengths: int,
     lengths_stride: int,
     slots: int,
+    position: int,
+    window: int,
     batch: int,
     heads: int,
     group: int,
@@ -313,20 +372,25 @@ def _add_attention(
     factor: float,
     partial: int,
     scores: int,
+    sinks: int,
 ) -> None:
     """Add the tokens' probabilities, summed over the query heads of a group, to the page pool."""
     scale = np.empty(group, np.float32)
     for row in range(batch * heads):
         slot = load_int32(slots + 4 * (row // heads))
         length = load_int32(lengths + 4 * (slot * lengths_stride + row % heads))
+        pages = table + 4 * (slot * table_stride + row % heads * head_stride)
+        passed = _passed(position, pages, page_size, length, window) // page_size
+        pages += 4 * passed
+        length -= passed * page_size
         splits = _splits(length, width)
+        extra = sinks + 4 * (row % heads) * group if sinks else 0
         for split in range(splits):
             for g in range(group):
-                top, total = _combine(group, dim, factor, splits, partial, g)
+                top, total = _combine(group, dim, factor, splits, partial, extra, g)
                 highest = load_scalar(FLOAT32, partial + 4 * ((split * group + g) * (dim + 2) + dim))
                 scale[g] = _share(factor, highest, top, total)
             start = split * width
-            pages = table + 4 * (slot * table_stride + row % heads * head_stride)
             _add_split(
                 attention, pages, page_size, start, min(width, length - start), group, scale, scores, width
             )

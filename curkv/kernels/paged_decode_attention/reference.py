@@ -36,6 +36,18 @@ def gather_vectors(store: Store, row: Tensor, length: int) -> Tensor:
     return store.read(row[:num_pages].long()).flatten(0, 1)[:length]
 
 
+def softcapped(scores: Tensor, softcap: float | None) -> Tensor:
+    """softcap tanh(scores / softcap); the scores themselves without one (Gemma 2)."""
+    return scores if softcap is None else softcap * (scores / softcap).tanh()
+
+
+def with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Scores [..., n] and behind them those of sinks [...], if there are any: [..., n or n + 1]."""
+    if sinks is None:
+        return scores
+    return torch.cat([scores, sinks.expand(scores.shape[:-1])[..., None].to(scores.dtype)], -1)
+
+
 def paged_decode_attention(
     q: Tensor,
     pages: Pages,
@@ -44,10 +56,14 @@ def paged_decode_attention(
     slots: Tensor,
     scale: float,
     accumulate: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend with one query per sequence over the kept tokens of each KV head.
 
     out = softmax(scale q K^T) V. Query head i reads KV head i // (Hq / H); a head without tokens gives 0.
+    Tokens are sorted by position, and the last one is the query's own.
 
     Args:
         q: float32 [B, Hq, head_dim], after RoPE; any stride over sequences and heads.
@@ -58,6 +74,10 @@ def paged_decode_attention(
         scale: Factor of the scores, usually head_dim ** -0.5.
         accumulate: Add each token's attention probability, summed over the query heads of its group, to
             `pages.attention`.
+        window: Positions that a query reads, its own the last of them, wherever their tokens are stored;
+            None: all.
+        softcap: Scaled scores x become softcap tanh(x / softcap); None: they do not.
+        sinks: float32 [Hq], the score of one more token of each query head, whose value is 0 (gpt-oss).
 
     Returns:
         float32 [B, Hq, head_dim].
@@ -72,7 +92,12 @@ def paged_decode_attention(
             keys = gather_vectors(pages.k, row, length)
             values = gather_vectors(pages.v, row, length)
             heads = slice(head * group, (head + 1) * group)
-            probabilities = torch.softmax(scale * (q[i, heads].float() @ keys.T), dim=-1)
+            scores = softcapped(scale * (q[i, heads].float() @ keys.T), softcap)
+            if window is not None and length:
+                position = gather_tokens(pages.position, row, length)
+                scores.masked_fill_(position <= position[-1] - window, -torch.inf)
+            scores = with_sinks(scores, None if sinks is None else sinks[heads])
+            probabilities = torch.softmax(scores, dim=-1)[:, :length]
             out[i, heads] = probabilities @ values
             if accumulate:
                 index = torch.arange(length, device=q.device)

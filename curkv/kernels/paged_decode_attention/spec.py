@@ -24,13 +24,17 @@ class PagedDecodeAttention(Protocol):
         slots: Tensor,
         scale: float,
         accumulate: bool = False,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor: ...
 
 
-def _call(x: Inputs, accumulate: bool = False) -> Call:
+def _call(x: Inputs, accumulate: bool = False, masked: bool = False) -> Call:
     sequences = x.workload.sequences
     arguments = x.qkv(sequences)[0], x.pages, *x.attended(sequences), x.scale, accumulate
-    return Call(arguments, written=(x.pages.attention,) if accumulate else ())
+    keywords = x.masks() if masked else {}
+    return Call(arguments, keywords, written=(x.pages.attention,) if accumulate else ())
 
 
 CASES = (
@@ -54,6 +58,17 @@ CASES = (
             "4*B*Q*n*D",
         ),
         partial(_call, accumulate=True),
+        reads_vectors=True,
+    ),
+    Case(
+        "masked",
+        "decode",
+        Cost(
+            "B*H*n*(2*D*s + 2*e) + 2*B*Q*D*a",
+            "B*H*n*(2*D*s + 2*e + 4/P) + 2*B*Q*D*a + 8*B*Q*S*(D + 1)*(S > 1)",
+            "4*B*Q*n*D",
+        ),
+        partial(_call, masked=True),
         reads_vectors=True,
     ),
 )

@@ -16,7 +16,17 @@ from curkv.kernels.formats.triton import (
     softmax_step,
 )
 from curkv.kernels.pages import Pages
-from curkv.kernels.triton_util import BOOKS, LOG2_E, dot, find_slots, narrow, num_processors, power_of_two
+from curkv.kernels.triton_util import (
+    BOOKS,
+    LOG2_E,
+    dot,
+    find_oldest,
+    find_slots,
+    narrow,
+    num_processors,
+    power_of_two,
+    softcapped,
+)
 
 MIN_SPLIT = 256
 """Tokens that a program reads at least before a head is split further: the partial result it writes is then a
@@ -37,6 +47,9 @@ def paged_decode_attention(
     slots: Tensor,
     scale: float,
     accumulate: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend with one query per sequence over each head's tokens; see `reference.paged_decode_attention`.
 
@@ -58,6 +71,7 @@ def paged_decode_attention(
     if accumulate:
         logits = torch.empty(batch, query_heads, max_tokens, dtype=torch.float32, device=q.device)
     layout = (table, lengths, slots, *table.stride()[:2], *lengths.stride())
+    masks = pages.position, window or 0
     _attend[(batch, heads, splits)](
         q,
         pointers(pages.k),
@@ -71,6 +85,9 @@ def paged_decode_attention(
         max_tokens,
         scale * LOG2_E.value,
         splits,
+        *masks,
+        (softcap or 0.0) * LOG2_E.value,
+        lse if sinks is None else sinks,
         KEYS=pages.k.format.name,
         VALUES=pages.v.format.name,
         GROUP=query_heads // heads,
@@ -81,6 +98,9 @@ def paged_decode_attention(
         BLOCK_D=power_of_two(head_dim),
         MIN_SPLIT=MIN_SPLIT,
         KEEP_LOGITS=accumulate,
+        WINDOWED=window is not None,
+        SOFTCAPPED=softcap is not None,
+        SINKS=sinks is not None,
         num_warps=4,
         num_stages=3,
     )
@@ -107,9 +127,11 @@ def paged_decode_attention(
             *layout,
             pages.attention,
             max_tokens,
+            *masks,
             GROUP=query_heads // heads,
             PAGE_SIZE=page_size,
             BLOCK_N=_BLOCK_TOKENS,
+            WINDOWED=window is not None,
             num_warps=4,
         )
     return out
@@ -126,7 +148,7 @@ def _split_size(length, splits, MIN_SPLIT: tl.constexpr):
     return tl.maximum(tl.cdiv(tl.cdiv(length, splits), MIN_SPLIT), 1) * MIN_SPLIT
 
 
-@triton.jit(do_not_specialize=["splits", "max_tokens"], do_not_specialize_on_alignment=BOOKS)
+@triton.jit(do_not_specialize=["splits", "max_tokens", "window"], do_not_specialize_on_alignment=BOOKS)
 def _attend(
     q,
     pages_k,
@@ -146,6 +168,10 @@ def _attend(
     max_tokens,
     scale_log2,
     splits,
+    position,
+    window,
+    softcap_log2,
+    sinks,
     KEYS: tl.constexpr,
     VALUES: tl.constexpr,
     GROUP: tl.constexpr,
@@ -156,6 +182,9 @@ def _attend(
     BLOCK_D: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
     KEEP_LOGITS: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SOFTCAPPED: tl.constexpr,
+    SINKS: tl.constexpr,
 ):
     """Program (sequence, KV head, split): its group's attention over its share of the head's tokens."""
     sequence = tl.program_id(0).to(tl.int64)
@@ -182,15 +211,21 @@ def _attend(
 
     peak = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
+    if SINKS:
+        sink = tl.load(sinks + query_head, mask=g < GROUP, other=0.0) * LOG2_E
+        peak = tl.where(split == 0, sink, peak)
+        total += tl.where(split == 0, 1.0, 0.0)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    for block in range(start, end, BLOCK_N):
+    oldest = find_oldest(position, row, length, WINDOWED, window, PAGE_SIZE)
+    for block in range(tl.maximum(start, oldest // BLOCK_N * BLOCK_N), end, BLOCK_N):
         index = block + n
         valid = index < end
         place = find_slots(row, index, valid, PAGE_SIZE)
         keys = load_operands(pages_k, place, valid, KEYS, HEAD_DIM, BLOCK_D)
         scores = dot(queries, tl.trans(keys), tl.zeros([BLOCK_G, BLOCK_N], tl.float32))
         scores = scaled(scores * scale_log2, pages_k, place, valid, KEYS)
-        scores = tl.where(valid[None, :], scores, float("-inf"))
+        scores = softcapped(scores, SOFTCAPPED, softcap_log2)
+        scores = tl.where((valid & (index >= oldest))[None, :], scores, float("-inf"))
         if KEEP_LOGITS:
             mask = (g < GROUP)[:, None] & valid[None, :]
             tl.store(logits + result[:, None] * max_tokens + index[None, :], scores, mask=mask)
@@ -254,7 +289,7 @@ def _reduce(
     tl.store(total_lse + result, peak + tl.log2(weight))
 
 
-@triton.jit(do_not_specialize=["max_tokens"], do_not_specialize_on_alignment=BOOKS)
+@triton.jit(do_not_specialize=["max_tokens", "window"], do_not_specialize_on_alignment=BOOKS)
 def _accumulate(
     logits,
     total_lse,
@@ -267,9 +302,12 @@ def _accumulate(
     stride_lengths_head,
     attention,
     max_tokens,
+    position,
+    window,
     GROUP: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    WINDOWED: tl.constexpr,
 ):
     """Program (sequence, KV head, block of tokens): adds the group's probabilities.
 
@@ -282,13 +320,14 @@ def _accumulate(
         lengths + slot * stride_lengths_slot + head * stride_lengths_head, mask=slot >= 0, other=0
     )
     index = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
-    valid = index < length
     if tl.program_id(2) * BLOCK_N >= length:
         return
+    row = table + slot * stride_table_slot + head * stride_table_head
+    valid = (index < length) & (index >= find_oldest(position, row, length, WINDOWED, window, PAGE_SIZE))
     paid = tl.zeros([BLOCK_N], tl.float32)
     for g in tl.static_range(GROUP):
         result = (sequence * tl.num_programs(1) + head) * GROUP + g
         scores = tl.load(logits + result * max_tokens + index, mask=valid, other=float("-inf"))
         paid += tl.exp2(scores - tl.load(total_lse + result))
-    place = find_slots(table + slot * stride_table_slot + head * stride_table_head, index, valid, PAGE_SIZE)
+    place = find_slots(row, index, valid, PAGE_SIZE)
     tl.atomic_add(attention + place, paid, mask=valid, sem="relaxed")

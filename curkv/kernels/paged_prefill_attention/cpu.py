@@ -4,8 +4,9 @@ Threads take blocks of queries of one (sequence, KV head) from a shared counter,
 first. For each block of keys, K is transposed and K and V are converted into scratch memory, once for all
 query heads of the group and all queries of the block; then strips of query rows go through scores,
 exponentials and weighted values with a running maximum (FlashAttention-2, https://arxiv.org/abs/2307.08691,
-section 3.1). A strip stops at the last key that one of its queries may see. No score beyond a query's last
-key is used and no V beyond the length is read: unused memory may hold NaN.
+section 3.1). A strip starts at the block of the first key that one of its queries may see, and stops at the
+last one. No score beyond a query's last key is used and no V beyond the length is read: unused memory may
+hold NaN.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ from curkv.kernels.cpu.memory import (
     load_scalar,
     row_address,
     store,
+    store_int32,
     store_scalar,
 )
 from curkv.kernels.cpu.panels import store_panel_columns, store_panel_rows
-from curkv.kernels.cpu.softmax import row_exp2, row_max
+from curkv.kernels.cpu.positions import first_in_window, position_of
+from curkv.kernels.cpu.softmax import hide_first, row_exp2, row_max, row_softcap
 from curkv.kernels.cpu.tiles import BFLOAT16_STRIP, strip_rows, strip_tile
 from curkv.kernels.cpu.vectors import load_channels, read_addresses
 from curkv.kernels.cpu.workers import bits_of_float, compile_worker, float_of_bits, launch, read_arguments
@@ -55,6 +58,9 @@ def paged_prefill_attention(
     query_start: Tensor,
     scale: float,
     return_lse: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend with a chunk of queries per sequence; see `reference.paged_prefill_attention`.
 
@@ -86,6 +92,8 @@ def paged_prefill_attention(
         out.data_ptr(), lse.data_ptr() if return_lse else 0,
         slots.shape[0], heads, group, dim, page_size, block, bits_of_float(scale * math.log2(math.e)),
         counter.data_ptr(), scratch.data_ptr(), 4 * scratch.stride(0),
+        address(pages.position, torch.int32), window or 0, bits_of_float(softcap / scale if softcap else 0.0),
+        0 if sinks is None else address(sinks, torch.float32),
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -93,7 +101,7 @@ def paged_prefill_attention(
 def _scratch_size(rows: int, dim: int) -> int:
     """Floats of scratch per worker; see `_attend_block`."""
     padded_rows, padded_dim = rows + BFLOAT16_STRIP, dim + 8
-    return padded_rows * (dim + padded_dim + 2) + KEY_BLOCK * (dim + padded_dim) + BFLOAT16_STRIP * KEY_BLOCK
+    return padded_rows * (dim + padded_dim + 3) + KEY_BLOCK * (dim + padded_dim) + BFLOAT16_STRIP * KEY_BLOCK
 
 
 @functools.cache
@@ -123,12 +131,15 @@ def _work(keys: Any, values: Any, operand: Any, arguments: int, worker: int) -> 
         factor: scale * log2(e), as bits.
         counter: int64, blocks taken.
         scratch: `scratch_bytes` for each worker.
+        position, window: The pages of positions, and how many newest positions a query attends to, or 0.
+        ceiling: softcap / scale as bits, or those of 0.
+        sinks: float32 [H, group], or 0.
     """
     (
         q, q_stride, k, v, table, table_stride, head_stride, lengths, lengths_stride, slots,
         query_start, out, lse, batch, heads, group, dim, page_size, block, factor_bits, counter, scratch,
-        scratch_bytes,
-    ) = read_arguments(arguments, 23)  # fmt: skip
+        scratch_bytes, position, window, ceiling, sinks,
+    ) = read_arguments(arguments, 27)  # fmt: skip
     i, first_item, items, start, new_tokens = -1, 0, 0, 0, 0
     while True:
         item = fetch_add(counter, 1)
@@ -152,8 +163,9 @@ def _work(keys: Any, values: Any, operand: Any, arguments: int, worker: int) -> 
             q + operand.itemsize * ((start + first) * q_stride + head * group * dim), q_stride, count, seen,
             read_addresses(keys, k), read_addresses(values, v),
             table + 4 * (slot * table_stride + head * head_stride), page_size,
-            float_of_bits(factor_bits), out + 4 * row * dim, lse + 4 * row if lse else 0, heads * group,
-            scratch + worker * scratch_bytes,
+            position, window, float_of_bits(factor_bits), float_of_bits(ceiling),
+            sinks + 4 * head * group if sinks else 0, out + 4 * row * dim, lse + 4 * row if lse else 0,
+            heads * group, scratch + worker * scratch_bytes,
         )  # fmt: skip
 
 
@@ -172,7 +184,11 @@ def _attend_block(
     v: Any,
     table: int,
     page_size: int,
+    position: int,
+    window: int,
     factor: float,
+    ceiling: float,
+    sinks: int,
     out: int,
     lse: int,
     out_heads: int,
@@ -180,10 +196,12 @@ def _attend_block(
 ) -> None:
     """Attend with `count` queries of one group of heads; query i sees the first `seen + i` tokens of `table`.
 
+    Of these those within `window` positions of its own, if that is not 0.
+
     Scratch: queries [rows, dim] and outputs [rows, padded], where rows = count * group and head_dim are
     padded to whole tiles, then a row's largest score and its sum of exponentials, K and V in panels of 16
-    columns, and the scores of a strip, whose exponentials take their place. What is multiplied is of the kind
-    `operand`: float32, or bfloat16 in half of the room.
+    columns, the scores of a strip, whose exponentials take their place, and each query's first token. What is
+    multiplied is of the kind `operand`: float32, or bfloat16 in half of the room.
     """
     rows, strip = count * group, strip_rows(operand)
     padded_rows = (rows + strip - 1) // strip * strip
@@ -193,6 +211,7 @@ def _attend_block(
     keys = states + 8 * padded_rows
     values = keys + 4 * KEY_BLOCK * dim
     scores = values + 4 * KEY_BLOCK * padded
+    begins = scores + 4 * strip * KEY_BLOCK
     load_queries(operand, scratch, q, q_stride, count, group * dim, padded_rows * dim)
     zeros = broadcast(np.float32(0.0))
     for d in range(0, padded_rows * padded, 8):
@@ -200,23 +219,32 @@ def _attend_block(
     for row in range(padded_rows):
         store_scalar(FLOAT32, states + 8 * row, np.float32(-np.inf))
         store_scalar(FLOAT32, states + 8 * row + 4, np.float32(0.0))
-    length = seen + count - 1
-    for first in range(0, length, KEY_BLOCK):
+    length, start = seen + count - 1, 0
+    if window > 0:
+        for i in range(count):
+            newest = position_of(position, table, page_size, seen + i - 1)
+            begin = first_in_window(position, table, page_size, seen + i - 1, newest, window)
+            store_int32(begins + 4 * i, begin)
+        start = load_int32(begins) // 8 * 8
+    for first in range(start, length, KEY_BLOCK):
         tokens = min(KEY_BLOCK, length - first)
         load_keys(key_format, operand, dim, k, table, page_size, first, tokens, keys)
         _load_values(value_format, operand, dim, v, table, page_size, first, tokens, values)
         for row in range(0, rows, strip):
             last = min(row + strip, rows) - 1
             width = min(tokens, seen + last // group - first)
-            if width > 0:
+            passed = window > 0 and load_int32(begins + 4 * (row // group)) >= first + tokens
+            if width > 0 and not passed:
                 query = scratch + operand.itemsize * row * dim
                 for t in range(0, width, 16):
                     panel, ahead = keys + operand.itemsize * t * dim, 16 * operand.itemsize * dim
                     strip_tile(operand, 1, query, dim, panel, dim, scores + 4 * t, KEY_BLOCK, ahead)
                 for r in range(strip):
-                    visible = min(tokens, seen + min(row + r, last) // group - first)
+                    token = min(row + r, last) // group
+                    visible = min(tokens, seen + token - first)
+                    hidden = max(0, load_int32(begins + 4 * token) - first) if window > 0 else 0
                     _update_row(
-                        operand, scores + 4 * r * KEY_BLOCK, visible, width, factor,
+                        operand, scores + 4 * r * KEY_BLOCK, hidden, visible, width, factor, ceiling,
                         states + 8 * (row + r), outputs + 4 * (row + r) * padded, padded,
                     )  # fmt: skip
                 weights_stride, ahead = 4 * KEY_BLOCK // operand.itemsize, 16 * operand.itemsize * KEY_BLOCK
@@ -229,12 +257,16 @@ def _attend_block(
     for row in range(rows):
         place = row // group * out_heads + row % group
         top, total = load_scalar(FLOAT32, states + 8 * row), load_scalar(FLOAT32, states + 8 * row + 4)
-        inverse = broadcast(np.float32(1.0) / total)
+        whole = np.float64(total)
+        if sinks:  # which may be far above the scores
+            sink = load_scalar(FLOAT32, sinks + 4 * (row % group))
+            whole += np.exp2(math.log2(math.e) * sink - factor * top)
+        inverse = broadcast(np.float32(1.0 / whole))
         for d in range(0, dim, 8):
             value = mul(load(FLOAT32, outputs + 4 * (row * padded + d)), inverse)
             store(FLOAT32, out + 4 * (place * dim + d), value)
         if lse:
-            natural = (factor * top + np.log2(total)) * math.log(2)
+            natural = (factor * top + np.log2(whole)) * math.log(2)
             store_scalar(FLOAT32, lse + 4 * place, np.float32(natural))
 
 
@@ -308,17 +340,29 @@ def _load_values(
 
 @inlined
 def _update_row(
-    operand: Any, scores: int, visible: int, width: int, factor: float, state: int, output: int, padded: int
+    operand: Any,
+    scores: int,
+    hidden: int,
+    visible: int,
+    width: int,
+    factor: float,
+    ceiling: float,
+    state: int,
+    output: int,
+    padded: int,
 ) -> None:
-    """Turn a row's first `visible` scores into exponentials of `operand`, the rest up to `width` into zeros.
+    """Turn a row's scores from `hidden` to `visible` into exponentials of `operand`, the others into zeros.
 
-    Updates the row's largest score and sum of exponentials at `state`, and rescales its output when the
-    largest score has grown.
+    Those that end at `width` are written. Updates the row's largest score and sum of exponentials at `state`,
+    and rescales its output when the largest score has grown.
     """
-    if visible <= 0:
+    if visible <= hidden:
         for t in range(0, width, 8):
             store(operand, scores + operand.itemsize * t, broadcast(np.float32(0.0)))
     else:
+        if ceiling > 0:
+            row_softcap(scores, visible, ceiling)
+        hide_first(scores, hidden)
         top, total = load_scalar(FLOAT32, state), load_scalar(FLOAT32, state + 4)
         highest = row_max(scores, visible)
         if highest > top:

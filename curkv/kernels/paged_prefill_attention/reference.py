@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from curkv.kernels.paged_decode_attention.reference import gather_vectors
+from curkv.kernels.paged_decode_attention.reference import (
+    gather_tokens,
+    gather_vectors,
+    softcapped,
+    with_sinks,
+)
 from curkv.kernels.pages import Pages
 
 
@@ -18,12 +23,15 @@ def paged_prefill_attention(
     query_start: Tensor,
     scale: float,
     return_lse: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend with a chunk of queries per sequence, whose own keys are stored already.
 
     out = softmax(scale q K^T) V, where query i of a chunk of c reads the stored tokens
     j < length - c + i + 1: all that was kept before the chunk, and the chunk up to itself. Query head i reads
-    KV head i // (Hq / H).
+    KV head i // (Hq / H). Tokens are sorted by position.
 
     Args:
         q: float32 or bfloat16 [T, Hq, head_dim], after RoPE; any stride over tokens and heads. With bfloat16,
@@ -34,7 +42,11 @@ def paged_prefill_attention(
         slots: int32 [B], row of `table` of each sequence in the batch.
         query_start: int32 [B + 1], cumulative count of queries.
         scale: Factor of the scores, usually head_dim ** -0.5.
-        return_lse: Return the log-sum-exp of the scaled scores too.
+        return_lse: Return the log-sum-exp of the scaled scores too, sinks included.
+        window: Positions that a query reads, its own the last of them, wherever their tokens are stored;
+            None: all.
+        softcap: Scaled scores x become softcap tanh(x / softcap); None: they do not.
+        sinks: float32 [Hq], the score of one more token of each query head, whose value is 0 (gpt-oss).
 
     Returns:
         float32 [T, Hq, head_dim]; with `return_lse` also float32 [T, Hq].
@@ -50,10 +62,18 @@ def paged_prefill_attention(
             keys = gather_vectors(pages.k, row, length)
             values = gather_vectors(pages.v, row, length)
             heads = slice(head * group, (head + 1) * group)
-            scores = scale * torch.einsum("tgd,nd->tgn", q[start:end, heads].float(), keys)
+            scores = softcapped(
+                scale * torch.einsum("tgd,nd->tgn", q[start:end, heads].float(), keys), softcap
+            )
             last = torch.arange(length - (end - start), length, device=q.device)
             hidden = torch.arange(length, device=q.device) > last[:, None]
-            scores.masked_fill_(hidden[:, None], -torch.inf)
+            if window is not None:
+                position = gather_tokens(pages.position, row, length)
+                hidden |= position <= position[last, None] - window
+            scores = with_sinks(
+                scores.masked_fill_(hidden[:, None], -torch.inf), None if sinks is None else sinks[heads]
+            )
             lse[start:end, heads] = scores.logsumexp(-1)
-            out[start:end, heads] = torch.einsum("tgn,nd->tgd", scores.softmax(-1), values)
+            weights = scores.softmax(-1)[..., :length]
+            out[start:end, heads] = torch.einsum("tgn,nd->tgd", weights, values)
     return (out, lse) if return_lse else out

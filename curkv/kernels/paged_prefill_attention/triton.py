@@ -23,18 +23,21 @@ from curkv.kernels.triton_util import (
     BOOKS,
     LN_2,
     LOG2_E,
+    UNSEEN,
     dot,
+    find_oldest,
     find_sequence,
     find_slots,
     is_older_cuda,
     narrow,
     power_of_two,
     sequence_block,
+    softcapped,
 )
 
 _MAX_BLOCK_N = 64
 _TILE_BYTES = 16384
-_OLDER_TILE_BYTES = 8192
+_SMALL_TILE_BYTES = 8192
 """Before Hopper the products' operands lie in registers: larger tiles of keys would spill."""
 
 
@@ -47,6 +50,9 @@ def paged_prefill_attention(
     query_start: Tensor,
     scale: float,
     return_lse: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend with a chunk of queries per sequence; see `reference.paged_prefill_attention`."""
     tokens, query_heads, head_dim = q.shape
@@ -56,6 +62,11 @@ def paged_prefill_attention(
     lse = torch.empty(tokens, query_heads, dtype=torch.float32, device=q.device)
     block_m = query_rows(pages.k)
     tile = block_m // group
+    masked = window is not None or softcap is not None or sinks is not None
+    # What masks takes registers beside the operands.
+    most, tile_bytes = (_MAX_BLOCK_N // 2, _SMALL_TILE_BYTES) if masked else (_MAX_BLOCK_N, _TILE_BYTES)
+    if is_older_cuda():
+        tile_bytes = _SMALL_TILE_BYTES
     if tokens:
         _attend[(tokens // tile + len(slots), heads)](
             q,
@@ -73,6 +84,10 @@ def paged_prefill_attention(
             *lengths.stride(),
             len(slots),
             scale * LOG2_E.value,
+            pages.position,
+            window or 0,
+            (softcap or 0.0) * LOG2_E.value,
+            lse if sinks is None else sinks,
             KEYS=pages.k.format.name,
             VALUES=pages.v.format.name,
             GROUP=group,
@@ -80,11 +95,12 @@ def paged_prefill_attention(
             PAGE_SIZE=pages.page_size,
             TILE=tile,
             BLOCK_M=block_m,
-            BLOCK_N=attention_block(
-                pages.k, _MAX_BLOCK_N, _OLDER_TILE_BYTES if is_older_cuda() else _TILE_BYTES
-            ),
+            BLOCK_N=attention_block(pages.k, most, tile_bytes),
             BLOCK_D=power_of_two(head_dim),
             BLOCK_B=sequence_block(len(slots)),
+            WINDOWED=window is not None,
+            SOFTCAPPED=softcap is not None,
+            SINKS=sinks is not None,
             num_warps=8 if block_m == 128 else 4,
             num_stages=2,
         )
@@ -116,10 +132,15 @@ def _attend_block(
     pages_v,
     row,
     scale_log2,
+    position,
+    oldest,
+    softcap_log2,
     peak,
     total,
     acc,
     CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SOFTCAPPED: tl.constexpr,
     KEYS: tl.constexpr,
     VALUES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -130,7 +151,8 @@ def _attend_block(
 ):
     """Fold tokens `block` to `block + BLOCK_N` of a head into a running softmax.
 
-    With CAUSAL each query reads up to index `last` [BLOCK_M]; without, the whole block.
+    With CAUSAL each query reads up to index `last` [BLOCK_M]; without, the whole block. With WINDOWED
+    it reads from position `oldest` [BLOCK_M] on.
     """
     index = block + tl.arange(0, BLOCK_N)
     valid = index < end
@@ -138,13 +160,17 @@ def _attend_block(
     keys = load_operands(pages_k, place, valid, KEYS, HEAD_DIM, BLOCK_D)
     scores = dot(queries, tl.trans(keys), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
     scores = scaled(scores * scale_log2, pages_k, place, valid, KEYS)
+    scores = softcapped(scores, SOFTCAPPED, softcap_log2)
     if CAUSAL:
         scores = tl.where(index[None, :] <= last[:, None], scores, float("-inf"))
+    if WINDOWED:
+        stands = tl.load(position + place, mask=valid, other=-1)
+        scores = tl.where(stands[None, :] >= oldest[:, None], scores, float("-inf"))
     values = load_operands(pages_v, place, valid, VALUES, HEAD_DIM, BLOCK_D)
     return softmax_step(scores, values, pages_v, place, valid, peak, total, acc, VALUES)
 
 
-@triton.jit(do_not_specialize=["num_sequences"], do_not_specialize_on_alignment=BOOKS)
+@triton.jit(do_not_specialize=["num_sequences", "window"], do_not_specialize_on_alignment=BOOKS)
 def _attend(
     q,
     pages_k,
@@ -163,6 +189,10 @@ def _attend(
     stride_lengths_head,
     num_sequences,
     scale_log2,
+    position,
+    window,
+    softcap_log2,
+    sinks,
     KEYS: tl.constexpr,
     VALUES: tl.constexpr,
     GROUP: tl.constexpr,
@@ -173,6 +203,9 @@ def _attend(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SOFTCAPPED: tl.constexpr,
+    SINKS: tl.constexpr,
 ):
     """Program (tile of TILE tokens, KV head); row r of a tile is token r // GROUP, head r % GROUP."""
     head = tl.program_id(1)
@@ -194,20 +227,31 @@ def _attend(
     queries = narrow_queries(queries, pages_k, KEYS)
     last = length - chunk + step
 
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    peak = tl.full([BLOCK_M], UNSEEN, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    if SINKS:
+        peak = tl.load(sinks + query_head) * LOG2_E
+        total += 1.0
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     end = length - chunk + tl.minimum(first + TILE, chunk)
     seen_by_all = (length - chunk + first + 1) // BLOCK_N * BLOCK_N
-    for block in range(0, seen_by_all, BLOCK_N):
+    begin = 0
+    oldest = step
+    if WINDOWED:
+        seen = length - chunk + first + 1
+        begin = find_oldest(position, row, seen, WINDOWED, window, PAGE_SIZE) // BLOCK_N * BLOCK_N
+        oldest += tl.load(position + find_slots(row, seen - 1, seen > 0, PAGE_SIZE)) - first - window + 1
+    for block in range(begin, seen_by_all, BLOCK_N):
         peak, total, acc = _attend_block(
-            block, queries, last, end, pages_k, pages_v, row, scale_log2, peak, total, acc,
-            False, KEYS, VALUES, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
+            block, queries, last, end, pages_k, pages_v, row, scale_log2, position, oldest, softcap_log2,
+            peak, total, acc,
+            False, WINDOWED, SOFTCAPPED, KEYS, VALUES, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-    for block in range(seen_by_all, end, BLOCK_N):
+    for block in range(tl.maximum(begin, seen_by_all), end, BLOCK_N):
         peak, total, acc = _attend_block(
-            block, queries, last, end, pages_k, pages_v, row, scale_log2, peak, total, acc,
-            True, KEYS, VALUES, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
+            block, queries, last, end, pages_k, pages_v, row, scale_log2, position, oldest, softcap_log2,
+            peak, total, acc,
+            True, WINDOWED, SOFTCAPPED, KEYS, VALUES, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
     d = tl.arange(0, BLOCK_D)

@@ -29,7 +29,8 @@ from curkv.kernels.cpu.memory import (
     store,
     store_scalar,
 )
-from curkv.kernels.cpu.softmax import row_exp2, row_max
+from curkv.kernels.cpu.positions import position_of
+from curkv.kernels.cpu.softmax import row_exp2, row_max, row_softcap
 from curkv.kernels.cpu.tiles import STRIP, strip_tile
 from curkv.kernels.cpu.vectors import read_addresses
 from curkv.kernels.cpu.workers import bits_of_float, compile_worker, float_of_bits, launch, read_arguments
@@ -49,6 +50,8 @@ def window_scores(
     reduction: Literal["mean", "max"] = "mean",
     lse: Tensor | None = None,
     width: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Score the stored tokens of every head by the last w queries; see `reference.window_scores`.
 
@@ -76,6 +79,8 @@ def window_scores(
         address(known, torch.float32) if known is not None else 0, scores.data_ptr(),
         rows, window, group, dim, page_size, width, block, bits_of_float(scale * math.log2(math.e)),
         reduction == "max", counter.data_ptr(), scratch.data_ptr(), 4 * scratch.stride(0),
+        bits_of_float(softcap / scale if softcap else 0.0),
+        0 if sinks is None else address(sinks, torch.float32),
     )  # fmt: skip
     return scores[:, :most]
 
@@ -108,12 +113,14 @@ def _work(vectors: Any, arguments: int, worker: int) -> None:
         counter: int64, rows taken.
         scratch: `scratch_bytes` for each worker: queries [block, dim], a block of keys, products
             [block, width].
+        ceiling: softcap / scale as bits, or those of 0.
+        sinks: float32 [N, group], or 0.
     """
     (
         queries, k, position, table, table_stride, lengths, known, scores, rows, window, group, dim,
-        page_size, width, block, factor_bits, largest, counter, scratch, scratch_bytes,
-    ) = read_arguments(arguments, 20)  # fmt: skip
-    factor = float_of_bits(factor_bits)
+        page_size, width, block, factor_bits, largest, counter, scratch, scratch_bytes, ceiling_bits, sinks,
+    ) = read_arguments(arguments, 22)  # fmt: skip
+    factor, ceiling = float_of_bits(factor_bits), float_of_bits(ceiling_bits)
     pairs, keys = window * group, read_addresses(vectors, k)
     own = scratch + worker * scratch_bytes
     while True:
@@ -125,7 +132,7 @@ def _work(vectors: Any, arguments: int, worker: int) -> None:
         zeros = broadcast(np.float32(0.0))
         for j in range(0, width, 8):
             store(FLOAT32, target + 4 * j, zeros)
-        newest = _position(position, pages, page_size, length - 1) if length else 0
+        newest = position_of(position, pages, page_size, length - 1) if length else 0
         for first in range(0, pairs if length else 0, block):
             count = min(block, pairs - first)
             products = own + 4 * (block + KEY_BLOCK) * dim
@@ -140,11 +147,18 @@ def _work(vectors: Any, arguments: int, worker: int) -> None:
                 if read > 0:
                     share = 1.0 if largest else 1.0 / pairs
                     padded = (read + 7) // 8 * 8
+                    if ceiling > 0:
+                        row_softcap(line, read, ceiling)
                     if known:
                         natural = load_scalar(FLOAT32, known + 4 * (row * pairs + first + i))
                         row_exp2(FLOAT32, line, read, padded, factor, natural * math.log2(math.e) / factor)
                     else:
-                        share /= row_exp2(FLOAT32, line, read, padded, factor, row_max(line, read))
+                        top = row_max(line, read)
+                        total = np.float64(row_exp2(FLOAT32, line, read, padded, factor, top))
+                        if sinks:
+                            sink = load_scalar(FLOAT32, sinks + 4 * (row * group + (first + i) % group))
+                            total += np.exp2(math.log2(math.e) * sink - factor * top)
+                        share /= total
                     _gather(line, read, share, largest, target)
         for j in range(length, width):
             store_scalar(FLOAT32, target + 4 * j, np.float32(-np.inf))
@@ -180,17 +194,10 @@ def _multiply(
 
 
 @inlined
-def _position(position: int, table: int, page_size: int, token: int) -> int:
-    page = load_int32(table + 4 * (token // page_size))
-    found: int = load_int32(position + 4 * (page * page_size + token % page_size))
-    return found
-
-
-@inlined
 def _readable(position: int, table: int, page_size: int, length: int, newest: int, late: int) -> int:
     """How many tokens are at most as new as the query that stands `late` tokens before the newest one."""
     read = length
-    while read > max(0, length - late) and _position(position, table, page_size, read - 1) > newest - late:
+    while read > max(0, length - late) and position_of(position, table, page_size, read - 1) > newest - late:
         read -= 1
     return read
 

@@ -7,7 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from curkv.kernels.paged_decode_attention.reference import gather_tokens, gather_vectors
+from curkv.kernels.paged_decode_attention.reference import (
+    gather_tokens,
+    gather_vectors,
+    softcapped,
+    with_sinks,
+)
 from curkv.kernels.pages import Pages, longest
 
 
@@ -20,6 +25,8 @@ def window_scores(
     reduction: Literal["mean", "max"] = "mean",
     lse: Tensor | None = None,
     width: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Score the stored tokens of every head by the attention of the last w queries.
 
@@ -37,9 +44,11 @@ def window_scores(
         lengths: int32 [N], tokens of each row, those of the window included.
         scale: Factor of the attention scores, usually head_dim ** -0.5.
         reduction: Over window and group, "mean" or "max".
-        lse: float32 [N, w, group], log-sum-exp of each query's scaled scores if it is known, as from
-            `paged_prefill_attention`: K is then read once, not twice.
+        lse: float32 [N, w, group], log-sum-exp of each query's scaled scores, sinks included, if it is known,
+            as from `paged_prefill_attention`: K is then read once, not twice.
         width: Tokens of the longest row if they are known; else the device is asked.
+        softcap: As attention was told.
+        sinks: float32 [N, group], as attention was told.
 
     Returns:
         float32 [N, max(lengths)], -inf past a row's length.
@@ -52,9 +61,10 @@ def window_scores(
             keys = gather_vectors(pages.k, table[row], length)
             position = gather_tokens(pages.position, table[row], length)
             newest = position[-1] - torch.arange(window - 1, -1, -1, device=position.device)
-            logits = scale * torch.einsum("wgd,nd->wgn", queries[row].float(), keys)
+            logits = softcapped(scale * torch.einsum("wgd,nd->wgn", queries[row].float(), keys), softcap)
             logits.masked_fill_(position > newest[:, None, None], -torch.inf)
-            whole = logits.logsumexp(-1) if lse is None else lse[row]
+            extra = None if sinks is None else sinks[row]
+            whole = with_sinks(logits, extra).logsumexp(-1) if lse is None else lse[row]
             paid = (logits - whole[..., None]).exp().nan_to_num(0.0).flatten(0, 1)
             scores[row, :length] = paid.mean(0) if reduction == "mean" else paid.amax(0)
     return scores

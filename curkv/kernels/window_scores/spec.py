@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curkv.kernels.costs import Cost
 from curkv.kernels.pages import Pages
-from curkv.kernels.spec import Call, Case, Inputs
+from curkv.kernels.spec import SOFTCAP, Call, Case, Inputs
 
 
 class WindowScores(Protocol):
@@ -26,15 +26,20 @@ class WindowScores(Protocol):
         reduction: Literal["mean", "max"] = "mean",
         lse: Tensor | None = None,
         width: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor: ...
 
 
-def _call(x: Inputs, lse_given: bool = False) -> Call:
+def _call(x: Inputs, lse_given: bool = False, masked: bool = False) -> Call:
     w, m = x.workload, x.workload.model
     table, lengths = x.rows()
     shape = len(table), w.window, m.query_heads // m.kv_heads
     arguments = x.normal(*shape, m.head_dim), x.pages, table, lengths, x.scale
-    return Call(arguments, {"lse": x.near(math.log(w.tokens), *shape)} if lse_given else {})
+    keywords: dict[str, object] = {"lse": x.near(math.log(w.tokens), *shape)} if lse_given else {}
+    if masked:
+        keywords = {"softcap": SOFTCAP, "sinks": x.near(1.0, len(table), shape[-1])}
+    return Call(arguments, keywords)
 
 
 CASES = (
@@ -60,6 +65,18 @@ CASES = (
             "queries for each block of keys",
         ),
         partial(_call, lse_given=True),
+        reads_vectors=True,
+    ),
+    Case(
+        "masked",
+        "evict",
+        Cost(
+            "2*L*H*n*(D*s + e + 4) + 4*L*H*n + L*Q*w*D*a",
+            "2*L*H*n*(D*s + e + 4 + 4/P) + 4*L*H*n + L*Q*w*(D*a + 8*S)",
+            "4*L*Q*w*n*D",
+            "queries for each block of keys",
+        ),
+        partial(_call, masked=True),
         reads_vectors=True,
     ),
 )

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from curkv.kernels.formats.triton import attention_block, load_operands, load_tokens, pointers, scaled
 from curkv.kernels.pages import Pages, longest
-from curkv.kernels.triton_util import LOG2_E, dot, find_slots, narrow, num_processors, power_of_two
+from curkv.kernels.triton_util import (
+    LOG2_E,
+    dot,
+    find_slots,
+    narrow,
+    num_processors,
+    power_of_two,
+    softcapped,
+)
 
 MIN_SPLIT = 512
 """Tokens that a program of the first pass reads at least."""
@@ -31,6 +39,8 @@ def window_scores(
     reduction: Literal["mean", "max"] = "mean",
     lse: Tensor | None = None,
     width: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Score the stored tokens by the attention of the last w queries; see `reference.window_scores`."""
     rows, window, group, head_dim = queries.shape
@@ -49,8 +59,10 @@ def window_scores(
         table.stride(0),
         scale * LOG2_E.value,
         window,
+        (softcap or 0.0) * LOG2_E.value,
     )
     constants = {
+        "SOFTCAPPED": softcap is not None,
         "KEYS": pages.k.format.name,
         "GROUP": group,
         "HEAD_DIM": head_dim,
@@ -58,7 +70,7 @@ def window_scores(
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_D": power_of_two(head_dim),
-        "num_warps": 4,
+        "num_warps": 4 if softcap is None else 8,
         "num_stages": 2,
     }
     if lse is None:
@@ -66,8 +78,11 @@ def window_scores(
         wanted = triton.cdiv(_PROGRAMS_PER_PROCESSOR * num_processors(queries.device), rows * tiles)
         splits = max(1, min(wanted, triton.cdiv(width, MIN_SPLIT)))
         size = triton.cdiv(triton.cdiv(width, splits), block_n) * block_n
-        parts = torch.empty(rows, splits, window * group, dtype=torch.float32, device=queries.device)
-        _normalisers[(rows, tiles, splits)](*layout, parts, splits, size, **constants)
+        every = splits + (sinks is not None)
+        parts = torch.empty(rows, every, window * group, dtype=torch.float32, device=queries.device)
+        if sinks is not None:
+            parts[:, splits] = (sinks * LOG2_E.value).repeat(1, window)
+        _normalisers[(rows, tiles, splits)](*layout, parts, every, size, **constants)
     else:
         parts = (lse * LOG2_E.value).reshape(rows, 1, window * group)
     _sum_probabilities[(rows, triton.cdiv(width, block_n))](
@@ -88,6 +103,8 @@ def _logits(
     table,
     scale_log2,
     window,
+    softcap_log2,
+    SOFTCAPPED: tl.constexpr,
     KEYS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -108,10 +125,11 @@ def _logits(
     tile = load_tokens(queries, row * (window * GROUP) + r, r < window * GROUP, HEAD_DIM, BLOCK_D)
     scores = dot(narrow(tile, keys.dtype), tl.trans(keys), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
     read = (r < window * GROUP)[:, None] & valid[None, :] & (position[None, :] <= own[:, None])
-    return tl.where(read, scaled(scores * scale_log2, pages_k, place, valid, KEYS), float("-inf"))
+    scores = softcapped(scaled(scores * scale_log2, pages_k, place, valid, KEYS), SOFTCAPPED, softcap_log2)
+    return tl.where(read, scores, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["stride_table", "window", "splits", "size"])
+@triton.jit(do_not_specialize=["stride_table", "window", "every", "size"])
 def _normalisers(
     queries,
     pages_k,
@@ -121,9 +139,11 @@ def _normalisers(
     stride_table,
     scale_log2,
     window,
+    softcap_log2,
     lse,
-    splits,
+    every,
     size,
+    SOFTCAPPED: tl.constexpr,
     KEYS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -132,7 +152,10 @@ def _normalisers(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Program (row, tile of queries, split): base-2 log-sum-exp of each query over `size` tokens."""
+    """Program (row, tile of queries, split): base-2 log-sum-exp of each query over `size` tokens.
+
+    `every` is how many parts the log-sum-exp of a query has, this one's and those of others.
+    """
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BLOCK_M
     split = tl.program_id(2)
@@ -142,14 +165,15 @@ def _normalisers(
     for block in range(split * size, tl.minimum((split + 1) * size, length), BLOCK_N):
         scores = _logits(
             row, first, block, length, queries, pages_k, pages_position, table + row * stride_table,
-            scale_log2, window, KEYS, GROUP, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
+            scale_log2, window, softcap_log2, SOFTCAPPED,
+            KEYS, GROUP, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         shift = tl.where(new_peak > float("-inf"), new_peak, 0.0)
         total = total * tl.exp2(peak - shift) + tl.sum(tl.exp2(scores - shift[:, None]), 1)
         peak = new_peak
     r = first + tl.arange(0, BLOCK_M)
-    out = lse + (row * splits + split) * (window * GROUP) + r
+    out = lse + (row * every + split) * (window * GROUP) + r
     tl.store(out, peak + tl.log2(total), mask=r < window * GROUP)
 
 
@@ -163,11 +187,13 @@ def _sum_probabilities(
     stride_table,
     scale_log2,
     window,
+    softcap_log2,
     lse,
     splits,
     scores,
     width,
     MEAN: tl.constexpr,
+    SOFTCAPPED: tl.constexpr,
     KEYS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -197,7 +223,7 @@ def _sum_probabilities(
             whole = tl.where(total > 0, peak + tl.log2(total), 0.0)
             logits = _logits(
                 row, first, block, length, queries, pages_k, pages_position,
-                table + row * stride_table, scale_log2, window,
+                table + row * stride_table, scale_log2, window, softcap_log2, SOFTCAPPED,
                 KEYS, GROUP, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
             paid = tl.exp2(logits - whole[:, None])

@@ -84,6 +84,15 @@ MUTATIONS = (
         "index[None, :] <= last[:, None]",
         "index[None, :] <= last[:, None] + 1",
     ),
+    util("paged_decode_attention", "window off by one", "> newest - window", ">= newest - window"),
+    util("paged_decode_attention", "another cap", "(2 * LOG2_E / softcap)", "(LOG2_E / softcap)"),
+    Mutation(
+        "paged_prefill_attention",
+        "window off by one",
+        "stands[None, :] >= oldest[:, None]",
+        "stands[None, :] > oldest[:, None]",
+    ),
+    Mutation("column_sums", "window off by one", "chunk + 1 + step - window", "chunk + 2 + step - window"),
     Mutation(
         "paged_prefill_attention",
         "unmasked a block too far",

@@ -5,7 +5,7 @@ import torch
 
 from curkv.kernels.column_sums import reference, triton
 from curkv.kernels.paged_prefill_attention.reference import paged_prefill_attention
-from tests.kernels.util import make_pool, query_start
+from tests.kernels.util import MASKS, make_pool, mask_arguments, query_start, scatter_positions
 
 
 @pytest.mark.parametrize(
@@ -34,3 +34,17 @@ def test_adds_what_the_reference_adds(
         triton.column_sums(q, lse, pool.pages, *layout)
         reference.column_sums(q, lse, expected.pages, *layout)
     close(pool.pages.attention, expected.pages.attention, kv_dtype)
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_windows_and_caps(close, mask):
+    lengths, new_tokens = [[1, 1, 1], [300, 77, 129], [65, 64, 500]], [1, 77, 17]
+    pool = scatter_positions(make_pool(lengths), new_tokens)
+    expected, masks = pool.copy(), mask_arguments(mask, 9)
+    q = torch.randn(sum(new_tokens), 9, 64)
+    layout = pool.table, pool.lengths, pool.slots, query_start(new_tokens), 0.4
+    _, lse = paged_prefill_attention(q, pool.pages, *layout, return_lse=True, **masks)
+    masks.pop("sinks", None)
+    triton.column_sums(q, lse, pool.pages, *layout, **masks)
+    reference.column_sums(q, lse, expected.pages, *layout, **masks)
+    close(pool.pages.attention, expected.pages.attention)

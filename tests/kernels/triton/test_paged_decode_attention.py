@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from curkv.kernels.paged_decode_attention import reference, triton
-from tests.kernels.util import make_pool
+from tests.kernels.util import MASKS, generator, make_pool, mask_arguments, scatter_positions
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
@@ -77,3 +77,18 @@ def test_bfloat16_queries_give_bfloat16(close, lengths):
     arguments = torch.randn(1, 6, 64).bfloat16(), pool.pages, pool.table, pool.lengths, pool.slots, 0.125
     expected = reference.paged_decode_attention(*arguments).bfloat16()
     close(triton.paged_decode_attention(*arguments), expected, torch.bfloat16)
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32"])
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_windows_caps_and_sinks(close, kv_dtype, mask):
+    lengths = [[1, 0, 40], [700, 3, 1025], [15, 512, 96]]
+    pool = scatter_positions(make_pool(lengths, kv_dtype=kv_dtype), [1, 1, 1])
+    q = torch.randn(3, 9, 64, generator=generator(1))
+    mine, theirs = pool.copy(), pool.copy()
+    rest, masks = (pool.table, pool.lengths, pool.slots, 0.4), mask_arguments(mask, 9)
+    for accumulate in (False, True):
+        actual = triton.paged_decode_attention(q, mine.pages, *rest, accumulate, **masks)
+        expected = reference.paged_decode_attention(q, theirs.pages, *rest, accumulate, **masks)
+        close(actual, expected, kv_dtype)
+    close(mine.pages.attention, theirs.pages.attention, kv_dtype)

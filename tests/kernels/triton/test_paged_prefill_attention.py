@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from curkv.kernels.paged_prefill_attention import reference, triton
-from tests.kernels.util import make_pool, query_start
+from tests.kernels.util import MASKS, generator, make_pool, mask_arguments, query_start, scatter_positions
 
 
 @pytest.mark.parametrize(
@@ -62,3 +62,17 @@ def test_bfloat16_queries_give_bfloat16(close):
     arguments = torch.randn(9, 6, 64).bfloat16(), pool.pages, *layout, 0.125
     expected = reference.paged_prefill_attention(*arguments).bfloat16()
     close(triton.paged_prefill_attention(*arguments), expected, torch.bfloat16)
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32"])
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_windows_caps_and_sinks(close, kv_dtype, mask):
+    lengths, new_tokens = [[1, 1, 1], [300, 77, 129], [17, 32, 40], [65, 64, 500]], [1, 77, 9, 17]
+    pool = scatter_positions(make_pool(lengths, kv_dtype=kv_dtype), new_tokens)
+    q = torch.randn(sum(new_tokens), 9, 64, generator=generator(1))
+    rest = q, pool.pages, pool.table, pool.lengths, pool.slots, query_start(new_tokens), 0.4, True
+    masks = mask_arguments(mask, 9)
+    out, lse = triton.paged_prefill_attention(*rest, **masks)
+    expected, expected_lse = reference.paged_prefill_attention(*rest, **masks)
+    close(out, expected, kv_dtype)
+    close(lse, expected_lse, kv_dtype)
