@@ -64,6 +64,9 @@ class EngineOptions(Section):
     model: str = Field(
         default="smollm2-135m-instruct", description="Built-in name, directory, Hub id or GGUF file."
     )
+    text_only: bool = Field(
+        default=False, description="Serve the text part of a model that sees or hears besides."
+    )
     weights: Weights = Field(
         default="auto",
         description="Type of the linear layers' weights: float32 on CPU, bfloat16 on a GPU, if auto.",

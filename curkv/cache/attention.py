@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -14,6 +14,14 @@ from curkv.cache.upload import upload_list
 from curkv.cache.view import CacheView
 
 
+class Masks(TypedDict):
+    """What a layer's attention is told besides what is stored."""
+
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+
+
 class PagedAttention:
     """Attention over the pages of a cache; it holds nothing of any sequence itself.
 
@@ -22,6 +30,9 @@ class PagedAttention:
         rope: by layer of the model, cos and sin, float32 [positions, head_dim / 2] each.
         output_projection: gives a layer's W_o, float32 [query heads, head_dim, hidden], to policies that
             weigh values by what they add to the output; None: there are none.
+        softcap: scaled scores x become softcap tanh(x / softcap); None: they do not.
+        sinks: by layer of the model, float32 [query heads], the score of one more token whose value is 0;
+            empty: there are none.
     """
 
     def __init__(
@@ -30,6 +41,8 @@ class PagedAttention:
         rope: Sequence[tuple[Tensor, Tensor]],
         output_projection: Callable[[int], Tensor] | None = None,
         prefill_dtype: torch.dtype | None = None,
+        softcap: float | None = None,
+        sinks: Sequence[Tensor] = (),
     ) -> None:
         """Takes a cache and what a model's attention needs beside it.
 
@@ -39,6 +52,8 @@ class PagedAttention:
                 them.
             output_projection: gives a layer's W_o, by the index of the layer in the model.
             prefill_dtype: what queries are rounded to before chunks attend; None: not at all.
+            softcap: of scores; None: they are not capped.
+            sinks: by layer of the model, float32 [query heads]; empty: there are none.
         """
         layout = kv.layout
         self.kv = kv
@@ -48,32 +63,40 @@ class PagedAttention:
         self._kernels = kv.kernels
         self._scale = layout.head_dim**-0.5
         self._prefill_dtype = prefill_dtype
+        self.softcap = softcap
+        self.sinks = tuple(sink.to(kv.device, torch.float32) for sink in sinks)
+        self._masks: dict[int, Masks] = {
+            layer: {"window": window, "softcap": softcap, "sinks": self.sinks[layer] if sinks else None}
+            for layer, window in zip(layout.cached_layers, layout.windows, strict=True)
+        }
         self._rows = {layer: row for row, layer in enumerate(layout.cached_layers)}
-        self._evicted = {row: index for index, row in enumerate(layout.full_rows)}
+        self._evicted = {row: index for index, row in enumerate(layout.evicted_rows)}
 
     def view(
         self, slot: int, seed: int = 0, phase: Literal["prefill", "decode"] = "prefill", round: int = 0
     ) -> CacheView:
-        """What a policy sees of a sequence: the layers that attend to everything.
+        """What a policy sees of a sequence: the layers that it evicts from.
 
         The arguments are those of `CacheView`.
         """
         kv, layout, projection = self.kv, self.kv.layout, self.output_projection
         table, lengths = kv.page_table[slot], kv.lengths[slot]
         if len(self._evicted) < layout.num_layers:
-            rows = upload_list(layout.full_rows, kv.device)
+            rows = upload_list(layout.evicted_rows, kv.device)
             table, lengths = table.index_select(0, rows), lengths.index_select(0, rows)
         return CacheView(
             kv.pages,
             table,
             lengths,
-            int(kv.head_lengths(slot)[list(layout.full_rows)].max()),
+            int(kv.head_lengths(slot)[list(layout.evicted_rows)].max()),
             seed,
             phase,
             round,
             observations=kv.observed.get(slot),
-            rope=tuple(self.rope[layout.cached_layers[row]] for row in layout.full_rows),
+            rope=tuple(self.rope[layout.cached_layers[row]] for row in layout.evicted_rows),
             output_projection=None if projection is None else self._projection,
+            softcap=self.softcap,
+            sinks=tuple(self.sinks[layout.cached_layers[row]] for row in layout.evicted_rows if self.sinks),
         )
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
@@ -88,35 +111,32 @@ class PagedAttention:
 
         Returns:
             float32 [T, query heads, head_dim].
-
-        Raises:
-            NotImplementedError: the layer has a window, which the kernels cannot be told yet.
         """
-        row, decodes, observed = self._rows[layer], batch.num_decodes, batch.observed
-        if row not in self._evicted:
-            raise NotImplementedError(f"layer {layer} has a window, which the attention kernels do not know")
+        row, decodes = self._rows[layer], batch.num_decodes
+        index = self._evicted.get(row, -1)
+        observed = batch.observed if index >= 0 else ()
         table, lengths = self.kv.page_table[:, row], self.kv.lengths[:, row]
         for one in observed:
-            one.observations.see_unrotated(self._evicted[row], q[one.start : one.end], one.position)
+            one.observations.see_unrotated(index, q[one.start : one.end], one.position)
         cos, sin = self.rope[layer]
         self._kernels.rope(q, cos, sin, batch.positions)
         self._kernels.store_kv(
             self.kv.pages, k, v, cos, sin, batch.positions, table, lengths, batch.slots, batch.query_start
         )
         for one in observed:
-            self._observe(self._evicted[row], one, q, k, batch, (cos, sin))
-        parts = []
+            self._observe(index, one, q, k, batch, (cos, sin))
+        parts, masks = [], self._masks[layer]
         if decodes:
-            parts.append(self._decode(q[:decodes], table, lengths, batch, observed))
+            parts.append(self._decode(q[:decodes], table, lengths, batch, observed, masks))
         if decodes < batch.slots.shape[0]:
-            parts.append(self._prefill(q[decodes:], table, lengths, batch, observed))
+            parts.append(self._prefill(q[decodes:], table, lengths, batch, observed, masks))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _projection(self, index: int) -> Tensor:
-        """W_o of one of the layers that attend to everything."""
+        """W_o of one of the layers that policies evict from."""
         assert self.output_projection is not None
         layout = self.kv.layout
-        return self.output_projection(layout.cached_layers[layout.full_rows[index]])
+        return self.output_projection(layout.cached_layers[layout.evicted_rows[index]])
 
     def _observe(
         self, index: int, one: Observed, q: Tensor, k: Tensor, batch: Batch, rope: tuple[Tensor, Tensor]
@@ -128,24 +148,34 @@ class PagedAttention:
         one.observations.see_rotated(index, q[rows], keys, one.position)
 
     def _decode(
-        self, q: Tensor, table: Tensor, lengths: Tensor, batch: Batch, observed: tuple[Observed, ...]
+        self,
+        q: Tensor,
+        table: Tensor,
+        lengths: Tensor,
+        batch: Batch,
+        observed: tuple[Observed, ...],
+        masks: Masks,
     ) -> Tensor:
         """Attention of single tokens; the probabilities are added up for those sequences that need it."""
         attend, slots, pages = self._kernels.paged_decode_attention, batch.decode_slots, self.kv.pages
         summed = [one.index for one in observed if one.column_sums and one.index < batch.num_decodes]
         if not summed or len(summed) == len(slots):
-            return attend(q, pages, table, lengths, slots, self._scale, accumulate=bool(summed))
+            return attend(q, pages, table, lengths, slots, self._scale, bool(summed), **masks)
         out = torch.empty_like(q)
         others = sorted(set(range(len(slots))) - set(summed))
         for chosen, accumulate in ((summed, True), (others, False)):
             rows = upload_list(chosen, q.device)
-            out[rows] = attend(
-                q[rows], pages, table, lengths, slots[rows], self._scale, accumulate=accumulate
-            )
+            out[rows] = attend(q[rows], pages, table, lengths, slots[rows], self._scale, accumulate, **masks)
         return out
 
     def _prefill(
-        self, q: Tensor, table: Tensor, lengths: Tensor, batch: Batch, observed: tuple[Observed, ...]
+        self,
+        q: Tensor,
+        table: Tensor,
+        lengths: Tensor,
+        batch: Batch,
+        observed: tuple[Observed, ...],
+        masks: Masks,
     ) -> Tensor:
         """Attention of chunks; what each token receives is added up for those sequences that need it."""
         heads = self.kv.pages, table, lengths
@@ -153,12 +183,15 @@ class PagedAttention:
         summed = [one for one in observed if one.column_sums and one.index >= batch.num_decodes]
         queries = q if self._prefill_dtype is None else q.to(self._prefill_dtype)
         if not summed:
-            out: Tensor = self._kernels.paged_prefill_attention(queries, *place)
+            out: Tensor = self._kernels.paged_prefill_attention(queries, *place, **masks)
             return out
-        out, lse = self._kernels.paged_prefill_attention(queries, *place, return_lse=True)
+        out, lse = self._kernels.paged_prefill_attention(queries, *place, return_lse=True, **masks)
         for one in summed:
             rows = slice(one.start - batch.num_decodes, one.end - batch.num_decodes)
             index = slice(one.index, one.index + 1)
             count = upload_list((0, one.end - one.start), q.device, torch.int32)
-            self._kernels.column_sums(q[rows], lse[rows], *heads, batch.slots[index], count, self._scale)
+            self._kernels.column_sums(
+                q[rows], lse[rows], *heads, batch.slots[index], count, self._scale,
+                masks["window"], masks["softcap"],
+            )  # fmt: skip
         return out

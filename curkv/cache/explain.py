@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from curkv.cache.eviction import protected, select_scored
 from curkv.cache.observations import Needs
 from curkv.cache.plan import EvictionPlan
 from curkv.cache.policies.base import Scored
 from curkv.cache.view import CacheView
+from curkv.kernels.paged_decode_attention.reference import softcapped, with_sinks
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels
@@ -68,13 +70,13 @@ def explain(view: CacheView, plan: EvictionPlan, kernels: Kernels, page_bytes: i
     if plan.evicts_prompt:
         indices, counts = select_scored(view, plan, scored, always, kernels)
         kept = _as_mask(indices, counts, view.width)
-    size = view.pages.page_size
+    size, position = view.pages.page_size, view.position
     pages = [int((-(-lengths // size)).sum()) for lengths in (view.lengths, kept.sum(-1))]
     return Explanation(
         policy=plan.policy.name,
         budget_tokens=plan.budget_tokens,
-        kept=kept.numpy(force=True),
-        ranks=ranks.numpy(force=True),
+        kept=_by_position(kept, position).numpy(force=True),
+        ranks=_by_position(ranks, position).numpy(force=True),
         errors=output_errors(view, kept).numpy(force=True),
         bytes_full=pages[0] * page_bytes,
         bytes_kept=pages[1] * page_bytes,
@@ -87,6 +89,13 @@ def _as_mask(indices: Tensor, counts: Tensor, n: int) -> Tensor:
     places = indices.long().where(chosen, n)
     mask = torch.zeros(*counts.shape, n + 1, dtype=torch.bool, device=indices.device)
     return mask.scatter_(-1, places, True)[..., :n]
+
+
+def _by_position(values: Tensor, position: Tensor) -> Tensor:
+    """[L, H, prompt], what stored tokens have by their place in the text; 0 for those that windows left."""
+    prompt = int(position.max()) + 1
+    places = position.long().where(position >= 0, prompt)
+    return values.new_zeros(*values.shape[:2], prompt + 1).scatter_(-1, places, values)[..., :prompt]
 
 
 def _ranks(scored: Scored, protected: Tensor) -> Tensor:
@@ -123,11 +132,15 @@ def output_errors(view: CacheView, kept: Tensor) -> Tensor:
     for layer in range(view.num_layers):
         keys, values = view.keys(layer), view.values(layer)
         hidden = position[layer][:, None] > newest[:, None]
-        logits = torch.einsum("hwgd,hnd->hwgn", queries[layer], keys) * view.scale
-        logits = logits.masked_fill_(hidden[:, :, None], -torch.inf).flatten(1, 2)
+        logits = softcapped(torch.einsum("hwgd,hnd->hwgn", queries[layer], keys) * view.scale, view.softcap)
+        logits, stays = logits.masked_fill_(hidden[:, :, None], -torch.inf), kept[layer]
+        if view.sinks:
+            logits = with_sinks(logits, view.sinks[layer].view(len(keys), 1, -1))
+            values, stays = pad(values, (0, 0, 0, 1)), pad(stays, (0, 1), value=True)
+        logits = logits.flatten(1, 2)
         weights = (logits - logits.amax(-1, keepdim=True)).exp_()
         whole = _output(weights, values)
-        change = whole - _output(weights * kept[layer][:, None], values)
+        change = whole - _output(weights * stays[:, None], values)
         errors.append(change.flatten(1).norm(dim=1) / whole.flatten(1).norm(dim=1).clamp_min(1e-30))
     return torch.stack(errors)
 

@@ -27,7 +27,8 @@ class CacheLayout:
     """The shape of a cache.
 
     Layers that attend to everything are what policies evict from, and what tokens per head are counted in;
-    those with a window hold its tokens, and a page and a step more.
+    those with a window hold its tokens, and a page and a step more. Where all have a window, policies evict
+    from them.
 
     Attributes:
         layers: every layer of the model; those with KV heads have equally many.
@@ -67,9 +68,15 @@ class CacheLayout:
         return tuple(self.layers[i].window for i in self.cached_layers)
 
     @cached_property
-    def full_rows(self) -> tuple[int, ...]:
-        """Rows of the layers that attend to everything."""
-        return tuple(row for row, window in enumerate(self.windows) if window is None)
+    def evicted_rows(self) -> tuple[int, ...]:
+        """Rows of the layers that policies evict from: those that attend to everything, else all."""
+        full = tuple(row for row, window in enumerate(self.windows) if window is None)
+        return full or tuple(range(self.num_layers))
+
+    @cached_property
+    def evicts_from_windows(self) -> bool:
+        """Whether policies evict from layers with a window."""
+        return None not in self.windows
 
     @cached_property
     def num_layers(self) -> int:
@@ -110,7 +117,7 @@ class CacheLayout:
         """Most pages of a sequence.
 
         Args:
-            tokens: what heads hold on average in the layers that attend to everything.
+            tokens: what heads hold on average in the layers that policies evict from.
             ragged: these heads may hold different numbers of tokens: then each may strand almost a page.
             seen: tokens that went through the cache, of which those layers hold a part and those with a
                 window the newest; `tokens` unless told.
@@ -119,13 +126,14 @@ class CacheLayout:
             The number of pages; exact for layers that attend to everything and are not ragged.
         """
         seen = tokens if seen is None else seen
-        heads, size = len(self.full_rows) * self.num_kv_heads, self.page_size
+        heads, size = len(self.evicted_rows) * self.num_kv_heads, self.page_size
         pages = heads * -(-seen // size)
         if ragged:
             pages = min(pages, heads * (tokens + size - 1) // size)
         else:
             pages = min(pages, heads * -(-tokens // size))
-        return pages + self._window_pages(seen)
+        windows = self._window_pages(seen, evicted=self.evicts_from_windows and tokens < seen)
+        return min(pages, windows) if self.evicts_from_windows else pages + windows
 
     def sequence_tokens(self, pages: int, *, ragged: bool = False) -> int:
         """Most tokens per head, on average, that a sequence can hold in so many pages.
@@ -135,18 +143,25 @@ class CacheLayout:
             ragged: heads of a layer may hold different numbers of tokens; counts with their worst split.
 
         Returns:
-            Tokens per head of the layers that attend to everything; below 1 if there is not room for one.
+            Tokens per head of the layers that policies evict from; below 1 if there is not room for one.
         """
-        left = pages - self._window_pages(self.max_tokens)
-        layer_pages, size = left // max(1, len(self.full_rows)), self.page_size
+        windows = self._window_pages(self.max_tokens, evicted=self.evicts_from_windows)
+        if self.evicts_from_windows and pages >= windows:
+            return self.max_tokens
+        left = pages if self.evicts_from_windows else pages - windows
+        layer_pages, size = left // len(self.evicted_rows), self.page_size
         if ragged:
             return layer_pages * size // self.num_kv_heads - (size - 1)
         return layer_pages // self.num_kv_heads * size
 
-    def _window_pages(self, seen: int) -> int:
-        """Most pages that the layers with windows hold after so many tokens, until they are trimmed."""
+    def _window_pages(self, seen: int, evicted: bool) -> int:
+        """Most pages that the layers with windows hold after so many tokens, until they are trimmed.
+
+        Those that were evicted from are not trimmed before a window more has been stored.
+        """
         step = self.max_tokens if self.max_step_tokens is None else self.max_step_tokens
-        most = [window - 1 + self.page_size - 1 + step for window in self.windows if window is not None]
+        reach = [(window - 1) * (2 if evicted else 1) for window in self.windows if window is not None]
+        most = [tokens + self.page_size - 1 + step for tokens in reach]
         return self.num_kv_heads * sum(-(-min(seen, tokens) // self.page_size) for tokens in most)
 
 

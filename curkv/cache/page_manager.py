@@ -99,7 +99,11 @@ class PageManager:
         windows = [(row, window) for row, window in enumerate(layout.windows) if window is not None]
         self._window_rows = np.array([row for row, _ in windows], dtype=np.int64)
         self._windows = np.array([window for _, window in windows], dtype=np.int32)[:, None]
-        self._full_rows = slice(None) if not windows else np.array(layout.full_rows, dtype=np.int64)
+        every = len(layout.evicted_rows) == layout.num_layers
+        self._evicted_rows = slice(None) if every else np.array(layout.evicted_rows, dtype=np.int64)
+        self._trimmed = np.zeros(heads, dtype=np.int32)  # pages that windows have moved past
+        # Newest tokens that no eviction from a window has come behind; without any, more than there are.
+        self._unevicted = np.full(layout.max_sequences, layout.max_tokens, dtype=np.int32)
 
     @property
     def pages(self) -> Pages:
@@ -169,8 +173,8 @@ class PageManager:
         return int(self._lengths[slot].sum())
 
     def held_tokens(self, slot: int) -> float:
-        """Tokens that a head of a sequence holds, mean over the layers that attend to everything."""
-        lengths = self._lengths[slot][self._full_rows]
+        """Tokens that a head of a sequence holds, mean over the layers that policies evict from."""
+        lengths = self._lengths[slot][self._evicted_rows]
         mean: float = int(lengths.sum()) / max(1, lengths.size)
         return mean
 
@@ -217,6 +221,8 @@ class PageManager:
         self.pool.release(self._owned_pages(slot, self.page_counts[slot]))
         self._lengths[slot] = 0
         self.page_counts[slot] = 0
+        self._trimmed[slot] = 0
+        self._unevicted[slot] = self.layout.max_tokens
         self._publish([slot])
         self._active[slot] = False
         self._free_slots.append(slot)
@@ -248,12 +254,15 @@ class PageManager:
         if observed is not None and observed.needs.column_sums:
             shared = np.zeros_like(lengths)
         new = self._start_from(self._table[slot], lengths, shared)
+        self._trimmed[new], self._unevicted[new] = self._trimmed[slot], self._unevicted[slot]
         if observed is not None:
             self.observed[new] = observed.fork()
         return new
 
     def adopt(self, prefix: Prefix, needs: Needs | None = None) -> int:
         """Starts a sequence that holds what a prefix holds; full pages are shared, others copied.
+
+        What windows have moved past is not held.
 
         Args:
             prefix: one of `prefixes`.
@@ -270,6 +279,11 @@ class PageManager:
         if needs is not None and needs.column_sums:  # every step writes to all pages
             shared = np.zeros_like(shared)
         slot = self._start_from(prefix.table, prefix.lengths, shared, needs)
+        if not prefix.evictions:
+            self._trimmed[slot] = (prefix.tokens - prefix.lengths) // self.layout.page_size
+        elif self.layout.evicts_from_windows:
+            self._unevicted[slot] = 0
+        self.trim([slot])
         if prefix.observed is not None:
             self.observed[slot] = prefix.observed.fork()
         return slot
@@ -281,14 +295,17 @@ class PageManager:
 
         Args:
             slot: the sequence, of whose first `len(keys)` pages per head nothing was evicted; if the last of
-                them is not full, the sequence ends.
+                them is not full, the sequence ends. Blocks of which windows have trimmed a page are left out.
             keys: of its first blocks, in their order.
             tokens: its prompt, so that a block can be found by its first tokens.
             root: stands for what lies before the first block.
         """
         if keys:
-            table = self._table[slot][..., : len(keys)]
-            self.prefixes.insert_blocks(keys, table, self.layout.page_size, tokens, root)
+            trimmed = self._trimmed[slot][..., None]
+            first = int(trimmed.max())
+            column = np.maximum(self._page_index[: len(keys)] - trimmed, 0)
+            table = np.take_along_axis(self._table[slot], column, axis=-1)
+            self.prefixes.insert_blocks(keys, table, self.layout.page_size, tokens, root, first)
 
     def contents(self, slot: int, tokens: int) -> Prefix:
         """All that a sequence of so many tokens holds; to be cached, it must end."""
@@ -330,15 +347,20 @@ class PageManager:
         """
         peak, ragged = plan.peak_prompt_tokens, plan.ragged and plan.streaming
         if prefix is not None and prefix.evictions:
-            peak, ragged = plan.peak_tokens_behind(prefix.tokens, float(prefix.lengths.mean())), plan.ragged
+            peak, ragged = (
+                plan.peak_tokens_behind(prefix.tokens, float(prefix.lengths[self._evicted_rows].mean())),
+                plan.ragged,
+            )
         needed = max(
             self.layout.sequence_pages(peak, ragged=ragged, seen=plan.prompt_tokens),
             self.held_pages(plan, generated),
         )
         if prefix is None:
             return needed
-        owners, holders = self.pool.owners[prefix.pages], self.pool.held[prefix.pages]
-        shared = int((owners > holders).sum())
+        pages = prefix.pages
+        if len(self._windows):  # a window may have moved past its layer's
+            pages = pages[np.isin(pages, np.delete(prefix.table, self._window_rows, axis=0))]
+        shared = int((self.pool.owners[pages] > self.pool.held[pages]).sum())
         evicts = plan.evicts_prompt and prefix.tokens < plan.context_tokens
         copied = self.layout.sequence_pages(plan.budget_tokens) if shared and evicts else 0
         return needed - shared + copied
@@ -378,6 +400,7 @@ class PageManager:
             self._append_pages(slots, counts, missing, self.take(total))
             self.page_counts[slots] = new_counts
         self._lengths[slots] = lengths
+        self._unevicted[slots] += np.array(new_tokens, dtype=np.int32)
         self._publish_lengths(slots)
 
     def mark(self, slots: Sequence[int]) -> Mark:
@@ -403,6 +426,7 @@ class PageManager:
             kept, column = self._pages_of(lengths), self._page_index
             counts = self.page_counts[slot]
             self.pool.release(self._table[slot][(column >= kept[..., None]) & (column < counts[..., None])])
+            self._unevicted[slot] -= (self._lengths[slot] - lengths).max()
             self.page_counts[slot], self._lengths[slot] = kept, lengths
         self.observed.update(mark.observed)
         for slot, sums in mark.attention.items():
@@ -416,6 +440,8 @@ class PageManager:
         self.observed.clear()
         self._lengths[:] = 0
         self.page_counts[:] = 0
+        self._trimmed[:] = 0
+        self._unevicted[:] = self.layout.max_tokens
         slots = range(self.layout.max_sequences)
         self._active[:] = [False for _ in slots]
         self._free_slots[:] = reversed(slots)
@@ -431,7 +457,7 @@ class PageManager:
         Args:
             slot: the sequence.
             indices: int32 [L, heads, n], ascending indices of the tokens each head keeps, -1 padded, for
-                the L layers that attend to everything.
+                the L layers that policies evict from.
             counts: int32 [L, heads], how many each head keeps.
 
         Returns:
@@ -441,7 +467,7 @@ class PageManager:
             OutOfPages: pages shared with other sequences cannot be copied; only prefixes may be gone.
         """
         self._check_active(slot)
-        free_before, rows, heads = self.free_pages, self._full_rows, self.layout.num_kv_heads
+        free_before, rows, heads = self.free_pages, self._evicted_rows, self.layout.num_kv_heads
         lengths = self._lengths[slot][rows].reshape(-1)
         kept = counts.reshape(-1).numpy(force=True)
         if (kept > lengths).any():
@@ -464,6 +490,8 @@ class PageManager:
         self._table[slot][rows, :, : len(column)] = target.reshape(-1, heads, len(column))
         self._lengths[slot][rows] = kept.reshape(-1, heads)
         self.page_counts[slot][rows] = new.reshape(-1, heads)
+        if self.layout.evicts_from_windows:
+            self._unevicted[slot] = 0
         self._publish([slot])
         return self.free_pages - free_before
 
@@ -471,7 +499,9 @@ class PageManager:
         """Gives back what windows have moved past: pages of which no later query reaches a token.
 
         Whole pages go, from the front, so that nothing is moved: after it a head of a layer with a window of
-        w holds the newest w - 1 tokens and less than a page more.
+        w holds the newest w - 1 tokens and less than a page more. One that was evicted from is left alone
+        until the window has moved past all that was stored then: where that stands in the text is not known
+        here.
 
         Args:
             slots: different sequences whose new tokens are stored and attended to.
@@ -487,6 +517,7 @@ class PageManager:
             self.free_pages,
         )
         behind = np.maximum(self._lengths[heads] - (self._windows - 1), 0) // size
+        behind *= self._unevicted[np.array(slots), None, None] >= self._windows - 1
         if not behind.any():
             return 0
         table, first = self._table[heads], behind[..., None]
@@ -495,6 +526,7 @@ class PageManager:
         self._table[heads] = np.take_along_axis(table, moved, axis=-1)
         self._lengths[heads] -= behind * size
         self.page_counts[heads] -= behind
+        self._trimmed[heads] += behind
         self._publish(slots)
         return self.free_pages - free_before
 
@@ -505,11 +537,11 @@ class PageManager:
 
         Args:
             slot: the sequence.
-            layer: which of the layers that attend to everything.
+            layer: which of the layers that policies evict from.
             k: float32 [KV heads, n, head_dim], after RoPE; of a head with fewer tokens the first ones count.
             v: the same for values.
         """
-        size, pages, row = self.layout.page_size, self.pages, self.layout.full_rows[layer]
+        size, pages, row = self.layout.page_size, self.pages, self.layout.evicted_rows[layer]
         index = torch.arange(k.shape[1], device=k.device)
         ids = self.page_table[slot, row].long()[:, index // size]
         alone = self._upload(self.pool.owners == 1)[ids.clamp(0, self.num_pages - 1)]

@@ -163,6 +163,7 @@ class PrefixCache:
         page_size: int,
         tokens: Sequence[int] = (),
         root: Hashable = None,
+        first: int = 0,
     ) -> None:
         """Holds the first blocks of a prompt, as many as the limit allows.
 
@@ -174,9 +175,10 @@ class PrefixCache:
             page_size: tokens of a page.
             tokens: the prompt; without it the blocks are found whole or not at all.
             root: stands for what lies before the first block; without it that one is found whole.
+            first: the first block whose pages are known.
         """
         keys = keys[: self.max_pages // table[..., 0].size]
-        new = [i for i, key in enumerate(keys) if key not in self._entries]
+        new = [i for i, key in enumerate(keys) if i >= first and key not in self._entries]
         self._pool.share(table[..., new].reshape(-1), held=True)
         self.held_pages += table[..., new].size
         for i in new:
@@ -192,7 +194,8 @@ class PrefixCache:
                 self._following.setdefault(before, {})[keys[i]] = held
                 self._before[keys[i]] = before
         for key in reversed(keys):
-            self._entries.move_to_end(key)
+            if key in self._entries:
+                self._entries.move_to_end(key)
         self._shrink()
 
     def drop(self, pages: int | None = None, spare: Container[Hashable] = ()) -> int:

@@ -131,7 +131,7 @@ class PrefixReuse:
             context_ttl=context_ttl,
             cacheable_tokens=0 if observed.column_sums or context is not None else unevicted,
             reusable_tokens=0 if observed.all_queries else max(0, unevicted - anew),
-            session=session,
+            session=None if any(layout.windows) else session,  # what windows left is not there to be cut
             shaped_by=shaped_by,
             continued_tokens=max(0, len(prompt) - anew),
         )
@@ -338,5 +338,5 @@ class PrefixReuse:
 
     @property
     def _caches(self) -> bool:
-        """Whether anything is cached; with windows, blocks behind them are gone."""
-        return bool(self._kv.prefixes.max_pages) and not any(self._kv.layout.windows)
+        """Whether anything is cached."""
+        return bool(self._kv.prefixes.max_pages)

@@ -33,6 +33,8 @@ class CacheView:
         observations: Of the sequence's queries, if its policy needs them.
         rope: By layer: cos and sin, float32 [positions, head_dim / 2] each.
         output_projection: Gives a layer's W_o, float32 [Hq, head_dim, hidden].
+        softcap: Scaled scores x become softcap tanh(x / softcap); None: they do not.
+        sinks: By layer: float32 [Hq], the score of one more token whose value is 0; empty: there are none.
     """
 
     pages: Pages
@@ -46,10 +48,12 @@ class CacheView:
     observations: Observations | None = None
     rope: Sequence[tuple[Tensor, Tensor]] | None = None
     output_projection: Callable[[int], Tensor] | None = None
+    softcap: float | None = None
+    sinks: Sequence[Tensor] = ()
 
     @property
     def num_layers(self) -> int:
-        """Layers of the model, L."""
+        """Layers that are evicted from, L."""
         return self.lengths.shape[0]
 
     @property
@@ -121,6 +125,11 @@ class CacheView:
         layers = torch.stack([observed[layer][-count:] for layer in range(self.num_layers)]).float()
         by_head = layers.view(*layers.shape[:2], heads, -1, dim).transpose(1, 2)
         return by_head.flatten(0, 1).contiguous()
+
+    @property
+    def sink_rows(self) -> Tensor | None:
+        """Sinks by KV head, as `window_scores` takes them: float32 [L * H, group]; None: there are none."""
+        return torch.cat(tuple(self.sinks)).view(self.lengths.numel(), -1) if self.sinks else None
 
     @property
     def _observed(self) -> Observations:

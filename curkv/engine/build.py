@@ -6,7 +6,7 @@ import torch
 
 import curkv
 from curkv.cache.attention import PagedAttention
-from curkv.cache.layout import CacheLayout, full_attention
+from curkv.cache.layout import CacheLayout, LayerSpec
 from curkv.cache.page_manager import PageManager
 from curkv.cache.sizing import num_pages_for
 from curkv.cache.store import Store
@@ -47,7 +47,7 @@ def build_engine(options: EngineOptions) -> Engine:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     directory = resolve_model(options.model)
-    config = load_config(directory)
+    config = load_config(directory, options.text_only)
     max_model_len = _max_model_len(options.max_model_len, config)
     rope = rope_tables(config, max_model_len)
     device = choose_device(options.device)
@@ -59,10 +59,10 @@ def build_engine(options: EngineOptions) -> Engine:
     form = device.weight_format(options.weights)
     model = Decoder(config, Checkpoint(directory, config, form.dtype, device.torch), kernels, form)
     layout = CacheLayout(
-        layers=full_attention(config.num_layers, config.num_kv_heads),
-        head_dim=config.head_dim,
+        layers=_layers(config, max_model_len),
+        head_dim=config.padded_head_dim,
         page_size=options.page_size,
-        format=device.kv_format(options.kv_dtype, config.head_dim),
+        format=device.kv_format(options.kv_dtype, config.padded_head_dim),
         max_sequences=options.max_sequences,
         max_tokens=max_model_len,
         max_step_tokens=options.max_step_tokens,
@@ -78,7 +78,9 @@ def build_engine(options: EngineOptions) -> Engine:
     except (MemoryError, torch.OutOfMemoryError) as error:
         message = f"a KV cache of {format_size(num_bytes)} is more than the memory: lower --kv-cache-memory"
         raise MemoryError(message) from error
-    attention = PagedAttention(kv, rope, model.output_projection, prefill_dtype)
+    attention = PagedAttention(
+        kv, rope, model.output_projection, prefill_dtype, config.attention_softcap, model.sinks
+    )
     replay = _replay(model, attention)
     store = None
     if options.prefix_store is not None:
@@ -119,6 +121,15 @@ def _replay(model: Decoder, attention: PagedAttention) -> Replay | None:
     if kv.kernels.backend.replay == "cuda graph" and kv.device.type == "cuda":
         return Replay(model, attention, CudaGraphs())
     return None
+
+
+def _layers(config: ModelConfig, max_model_len: int) -> tuple[LayerSpec, ...]:
+    """What each layer keeps; a window that every text fits into is none."""
+    windows = [config.layer(index).window for index in range(config.num_layers)]
+    return tuple(
+        LayerSpec(config.num_kv_heads, None if window is None or window >= max_model_len else window)
+        for window in windows
+    )
 
 
 def _max_model_len(asked: int | None, config: ModelConfig) -> int:

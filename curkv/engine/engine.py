@@ -402,6 +402,7 @@ class Engine:
         """Evicts as the sequence's plan says; if pages that others share cannot be copied, it starts anew."""
         self.kv.wait()  # the step is no part of what the eviction takes
         started, progress = time.perf_counter(), sequence.progress
+        self.kv.trim([sequence.slot])
         before = self.kv.held_tokens(sequence.slot)
         view = self.runner.attention.view(sequence.slot, sequence.plan.seed, phase, progress.evictions)
         indices, counts = select(view, sequence.plan, self.kv.kernels)
@@ -412,7 +413,7 @@ class Engine:
         progress.evictions += 1
         progress.evicted_at = progress.computed
         progress.decode_evictions += phase == "decode"
-        budgets = self.kv.head_lengths(sequence.slot)[list(self.kv.layout.full_rows)]
+        budgets = self.kv.head_lengths(sequence.slot)[list(self.kv.layout.evicted_rows)]
         kept = float(budgets.mean())
         progress.evicted_tokens += before - kept
         self._report.evictions.append(

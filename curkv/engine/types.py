@@ -210,6 +210,7 @@ class KVReport:
         bytes: pages held when the choice ended, in bytes.
         peak_bytes: most bytes of pages held at any time.
         decode_evictions: rounds of eviction while generating.
+        window_layers: layers that hold what their window reaches, and are not counted above but in bytes.
     """
 
     policy: str
@@ -220,6 +221,7 @@ class KVReport:
     bytes: int
     peak_bytes: int
     decode_evictions: int
+    window_layers: int = 0
 
 
 @dataclass(frozen=True)

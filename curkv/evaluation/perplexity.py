@@ -142,7 +142,7 @@ def compare(reference: Logits, model: Logits, windows: Iterable[Tensor]) -> Comp
 
 def dense_logits(model: Decoder) -> Logits:
     """A model without a paged cache: one causal pass per window, logits of every token."""
-    attention = DenseAttention(rope_tables(model.config))
+    attention = DenseAttention(model.config, rope_tables(model.config))
 
     def logits(ids: Tensor) -> Tensor:
         batch = Batch.build([0], [ids.tolist()], [0])

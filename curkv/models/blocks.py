@@ -7,11 +7,13 @@ returns the same pair: the addition happens where the sum is normalised next, in
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from curkv.kernels.dispatch import Kernels
 from curkv.kernels.linear.formats import FLOAT32, WeightFormat
@@ -32,6 +34,7 @@ class AttentionWeights:
         q_norm: [head_dim], of each head's query, [q_size], of those of all heads together, or None.
         k_norm: [head_dim] or [kv_size], of keys, or None.
         post_norm: [hidden], of what comes out, or None.
+        sinks: [query heads], the score of one more token of each head, whose value is 0, or None.
     """
 
     norm: Tensor | None
@@ -42,6 +45,7 @@ class AttentionWeights:
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
     post_norm: Tensor | None = None
+    sinks: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +70,45 @@ class MlpWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class MixtureWeights:
+    """Weights of experts and of what chooses among them.
+
+    Attributes:
+        norm: [hidden], of what goes in, or None: that goes in as it is.
+        router: [experts, hidden].
+        experts: Those of each, without norms, to be gone through once: they need not all be held together.
+        router_bias: [experts] or None.
+        shared: Of the expert that every token runs through, or None.
+        shared_gate: [1, hidden], of its gate.
+        post_norm: [hidden], of what comes out, or None.
+    """
+
+    norm: Tensor | None
+    router: Tensor
+    experts: Iterable[MlpWeights]
+    router_bias: Tensor | None = None
+    shared: MlpWeights | None = None
+    shared_gate: Tensor | None = None
+    post_norm: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class LayerWeights:
     """Weights of one decoder layer."""
 
     attention: AttentionWeights
-    mlp: MlpWeights
+    feed: MlpWeights | MixtureWeights
+
+    @property
+    def mlp(self) -> MlpWeights:
+        """Those of its MLP.
+
+        Raises:
+            TypeError: It has experts.
+        """
+        if not isinstance(self.feed, MlpWeights):
+            raise TypeError("the layer has experts, not an MLP")
+        return self.feed
 
 
 class CacheAttention(Protocol):
@@ -105,9 +143,14 @@ class Packer:
         self.form = form
         self.nbytes: Counter[str] = Counter()
 
-    def linear(self, kind: str, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        """Packs the weight of a linear layer, [N, K], and its bias, [N]; neither is needed afterwards."""
+    def linear(self, kind: str, weight: Tensor, bias: Tensor | None = None, exact: bool = False) -> Linear:
+        """Packs the weight of a linear layer, [N, K], and its bias, [N]; neither is needed afterwards.
+
+        One that is to be `exact` is not rounded.
+        """
         form = self.form.of_head if kind == "head" else self.form
+        if exact and form.rounds:
+            form = FLOAT32
         linear = self.kernels.pack_linear(weight, bias, form)
         self.nbytes[kind] += linear.nbytes
         return linear
@@ -150,11 +193,15 @@ class Exit:
 
 
 class Attention:
-    """Self-attention: norm, fused projections, norms of heads, the cache, output projection, norm."""
+    """Self-attention: norm, fused projections, norms of heads, the cache, output projection, norm.
+
+    Attributes:
+        sinks: [query heads], see `AttentionWeights`; the cache is told of them beforehand.
+    """
 
     def __init__(self, config: ModelConfig, layer: int, weights: AttentionWeights, pack: Packer):
         eps = config.rms_norm_eps
-        self._layer, self._head_dim, self._eps = layer, config.head_dim, eps
+        self._layer, self._head_dim, self._eps = layer, config.padded_head_dim, eps
         self._heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         self._rms_norm = pack.kernels.rms_norm
         self._qkv = Entry("attention", weights.qkv, weights.qkv_bias, weights.norm, eps, pack)
@@ -162,6 +209,7 @@ class Attention:
         if weights.q_norm is not None and weights.k_norm is not None:
             self._head_norms = pack.keep("norm", weights.q_norm), pack.keep("norm", weights.k_norm)
         self._o = pack.linear("attention", weights.o, weights.o_bias)
+        self.sinks = weights.sinks
         self._exit = Exit(weights.post_norm, eps, pack)
 
     @property
@@ -194,19 +242,61 @@ class Attention:
         return self._rms_norm(heads.view(len(heads), -1, len(norm)), norm, self._eps).view(heads.shape)
 
 
+def _gelu(gate: Tensor) -> Tensor:
+    return F.gelu(gate, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_python": F.gelu,
+    "gelu_new": _gelu,
+    "gelu_fast": _gelu,
+    "gelu_pytorch_tanh": _gelu,
+    "relu": F.relu,
+}
+"""Activations of a gate that torch computes, so that decode steps over them are not recorded."""
+
+
+class Gated:
+    """What is between the norms of a gated MLP: gate and up projections, activation, down projection."""
+
+    def __init__(self, config: ModelConfig, weights: MlpWeights, pack: Packer):
+        self.gate_up = pack.linear("mlp", weights.gate_up, weights.gate_up_bias)
+        self.down = Down(config, weights, pack)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, hidden] from [T, hidden]."""
+        return self.down(self.gate_up(x))
+
+
+class Down:
+    """The activation of an MLP's gate, its product with the other half, and the down projection."""
+
+    def __init__(self, config: ModelConfig, weights: MlpWeights, pack: Packer):
+        self._activation = ACTIVATIONS.get(config.activation)
+        self._linear = pack.linear("mlp", weights.down, weights.down_bias)
+
+    def __call__(self, gate_up: Tensor) -> Tensor:
+        """[T, hidden] from gate beside up, [T, 2 intermediate]."""
+        if self._activation is None:
+            return self._linear.after_silu_mul(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self._linear(self._activation(gate) * up)
+
+
 class Mlp:
-    """The gated MLP: norm, gate and up projections, silu(gate) * up, down projection, norm."""
+    """The gated MLP: norm, gate and up projections, activation, down projection, norm."""
 
     def __init__(self, config: ModelConfig, weights: MlpWeights, pack: Packer):
         eps = config.rms_norm_eps
         self._gate_up = Entry("mlp", weights.gate_up, weights.gate_up_bias, weights.norm, eps, pack)
-        self._down = pack.linear("mlp", weights.down, weights.down_bias)
+        self._down = Down(config, weights, pack)
         self._exit = Exit(weights.post_norm, eps, pack)
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """Runs the block; see `Attention.__call__`."""
         gate_up, residual = self.gate_up(x, residual)
-        return self._exit(self._down.after_silu_mul(gate_up)), residual
+        return self._exit(self._down(gate_up)), residual
 
     def gate_up(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """Returns gate beside up, [T, 2 intermediate], and the sum of x and the residual."""
@@ -214,17 +304,25 @@ class Mlp:
 
 
 class Head:
-    """From the last layer to logits: final norm and projection to the vocabulary."""
+    """From the last layer to logits: final norm, projection to the vocabulary, cap."""
 
     def __init__(self, config: ModelConfig, norm: Tensor, weight: Tensor, pack: Packer):
-        self._eps = config.rms_norm_eps
+        self._eps, self._softcap = config.rms_norm_eps, config.logit_softcap
         self._norm = pack.keep("norm", norm)
         self._projection = pack.linear("head", weight)
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """Returns float32 [R, vocab_size] for the sums of R rows of x and of the residual, [R, hidden]."""
         logits, _ = self._projection.after_rms_norm(x, self._norm, self._eps, residual)
-        return logits.float()
+        logits = logits.float()
+        return logits if self._softcap is None else self._softcap * (logits / self._softcap).tanh()
+
+
+class Feed(Protocol):
+    """What follows the attention in a layer."""
+
+    def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Runs the block; see `Attention.__call__`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,4 +330,4 @@ class Layer:
     """A decoder layer ready to run."""
 
     attention: Attention
-    mlp: Mlp
+    feed: Feed

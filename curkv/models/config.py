@@ -12,6 +12,10 @@ from curkv.models.rope_scaling import LinearScaling, Llama3Scaling, LongRope, Ro
 
 SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 SUPPORTED_LAYER_TYPES = ("full_attention", "sliding_attention")
+SUPPORTED_ACTIVATIONS = (
+    "silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python", "relu",
+)  # fmt: skip
+"""Of gated MLPs; `blocks.ACTIVATIONS` has what they are."""
 
 # What transformers assumes when config.json does not say.
 DEFAULT_ROPE_THETA = 10000.0
@@ -29,6 +33,27 @@ class LayerKind:
 
     rope: Rope | None
     window: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureConfig:
+    """The experts that take the place of MLPs.
+
+    Attributes:
+        num_experts: Experts of a layer.
+        num_chosen: Of these, those that a token runs through.
+        intermediate_size: Width of an expert.
+        normalised: The weights of the chosen ones sum to 1; else they are their shares among all.
+        shared_size: Width of an expert that every token runs through, behind a gate; 0: there is none.
+        dense_layers: Layers that have an MLP.
+    """
+
+    num_experts: int
+    num_chosen: int
+    intermediate_size: int
+    normalised: bool = True
+    shared_size: int = 0
+    dense_layers: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +90,11 @@ class ModelConfig:
         query_scale: Multiplies queries, beside the 1 / sqrt(head_dim) that all scores are multiplied by.
         residual_scale: Multiplies what a block adds to the residual stream.
         logit_scale: Multiplies logits.
+        activation: Of the MLP's gate, by its name in `config.json`.
+        attention_softcap: Scores x of attention become softcap tanh(x / softcap); None: they do not.
+        logit_softcap: The same of logits.
+        sinks: Each query head has a score that takes part in its softmax as one more token does.
+        mixture: Experts in the place of MLPs, or None.
     """
 
     architecture: str
@@ -94,6 +124,11 @@ class ModelConfig:
     query_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
+    activation: str = "silu"
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    sinks: bool = False
+    mixture: MixtureConfig | None = None
 
     @property
     def rope(self) -> Rope:
@@ -105,18 +140,14 @@ class ModelConfig:
         """Channels of a head that RoPE rotates."""
         return int(self.head_dim * self.rotary_factor)
 
+    @property
+    def padded_head_dim(self) -> int:
+        """Channels of a head as it is computed with: up to the next multiple of 8, as kernels take them."""
+        return -(-self.head_dim // 8) * 8
+
     def layer(self, index: int) -> LayerKind:
         """Returns the attention of a layer."""
         return self.layers[index] if self.layers else LayerKind(self.rope)
-
-    def check_windows(self, length: int) -> None:
-        """Raises UnsupportedModel if a layer attends to less than texts of so many tokens."""
-        windows = {kind.window for kind in self.layers if kind.window is not None and kind.window < length}
-        if windows:
-            raise UnsupportedModel(
-                f"sliding-window attention (sliding_window = {min(windows)}) is not supported for texts of "
-                f"up to {length} tokens; with --max-model-len {min(windows)} or less it is served exactly"
-            )
 
     @property
     def q_size(self) -> int:
@@ -142,13 +173,13 @@ def read_shape(
         raw: A parsed `config.json`.
         architecture: Of the family.
         head_dim: What the family assumes if the file does not say; else hidden size over heads.
-        activation: Of the MLP, the one that the family computes.
+        activation: Of the MLP if the file does not say.
         partial: RoPE may rotate a part of the channels only.
 
     Raises:
         UnsupportedModel: A setting is missing, senseless or not implemented.
     """
-    _refuse_unsupported(raw, activation)
+    activation = _activation(raw, activation)
     rope_theta, rope_scaling, rotary_factor = read_rope(raw)
     if rotary_factor != 1.0 and not partial:
         raise UnsupportedModel(
@@ -177,6 +208,7 @@ def read_shape(
         bos_token_id=next(iter(token_ids(raw, "bos_token_id")), None),
         eos_token_ids=token_ids(raw, "eos_token_id"),
         rotary_factor=rotary_factor,
+        activation=activation,
     )
     if config.num_heads % config.num_kv_heads:
         raise UnsupportedModel(
@@ -225,6 +257,31 @@ def sliding_layers(raw: Mapping[str, Any], num_layers: int, pattern: int | None)
     return [found == "sliding_attention" for found in types]
 
 
+def read_softcap(raw: Mapping[str, Any], key: str) -> float | None:
+    """Returns what a setting caps, or None if it does not."""
+    return read_number(raw, key) if raw.get(key) else None
+
+
+def read_mixture(
+    raw: Mapping[str, Any],
+    num_experts: str = "num_local_experts",
+    intermediate_size: str = "intermediate_size",
+) -> MixtureConfig:
+    """Reads the experts of all layers, whose weights sum to 1, from the keys that a family calls them by.
+
+    Raises:
+        UnsupportedModel: A setting is missing or senseless.
+    """
+    mixture = MixtureConfig(
+        _count(raw, num_experts), _count(raw, "num_experts_per_tok"), _count(raw, intermediate_size)
+    )
+    if mixture.num_chosen > mixture.num_experts:
+        raise UnsupportedModel(
+            f"num_experts_per_tok ({mixture.num_chosen}) is more than {num_experts} ({mixture.num_experts})"
+        )
+    return mixture
+
+
 def read_window(raw: Mapping[str, Any], key: str = "sliding_window") -> int | None:
     """Returns the width of windows, or None if there are none or the longest text fits into one."""
     if raw.get(key) is None or _count(raw, key) >= _count(raw, "max_position_embeddings"):
@@ -252,16 +309,18 @@ def unsupported(what: str, found: object, supported: tuple[str, ...]) -> Unsuppo
     return UnsupportedModel(f"unsupported {what} {found}; supported: {', '.join(supported)}")
 
 
-def _refuse_unsupported(raw: Mapping[str, Any], activation: str) -> None:
-    found = raw.get("hidden_act") or activation
-    if found != activation:
-        raise unsupported("activation", found, (activation,))
+def _activation(raw: Mapping[str, Any], activation: str) -> str:
+    """Returns the name of the MLP's activation; refuses quantised weights."""
+    found = str(raw.get("hidden_act") or activation)
+    if found not in SUPPORTED_ACTIVATIONS:
+        raise unsupported("activation", found, SUPPORTED_ACTIVATIONS)
     if quantised := raw.get("quantization_config"):
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
         raise UnsupportedModel(
             f"quantised weights ({method}) are not supported in safetensors; "
             "use the unquantised checkpoint or a GGUF file"
         )
+    return found
 
 
 def read_rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None, float]:

@@ -84,6 +84,12 @@ class Decoder:
         """Name of the format of the linear layers' weights."""
         return self._form.name
 
+    @property
+    def sinks(self) -> tuple[Tensor, ...]:
+        """Of each layer's query heads, [query heads]; empty: there are none."""
+        found = [layer.attention.sinks for layer in self._layers]
+        return tuple(sinks for sinks in found if sinks is not None)
+
     @torch.no_grad()
     def forward(self, batch: Batch, cache: CacheAttention) -> Tensor:
         """Runs the batch's new tokens through the model.
@@ -99,7 +105,7 @@ class Decoder:
         residual: Tensor | None = None
         for layer in self._layers:
             x, residual = layer.attention(x, residual, cache, batch)
-            x, residual = layer.mlp(x, residual)
+            x, residual = layer.feed(x, residual)
         x = self._gather_rows(x, rows)
         return self._head(x, None if residual is None else self._gather_rows(residual, rows))
 
@@ -108,4 +114,4 @@ class Decoder:
         weight = self._layers[index].attention.output_weight
         if weight is None:
             weight = self._weights.attention_output(index)
-        return weight.T.reshape(self.config.num_heads, self.config.head_dim, -1)
+        return weight.T.reshape(self.config.num_heads, self.config.padded_head_dim, -1)

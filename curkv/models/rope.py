@@ -22,12 +22,8 @@ def rope_tables(config: ModelConfig, max_positions: int | None = None) -> RopeTa
         config: The model.
         max_positions: Rows wanted, at least as many as the longest text has tokens; `config.max_positions`
             unless told.
-
-    Raises:
-        UnsupportedModel: A layer attends to fewer tokens than that.
     """
     max_positions = max_positions or config.max_positions
-    config.check_windows(max_positions)
     ropes = [config.layer(index).rope for index in range(config.num_layers)]
     tables = {rope: _tables(rope, config, max_positions) for rope in dict.fromkeys(ropes)}
     return tuple(tables[rope] for rope in ropes)
@@ -35,7 +31,7 @@ def rope_tables(config: ModelConfig, max_positions: int | None = None) -> RopeTa
 
 def _tables(rope: Rope | None, config: ModelConfig, max_positions: int) -> tuple[Tensor, Tensor]:
     if rope is None:
-        cos = torch.ones(max_positions, config.head_dim // 2)
+        cos = torch.ones(max_positions, config.padded_head_dim // 2)
         return cos, torch.zeros_like(cos)
     exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32) / config.rotary_dim
     frequencies, amplitude = 1.0 / rope.theta**exponents, 1.0
@@ -46,7 +42,7 @@ def _tables(rope: Rope | None, config: ModelConfig, max_positions: int) -> tuple
     cos, sin = angles.cos(), angles.sin()
     if amplitude != 1.0:
         cos, sin = cos * amplitude, sin * amplitude
-    unrotated = (config.head_dim - config.rotary_dim) // 2
+    unrotated = (config.padded_head_dim - config.rotary_dim) // 2
     if unrotated:
         cos, sin = (F.pad(table, (0, unrotated), value=rest) for table, rest in ((cos, 1.0), (sin, 0.0)))
     return cos, sin

@@ -173,6 +173,7 @@ class KVUsage(BaseModel):
         bytes: bytes of KV cache held when the choices ended.
         peak_bytes: most bytes held at any time.
         decode_evictions: rounds of eviction while generating.
+        window_layers: layers that hold what their window reaches; only bytes count them.
     """
 
     policy: str
@@ -183,6 +184,7 @@ class KVUsage(BaseModel):
     bytes: int
     peak_bytes: int
     decode_evictions: int
+    window_layers: int
 
     @classmethod
     def combine(cls, reports: Sequence[KVReport]) -> KVUsage | None:
@@ -198,6 +200,7 @@ class KVUsage(BaseModel):
             bytes=sum(r.bytes for r in reports),
             peak_bytes=sum(r.peak_bytes for r in reports),
             decode_evictions=sum(r.decode_evictions for r in reports),
+            window_layers=reports[0].window_layers,
         )
 
 

@@ -16,6 +16,7 @@ from curkv.kernels.formats import get_format
 from tests.cache.util import make_cache
 
 PAGE, MAX_STEP = 4, 24
+WINDOWS = (LayerSpec(2, window=9), LayerSpec(2, window=5))
 MIXED = (LayerSpec(2), LayerSpec(2, window=7), LayerSpec(0), LayerSpec(2, window=1), LayerSpec(2))
 
 
@@ -53,7 +54,8 @@ def split(data: st.DataObject, lengths: torch.Tensor, tokens: int) -> torch.Tens
 
 
 def evict(cache: PageManager, slot: int, plan: EvictionPlan, budget: int, data: st.DataObject) -> None:
-    lengths = cache.lengths[slot][list(cache.layout.full_rows)]
+    cache.trim([slot])
+    lengths = cache.lengths[slot][list(cache.layout.evicted_rows)]
     counts = lengths.clamp(max=budget)
     if plan.ragged:
         counts = split(data, lengths, min(budget * lengths.numel(), int(lengths.sum())))
@@ -78,7 +80,7 @@ def pages_taken(cache: PageManager, plan: EvictionPlan, generated: int, data: st
     return peak
 
 
-@pytest.mark.parametrize("layers", [full_attention(2, 2), MIXED], ids=["full", "windows"])
+@pytest.mark.parametrize("layers", [full_attention(2, 2), MIXED, WINDOWS], ids=["full", "mixed", "windows"])
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_a_footprint_is_never_too_small_and_exact_where_heads_are_alike(
@@ -102,7 +104,7 @@ def test_heads_that_part_after_the_prompt_may_need_more_than_the_prompt_did() ->
     assert cache.footprint(plan, generated=3) == 5
 
 
-@given(st.integers(0, 400), st.booleans(), st.sampled_from([full_attention(3, 2), MIXED]))
+@given(st.integers(0, 400), st.booleans(), st.sampled_from([full_attention(3, 2), MIXED, WINDOWS]))
 def test_tokens_for_pages_is_the_inverse_of_pages_for_tokens(
     pages: int, ragged: bool, layers: tuple[LayerSpec, ...]
 ) -> None:

@@ -110,8 +110,9 @@ def test_what_an_unknown_architecture_lacks_is_named(settings: dict[str, Any], w
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (raw("Gemma3ForCausalLM", attn_logit_softcapping=50.0), "attn_logit_softcapping = 50"),
-        (raw(hidden_act="gelu"), "supported: silu"),
+        (raw("Gemma3ForCausalLM", use_bidirectional_attention=True), "use_bidirectional_attention"),
+        (raw(hidden_act="tanh"), "supported: silu, swish, gelu"),
+        (raw("MixtralForCausalLM", num_local_experts=2, num_experts_per_tok=3), "num_experts_per_tok"),
         (raw(rope_scaling={"type": "mrope", "factor": 4.0}), "rope type mrope; supported: default, linear"),
         (raw(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4}), "factor"),
         (raw(rope_scaling={"type": "yarn"}), "factor"),
@@ -166,11 +167,25 @@ def test_windows_that_hide_nothing_are_accepted(content: dict[str, Any]) -> None
         raw("Olmo3ForCausalLM", sliding_window=256),
     ],
 )
-def test_texts_longer_than_a_window_are_refused(content: dict[str, Any]) -> None:
+def test_windows_are_those_of_layers(content: dict[str, Any]) -> None:
     config = read_config(content)
-    with pytest.raises(UnsupportedModel, match=r"sliding_window = 256.* --max-model-len 256 or less"):
-        rope_tables(config)
-    assert len(rope_tables(config, 256)[0][0]) == 256
+    assert {config.layer(index).window for index in range(config.num_layers)} <= {None, 256}
+    assert 256 in [config.layer(index).window for index in range(config.num_layers)]
+    assert len(rope_tables(config)[0][0]) == config.max_positions
+
+
+SEEING = {"vision_config": {"hidden_size": 8}, "text_config": raw() | {"model_type": "gemma3_text"}}
+
+
+def test_the_text_part_of_a_model_that_sees_is_served_if_that_is_asked_for() -> None:
+    content = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", **SEEING}
+    with pytest.raises(UnsupportedModel, match="with vision or audio towers; --text-only serves its text"):
+        read_config(content)
+    assert read_config(content, text_only=True).architecture == "Gemma3ForCausalLM"
+    mrope = {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "vision_config": {}}
+    older = raw("Qwen2VLForConditionalGeneration", model_type="qwen2_vl", **mrope)
+    assert read_config(older, text_only=True).rope_scaling is None
+    assert read_config(raw(), text_only=True) == read_config(raw())
 
 
 def test_the_model_type_names_the_family_where_no_architecture_does() -> None:

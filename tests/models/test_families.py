@@ -40,6 +40,11 @@ def test_names_are_said_once() -> None:
     assert family_of_gguf("qwen3").model_type == "qwen3"
 
 
+def test_the_families_of_the_documentation_are_those_that_there_are() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    assert "\n".join(families.table()) in text
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_family_knows_the_tensors_of_its_checkpoints(name: str, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_config(MODELS[name])
@@ -54,6 +59,7 @@ def test_a_family_knows_the_tensors_of_its_checkpoints(name: str, tmp_path: Path
 class Capped(Family):
     """A recipe of its own in one file: logits are soft-capped, embeddings scaled, norms stored minus one."""
 
+    title = "Capped"
     model_type = "capped"
     architectures = ("CappedForCausalLM",)
 

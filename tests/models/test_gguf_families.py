@@ -11,17 +11,12 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFWriter
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import Gemma2Config, PreTrainedModel
 
-from curkv.kernels.dispatch import get_kernels
-from curkv.models.decoder import Decoder
 from curkv.models.families import family_of_gguf
-from curkv.models.loading import load_config
-from curkv.models.loading.checkpoint import Checkpoint
 from curkv.models.loading.gguf import convert_gguf
-from tests.models.dense import DenseAttention, DenseBatch
 from tests.models.test_gguf import permute
-from tests.models.test_model_families import MODELS, text
+from tests.models.test_model_families import BASE, MODELS, build, random_model, text
 from tests.models.test_tokenizer import byte_level_metadata
 
 
@@ -58,6 +53,12 @@ def cohere(writer: GGUFWriter, config: Any) -> None:
     writer.add_layer_norm_eps(config.layer_norm_eps)
 
 
+def caps(writer: GGUFWriter, config: Any) -> None:
+    window(writer, config)
+    writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+    writer.add_final_logit_softcapping(config.final_logit_softcapping)
+
+
 CASES: dict[str, tuple[str, Callable[[GGUFWriter, Any], None] | None]] = {
     "granite-tied": ("granite", granite),
     "olmo2": ("olmo2", None),
@@ -69,24 +70,27 @@ CASES: dict[str, tuple[str, Callable[[GGUFWriter, Any], None] | None]] = {
     "exaone4-hybrid": ("exaone4", pattern),
     "cohere2": ("cohere2", cohere),
     "gemma": ("gemma", None),
+    "gemma2": ("gemma2", caps),
     "gemma3-plain": ("gemma3", window),
 }
+GEMMA2 = Gemma2Config(
+    **BASE,
+    head_dim=16,
+    query_pre_attn_scalar=16,
+    sliding_window=24,
+    attn_logit_softcapping=5.0,
+    final_logit_softcapping=8.0,
+)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_converted_file_is_the_model_it_came_from(name: str, tmp_path: Path) -> None:
     architecture, write = CASES[name]
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(MODELS[name]).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.2)
+    model = random_model(GEMMA2 if name == "gemma2" else MODELS[name])
     write_gguf(tmp_path / "a.gguf", architecture, model, write)
     convert_gguf(tmp_path / "a.gguf", tmp_path)
-    config = load_config(tmp_path)
-    decoder = Decoder(config, Checkpoint(tmp_path, config), get_kernels("cpu"))
-    ids = text(50, 0)
-    logits = decoder.forward(DenseBatch.of([ids], [0]), DenseAttention(config))
+    runner, ids = build(tmp_path, 64).runner, text(50, 0)
+    logits = runner.run([runner.kv.add_sequence()], [ids], [0], [len(ids)])
     with torch.no_grad():
         expected = model(torch.tensor([ids])).logits[0]
     assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()

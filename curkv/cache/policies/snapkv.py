@@ -46,7 +46,14 @@ class ObservingPolicy(Policy):
             reduction: What counts of the queries of the window.
         """
         scores = kernels.window_scores(
-            self.queries(view), view.pages, *view.rows, view.scale, reduction, width=view.width
+            self.queries(view),
+            view.pages,
+            *view.rows,
+            view.scale,
+            reduction,
+            width=view.width,
+            softcap=view.softcap,
+            sinks=view.sink_rows,
         )
         return scores.view(*view.lengths.shape, view.width)
 

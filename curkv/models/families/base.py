@@ -16,9 +16,11 @@ from torch import Tensor
 from curkv.models.blocks import (
     Attention,
     AttentionWeights,
+    Feed,
     Head,
     Layer,
     LayerWeights,
+    MixtureWeights,
     Mlp,
     MlpWeights,
     Packer,
@@ -26,6 +28,7 @@ from curkv.models.blocks import (
 from curkv.models.config import ModelConfig
 from curkv.models.errors import UnsupportedModel
 from curkv.models.families.gguf_names import GGUF, TENSOR_NAMES, read_metadata
+from curkv.models.mixture import Mixture
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
@@ -35,6 +38,21 @@ class Read(Protocol):
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         """Returns the tensor of a name, which has this shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A tensor that a checkpoint holds as a part of another one, or under another name.
+
+    Attributes:
+        sources: Names of those that it is made of.
+        shape: Its own.
+        take: Makes it of them.
+    """
+
+    sources: tuple[str, ...]
+    shape: tuple[int, ...]
+    take: Callable[..., Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,23 +90,35 @@ class Norms:
 
 
 def paired(rows: Tensor, config: ModelConfig) -> Tensor:
-    """Orders the channels of each head so that those that rotate together are half a head apart.
+    """Orders the channels of each head so that those that rotate together are half a padded head apart.
 
-    Those that do not rotate take the places between. Queries and keys are ordered alike, so that no product
-    of two changes.
+    Those that do not rotate, and zeros, take the places between. Queries and keys are ordered alike, so that
+    no product of two changes.
 
     Args:
         rows: [heads * head_dim, ...] of queries or keys, as the model has them.
         config: Says which channels rotate together.
     """
-    if config.rotary_dim == config.head_dim and not config.rope_interleaved:
+    more = config.padded_head_dim - config.head_dim
+    if config.rotary_dim == config.head_dim and not config.rope_interleaved and not more:
         return rows
     heads, half = rows.reshape(-1, config.head_dim, *rows.shape[1:]), config.rotary_dim // 2
     rest = config.head_dim // 2 + half
     first, second = heads[:, :half], heads[:, half : 2 * half]
     if config.rope_interleaved:
         first, second = heads[:, : 2 * half : 2], heads[:, 1 : 2 * half : 2]
-    return torch.cat([first, heads[:, 2 * half : rest], second, heads[:, rest:]], 1).flatten(0, 1)
+    zeros = heads.new_zeros(len(heads), more // 2, *heads.shape[2:])
+    parts = [first, heads[:, 2 * half : rest], zeros, second, heads[:, rest:], zeros]
+    return torch.cat(parts, 1).flatten(0, 1)
+
+
+def padded(rows: Tensor, config: ModelConfig) -> Tensor:
+    """Appends zeros to the channels of each head of rows [heads * head_dim, ...], so that it is padded."""
+    more = config.padded_head_dim - config.head_dim
+    if not more:
+        return rows
+    heads = rows.reshape(len(rows) // config.head_dim, config.head_dim, *rows.shape[1:])
+    return torch.cat([heads, heads.new_zeros(len(heads), more, *heads.shape[2:])], 1).flatten(0, 1)
 
 
 def scaled(weight: Tensor, factor: float) -> Tensor:
@@ -100,6 +130,7 @@ class Family(ABC):
     """Models that compute alike. What is written here is Llama's way; a family says where it differs.
 
     Attributes:
+        title: What people call the models, and what is special in them.
         model_type: In `config.json`.
         architectures: Names in `config.json`; the first is the one that generates text.
         gguf_architecture: In GGUF files, if it has a name of its own there.
@@ -113,6 +144,7 @@ class Family(ABC):
         pre_tokenizers: Those that came with the family, by their names in GGUF files.
     """
 
+    title: ClassVar[str]
     model_type: ClassVar[str]
     architectures: ClassVar[tuple[str, ...]]
     gguf_architecture: ClassVar[str | None] = None
@@ -154,10 +186,13 @@ class Family(ABC):
             return None if name is None else self.norm(read, f"{prefix}.{name}.weight", config.hidden_size)
 
         attention = self.attention(read, config, f"{prefix}.self_attn")
-        mlp = self.mlp(read, config, f"{prefix}.mlp")
+        if config.mixture is None or index in config.mixture.dense_layers:
+            feed: MlpWeights | MixtureWeights = self.mlp(read, config, f"{prefix}.mlp")
+        else:
+            feed = self.mixture(read, config, f"{prefix}.mlp")
         return LayerWeights(
             replace(attention, norm=norm(norms.attention), post_norm=norm(norms.after_attention)),
-            replace(mlp, norm=norm(norms.mlp), post_norm=norm(norms.after_mlp)),
+            replace(feed, norm=norm(norms.mlp), post_norm=norm(norms.after_mlp)),
         )
 
     def norm(self, read: Read, name: str, size: int) -> Tensor:
@@ -167,29 +202,37 @@ class Family(ABC):
     def attention(self, read: Read, config: ModelConfig, prefix: str) -> AttentionWeights:
         """Reads the weights of attention under a prefix; norms of what goes in and comes out lie elsewhere.
 
-        Rows of queries and keys are brought into the order in which the kernels rotate.
+        Rows of queries and keys are brought into the order in which the kernels rotate, and all heads are
+        padded, which shrinks their scores: queries are scaled for that.
         """
         q, k, v = self.qkv(read, config, f"{prefix}.{{}}.weight", config.hidden_size)
         bias = self.qkv(read, config, f"{prefix}.{{}}.bias") if config.qkv_bias else None
+        sinks = read(f"{prefix}.sinks", config.num_heads) if config.sinks else None
         q_norm = k_norm = None
+        if config.qk_norm and config.padded_head_dim > config.head_dim:
+            raise UnsupportedModel(
+                f"head_dim ({config.head_dim}) must be a multiple of 8 where heads are normalised"
+            )
         if config.qk_norm:
             head, whole = config.head_dim, config.qk_norm_whole
             q_norm = self.norm(read, f"{prefix}.q_norm.weight", config.q_size if whole else head)
             k_norm = self.norm(read, f"{prefix}.k_norm.weight", config.kv_size if whole else head)
             q_norm, k_norm = scaled(paired(q_norm, config), config.query_scale), paired(k_norm, config)
         scale = 1.0 if config.qk_norm else config.query_scale
+        scale *= (config.padded_head_dim / config.head_dim) ** 0.5
 
         def ordered(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return torch.cat([scaled(paired(q, config), scale), paired(k, config), v])
+            return torch.cat([scaled(paired(q, config), scale), paired(k, config), padded(v, config)])
 
         return AttentionWeights(
             norm=None,
             qkv=ordered(q, k, v),
-            o=self.out(read, config, f"{prefix}.o_proj.weight", config.q_size),
+            o=self.attention_output(read, config, prefix),
             qkv_bias=ordered(*bias) if bias else None,
             o_bias=self.out(read, config, f"{prefix}.o_proj.bias") if config.o_bias else None,
             q_norm=q_norm,
             k_norm=k_norm,
+            sinks=sinks,
         )
 
     def qkv(self, read: Read, config: ModelConfig, name: str, *columns: int) -> list[Tensor]:
@@ -207,14 +250,33 @@ class Family(ABC):
             down_bias=self.out(read, config, f"{prefix}.down_proj.bias") if config.mlp_bias else None,
         )
 
+    def mixture(self, read: Read, config: ModelConfig, prefix: str) -> MixtureWeights:
+        """Reads the weights of experts under a prefix, one by one when they are asked for."""
+        assert config.mixture is not None
+        mixture, hidden = config.mixture, config.hidden_size
+        expert = replace(config, intermediate_size=mixture.intermediate_size)
+        shared = None
+        if mixture.shared_size:
+            shared = self.mlp(
+                read, replace(config, intermediate_size=mixture.shared_size), f"{prefix}.shared_expert"
+            )
+        return MixtureWeights(
+            norm=None,
+            router=read(f"{prefix}.gate.weight", mixture.num_experts, hidden),
+            experts=(self.mlp(read, expert, f"{prefix}.experts.{i}") for i in range(mixture.num_experts)),
+            shared=shared,
+            shared_gate=read(f"{prefix}.shared_expert_gate.weight", 1, hidden) if shared else None,
+        )
+
     def gate_up(self, read: Read, config: ModelConfig, name: str, *columns: int) -> Tensor:
         """Reads weights or biases of gate above up; the projection's name goes into `name`."""
         parts = ("gate_proj", "up_proj")
         return torch.cat([read(name.format(part), config.intermediate_size, *columns) for part in parts])
 
-    def attention_output(self, read: Read, config: ModelConfig, index: int) -> Tensor:
-        """[hidden, q_size], the weight of a layer's output projection."""
-        return self.out(read, config, f"model.layers.{index}.self_attn.o_proj.weight", config.q_size)
+    def attention_output(self, read: Read, config: ModelConfig, prefix: str) -> Tensor:
+        """[hidden, channels of padded heads], the weight of the output projection under a prefix."""
+        weight = self.out(read, config, f"{prefix}.o_proj.weight", config.q_size)
+        return padded(weight.T, config).T if config.padded_head_dim > config.head_dim else weight
 
     def out(self, read: Read, config: ModelConfig, name: str, *columns: int) -> Tensor:
         """Reads the weight or bias of a projection whose rows are the channels of the residual stream."""
@@ -222,7 +284,15 @@ class Family(ABC):
 
     def layer_blocks(self, config: ModelConfig, index: int, weights: LayerWeights, pack: Packer) -> Layer:
         """Makes a layer that runs."""
-        return Layer(Attention(config, index, weights.attention, pack), Mlp(config, weights.mlp, pack))
+        return Layer(
+            Attention(config, index, weights.attention, pack), self.feed_block(config, weights, pack)
+        )
+
+    def feed_block(self, config: ModelConfig, weights: LayerWeights, pack: Packer) -> Feed:
+        """Makes what follows the attention in a layer."""
+        if isinstance(weights.feed, MixtureWeights):
+            return Mixture(config, weights.feed, pack)
+        return Mlp(config, weights.feed, pack)
 
     def head_block(self, config: ModelConfig, norm: Tensor, weight: Tensor, pack: Packer) -> Head:
         """Makes what turns the last layer's rows into logits."""
@@ -239,8 +309,19 @@ class Family(ABC):
         for part in (self.embedding, self.final_norm, self.head):
             part(note, config)
         for index in range(config.num_layers):
-            self.layer(note, config, index)
+            feed = self.layer(note, config, index).feed
+            if isinstance(feed, MixtureWeights):
+                list(feed.experts)
         return shapes
+
+    def pieces(self, found: Mapping[str, tuple[int, ...]], config: ModelConfig) -> dict[str, Piece]:
+        """Returns which tensors are made of others in a checkpoint that stores them in another way.
+
+        Args:
+            found: Shape of each tensor of the checkpoint.
+            config: The model.
+        """
+        return {}
 
     def values_of_gguf(
         self, name: str, values: npt.NDArray[np.float32], config: ModelConfig

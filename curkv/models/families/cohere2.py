@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from curkv.models.blocks import Attention, Layer, LayerWeights, Mlp, MlpWeights, Packer
+from curkv.models.blocks import Feed, LayerWeights, Mlp, MlpWeights, Packer
 from curkv.models.config import (
     LayerKind,
     ModelConfig,
@@ -36,6 +36,7 @@ EVERY_WHICH_IS_FULL = 4
 class Cohere2(Family):
     """Layers with a window rotate neighbouring channels, the others rotate nothing."""
 
+    title = "Command R7B, Command A: windows"
     model_type = "cohere2"
     architectures = ("Cohere2ForCausalLM", "Cohere2Model")
     gguf_architecture = "cohere2"
@@ -70,11 +71,9 @@ class Cohere2(Family):
         channels = super().out(read, config, name, *columns)
         return channels - channels.mean(0, keepdim=True)
 
-    def layer_blocks(self, config: ModelConfig, index: int, weights: LayerWeights, pack: Packer) -> Layer:
-        """See `Family.layer_blocks`."""
-        return Layer(
-            Attention(config, index, weights.attention, pack), ParallelMlp(config, weights.mlp, pack)
-        )
+    def feed_block(self, config: ModelConfig, weights: LayerWeights, pack: Packer) -> Feed:
+        """See `Family.feed_block`."""
+        return ParallelMlp(config, weights.mlp, pack)
 
 
 class ParallelMlp(Mlp):
@@ -91,4 +90,4 @@ class ParallelMlp(Mlp):
         assert residual is not None
         gate_up, _ = self.gate_up(residual, None)
         _, total = self._rms_norm(x, self._norm, self._eps, residual)  # for its sum, which can be recorded
-        return self._down.after_silu_mul(gate_up), total
+        return self._down(gate_up), total

@@ -17,6 +17,7 @@ DEFAULTS = {"rms_norm_eps": 1e-5, "sliding_window": 4096, "sliding_window_patter
 class Exaone4(Family):
     """No biases."""
 
+    title = "EXAONE 4, with windows or without"
     model_type = "exaone4"
     architectures = ("Exaone4ForCausalLM", "Exaone4Model")
     gguf_architecture = "exaone4"

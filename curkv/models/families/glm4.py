@@ -20,6 +20,7 @@ DEFAULT_HEAD_DIM = 128
 class Glm(Family):
     """GLM-4-9B of 2024. Biases of queries, keys and values if the configuration says so."""
 
+    title = "GLM-4 of 2024"
     model_type = "glm"
     architectures = ("GlmForCausalLM", "GlmModel")
 
@@ -36,6 +37,7 @@ class Glm(Family):
 class Glm4(Glm):
     """GLM-4-0414: norms before and behind the blocks."""
 
+    title = "GLM-4-0414"
     model_type = "glm4"
     architectures = ("Glm4ForCausalLM", "Glm4Model")
     gguf_architecture = "glm4"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from tokenizers import pre_tokenizers
 
@@ -16,9 +16,10 @@ from curkv.models.families.pre_tokenizers import digits_and_bytes, words_and_byt
 class Llama(Family):
     """Biases if the configuration says so."""
 
+    title = "Llama 1 to 3, SmolLM"
     model_type = "llama"
     architectures = ("LlamaForCausalLM", "LlamaModel")
-    gguf_architecture = "llama"
+    gguf_architecture: ClassVar[str | None] = "llama"
     gguf_interleaved = True
     pre_tokenizers = {  # noqa: RUF012
         "smollm": PreTokenizer(digits_and_bytes),

@@ -16,6 +16,7 @@ DEFAULT_WINDOW = 4096
 class Mistral(Family):
     """No biases. GGUF files of it call themselves llama."""
 
+    title = "Mistral, with windows or without"
     model_type = "mistral"
     architectures = ("MistralForCausalLM", "MistralModel")
 

@@ -17,6 +17,7 @@ DEFAULT_EPS, DEFAULT_WINDOW, EVERY_WHICH_IS_FULL = 1e-5, 4096, 4
 class Olmo2(Family):
     """Biases of attention if the configuration says so."""
 
+    title = "OLMo 2"
     model_type = "olmo2"
     architectures = ("Olmo2ForCausalLM", "Olmo2Model")
     gguf_architecture: ClassVar[str | None] = "olmo2"
@@ -34,6 +35,7 @@ class Olmo2(Family):
 class Olmo3(Olmo2):
     """Three of four layers have a window."""
 
+    title = "OLMo 3, windows"
     model_type = "olmo3"
     architectures = ("Olmo3ForCausalLM", "Olmo3Model")
     gguf_architecture = None

@@ -23,6 +23,7 @@ OLDER_NAMES = {"su": "longrope", "yarn": "longrope"}
 class Phi3(Family):
     """No biases."""
 
+    title = "Phi-3, Phi-3.5, Phi-4, with windows or without"
     model_type = "phi3"
     architectures = ("Phi3ForCausalLM", "Phi3Model")
     gguf_architecture = "phi3"

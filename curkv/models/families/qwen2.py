@@ -19,6 +19,7 @@ DEFAULT_WINDOW, DEFAULT_FULL_LAYERS = 4096, 28
 class Qwen2(Family):
     """Queries, keys and values have biases."""
 
+    title = "Qwen2, Qwen2.5, with windows or without"
     model_type = "qwen2"
     architectures = ("Qwen2ForCausalLM", "Qwen2Model")
     gguf_architecture = "qwen2"

@@ -17,6 +17,7 @@ DEFAULT_HEAD_DIM = 128
 class Qwen3(Family):
     """Queries and keys are normalised per head; biases of attention if the configuration says so."""
 
+    title = "Qwen3, with windows or without"
     model_type = "qwen3"
     architectures = ("Qwen3ForCausalLM", "Qwen3Model")
     gguf_architecture = "qwen3"

@@ -17,6 +17,7 @@ DEFAULTS = {"rope_theta": 2e6, "tie_word_embeddings": True, "no_rope_layer_inter
 class SmolLM3(Llama):
     """Biases if the configuration says so."""
 
+    title = "SmolLM3"
     model_type = "smollm3"
     architectures = ("SmolLM3ForCausalLM", "SmolLM3Model")
     gguf_architecture = "smollm3"

@@ -53,8 +53,12 @@ def resolve_model(source: str) -> Path:
     )
 
 
-def load_config(directory: Path) -> ModelConfig:
+def load_config(directory: Path, text_only: bool = False) -> ModelConfig:
     """Reads config.json; the end tokens of generation_config.json come first, as in transformers.
+
+    Args:
+        directory: Of the model.
+        text_only: Of a model that sees or hears besides, its text part is meant.
 
     Raises:
         ModelNotFound: The directory has no config.json.
@@ -64,7 +68,7 @@ def load_config(directory: Path) -> ModelConfig:
     if raw is None:
         raise ModelNotFound(_without_config(directory))
     try:
-        config = read_config(raw)
+        config = read_config(raw, text_only)
         generation = read_json(directory / "generation_config.json") or {}
         eos_token_ids = token_ids(generation, "eos_token_id") or config.eos_token_ids
     except UnsupportedModel as error:

@@ -16,10 +16,11 @@ from curkv.models.errors import ModelError, ModelNotFound
 from curkv.models.families import family_of
 from curkv.models.families.base import EMBEDDING, HEAD
 from curkv.models.loading.json_file import read_json
+from curkv.models.loading.pieces import PieceFiles
 from curkv.models.loading.tensors import check_shapes, not_finite
 
 INDEX = "model.safetensors.index.json"
-BASE_PREFIX = "model."
+PREFIX = "model."
 
 
 class TensorFiles:
@@ -86,7 +87,7 @@ class Checkpoint:
         self.config = config
         self.dtype = dtype
         self.device = device
-        self.files = TensorFiles(directory)
+        self.files = PieceFiles(TensorFiles(directory), config)
         self._family = family_of(config)
         self._checked: set[str] = set()
         self._projections: dict[int, Tensor] = {}
@@ -117,7 +118,9 @@ class Checkpoint:
     def attention_output(self, index: int) -> Tensor:
         """[hidden, query heads * head_dim], the weight of a layer's output projection; stays mapped."""
         if index not in self._projections:
-            self._projections[index] = self._family.attention_output(self._stored, self.config, index)
+            self._projections[index] = self._family.attention_output(
+                self._stored, self.config, f"model.layers.{index}.self_attn"
+            )
         return self._projections[index].to(self.device, self.dtype)
 
     def _read(self, name: str, *_shape: int) -> Tensor:
@@ -142,13 +145,20 @@ class Checkpoint:
 def _stored_names(found: Collection[str], config: ModelConfig) -> dict[str, str]:
     """Returns under which other names tensors lie in the files.
 
-    A model saved without its head has no prefix, and one that ties them may name only the head.
+    A model saved without its head has no prefix, and the text part of a larger one has more of it. A model
+    that ties its head may name only that; where there is no head, the embedding is it.
     """
-    if EMBEDDING in found:
+    embeddings = [name for name in found if name.endswith(EMBEDDING.removeprefix(PREFIX))]
+    if not embeddings and config.tie_embeddings and HEAD in found:
+        return {EMBEDDING: HEAD}
+    if len(embeddings) != 1:
         return {}
-    if EMBEDDING.removeprefix(BASE_PREFIX) in found:
-        return {BASE_PREFIX + name: name for name in found if name != HEAD}
-    return {EMBEDDING: HEAD} if config.tie_embeddings and HEAD in found else {}
+    prefix = embeddings[0].removesuffix(EMBEDDING.removeprefix(PREFIX))
+    stored = {}
+    if prefix != PREFIX:
+        stored = {PREFIX + name.removeprefix(prefix): name for name in found if name.startswith(prefix)}
+    heads = [name for name in found if name.endswith(HEAD)]
+    return stored | {HEAD: heads[0] if heads else embeddings[0]}
 
 
 def _paths(directory: Path) -> dict[str, Path]:

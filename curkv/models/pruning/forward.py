@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from curkv.kernels.dispatch import get_kernels
-from curkv.models.blocks import Layer, LayerWeights, Packer
+from curkv.models.blocks import Layer, LayerWeights, Mlp, Packer
 from curkv.models.config import ModelConfig
 from curkv.models.dense import DenseAttention, DenseCache
 from curkv.models.families import family_of
@@ -44,20 +44,20 @@ class LayerForward:
     ) -> Tensor:
         """Runs a whole layer."""
         x = self.attention(x, weights, cache, layer)
-        out, total = self._layer(weights).mlp(x.flatten(0, 1), None)
+        out, total = self._layer(weights).feed(x.flatten(0, 1), None)
         return (total + out).view_as(x)
 
     def attention(
         self, x: Tensor, weights: LayerWeights, cache: DenseCache | None = None, layer: int = 0
     ) -> Tensor:
         """Runs the attention half, residual included."""
-        attention = DenseAttention(self._rope, len(x), cache)
+        attention = DenseAttention(self._config, self._rope, len(x), cache)
         out, total = self._layer(weights, layer).attention(x.flatten(0, 1), None, attention, None)
         return (total + out).view_as(x)
 
     def activations(self, x: Tensor, weights: LayerWeights) -> Tensor:
         """Returns what the down projection reads, [B, T, intermediate], from x after the attention half."""
-        gate_up, _ = self._layer(weights).mlp.gate_up(x.flatten(0, 1), None)
+        gate_up, _ = Mlp(self._config, weights.mlp, self._pack).gate_up(x.flatten(0, 1), None)
         return self._pack.kernels.silu_mul(gate_up).view(*x.shape[:2], -1)
 
     def logits(self, x: Tensor, final_norm: Tensor, head: Tensor) -> Tensor:

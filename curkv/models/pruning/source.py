@@ -33,7 +33,7 @@ class Source:
         self._headers = TensorFiles(directory).headers()
         check_gated(self._headers)
         self.config = load_config(directory)
-        if not family_of(self.config).prunable:
+        if not family_of(self.config).prunable or self.config.activation not in ("silu", "swish"):
             raise UnsupportedModel(
                 f"pruning of {self.config.architecture} is not supported; its layers differ from Llama's"
             )

@@ -56,13 +56,19 @@ class PolicyExplanation(BaseModel):
 
 
 class ExplainResponse(BaseModel):
-    """What each policy would keep."""
+    """What each policy would keep.
+
+    Attributes:
+        num_layers: L, those that policies evict from.
+        layers: [L], which layers of the model these are.
+    """
 
     id: str
     object: Literal["kv.explanation"] = "kv.explanation"
     created: int
     model: str
     num_layers: int
+    layers: list[int]
     num_kv_heads: int
     token_ids: list[int]
     tokens: list[str]

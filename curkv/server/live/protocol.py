@@ -18,6 +18,7 @@ class State(BaseModel):
         used_bytes: bytes of the pages in use.
         capacity_bytes: bytes of all pages.
         stranded_slots_ratio: token slots of used pages that hold no token / all their slots, 0 to 1.
+        windows: by layer, the newest tokens that a query attends to; null: all.
         sequences: the running sequences.
     """
 
@@ -28,6 +29,7 @@ class State(BaseModel):
     used_bytes: int
     capacity_bytes: int
     stranded_slots_ratio: float
+    windows: list[int | None]
     sequences: list[SequenceStats]
 
 

@@ -34,6 +34,7 @@ async def state(request: Request) -> State:
         used_bytes=stats.used_bytes,
         capacity_bytes=stats.capacity_bytes,
         stranded_slots_ratio=stats.stranded_slots_ratio,
+        windows=list(server.client.cache_layout.windows) if server.client is not None else [],
         sequences=[s for s in stats.sequences if not server.keys.several or s.owner == key],
     )
 

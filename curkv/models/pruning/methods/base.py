@@ -44,7 +44,7 @@ class LayerCut:
             gate_up_bias=None if bias is None else torch.cat([part[self.rows] for part in bias.chunk(2)]),
             down=self.replaced.get(DOWN, mlp.down[:, self.rows]),
         )
-        return replace(weights, mlp=cut)
+        return replace(weights, feed=cut)
 
 
 class Method(ABC):

@@ -1,0 +1,145 @@
+"""gpt-oss: experts of clamped SwiGLU, attention sinks, every other layer with a window; MXFP4 weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curkv.models.blocks import Feed, LayerWeights, MixtureWeights, MlpWeights, Packer
+from curkv.models.config import LayerKind, ModelConfig, read_mixture, read_shape, read_window, sliding_layers
+from curkv.models.families.base import Family, Piece, Read
+from curkv.models.mixture import Mixture
+
+DEFAULTS = {
+    "num_local_experts": 128,
+    "num_experts_per_tok": 4,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 150000.0,
+    "sliding_window": 128,
+    "attention_bias": True,
+}
+DEFAULT_HEAD_DIM, EVERY_WHICH_IS_FULL = 64, 2
+"""What transformers assumes if config.json does not say."""
+
+ALPHA, LIMIT = 1.702, 7.0
+"""Of the activation."""
+
+MXFP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+"""The numbers of 4 bits (OCP Microscaling Formats 1.0, section 5.3.3)."""
+MXFP4_BIAS = 127
+"""Of the exponents that blocks of 32 numbers have in common."""
+
+
+class GptOss(Family):
+    """Biases throughout."""
+
+    title = "gpt-oss: experts, windows, sinks, MXFP4"
+    model_type = "gpt_oss"
+    architectures = ("GptOssForCausalLM", "GptOssModel")
+    prunable = False
+
+    def config(self, raw: Mapping[str, Any]) -> ModelConfig:
+        """See `Family.config`."""
+        raw = DEFAULTS | dict(raw)
+        quantised = raw.get("quantization_config")
+        if isinstance(quantised, dict) and quantised.get("quant_method") == "mxfp4":
+            del raw["quantization_config"]
+        config = read_shape(raw, self.architectures[0], DEFAULT_HEAD_DIM)
+        sliding = sliding_layers(raw, config.num_layers, EVERY_WHICH_IS_FULL)
+        kinds = LayerKind(config.rope), LayerKind(config.rope, read_window(raw))
+        bias = bool(raw["attention_bias"])
+        return replace(
+            config,
+            qkv_bias=bias,
+            o_bias=bias,
+            mlp_bias=True,
+            sinks=True,
+            layers=tuple(kinds[slides] for slides in sliding),
+            mixture=read_mixture(raw),
+        )
+
+    def mixture(self, read: Read, config: ModelConfig, prefix: str) -> MixtureWeights:
+        """See `Family.mixture`."""
+        assert config.mixture is not None
+        count = config.mixture.num_experts
+        return MixtureWeights(
+            norm=None,
+            router=read(f"{prefix}.router.weight", count, config.hidden_size),
+            router_bias=read(f"{prefix}.router.bias", count),
+            experts=(self.mlp(read, config, f"{prefix}.experts.{i}") for i in range(count)),
+        )
+
+    def gate_up(self, read: Read, config: ModelConfig, name: str, *columns: int) -> Tensor:
+        """See `Family.gate_up`."""
+        return read(name.format("gate_up_proj"), 2 * config.intermediate_size, *columns)
+
+    def feed_block(self, config: ModelConfig, weights: LayerWeights, pack: Packer) -> Feed:
+        """See `Family.feed_block`."""
+        assert isinstance(weights.feed, MixtureWeights)
+        return Mixture(config, weights.feed, pack, ClampedExpert)
+
+    def pieces(self, found: Mapping[str, tuple[int, ...]], config: ModelConfig) -> dict[str, Piece]:
+        """See `Family.pieces`: stacks of experts, whose rows of gate and up take turns."""
+        pieces: dict[str, Piece] = {}
+        for name, shape in found.items():
+            prefix, _, ending = name.partition(".experts.")
+            part = next((part for part in ("gate_up_proj", "down_proj") if ending.startswith(part)), "")
+            sources: tuple[str, ...] = (name,)
+            take: Callable[..., Tensor] = _transposed
+            kind, own = "weight", shape[:0:-1]
+            if ending == f"{part}_bias":
+                take, kind, own = _bias, "bias", shape[1:]
+            elif ending == f"{part}_blocks":
+                sources, take = (name, f"{prefix}.experts.{part}_scales"), mxfp4
+                own = (shape[1], 2 * shape[2] * shape[3])
+            elif not part or ending != part:
+                continue
+            for expert in range(shape[0]):
+                one = partial(_of_expert, take, expert, part == "gate_up_proj")
+                pieces[f"{prefix}.experts.{expert}.{part}.{kind}"] = Piece(sources, own, one)
+        return pieces
+
+
+class ClampedExpert:
+    """An expert: gate and up projections, (up + 1) gate sigmoid(alpha gate) of both clamped, down."""
+
+    def __init__(self, config: ModelConfig, weights: MlpWeights, pack: Packer):
+        self._gate_up = pack.linear("mlp", weights.gate_up, weights.gate_up_bias)
+        self._down = pack.linear("mlp", weights.down, weights.down_bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, hidden] from [T, hidden]."""
+        gate, up = self._gate_up(x).chunk(2, dim=-1)
+        gate, up = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
+        return self._down((up + 1) * gate * (ALPHA * gate).sigmoid())
+
+
+def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
+    """Values of rows in MXFP4: float32 [rows, columns].
+
+    Args:
+        blocks: uint8 [rows, columns / 32, 16], two numbers each, the first in the low half.
+        scales: uint8 [rows, columns / 32], exponents of blocks.
+    """
+    numbers = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2)
+    values = MXFP4[numbers.int()].ldexp(scales.int()[..., None] - MXFP4_BIAS)
+    return values.flatten(-2)
+
+
+def _of_expert(take: Callable[..., Tensor], expert: int, halved: bool, *stacks: Tensor) -> Tensor:
+    """What an expert has of stacks; of gate and up, whose rows take turns, gate above up."""
+    rows = take(*(stack[expert] for stack in stacks))
+    return torch.cat([rows[::2], rows[1::2]]) if halved else rows
+
+
+def _transposed(rows: Tensor) -> Tensor:
+    return rows.T
+
+
+def _bias(rows: Tensor) -> Tensor:
+    return rows

@@ -1,0 +1,46 @@
+"""Tensors that a checkpoint holds as parts of others, or under other names, as tensors of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from curkv.models.config import ModelConfig
+from curkv.models.families import family_of
+
+if TYPE_CHECKING:
+    from curkv.models.loading.checkpoint import TensorFiles
+
+
+class PieceFiles:
+    """The tensors of a model directory as its family names them; see `checkpoint.TensorFiles`."""
+
+    def __init__(self, files: TensorFiles, config: ModelConfig):
+        self._files, self._headers = files, files.headers()
+        shapes = {name: shape for name, (shape, _) in self._headers.items()}
+        self._pieces = family_of(config).pieces(shapes, config)
+        sources = {source for piece in self._pieces.values() for source in piece.sources}
+        self._headers = {name: header for name, header in self._headers.items() if name not in sources}
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor."""
+        return [*self._headers, *self._pieces]
+
+    def path(self, name: str) -> Path:
+        """Returns the file that holds a tensor, or the directory if none does."""
+        piece = self._pieces.get(name)
+        return self._files.path(piece.sources[0] if piece else name)
+
+    def read(self, name: str) -> Tensor:
+        """Reads a tensor in the type that it is stored in, or that its piece is made in."""
+        piece = self._pieces.get(name)
+        if piece is None:
+            return self._files.read(name)
+        return piece.take(*map(self._files.read, piece.sources))
+
+    def headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Returns the shape of each tensor, and its dtype in the words of the format, such as `BF16`."""
+        return self._headers | {name: (piece.shape, "") for name, piece in self._pieces.items()}
