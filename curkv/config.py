@@ -122,8 +122,11 @@ class ServerOptions(Section):
 
     title = "Server"
 
-    served_model_name: str | None = Field(
-        default=None, description="Name in the API; the model's own if not given."
+    served_model_name: Several = Field(
+        default=(), description="Name in the API, repeatable; the model's own if not given."
+    )
+    any_model: bool = Field(
+        default=False, description="Answer requests whatever model they name, as llama.cpp does."
     )
     host: str = Field(
         default="127.0.0.1", description="Address to listen on; 0.0.0.0 opens it to the network."
@@ -188,6 +191,11 @@ class Limits(Section):
         gt=0,
         description="Seconds after which a request is ended with a 408; none if not given.",
     )
+    max_stored_responses: Size = Field(
+        default=16 * 1024**2,
+        ge=0,
+        description="Text of /v1/responses kept for each API key; 0 keeps none.",
+    )
     receive_timeout: float = Field(
         default=30.0,
         gt=0,
@@ -223,8 +231,13 @@ class Settings(BaseModel):
 
     @property
     def model_name(self) -> str:
-        """The name under which the API serves the model."""
-        return self.server.served_model_name or self.engine.model
+        """The name under which the API serves the model; the first, if there are several."""
+        return self.model_names[0]
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """All names under which the API serves the model."""
+        return self.server.served_model_name or (self.engine.model,)
 
     @model_validator(mode="before")
     @classmethod

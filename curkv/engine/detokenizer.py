@@ -22,8 +22,9 @@ class Detokenizer:
         vocabulary: the model's.
         prompt: the prompt's token ids; the last few let word-start markers decode as in running text, and a
             character that they begin is completed by the first tokens of the sequence.
-        stop: strings that end the sequence; none of them appears in the text.
+        stop: strings that end the sequence; unless told, none of them appears in the text.
         skip_special_tokens: special tokens have no text.
+        include_stop: the string that ended the sequence is part of its text.
     """
 
     def __init__(
@@ -32,10 +33,12 @@ class Detokenizer:
         prompt: list[int],
         stop: tuple[str, ...] = (),
         skip_special_tokens: bool = True,
+        include_stop: bool = False,
     ):
         kind = _Bytes if vocabulary.bytewise else _Tokens
         self._stream: _Stream = kind(vocabulary, prompt[-CONTEXT_TOKENS:], skip_special_tokens)
         self._watches = [_Watch(text) for text in stop]
+        self._include_stop = include_stop
         self._held = ""
 
     def append(self, token_id: int, watch: bool = True) -> tuple[str, str | None]:
@@ -53,7 +56,7 @@ class Detokenizer:
         if found:
             position, stop = min(found, key=lambda match: match[0])
             self._held = ""
-            return text[:position], stop
+            return text[: position + len(stop) * self._include_stop], stop
         held = max((w.matched for w in self._watches), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held], None

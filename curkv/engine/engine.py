@@ -151,7 +151,11 @@ class Engine:
                 seed=choice_seed(seed, index),
                 max_tokens=planned.max_tokens,
                 detokenizer=Detokenizer(
-                    self.info.vocabulary, prompt, sampling.stop, sampling.skip_special_tokens
+                    self.info.vocabulary,
+                    prompt,
+                    sampling.stop,
+                    sampling.skip_special_tokens,
+                    sampling.include_stop,
                 ),
                 matcher=matcher.deep_copy() if matcher is not None else None,
                 explain_plans=planned.explain_plans,

@@ -18,7 +18,9 @@ from typing import Any, Literal, NoReturn
 
 from llguidance import LLMatcher, LLTokenizer, grammar_from
 
-Kind = Literal["json", "regex", "choice", "lark"]
+from curkv.models.tools.base import compact
+
+Kind = Literal["json", "regex", "choice", "grammar", "lark"]
 
 MEMORY_BYTES = 4 << 30
 """Address space of the process that tries structures."""
@@ -27,10 +29,11 @@ MAX_PROBLEM = 500
 EXACT_INTEGER = 2**53
 """Constants beyond it lose digits: the compiler reads numbers as float64."""
 
-_FORMATS: dict[Kind, Literal["json_schema", "regex", "choice", "lark"]] = {
+_FORMATS: dict[Kind, Literal["json_schema", "regex", "choice", "grammar", "lark"]] = {
     "json": "json_schema",
     "regex": "regex",
     "choice": "choice",
+    "grammar": "grammar",
     "lark": "lark",
 }
 
@@ -69,7 +72,9 @@ def compile_grammar(tokenizer: LLTokenizer, kind: Kind, source: str) -> LLMatche
         ValueError: the schema or expression is wrong, or uses what cannot be followed.
     """
     if kind == "json":
-        _check_constants(json.loads(source))
+        schema = json.loads(source)
+        _check_constants(schema)
+        source = json.dumps(compact(schema))
     matcher = LLMatcher(tokenizer, grammar_from(_FORMATS[kind], source), log_level=0)
     if matcher.is_error():
         raise ValueError(matcher.get_error())

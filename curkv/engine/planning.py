@@ -10,7 +10,7 @@ from curkv.cache.options import EvictionOptions, OptionError
 from curkv.cache.page_manager import PageManager
 from curkv.cache.plan import EvictionPlan, resolve
 from curkv.engine.structure import Structures
-from curkv.engine.types import InvalidRequest, Planned, Request, SamplingParams, check_ids
+from curkv.engine.types import CONTEXT_EXCEEDED, InvalidRequest, Planned, Request, SamplingParams, check_ids
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -40,8 +40,8 @@ class Planner:
         """
         sampling, prompt = request.sampling, request.prompt_token_ids
         self._check_length(prompt, sampling.max_tokens)
-        for field in ("logit_bias", "stop_token_ids"):
-            check_ids(getattr(sampling, field), self._num_token_ids, field)
+        for field in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
+            check_ids(getattr(sampling, field) or (), self._num_token_ids, field)
         plan = self._resolve(request.eviction, prompt)
         max_tokens = self._max_tokens(plan, sampling.max_tokens)
         if sampling.min_tokens > max_tokens:
@@ -62,11 +62,12 @@ class Planner:
         check_ids(prompt, self._num_token_ids, "prompt")
         if asked is None and len(prompt) >= most:
             message = f"{len(prompt)} tokens leave no room in the context of {most} tokens"
-            raise InvalidRequest(message, "prompt")
+            raise InvalidRequest(message, "prompt", CONTEXT_EXCEEDED)
         if asked is not None and len(prompt) + asked > most:
             raise InvalidRequest(
                 f"prompt ({len(prompt)} tokens) + max_tokens ({asked}) exceeds the context of {most} tokens",
                 "max_tokens" if len(prompt) < most else "prompt",
+                CONTEXT_EXCEEDED,
             )
 
     def _matcher(self, sampling: SamplingParams) -> LLMatcher | None:

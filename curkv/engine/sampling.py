@@ -64,7 +64,7 @@ def sample(logits: Tensor, sequences: list[Sequence], stop_ids: frozenset[int]) 
 def _takes_the_best(p: SamplingParams) -> bool:
     """Whether the token is simply the one with the highest logit."""
     adjusted = p.repetition_penalty != 1.0 or p.presence_penalty or p.frequency_penalty or p.logit_bias
-    free = p.structure is None and not p.min_tokens
+    free = p.structure is None and not p.min_tokens and not p.bad_words and p.allowed_token_ids is None
     return p.temperature < GREEDY_BELOW and not adjusted and free and p.logprobs is None
 
 
@@ -88,7 +88,7 @@ def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _adjust(row: Tensor, sequence: Sequence, stop_ids: frozenset[int]) -> None:
-    """Applies penalties, bias and min_tokens to one row of logits, in place."""
+    """Applies penalties, bias, bad words, allowed tokens and min_tokens to one row of logits, in place."""
     p = sequence.request.sampling
     if p.repetition_penalty != 1.0:
         seen = upload_list(sorted({*sequence.prompt, *sequence.output}), row.device)
@@ -101,6 +101,15 @@ def _adjust(row: Tensor, sequence: Sequence, stop_ids: frozenset[int]) -> None:
     if p.logit_bias:
         biased = upload_list(p.logit_bias, row.device)
         row[biased] += upload_list(p.logit_bias.values(), row.device, row.dtype)
+    for word in p.bad_words:
+        *begin, last = word
+        if sequence.output[len(sequence.output) - len(begin) :] == begin:
+            row[last] = -torch.inf
+    if p.allowed_token_ids is not None:
+        allowed = upload_list(p.allowed_token_ids, row.device)
+        kept = row[allowed]
+        row.fill_(-torch.inf)
+        row[allowed] = kept
     if len(sequence.output) < p.min_tokens:
         stops = sorted({*stop_ids, *p.stop_token_ids})
         row[upload_list(stops, row.device)] = -torch.inf

@@ -37,7 +37,8 @@ def stop_after(sequence: Sequence, token: int, eos_ids: Set[int]) -> Stop:
     params, detokenizer, matcher = sequence.request.sampling, sequence.detokenizer, sequence.matcher
     may_stop = len(sequence.output) > params.min_tokens
     if may_stop and token in params.stop_token_ids:
-        return Stop(detokenizer.flush(), "stop", token)
+        text = detokenizer.append(token, watch=False)[0] if params.include_stop else ""
+        return Stop(text + detokenizer.flush(), "stop", token)
     if may_stop and token in eos_ids and not params.ignore_eos:
         return Stop(detokenizer.flush(), "stop")
     text, found = detokenizer.append(token, watch=may_stop)

@@ -26,12 +26,22 @@ class InvalidRequest(ValueError):
     Attributes:
         param: name of the field at fault (`prompt`, `max_tokens`, `kv.budget`), None if no single field is.
         message: what is wrong and what would be right, for the caller.
+        code: for a program, where OpenAI's API has one.
     """
 
-    def __init__(self, message: str, param: str | None = None):
+    def __init__(self, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
         self.message = message
         self.param = param
+        self.code = code
+
+    def of(self, param: str | None) -> InvalidRequest:
+        """The same, of another field."""
+        return InvalidRequest(self.message, param, self.code)
+
+
+CONTEXT_EXCEEDED = "context_length_exceeded"
+"""Code of prompts that are too long, as OpenAI's API gives it; clients shorten their prompts by it."""
 
 
 Phase = Literal[
@@ -82,14 +92,16 @@ class Structure:
 
     Attributes:
         kind: "json" for a JSON schema, "regex" for an expression that the whole output matches, "choice" for
-            one of several texts, "lark" for a grammar in llguidance's Lark.
-        source: the schema, the expression or the texts.
+            one of several texts, "grammar" for Lark, EBNF or GBNF, "lark" for Lark as llguidance reads it.
+        source: the schema, the expression, the texts or the grammar.
         param: the request's field that asked for it.
+        ignored: what of it is not followed.
     """
 
-    kind: Literal["json", "regex", "choice", "lark"]
+    kind: Literal["json", "regex", "choice", "grammar", "lark"]
     source: Any
     param: str
+    ignored: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,6 +128,9 @@ class SamplingParams:
         prompt_logprobs: the same of the prompt's tokens, from the second one on.
         structure: form of the output, if it is not free.
         skip_special_tokens: special tokens have no text in the answer.
+        include_stop: the stop string or token that ended generation is part of the text returned.
+        allowed_token_ids: the only ids that may be chosen; None: all.
+        bad_words: sequences of token ids of which no output has one.
     """
 
     max_tokens: int | None = 16
@@ -137,6 +152,9 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     structure: Structure | None = None
     skip_special_tokens: bool = True
+    include_stop: bool = False
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -51,12 +51,13 @@ class ChatTemplate:
         special_tokens: name to text of those that it may name.
 
     Attributes:
+        source: the template.
         tool_format: how the model writes calls of tools.
         thinks: it marks its reasoning by `<think>` and `</think>`.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]):
-        self._source = source
+        self.source = source
         self._special_tokens = special_tokens
         self.tool_format = format_of(source)
         self.thinks = "<think>" in source and "</think>" in source
@@ -66,6 +67,8 @@ class ChatTemplate:
         messages: Sequence[Message],
         variables: Mapping[str, Any],
         tools: Sequence[Mapping[str, Any]] = (),
+        documents: Sequence[Mapping[str, Any]] = (),
+        add_generation_prompt: bool = True,
     ) -> str:
         """Returns the conversation's text up to where the assistant's next message begins.
 
@@ -75,6 +78,8 @@ class ChatTemplate:
             variables: further variables of the template, such as `enable_thinking`.
             tools: in OpenAI's form. A template that knows none gets them in the system message, and calls and
                 their results as plain text.
+            documents: what the answer may rest upon, for templates that know them.
+            add_generation_prompt: begin the assistant's message.
 
         Raises:
             ValueError: the template does not take such messages or variables.
@@ -83,15 +88,17 @@ class ChatTemplate:
         if taken:
             raise ValueError(f"{taken[0]!r} is no variable of a chat template")
         used = any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
-        if (tools or used) and not self._knows_tools:
+        if documents and "documents" not in self._knows:
+            raise ValueError("the model's chat template knows no documents")
+        if (tools or used) and "tools" not in self._knows:
             messages, tools = with_preamble(messages, tools), ()
         given = {
             **self._special_tokens,
             **variables,
-            "messages": [dict(message) for message in messages],
+            "messages": [self._worded(message) for message in messages],
             "tools": [dict(tool) for tool in tools] or None,
-            "documents": None,
-            "add_generation_prompt": True,
+            "documents": [dict(document) for document in documents] or None,
+            "add_generation_prompt": add_generation_prompt,
         }
         try:
             return self._template.render(given)
@@ -100,14 +107,36 @@ class ChatTemplate:
 
     @cached_property
     def _template(self) -> Template:
-        return _ENVIRONMENT.from_string(self._source)
+        return _ENVIRONMENT.from_string(self.source)
 
     @cached_property
-    def _knows_tools(self) -> bool:
+    def _knows(self) -> Set[str]:
+        """Names of its variables."""
         try:
-            return "tools" in meta.find_undeclared_variables(_ENVIRONMENT.parse(self._source))
+            return meta.find_undeclared_variables(_ENVIRONMENT.parse(self.source))
         except TemplateError:  # which rendering will say
-            return True
+            return {"tools", "documents"}
+
+    def _worded(self, message: Message) -> dict[str, Any]:
+        """A message as the template reads it, which may want its content in parts."""
+        content = message.get("content")
+        if not self._reads_parts or not isinstance(content, str):
+            return dict(message)
+        return {**message, "content": [{"type": "text", "text": content}]}
+
+    @cached_property
+    def _reads_parts(self) -> bool:
+        """Whether the content of messages is read only if it comes in parts; it is tried out."""
+        probe = "curkv"
+        as_text, as_parts = (self._try(content) for content in (probe, [{"type": "text", "text": probe}]))
+        return probe not in as_text and probe in as_parts
+
+    def _try(self, content: Any) -> str:
+        given = {**self._special_tokens, "messages": [{"role": "user", "content": content}]}
+        try:
+            return self._template.render({**given, "add_generation_prompt": True})
+        except Exception:  # a template may do anything with what it is given
+            return ""
 
 
 class _Generation(Extension):

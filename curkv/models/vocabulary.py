@@ -62,10 +62,33 @@ class Vocabulary:
         [encoding] = self.tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(encoding.ids)
 
-    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
-        """The tokens of a text without special ones around it, and in which character each ends."""
-        [encoding] = self.tokenizer.encode_batch([text], add_special_tokens=False)
-        return list(encoding.ids), [end for _, end in encoding.offsets]
+    def encode_with_ends(
+        self, text: str, add_special_tokens: bool = False, seam: str | None = None
+    ) -> tuple[list[int], list[int]]:
+        """The tokens of a text, and in which character each ends.
+
+        Args:
+            text: the text.
+            add_special_tokens: whether it gets the tokens that the tokenizer begins a text with.
+            seam: a character that is not read, and that no token spans; None: there is none.
+        """
+        first, *rest = text.split(seam) if seam is not None else [text]
+        encodings = self.tokenizer.encode_batch([first], add_special_tokens=add_special_tokens)
+        encodings += self.tokenizer.encode_batch(rest, add_special_tokens=False)
+        ids: list[int] = []
+        ends: list[int] = []
+        start = 0
+        for piece, encoding in zip((first, *rest), encodings, strict=True):
+            ids += encoding.ids
+            ends += [start + end for _, end in encoding.offsets]
+            start += len(piece) + 1
+        return ids, ends
+
+    @cached_property
+    def special_texts(self) -> re.Pattern[str] | None:
+        """Finds the text of special tokens, which a text would be read as; None if there are none."""
+        texts = [token.content for token in self._added_tokens.values() if token.special]
+        return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True)))) if texts else None
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, special ones included."""
@@ -75,7 +98,7 @@ class Vocabulary:
     def text_of(self, token_id: int) -> str:
         """A token's own text: bytes of a character that is split over tokens show as U+FFFD."""
         if (text := self._texts.get(token_id)) is None:
-            text = self._texts[token_id] = self.tokenizer.decode([token_id], skip_special_tokens=False)
+            text = self._texts[token_id] = self._text(token_id)
         return text
 
     def bytes_of(self, token_id: int) -> bytes:
@@ -88,18 +111,26 @@ class Vocabulary:
         """Whether a token marks something and is left out of an answer's text."""
         return token_id in self._added_tokens and self._added_tokens[token_id].special
 
+    def _text(self, token_id: int) -> str:
+        if self.bytewise:  # decoders strip the first space of a text
+            return self.bytes_of(token_id).decode(errors="replace")
+        return self._decoded(token_id)
+
     def _piece(self, token_id: int) -> bytes:
         if (added := self._added_tokens.get(token_id)) is not None:
             return str(added.content).encode()
         name = self.tokenizer.id_to_token(token_id)
         if name is None or not self.bytewise:
-            return self.text_of(token_id).encode()
+            return self._decoded(token_id).encode()
         if self._byte_level:
             known = [_BYTES[character] for character in name if character in _BYTES]
-            return bytes(known) if len(known) == len(name) else self.text_of(token_id).encode()
+            return bytes(known) if len(known) == len(name) else self._decoded(token_id).encode()
         if (byte := _BYTE_TOKEN.fullmatch(name)) is not None:
             return bytes.fromhex(byte[1])
         return _spaced(name).encode()
+
+    def _decoded(self, token_id: int) -> str:
+        return str(self.tokenizer.decode([token_id], skip_special_tokens=False))
 
     def least_tokens(self, text: str) -> int:
         """Tokens that the text has at least, found without tokenizing it; 0 if nothing can be said.

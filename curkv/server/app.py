@@ -21,11 +21,20 @@ from curkv.server.headers import OPENAPI_RESPONSE_HEADERS, default_options
 from curkv.server.health.router import router as health
 from curkv.server.keys import Keys
 from curkv.server.live.router import router as live
+from curkv.server.messages.router import router as messages
 from curkv.server.metrics import Metrics
-from curkv.server.middleware import ApiKeyMiddleware, BodyMiddleware, CrashMiddleware, RequestIdMiddleware
+from curkv.server.middleware import (
+    ApiKeyMiddleware,
+    BodyMiddleware,
+    CrashMiddleware,
+    HeadMiddleware,
+    RequestIdMiddleware,
+)
 from curkv.server.models.router import router as models
+from curkv.server.ollama.router import router as ollama
 from curkv.server.page.router import files as page_files
 from curkv.server.page.router import router as page
+from curkv.server.responses.router import router as responses
 from curkv.server.sessions.router import router as sessions
 from curkv.server.state import ServerState
 from curkv.server.tokens.router import router as tokens
@@ -69,7 +78,7 @@ def create_app(client: EngineClient | None, settings: Settings, lifespan: Lifesp
         app.state.server.attach(client)
     guarded = [Depends(HTTPBearer(auto_error=False))] if keys else []
     refusals = error_responses(401) if keys else {}
-    for router in (completions, chat, explain, tokens, models, live, sessions, page):
+    for router in (completions, chat, responses, messages, ollama, explain, tokens, models, live, sessions, page):
         app.include_router(router, dependencies=guarded, responses=refusals)
     app.include_router(health)
     app.mount("/page", page_files)
@@ -91,5 +100,6 @@ def create_app(client: EngineClient | None, settings: Settings, lifespan: Lifesp
             allow_headers=["*"],
             expose_headers=["X-Request-Id", *OPENAPI_RESPONSE_HEADERS],
         )
+    app.add_middleware(HeadMiddleware)
     app.add_middleware(RequestIdMiddleware)
     return app

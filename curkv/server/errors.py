@@ -1,11 +1,11 @@
-"""Every answer that is not a success has the shape of OpenAI's errors."""
+"""Every answer that is not a success has the shape of errors in the API that was asked."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, HTTPException
 from fastapi.encoders import jsonable_encoder
@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import Request
+from starlette.types import Scope
 
 from curkv.engine.client import EngineUnavailable
 from curkv.engine.types import EngineFault, InvalidRequest
@@ -24,6 +25,15 @@ RETRY_AFTER_SECONDS = 5
 INTERNAL_ERROR = "internal_error"
 
 _KINDS = {401: "authentication_error", 429: "rate_limit_error"}
+_MESSAGES_KINDS = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+NOT_AGAIN = {"x-should-retry": "false"}
+"""Header by which OpenAI's and Anthropic's clients do not repeat by themselves what would fail again."""
 
 
 class ErrorDetail(BaseModel):
@@ -72,9 +82,52 @@ class APIError(HTTPException):
         """Whether it says nothing, so that the log has to."""
         return self.body.error.code == INTERNAL_ERROR
 
-    def response(self) -> JSONResponse:
-        """The error as an answer."""
-        return JSONResponse(jsonable_encoder(self.body), self.status_code, self.headers)
+    def response(self, scope: Scope) -> JSONResponse:
+        """The error as an answer to a request."""
+        path = scope.get("path", "")
+        body = next((shape(self) for prefix, shape in _SHAPES if path.startswith(prefix)), self.body)
+        return JSONResponse(jsonable_encoder(body), self.status_code, self.headers)
+
+
+class MessagesErrorDetail(BaseModel):
+    """What went wrong, in the words of Anthropic's API."""
+
+    type: str
+    message: str
+
+
+class MessagesError(BaseModel):
+    """Body of every error of Anthropic's API."""
+
+    type: Literal["error"] = "error"
+    error: MessagesErrorDetail
+
+    @classmethod
+    def of(cls, error: APIError) -> MessagesError:
+        """The same error there."""
+        status, detail = error.status_code, error.body.error
+        kind = _MESSAGES_KINDS.get(status, "api_error" if status >= 500 else "invalid_request_error")
+        message = f"{detail.param}: {detail.message}" if detail.param else detail.message
+        return cls(error=MessagesErrorDetail(type=kind, message=message))
+
+
+class OllamaError(BaseModel):
+    """Body of every error of Ollama's API."""
+
+    error: str
+
+    @classmethod
+    def of(cls, error: APIError) -> OllamaError:
+        """The same error there."""
+        detail = error.body.error
+        return cls(error=f"{detail.param}: {detail.message}" if detail.param else detail.message)
+
+
+_SHAPES: tuple[tuple[str, Callable[[APIError], BaseModel]], ...] = (
+    ("/v1/messages", MessagesError.of),
+    ("/api/", OllamaError.of),
+)
+"""Where errors have another shape, by the beginning of the path."""
 
 
 def _encodable(text: str) -> str:
@@ -93,9 +146,9 @@ def as_api_error(error: Exception) -> APIError:
         case APIError():
             return error
         case InvalidRequest():
-            return APIError(400, error.message, error.param)
-        case EngineFault():
-            return APIError(500, str(error), code="engine_error")
+            return APIError(400, error.message, error.param, error.code)
+        case EngineFault():  # the engine has tried again itself
+            return APIError(500, str(error), code="engine_error", headers=NOT_AGAIN)
         case EngineUnavailable():
             return unavailable(str(error), "engine_unavailable")
         case RequestValidationError():
@@ -121,7 +174,7 @@ def install_error_handlers(app: FastAPI) -> None:
     """Makes every error of `app` an `ErrorResponse`, routing errors and crashes included."""
 
     async def handle(request: Request, error: Exception) -> JSONResponse:
-        response = as_api_error(error).response()
+        response = as_api_error(error).response(request.scope)
         if (request_id := request.scope.get("request_id")) is not None:
             response.headers["X-Request-Id"] = request_id
         return response

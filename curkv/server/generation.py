@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel
 from starlette.requests import Request as HTTPRequest
@@ -19,17 +19,18 @@ from starlette.responses import Response
 
 from curkv.engine.types import InvalidRequest, KVReport, Output, Planned, Request, SamplingParams
 from curkv.server import headers, limits
-from curkv.server.errors import as_api_error, error_responses
+from curkv.server.errors import APIError, as_api_error, error_responses
 from curkv.server.headers import OPENAPI_RESPONSE_HEADERS, eviction_controls
 from curkv.server.limits import MAX_ALL_CHOICES, read_limits
-from curkv.server.protocol import GenerationFields, KVUsage, PromptTokensDetails, Usage
+from curkv.server.protocol import Chunk, GenerationFields, KVUsage, PromptTokensDetails, Usage
 from curkv.server.queue import Place
 from curkv.server.state import ServerState
 from curkv.server.streaming import (
     DONE,
+    EVENT_STREAM,
     ClientDisconnected,
-    EventStream,
     OutputStream,
+    PieceStream,
     event,
     unless_disconnected,
 )
@@ -78,7 +79,7 @@ class Generation:
         id: id of the answer.
         created: Unix time in seconds.
         body: what was asked.
-        model: name of the model served.
+        model: name under which the model is served.
         client: the engine.
         prompts: in the order of the body.
         requests: one per prompt.
@@ -103,10 +104,13 @@ class Generation:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Response headers that say what eviction will do; a mean if prompts differ."""
+        """Response headers: what eviction will do, a mean if prompts differ, and what is not followed."""
         budget = round(fmean(planned.eviction.kept_prompt_tokens for planned in self.requests))
         policy = self.requests[0].request.eviction.policy
-        return {"X-KV-Policy": policy, "X-KV-Budget-Tokens": str(budget)}
+        structure = self.requests[0].request.sampling.structure
+        ignored = structure.ignored if structure is not None else ()
+        told = {"X-Structure-Ignored": ", ".join(ignored)} if ignored else {}
+        return {"X-KV-Policy": policy, "X-KV-Budget-Tokens": str(budget), **told}
 
     def start(self) -> OutputStream:
         """Hands all prompts to the engine."""
@@ -122,7 +126,12 @@ class Answer(ABC):
 
     Args:
         generation: what the engine was asked.
+
+    Attributes:
+        media_type: of its streams.
     """
+
+    media_type: ClassVar[str] = EVENT_STREAM
 
     def __init__(self, generation: Generation):
         self.generation = generation
@@ -131,20 +140,24 @@ class Answer(ABC):
         self._reports: list[KVReport] = []
 
     @abstractmethod
-    def chunk(self, choice: int, output: Output) -> BaseModel | None:
-        """What a stream says of an output; None if there is no news in it."""
+    def streamed(self, choice: int, output: Output) -> str:
+        """What a stream says of an output; nothing if there is no news in it."""
+
+    @abstractmethod
+    def ending(self) -> str:
+        """The end of a stream, once all outputs are in it."""
+
+    @abstractmethod
+    def failing(self, error: APIError) -> str:
+        """The end of a stream that failed on its way."""
 
     @abstractmethod
     def add(self, choice: int, output: Output) -> None:
         """Takes an output into the whole answer."""
 
     @abstractmethod
-    def whole(self, usage: Usage) -> BaseModel:
+    def whole(self) -> BaseModel:
         """The answer, once all outputs are in it."""
-
-    @abstractmethod
-    def usage_chunk(self, usage: Usage) -> BaseModel:
-        """Last chunk of a stream that was asked for its usage."""
 
     @property
     def usage(self) -> Usage:
@@ -169,14 +182,46 @@ class Answer(ABC):
             yield prompt * self.generation.body.choices_per_prompt + output.index, output
 
 
-def documented(response: type[BaseModel]) -> dict[str, Any]:
+class ChunkedAnswer(Answer):
+    """An answer whose stream is chunks as in OpenAI's older endpoints, ending in `data: [DONE]`."""
+
+    @abstractmethod
+    def chunk(self, choice: int, output: Output) -> Chunk | None:
+        """What a stream says of an output; None if there is no news in it."""
+
+    @abstractmethod
+    def usage_chunk(self, usage: Usage) -> Chunk:
+        """A chunk that says nothing but the usage."""
+
+    def streamed(self, choice: int, output: Output) -> str:
+        """See `Answer`."""
+        chunk = self.chunk(choice, output)
+        if chunk is None:
+            return ""
+        if not self.generation.body.include_usage:
+            return event(chunk, exclude={"usage"})
+        if self.generation.body.usage_in_every_chunk:
+            chunk.usage = self.usage
+        return event(chunk)
+
+    def ending(self) -> str:
+        """See `Answer`."""
+        last = event(self.usage_chunk(self.usage)) if self.generation.body.include_usage else ""
+        return last + DONE
+
+    def failing(self, error: APIError) -> str:
+        """See `Answer`."""
+        return event(error.body) + DONE
+
+
+def documented(response: type[BaseModel], media_type: str = EVENT_STREAM) -> dict[str, Any]:
     """Arguments of a generating route that describe it in the OpenAPI document."""
     return {
         "response_model": response,
         "responses": {
             200: {
-                "description": "The answer; with `stream: true`, chunks of it ending in `data: [DONE]`.",
-                "content": {"text/event-stream": {"schema": _EVENT}},
+                "description": "The answer; with `stream: true`, pieces of it.",
+                "content": {media_type: {"schema": _EVENT}},
                 "headers": OPENAPI_RESPONSE_HEADERS,
             },
             **error_responses(400, 404, 408, 413, 429, 500, 503),
@@ -187,7 +232,7 @@ def documented(response: type[BaseModel]) -> dict[str, Any]:
 
 async def prepare(
     body: GenerationFields,
-    sampling: SamplingParams,
+    sampling: Callable[[EngineClient], SamplingParams],
     num_prompts: int,
     tokenize: Callable[[EngineClient, Reader], list[Prompt]],
     http: HTTPRequest,
@@ -198,7 +243,7 @@ async def prepare(
 
     Args:
         body: the request's body.
-        sampling: what of it is the engine's.
+        sampling: tells what of it is the engine's; may be slow and raise `InvalidRequest`.
         num_prompts: how many prompts `tokenize` makes.
         tokenize: makes the prompts; may be slow and raise `InvalidRequest`.
         http: for its headers.
@@ -210,27 +255,30 @@ async def prepare(
         InvalidRequest: a field or header has a bad value.
     """
     client = state.ready_client()
-    state.check_model(body.model)
+    model = state.check_model(body.model)
     treated = read_limits(http.headers, body.priority, state.settings)
-    if body.unknown_fields:
-        logger.warning("ignored unknown fields of a request: %.500r", body.unknown_fields)
+    body.check_others()
     controls = eviction_controls(http.headers, body.kv, state.eviction)
     choices = num_prompts * body.choices_per_prompt
     if choices > MAX_ALL_CHOICES:
         raise InvalidRequest(f"{choices} choices in one request, at most {MAX_ALL_CHOICES} are allowed", "n")
-    answer_id, created, model = f"{prefix}-{uuid.uuid4().hex}", int(time.time()), state.settings.model_name
+    answer_id, created = f"{prefix}-{uuid.uuid4().hex}", int(time.time())
     key = state.key_of(http)
     place = state.queue.enter(choices, key)
     try:
-        reader = Reader(client, place)
+        params = await in_worker(lambda: sampling(client))
+        keep = body.truncate_prompt_tokens
+        if keep == -1:
+            keep = max(1, client.max_model_len - max(1, params.max_tokens or 1))
+        reader = Reader(client, place, keep)
         prompts = await in_worker(lambda: tokenize(client, reader))
-        if sampling.structure is not None:
-            await state.vetting.compile(sampling.structure, client.structures)
+        if params.structure is not None:
+            await state.vetting.compile(params.structure, client.structures)
         requests = [
             Request(
                 id=f"{answer_id}-{index}",
                 prompt_token_ids=prompt.token_ids,
-                sampling=sampling,
+                sampling=params,
                 eviction=controls.for_context(prompt.context_tokens),
                 cache_salt=state.keys.salt(key, body.cache_salt or ""),
                 priority=treated.priority,
@@ -274,7 +322,7 @@ async def _collect(answer: Answer) -> bytes:
                 answer.add(choice, output)
             else:
                 await in_worker(partial(answer.add, choice, output))
-    return await in_worker(lambda: answer.whole(answer.usage).model_dump_json().encode())
+    return await in_worker(lambda: answer.whole().model_dump_json().encode())
 
 
 async def _stream(answer: Answer, http: HTTPRequest) -> Response:
@@ -285,26 +333,22 @@ async def _stream(answer: Answer, http: HTTPRequest) -> Response:
     except BaseException:
         outputs.close()
         raise
-    return EventStream(_events(answer, outputs), outputs, answer.generation.headers)
+    return PieceStream(_pieces(answer, outputs), outputs, answer.media_type, answer.generation.headers)
 
 
-async def _events(answer: Answer, outputs: OutputStream) -> AsyncGenerator[str, None]:
-    """The answer as server-sent events; a failure is one event more, and the stream ends as usual."""
-    include_usage = answer.generation.body.include_usage
-    hidden = None if include_usage else {"usage"}
+async def _pieces(answer: Answer, outputs: OutputStream) -> AsyncGenerator[str, None]:
+    """The answer piece by piece; a failure is one piece more."""
     try:
         async for choice, output in answer.outputs(outputs):
             if output.prompt_logprobs is None:
-                chunk = answer.chunk(choice, output)
+                piece = answer.streamed(choice, output)
             else:
-                chunk = await in_worker(partial(answer.chunk, choice, output))
-            if chunk is not None:
-                yield event(chunk, exclude=hidden)
-        if include_usage:
-            yield event(answer.usage_chunk(answer.usage))
+                piece = await in_worker(partial(answer.streamed, choice, output))
+            if piece:
+                yield piece
+        yield answer.ending()
     except Exception as error:
         problem = as_api_error(error)
         unforeseen = error if problem.unforeseen else None
         logger.error("%s ended in mid-stream: %s", answer.generation.id, error, exc_info=unforeseen)
-        yield event(problem.body)
-    yield DONE
+        yield answer.failing(problem)

@@ -81,6 +81,10 @@ OPENAPI_RESPONSE_HEADERS = {
         "description": "Tokens per head, on average, that a prompt may keep; a mean over prompts.",
         "schema": {"type": "integer"},
     },
+    "X-Structure-Ignored": {
+        "description": "What of the answer's schema is not followed, if anything is not.",
+        "schema": {"type": "string"},
+    },
 }
 
 
@@ -114,7 +118,7 @@ class EvictionControls:
         field = (error.param or "").removeprefix("kv.")
         if field == error.param:
             return error
-        return InvalidRequest(error.message, _param(field, self.in_headers, self.in_body))
+        return error.of(_param(field, self.in_headers, self.in_body))
 
 
 def default_options(settings: Settings) -> EvictionOptions:

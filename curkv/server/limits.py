@@ -26,6 +26,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_TOKEN_IDS = 1024
 """Most ids in `logit_bias` and in `stop_token_ids`; each is looked at in every step."""
+MAX_BAD_WORDS = 128
 MAX_LOGPROBS = 20
 MAX_POLICIES = 16
 """Most policies that one explanation compares."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from curkv.server.errors import APIError, as_api_error
+from curkv.server.errors import NOT_AGAIN, APIError, as_api_error
 from curkv.server.keys import Keys
 from curkv.server.logs import current_request, names_of
 
@@ -70,14 +70,14 @@ class CrashMiddleware:
             if scope["type"] != "http" or begun:
                 raise
             logger.exception("%s %s failed", scope["method"], scope["path"])
-            await as_api_error(error).response()(scope, receive, send)
+            await as_api_error(error).response(scope)(scope, receive, send)
 
 
 class ApiKeyMiddleware:
     """Answers 401 to requests without one of the keys, on every route but /health and /metrics.
 
-    A key comes as `Authorization: Bearer KEY`, or as the password of basic authentication, with which a
-    browser can open the page.
+    A key comes as `Authorization: Bearer KEY`, as `x-api-key: KEY` (Anthropic's clients), or as the password
+    of basic authentication, with which a browser can open the page.
     """
 
     OPEN = frozenset({"/health", "/metrics"})
@@ -109,9 +109,11 @@ class ApiKeyMiddleware:
             code="invalid_api_key",
             headers={"WWW-Authenticate": 'Bearer, Basic realm="curkv"'},
         )
-        await error.response()(scope, receive, send)
+        await error.response(scope)(scope, receive, send)
 
     def _name(self, headers: Headers) -> str | None:
+        if (given := headers.get("x-api-key")) is not None:
+            return self._keys.name_of(given.encode("latin-1"))
         scheme, _, given = headers.get("authorization", "").partition(" ")
         key = given.strip().encode("latin-1")  # the bytes that came
         if scheme.lower() == "basic":
@@ -126,6 +128,19 @@ def _password(credentials: bytes) -> bytes:
         return base64.b64decode(credentials, validate=True).partition(b":")[2]
     except ValueError:
         return b""
+
+
+class HeadMiddleware:
+    """Answers HEAD as GET, without the body: probes ask so."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes everything on; the server above leaves out the body."""
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self.app(scope, receive, send)
 
 
 class JSONValues:
@@ -171,7 +186,7 @@ class BodyMiddleware:
             return
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and int(declared[:20]) > self.max_bytes:
-            await self._too_large().response()(scope, receive, send)
+            await self._too_large().response(scope)(scope, receive, send)
             return
         received, complete, values = 0, False, JSONValues()
         deadline = asyncio.get_running_loop().time() + self.seconds
@@ -199,7 +214,7 @@ class BodyMiddleware:
 
     def _too_slow(self) -> APIError:
         message = f"the body was not complete after {self.seconds:g} s"
-        return APIError(408, message, code="body_too_slow", headers={"Connection": "close"})
+        return APIError(408, message, code="body_too_slow", headers={"Connection": "close", **NOT_AGAIN})
 
     def _too_large(self) -> APIError:
         message = f"the body is larger than {self.max_bytes} bytes"

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from curkv.engine.types import InvalidRequest
-from curkv.server.chat.protocol import Message
-from curkv.server.chat.serving import tokenize as tokenize_conversation
+from curkv.server.chat.conversation import tokenize as tokenize_conversation
+from curkv.server.chat.protocol import Message, Rendering
 from curkv.server.limits import MAX_MESSAGES
 from curkv.server.protocol import Int64, Text
 from curkv.server.tokenizing import Reader
@@ -52,7 +52,8 @@ class PromptFields(BaseModel):
         if (self.prompt is None) == (self.messages is None):
             raise InvalidRequest("give either prompt or messages", "prompt")
         if self.messages is not None:
-            [prompt] = tokenize_conversation(self.messages, self.chat_template_kwargs or {}, client, reader)
+            rendering = Rendering(self.chat_template_kwargs or {})
+            [prompt] = tokenize_conversation(self.messages, rendering, client, reader)
             return prompt.token_ids
         if isinstance(self.prompt, str):
             return reader.tokens(self.prompt, "prompt", add_special_tokens)

@@ -18,9 +18,13 @@ from pydantic import (
 )
 
 from curkv.engine.types import KVReport, SamplingParams
+from curkv.models.vocabulary import Vocabulary
+from curkv.server.fields import GENERATION
 from curkv.server.headers import KVFields
 from curkv.server.limits import (
+    MAX_BAD_WORDS,
     MAX_CHOICES,
+    MAX_LOGPROBS,
     MAX_STOP_CHARACTERS,
     MAX_STOP_STRINGS,
     MAX_TOKEN_IDS,
@@ -48,6 +52,7 @@ Text = Annotated[str, AfterValidator(check_text)]
 
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
 TokenIdKey = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
 
 
@@ -64,10 +69,14 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True)
 
     include_usage: bool | None = Field(None, description="Send a last chunk with `usage` and no choices.")
+    continuous_usage_stats: bool | None = Field(
+        None, description="With include_usage: every chunk says the usage so far."
+    )
+    include_obfuscation: bool | None = Field(None, description="Accepted; chunks are never padded.")
 
 
 class GenerationFields(StructureFields):
-    """Sampling, streaming and eviction fields; unknown ones are kept aside, to be logged."""
+    """Sampling, streaming and eviction fields; others are kept aside, see `check_others`."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
@@ -78,7 +87,7 @@ class GenerationFields(StructureFields):
     top_k: int | None = Field(0, ge=-1, lt=2**31, description="0 or -1: all tokens.")
     min_p: float | None = Field(0.0, ge=0, le=1)
     seed: Int64 | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    stop: StopString | StopStrings | None = None
     stop_token_ids: Annotated[list[Int64], Field(fail_fast=True, max_length=MAX_TOKEN_IDS)] | None = None
     ignore_eos: bool | None = False
     min_tokens: int | None = Field(0, ge=0, lt=2**31)
@@ -94,6 +103,29 @@ class GenerationFields(StructureFields):
     ) = Field(None, description="Token id (as text) to what is added to its logit.")
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+    repeat_penalty: float | None = Field(
+        None, gt=0, le=100, description="llama.cpp's name of repetition_penalty."
+    )
+    n_predict: int | None = Field(
+        None, ge=-1, lt=2**31, description="llama.cpp's name of max_tokens; -1: all there is room for."
+    )
+    include_stop_str_in_output: bool | None = Field(
+        False, description="The stop string or token that ended the answer is part of it."
+    )
+    no_stop_trim: bool | None = Field(False, description="SGLang's name of include_stop_str_in_output.")
+    skip_special_tokens: bool | None = Field(True, description="Special tokens have no text in the answer.")
+    allowed_token_ids: (
+        Annotated[list[Int64], Field(fail_fast=True, min_length=1, max_length=MAX_TOKEN_IDS)] | None
+    ) = Field(None, description="The only tokens that may be chosen.")
+    bad_words: Annotated[list[StopString], Field(max_length=MAX_BAD_WORDS)] | None = Field(
+        None, description="Texts whose tokens never follow each other in the answer."
+    )
+    prompt_logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="Report the prompt's tokens with so many alternatives each."
+    )
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, lt=2**31, description="Read only so many last tokens of a prompt; -1: the context."
+    )
     return_token_ids: bool | None = Field(
         False, description="Add `token_ids` and `prompt_token_ids` to choices."
     )
@@ -111,10 +143,20 @@ class GenerationFields(StructureFields):
             raise ValueError("is only allowed with stream: true")
         return value
 
+    def check_others(self) -> None:
+        """Checks the fields that are not done.
+
+        Raises:
+            InvalidRequest: one asks for something.
+        """
+        GENERATION.check(self.model_extra or {}, type(self).model_fields)
+
     @property
-    def unknown_fields(self) -> list[str]:
-        """Names of fields that this server does not know."""
-        return sorted(self.model_extra or {})
+    def predicted(self) -> dict[str, int | None]:
+        """`n_predict` as the `max_tokens` that it asks for; nothing if it is not given."""
+        if self.n_predict is None:
+            return {}
+        return {"max_tokens": self.n_predict if self.n_predict >= 0 else None}
 
     @property
     def choices_per_prompt(self) -> int:
@@ -126,8 +168,20 @@ class GenerationFields(StructureFields):
         """Whether a stream ends with a usage chunk."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def sampling(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    @property
+    def usage_in_every_chunk(self) -> bool:
+        """Whether its other chunks tell it too."""
+        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
+    def sampling(
+        self, max_tokens: int | None, logprobs: int | None, vocabulary: Vocabulary
+    ) -> SamplingParams:
         """The engine's form; null means the default, as in OpenAI's API.
+
+        Args:
+            max_tokens: most tokens to generate.
+            logprobs: alternatives to report per token.
+            vocabulary: makes tokens of bad words.
 
         Raises:
             InvalidRequest: fields contradict each other.
@@ -144,7 +198,10 @@ class GenerationFields(StructureFields):
             )
             if (value := getattr(self, name)) is not None
         }
+        if self.repeat_penalty is not None:
+            given["repetition_penalty"] = self.repeat_penalty
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        allowed = self.allowed_token_ids
         return SamplingParams(
             max_tokens=max_tokens,
             top_k=max(self.top_k or 0, 0),
@@ -156,9 +213,20 @@ class GenerationFields(StructureFields):
             min_tokens=self.min_tokens or 0,
             logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
             logprobs=logprobs,
+            prompt_logprobs=self.prompt_logprobs,
             structure=self.structure,
+            skip_special_tokens=self.skip_special_tokens is not False,
+            include_stop=bool(self.include_stop_str_in_output or self.no_stop_trim),
+            allowed_token_ids=tuple(allowed) if allowed is not None else None,
+            bad_words=_spelt(self.bad_words or (), vocabulary),
             **given,
         )
+
+
+def _spelt(words: Sequence[str], vocabulary: Vocabulary) -> tuple[tuple[int, ...], ...]:
+    """The tokens of each word as it begins a text and as it follows a blank, as in vLLM."""
+    spelt = (vocabulary.encode(f"{blank}{word}", False) for word in words for blank in ("", " "))
+    return tuple(dict.fromkeys(tuple(ids) for ids in spelt if ids))
 
 
 class KVUsage(BaseModel):
@@ -222,3 +290,9 @@ class Usage(BaseModel):
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails = PromptTokensDetails(cached_tokens=0)
     kv: KVUsage | None = None
+
+
+class Chunk(BaseModel):
+    """One event of a stream; it carries `usage` only if the stream was asked to include it."""
+
+    usage: Usage | None = None

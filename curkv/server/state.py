@@ -14,6 +14,7 @@ from curkv.server.errors import APIError, unavailable
 from curkv.server.keys import Keys
 from curkv.server.metrics import Metrics
 from curkv.server.queue import Queue, QueueLimits
+from curkv.server.responses.store import ResponseStore
 from curkv.server.vetting import Vetting
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class ServerState:
         created: start of the server, Unix time in seconds.
         queue: what waits.
         vetting: tries the structures of requests.
+        responses: those that others may go on with.
     """
 
     settings: Settings
@@ -43,6 +45,7 @@ class ServerState:
     created: int = field(default_factory=lambda: int(time.time()))
     queue: Queue = field(init=False)
     vetting: Vetting = field(init=False)
+    responses: ResponseStore = field(init=False)
 
     def __post_init__(self) -> None:
         limits = self.settings.limits
@@ -50,6 +53,7 @@ class ServerState:
             QueueLimits(limits.max_waiting, limits.max_waiting_tokens, limits.max_waiting_per_key)
         )
         self.vetting = Vetting(limits.structure_timeout)
+        self.responses = ResponseStore(limits.max_stored_responses)
         self.metrics.watch(lambda: self.phase == "ready")
 
     def attach(self, client: EngineClient) -> None:
@@ -79,17 +83,22 @@ class ServerState:
         """Name of the API key that a request came with; "" if the server has none."""
         return str(request.scope.get("api_key", ""))
 
-    def check_model(self, name: str | None) -> None:
+    def check_model(self, name: str | None) -> str:
         """Checks the `model` field of a request.
+
+        Returns:
+            The name to answer under.
 
         Raises:
             APIError: 404, another model was asked for.
         """
-        served = self.settings.model_name
-        if name is not None and name != served:
-            raise APIError(
-                404, f"there is no model {name!r}; served is {served!r}", "model", "model_not_found"
-            )
+        served = self.settings.model_names
+        if name is None:
+            return served[0]
+        if name not in served and not self.settings.server.any_model:
+            known = " or ".join(map(repr, served))
+            raise APIError(404, f"there is no model {name!r}; served is {known}", "model", "model_not_found")
+        return name
 
 
 def server_state(request: Request) -> ServerState:

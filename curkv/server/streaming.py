@@ -13,7 +13,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.types import Receive, Scope, Send
 
 from curkv.engine.types import Output, Planned
-from curkv.server.errors import APIError, unavailable
+from curkv.server.errors import NOT_AGAIN, APIError, unavailable
 from curkv.server.queue import Place
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ STARTED_AT_ONCE = 16
 """Requests that are handed to the engine before the event loop goes on with what others want."""
 
 DONE = "data: [DONE]\n\n"
+EVENT_STREAM = "text/event-stream"
 
 
 class ClientDisconnected(Exception):
@@ -59,7 +60,8 @@ class OutputStream:
         self._starting = asyncio.create_task(self._start(requests))
         self._timer: asyncio.TimerHandle | None = None
         if timeout is not None:
-            error = APIError(408, f"the request was not finished after {timeout:g} s", code="timeout")
+            message = f"the request was not finished after {timeout:g} s"
+            error = APIError(408, message, code="timeout", headers=NOT_AGAIN)
             self._timer = asyncio.get_running_loop().call_later(timeout, self._news.put_nowait, error)
 
     async def _start(self, requests: Sequence[Planned]) -> None:
@@ -156,18 +158,24 @@ async def _disconnection(request: HTTPRequest) -> None:
         pass
 
 
-def event(data: BaseModel, **dump: Any) -> str:
-    """One server-sent event; keyword arguments go to `model_dump_json`."""
-    return f"data: {data.model_dump_json(**dump)}\n\n"
+def event(data: BaseModel, name: str | None = None, **dump: Any) -> str:
+    """One server-sent event, with a name if given; further arguments go to `model_dump_json`."""
+    head = f"event: {name}\n" if name else ""
+    return f"{head}data: {data.model_dump_json(**dump)}\n\n"
 
 
-class EventStream(StreamingResponse):
-    """Server-sent events made from `outputs`, which are closed however the response ends."""
+class PieceStream(StreamingResponse):
+    """A response made from pieces of `outputs`, which are closed however the response ends."""
 
-    media_type = "text/event-stream"
-
-    def __init__(self, events: AsyncGenerator[str, None], outputs: OutputStream, headers: dict[str, str]):
-        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
+    def __init__(
+        self,
+        pieces: AsyncGenerator[str, None],
+        outputs: OutputStream,
+        media_type: str,
+        headers: dict[str, str],
+    ):
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers}
+        super().__init__(pieces, headers=headers, media_type=media_type)
         self._outputs = outputs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -46,6 +46,13 @@ def test_text_ends_before_the_stop_string(vocabulary: Vocabulary, stop: str) -> 
     assert "".join(pieces) == TEXT[: TEXT.index(stop)]
 
 
+def test_the_stop_string_may_be_part_of_the_text(vocabulary: Vocabulary) -> None:
+    detokenizer = Detokenizer(vocabulary, [], ("items",), include_stop=True)
+    pieces = [detokenizer.append(token) for token in vocabulary.encode(TEXT)]
+    end = next(i for i, (_, stop) in enumerate(pieces) if stop is not None)
+    assert "".join(text for text, _ in pieces[: end + 1]) == TEXT[: TEXT.index("items") + len("items")]
+
+
 def test_the_earliest_stop_string_wins(vocabulary: Vocabulary) -> None:
     pieces, met = stream(vocabulary, "one two three", ("three", "two"))
     assert met == "two" and "".join(pieces) == "one "

@@ -93,6 +93,19 @@ def test_min_tokens_holds_back_every_kind_of_stop() -> None:
     assert sample(torch.tensor([[3.0, 2.0, 1.0]]), [free], frozenset({0})).token_ids == [0]
 
 
+def test_only_allowed_tokens_are_chosen() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+    assert sample(logits, [sequence(temperature=0, allowed_token_ids=(0, 1))], NO_STOP).token_ids == [1]
+
+
+def test_bad_words_are_not_finished() -> None:
+    row = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    for output, chosen in (((), 2), ((1,), 2), ((2,), 1), ((0, 2), 1), ((2, 0), 2)):
+        words = ((3,), (2, 2))
+        group = [sequence(output=output, temperature=0, bad_words=words)]
+        assert sample(row[None].clone(), group, NO_STOP).token_ids == [chosen]
+
+
 def test_logprobs_are_those_of_the_model_before_any_change() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0]])
     expected = torch.log_softmax(logits[0], -1)

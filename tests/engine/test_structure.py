@@ -12,6 +12,8 @@ import pytest
 import curkv.engine.structure
 from curkv.engine.engine import Engine
 from curkv.engine.types import InvalidRequest, Structure
+from curkv.models.vocabulary import Vocabulary
+from curkv.server.structural_tags import StructuralTagFormat, tag_structure
 
 from .conftest import Loaded, request, run, tokens
 
@@ -49,6 +51,44 @@ def test_structured_and_free_choices_in_one_batch(make_engine: MakeEngine, loade
     assert tokens(outputs["free", 0]) == tokens(run(engine, request(prompt, 8, "free"))["free", 0])
 
 
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        'start: "yes" | "no"',
+        'root ::= answer\nanswer ::= "yes" | "no"',
+        'root ::= ("y" "es") | "n" [o] # GBNF',
+    ],
+)
+def test_grammars_in_lark_ebnf_and_gbnf(make_engine: MakeEngine, loaded: Loaded, grammar: str) -> None:
+    structure = Structure("grammar", grammar, "p")
+    [outputs] = run(make_engine(), request(loaded.prompt(9), 9, structure=structure)).values()
+    assert text(outputs) in ("yes", "no") and outputs[-1].finish_reason == "stop"
+
+
+def test_json_has_no_white_space_to_run_off_into(make_engine: MakeEngine, loaded: Loaded) -> None:
+    structure = Structure("json", SCHEMA, "p")
+    blank = loaded.tokenizer.token_to_id("\u0120")
+    asked = request(loaded.prompt(9), 60, structure=structure, logit_bias={blank: 100})
+    [outputs] = run(make_engine(), asked).values()
+    assert set(json.loads(text(outputs))) == {"name", "size"}
+    assert re.match(r'\{"name": "', text(outputs))
+
+
+def test_structural_tags(make_engine: MakeEngine, loaded: Loaded) -> None:
+    tags = StructuralTagFormat.model_validate(
+        {
+            "type": "structural_tag",
+            "structures": [{"begin": "<f>", "schema": {"const": 7}, "end": "</f>"}],
+            "triggers": ["<f"],
+        }
+    )
+    matcher = make_engine().structures.matcher(tag_structure(tags, "p"))
+    encode = Vocabulary(loaded.tokenizer).encode
+    for written, fits in (("so <f>7</f> then", True), ("so <f>8", False), ("<g>", True)):
+        trial = matcher.deep_copy()
+        assert all(trial.consume_token(token) for token in encode(written)) == fits, written
+
+
 def test_a_structure_that_gets_too_complex_is_the_fault_of_the_request(
     make_engine: MakeEngine, loaded: Loaded
 ) -> None:
@@ -74,6 +114,8 @@ def test_an_output_that_may_go_on_ends_with_end_of_sequence(make_engine: MakeEng
     "structure",
     [
         Structure("regex", "[a", "p"),
+        Structure("grammar", "root ::= (", "p"),
+        Structure("grammar", 'start: "a', "p"),
         Structure("regex", "(?=a)b", "p"),
         Structure("json", {"type": "thing"}, "p"),
         Structure("json", '{"type": ', "p"),

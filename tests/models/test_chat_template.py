@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from curkv.models.chat_template import load_chat_template, load_eos_token
+from curkv.models.chat_template import ChatTemplate, load_chat_template, load_eos_token
 from curkv.models.info import ModelInfo
 from tests.server.scripted import word_tokenizer
 
@@ -88,3 +88,21 @@ def test_end_tokens_are_the_configuration_s_and_the_tokenizer_s() -> None:
     assert ModelInfo(tokenizer, eos_token="<end>").end_ids([1, 2], vocab_size=4) == [1, 2, 3]
     assert ModelInfo(tokenizer, eos_token="<other>").end_ids([1, 400], vocab_size=4) == [1]
     assert ModelInfo(tokenizer).end_ids([], vocab_size=4) == []
+
+
+PARTS = """{% for m in messages %}{{ m.role }}:
+{%- for part in m.content %}[{{ part.text }}]{% endfor %}{% endfor %}"""
+
+
+def test_content_comes_in_parts_where_a_template_reads_nothing_else() -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    assert ChatTemplate(PARTS, {}).render(messages, {}) == "user:[hello]"
+    assert ChatTemplate("{{ messages[0].content }}", {}).render(messages, {}) == "hello"
+
+
+def test_documents_are_for_templates_that_know_them() -> None:
+    messages, documents = [{"role": "user", "content": "hello"}], [{"text": "a"}]
+    knowing = ChatTemplate("{{ documents[0].text }}", {})
+    assert knowing.render(messages, {}, documents=documents) == "a"
+    with pytest.raises(ValueError, match="documents"):
+        ChatTemplate("{{ messages[0].content }}", {}).render(messages, {}, documents=documents)

@@ -18,15 +18,16 @@ def vocabulary(default_model_dir: Path) -> Vocabulary:
     return Vocabulary(load_tokenizer(default_model_dir))
 
 
+DECODERS = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+
+
 def fallback(normalizer: normalizers.Normalizer | None = None) -> Tokenizer:
     """Words behind a marker, and every byte besides, as in Llama 2."""
     names = [f"<0x{byte:02X}>" for byte in range(256)] + ["\u2581", "a", "\u2581a", "é"]
     model = models.BPE({name: i for i, name in enumerate(names)}, [("\u2581", "a")], byte_fallback=True)
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizer or normalizers.Replace(" ", "\u2581")
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    tokenizer.decoder = decoders.Sequence(DECODERS)
     return tokenizer
 
 
@@ -76,3 +77,23 @@ def test_encoding_without_the_lock_changes_no_token(vocabulary: Vocabulary) -> N
     assert vocabulary.encode(text) == vocabulary.tokenizer.encode(text).ids
     ids, ends = vocabulary.encode_with_ends(text)
     assert ids == vocabulary.encode(text) and ends[-1] == len(text)
+
+
+def test_a_token_s_own_text_keeps_its_blank() -> None:
+    tokenizer = fallback()
+    tokenizer.decoder = decoders.Sequence([*DECODERS, decoders.Strip(" ", 1, 0)])
+    vocabulary = Vocabulary(tokenizer)
+    assert [vocabulary.text_of(tokenizer.token_to_id(name)) for name in ("\u2581a", "a", "<0xC3>")] == [
+        " a",
+        "a",
+        "\ufffd",
+    ]
+
+
+def test_no_token_spans_a_seam(vocabulary: Vocabulary) -> None:
+    text = "hello<\ue001|im_end|>world"
+    ids, ends = vocabulary.encode_with_ends(text, seam="\ue001")
+    assert vocabulary.decode(ids) == text.replace("\ue001", "")
+    assert not any(vocabulary.is_special(token) for token in ids)
+    assert ends[-1] == len(text) and text.index("\ue001") in ends
+    assert vocabulary.encode_with_ends(text.replace("\ue001", ""))[0] != ids

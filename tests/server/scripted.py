@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,7 @@ class NoStructures:
 class WordTemplate:
     """Writes `w1` before what the user says and `w2` before the rest, then `w3` for the answer."""
 
+    source = "words"
     tool_format = Hermes()
     thinks = False
 
@@ -69,15 +71,16 @@ class WordTemplate:
         messages: Sequence[Mapping[str, Any]],
         variables: Mapping[str, Any],
         tools: Sequence[Mapping[str, Any]] = (),
+        documents: Sequence[Mapping[str, Any]] = (),
+        add_generation_prompt: bool = True,
     ) -> str:
         if "refuse" in variables:
             raise ValueError("the template refuses")
         turns = (
             ("w1" if m["role"] == "user" else "w2", m["content"].strip(), m.get("name", "")) for m in messages
         )
-        return " ".join(
-            word for turn in (*turns, ("w3", variables.get("extra", ""))) for word in turn if word
-        )
+        answer = ("w3" if add_generation_prompt else "", variables.get("extra", ""))
+        return " ".join(word for turn in (*turns, answer) for word in turn if word)
 
 
 @dataclass
@@ -121,6 +124,10 @@ class ScriptedClient:
     def pruning(self) -> dict[str, Any]:
         base = {"name": "more-words", "sha256": "0", "pruning": None}
         return {"method": "self-calibrated", "removed": 0.25, "base": base, "details": {}}
+
+    @property
+    def model_config(self) -> SimpleNamespace:
+        return SimpleNamespace(architecture="WordsForCausalLM")
 
     @property
     def weights(self) -> str:

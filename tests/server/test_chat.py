@@ -10,8 +10,8 @@ import pytest
 from openai import AsyncOpenAI
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from curkv.server.chat.protocol import Message
-from curkv.server.chat.serving import tokenize
+from curkv.server.chat.conversation import tokenize
+from curkv.server.chat.protocol import Message, Rendering
 from curkv.server.tokenizing import Reader
 from tests.server.scripted import ScriptedClient
 
@@ -125,7 +125,7 @@ EPHEMERAL = {"type": "ephemeral"}
 )
 def test_the_last_mark_ends_the_context(messages: list[dict[str, Any]], context_tokens: int | None) -> None:
     client = ScriptedClient()
-    (prompt,) = tokenize([Message.model_validate(m) for m in messages], {}, client, Reader(client))
+    (prompt,) = tokenize([Message.model_validate(m) for m in messages], Rendering(), client, Reader(client))
     assert prompt.context_tokens == context_tokens
 
 

@@ -201,12 +201,32 @@ async def test_null_means_default(http: httpx.AsyncClient, engine: ScriptedClien
     assert (sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.n) == (None, 1.0, 1.0, 1)
 
 
-async def test_unknown_fields_are_ignored_and_logged(
-    http: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("name", "value", "refused"),
+    [
+        ("wings", 2, True),
+        ("wings", None, False),
+        ("temprature", 0, True),
+        ("use_beam_search", True, True),
+        ("use_beam_search", False, False),
+        ("mirostat", 2, True),
+        ("metadata", {"a": "b"}, False),
+        ("service_tier", "auto", False),
+    ],
+)
+async def test_fields_that_are_not_done(
+    http: httpx.AsyncClient, engine: ScriptedClient, name: str, value: Any, refused: bool
 ) -> None:
-    response = await post(http, prompt="w1", wings=2)
-    assert response.status_code == 200
-    assert "wings" in caplog.text
+    response = await post(http, prompt="w1", **{name: value})
+    assert response.status_code == (400 if refused else 200), response.text
+    if refused:
+        assert response.json()["error"]["param"] == name
+        assert not engine.taken
+
+
+async def test_a_field_that_is_misspelt(http: httpx.AsyncClient) -> None:
+    response = await post(http, prompt="w1", temprature=0)
+    assert "'temperature'" in response.json()["error"]["message"]
 
 
 async def test_openai_client(url: str) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from curkv.engine.types import InvalidRequest, Structure
 from curkv.models.chat_template import ChatTemplate
+from curkv.server.chat.conversation import _plain_message
 from curkv.server.chat.protocol import ChatRequest, Message
-from curkv.server.chat.serving import _plain
 from curkv.server.chat.tools import Spoken, ToolUse
 
 TEMPLATE = ChatTemplate("{{ messages }}", {})
@@ -102,7 +102,8 @@ def test_history_reaches_the_template_with_arguments_as_objects() -> None:
         {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "no JSON"}},
         {"role": "function", "name": "f", "content": "7"},
     ]
-    plain = _plain([Message.model_validate(message) for message in messages])
+    read = [Message.model_validate(message) for message in messages]
+    plain = [_plain_message(message, "".join(text for text, _ in message.parts)) for message in read]
     assert plain[0]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
     assert plain[1] == {"role": "tool", "content": "42", "tool_call_id": "c1"}
     assert plain[2]["tool_calls"][0]["function"]["arguments"] == "no JSON"

@@ -8,6 +8,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+GUIDANCE = "x-guidance"
+"""Key of a JSON schema that says how llguidance is to follow it."""
+COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""No white space but a blank behind commas and colons: small models would fill it for ever."""
+
+
+def compact(schema: Any) -> Any:
+    """A schema whose JSON has no white space but behind commas and colons, unless it says otherwise."""
+    return {GUIDANCE: COMPACT, **schema} if isinstance(schema, dict) else schema
+
 
 @dataclass(frozen=True)
 class Tool:
@@ -28,10 +38,9 @@ class Tool:
 
     @property
     def schema(self) -> dict[str, Any]:
-        """The schema that generated arguments follow; small models would fill white space for ever."""
+        """The schema that generated arguments follow."""
         schema = dict(self.parameters or {"type": "object", "properties": {}, "additionalProperties": False})
-        guidance = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-        return {**schema, "x-guidance": guidance if self.strict else {**guidance, "lenient": True}}
+        return {**schema, GUIDANCE: COMPACT if self.strict else {**COMPACT, "lenient": True}}
 
 
 @dataclass(frozen=True)

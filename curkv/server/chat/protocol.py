@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -30,7 +31,8 @@ from curkv.server.chat.tools import (
     ToolUse,
 )
 from curkv.server.limits import MAX_LOGPROBS, MAX_MESSAGES, MAX_TOOLS
-from curkv.server.protocol import GenerationFields, Text, Usage
+from curkv.server.logprobs import PromptLogprobs
+from curkv.server.protocol import Chunk, GenerationFields, Text, Usage
 
 PART_SEPARATOR = "\n"
 """What stands between the text parts of a message, as in vLLM."""
@@ -56,7 +58,7 @@ class TextPart(BaseModel):
 
     type: Literal["text"]
     text: Text
-    cache_control: CacheControl | None = Field(None, description="The context ends behind this part.")
+    cache_control: CacheControl | None = Field(default=None, description="The context ends behind this part.")
 
 
 class EarlierFunction(BaseModel):
@@ -101,7 +103,9 @@ class Message(BaseModel):
     name: Text | None = None
     tool_call_id: Text | None = None
     reasoning_content: Text | None = None
-    cache_control: CacheControl | None = Field(None, description="The context ends behind this message.")
+    cache_control: CacheControl | None = Field(
+        default=None, description="The context ends behind this message."
+    )
 
     @field_validator("content", mode="before")
     @classmethod
@@ -142,6 +146,29 @@ def context_ttl(messages: Sequence[Message]) -> float:
 _TTL_SECONDS = {"5m": 300.0, "1h": 3600.0}
 
 
+@dataclass(frozen=True)
+class Rendering:
+    """How a conversation is written out.
+
+    Attributes:
+        variables: of the chat template.
+        tools: which it tells of, in OpenAI's form.
+        documents: which it tells of.
+        generation_prompt: the assistant's message begins at the end.
+        continues: the text ends with the content of the last message.
+        special_tokens: the tokens that the tokenizer begins a text with are added.
+        reads_special_tokens: text of special tokens in messages of users and tools is read as such.
+    """
+
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    tools: Sequence[Mapping[str, Any]] = ()
+    documents: Sequence[Mapping[str, Any]] = ()
+    generation_prompt: bool = True
+    continues: bool = False
+    special_tokens: bool = False
+    reads_special_tokens: bool = False
+
+
 class ChatRequest(GenerationFields):
     """A conversation to continue and how."""
 
@@ -159,6 +186,22 @@ class ChatRequest(GenerationFields):
     )
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="Further variables of the chat template.", examples=[{"enable_thinking": False}]
+    )
+    reasoning_effort: str | None = Field(
+        None, description="A variable of the chat template; `none` sets `enable_thinking` to false."
+    )
+    documents: Annotated[list[dict[str, Any]], Field(max_length=MAX_MESSAGES)] | None = Field(
+        None, description="What the answer may rest upon, for chat templates that know them."
+    )
+    add_generation_prompt: bool | None = Field(
+        None, description="Begin the assistant's message; true unless continue_final_message."
+    )
+    continue_final_message: bool | None = Field(False, description="Go on with the last message.")
+    add_special_tokens: bool | None = Field(
+        False, description="Add the tokens that the tokenizer begins a text with; templates do so themselves."
+    )
+    read_special_tokens: bool | None = Field(
+        False, description="Text of special tokens in messages of users and tools is read as such."
     )
     tools: Annotated[list[ToolSpec], Field(max_length=MAX_TOOLS)] | None = Field(
         None, description="Functions that the model may call."
@@ -200,10 +243,37 @@ class ChatRequest(GenerationFields):
         specs = [ToolSpec(type="function", function=function) for function in self.functions]
         return ToolUse.of(specs, choice, parallel=False, legacy=True)
 
+    def rendering(self, tools: ToolUse) -> Rendering:
+        """How the conversation is written out.
+
+        Args:
+            tools: `tool_use`.
+
+        Raises:
+            InvalidRequest: the fields contradict each other.
+        """
+        if self.continue_final_message and self.add_generation_prompt:
+            other = "add_generation_prompt"
+            raise InvalidRequest(f"cannot be had together with {other}", "continue_final_message")
+        variables = dict(self.chat_template_kwargs or {})
+        if self.reasoning_effort is not None:
+            variables.setdefault("reasoning_effort", self.reasoning_effort)
+            if self.reasoning_effort == "none":
+                variables.setdefault("enable_thinking", False)
+        return Rendering(
+            variables=variables,
+            tools=tuple(tools.told),
+            documents=tuple(self.documents or ()),
+            generation_prompt=self.add_generation_prompt is not False and not self.continue_final_message,
+            continues=bool(self.continue_final_message),
+            special_tokens=bool(self.add_special_tokens),
+            reads_special_tokens=bool(self.read_special_tokens),
+        )
+
     @property
     def wanted_tokens(self) -> int | None:
         """Most tokens to generate."""
-        return self.max_completion_tokens or self.max_tokens
+        return self.max_completion_tokens or self.max_tokens or self.predicted.get("max_tokens")
 
     @property
     def wanted_logprobs(self) -> int | None:
@@ -273,6 +343,7 @@ class ChatResponse(BaseModel):
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Delta(BaseModel):
@@ -300,13 +371,13 @@ class ChatChunkChoice(BaseModel):
     token_ids: list[int] | None = None
 
 
-class ChatChunk(BaseModel):
-    """One event of a stream; it carries `usage` only if the stream was asked to include it."""
+class ChatChunk(Chunk):
+    """One event of a stream."""
 
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     created: int
     model: str
     choices: list[ChatChunkChoice]
-    usage: Usage | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Request, Response
 
 from curkv.server.bodies import BodyRoute
+from curkv.server.chat.conversation import converse
 from curkv.server.chat.protocol import ChatRequest, ChatResponse
-from curkv.server.chat.serving import ChatAnswer, tokenize, with_tools
-from curkv.server.generation import documented, prepare, respond
+from curkv.server.chat.serving import ChatAnswer
+from curkv.server.generation import documented, respond
 from curkv.server.state import server_state
 
 router = APIRouter(tags=["generation"], route_class=BodyRoute)
@@ -72,9 +72,5 @@ async def create_chat_completion(
     body: Annotated[ChatRequest, Body(openapi_examples=EXAMPLES)], request: Request
 ) -> Response:
     """Answers a conversation; a `cache_control` mark says where its context ends."""
-    state, tools = server_state(request), body.tool_use
-    sampling = body.sampling(body.wanted_tokens, body.wanted_logprobs)
-    sampling = with_tools(sampling, tools, state.ready_client())
-    prompts = partial(tokenize, body.messages, body.chat_template_kwargs or {}, tools=tools.told)
-    generation = await prepare(body, sampling, 1, prompts, request, state, "chatcmpl")
-    return await respond(ChatAnswer(generation, body, tools), request)
+    conversation = await converse(body, request, server_state(request), "chatcmpl")
+    return await respond(ChatAnswer(conversation), request)

@@ -1,144 +1,39 @@
-"""Chat: a conversation in, and the engine's outputs in the words of the API."""
+"""Chat: the engine's outputs in the words of the API."""
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterable
+from typing import Any, cast
 
-from curkv.engine.types import InvalidRequest, Output, SamplingParams, TokenLogprob
+from curkv.engine.types import Output, TokenLogprob
+from curkv.models.vocabulary import Vocabulary
+from curkv.server.chat.conversation import Conversation
 from curkv.server.chat.protocol import (
-    PART_SEPARATOR,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
     ChatLogprob,
     ChatLogprobs,
     ChatMessage,
-    ChatRequest,
     ChatResponse,
     Delta,
     FinishReason,
-    Message,
     TopLogprob,
-    context_ttl,
 )
-from curkv.server.chat.tools import Spoken, ToolUse, readable_arguments
-from curkv.server.generation import Answer, Generation, Prompt
+from curkv.server.generation import ChunkedAnswer
+from curkv.server.logprobs import PromptLogprobs, prompt_logprobs
 from curkv.server.protocol import Usage
-from curkv.server.tokenizing import Reader
-
-if TYPE_CHECKING:
-    from curkv.engine.client import EngineClient
-    from curkv.models.chat_template import ChatTemplate
-
-_MARK = "\ue000"
-"""A private-use character that stands at the context's end while its place in the text is looked for."""
 
 
-def tokenize(
-    messages: Sequence[Message],
-    variables: Mapping[str, Any],
-    client: EngineClient,
-    reader: Reader,
-    tools: Sequence[Mapping[str, Any]] = (),
-) -> list[Prompt]:
-    """The conversation as the model reads it, in tokens.
-
-    Raises:
-        InvalidRequest: the model has no chat template, it does not take this conversation, or its text cannot
-            fit into the context.
-        APIError: 429, the queue has no room for so many tokens.
-    """
-    template = client.chat_template
-    if template is None:
-        raise InvalidRequest("the model has no chat template; use /v1/completions", "messages")
-    try:
-        text = template.render(_plain(messages), variables, tools)
-        ids, ends = reader.tokens_with_ends(text, "messages")
-        context_end = _context_end(text, messages, variables, template, tools)
-    except ValueError as error:
-        raise InvalidRequest(str(error), "messages") from error
-    context = sum(end <= context_end for end in ends)
-    return [Prompt(ids, text, context or None, context_ttl(messages))]
-
-
-def _plain(messages: Sequence[Message], marked: tuple[int, int] | None = None) -> list[dict[str, Any]]:
-    """Messages in the form of templates; with a mark behind part `marked[1]` of message `marked[0]`."""
-    plain = []
-    for i, message in enumerate(messages):
-        texts = [text + _MARK * ((i, j) == marked) for j, (text, _) in enumerate(message.parts)]
-        optional = ("name", "tool_call_id", "reasoning_content")
-        given = {field: value for field in optional if (value := getattr(message, field)) is not None}
-        if message.called:
-            given["tool_calls"] = [
-                {
-                    **({"id": call.id} if call.id is not None else {}),
-                    "type": "function",
-                    "function": {
-                        "name": call.function.name,
-                        "arguments": readable_arguments(call.function.arguments),
-                    },
-                }
-                for call in message.called
-            ]
-        role = "tool" if message.role == "function" else message.role
-        plain.append({"role": role, "content": PART_SEPARATOR.join(texts), **given})
-    return plain
-
-
-def with_tools(sampling: SamplingParams, tools: ToolUse, client: EngineClient) -> SamplingParams:
-    """What the engine is to do so that an answer's calls are valid, and can be read.
-
-    Raises:
-        InvalidRequest: the model has no chat template, or calls cannot be had together with another field.
-    """
-    template = client.chat_template
-    if template is None or not tools.callable:
-        return sampling
-    added = client.tokenizer.get_added_tokens_decoder()
-    ids = {token.content: i for i, token in added.items() if token.special}
-    special = {marker: ids[marker] for marker in template.tool_format.markers if marker in ids}
-    structure = tools.structure(template, special, sampling.structure)
-    return replace(sampling, structure=structure, skip_special_tokens=not special)
-
-
-def _context_end(
-    text: str,
-    messages: Sequence[Message],
-    variables: Mapping[str, Any],
-    template: ChatTemplate,
-    tools: Sequence[Mapping[str, Any]],
-) -> int:
-    """Characters of the rendered conversation up to the last part marked as the context's end; 0: none is.
-
-    With something inserted at the mark, the text is the same exactly up to there, whatever the template does.
-    """
-    marks = [(i, j) for i, m in enumerate(messages) for j, (_, marked) in enumerate(m.parts) if marked]
-    if not marks:
-        return 0
-    marked = template.render(_plain(messages, marks[-1]), variables, tools)
-    return next((i for i, (a, b) in enumerate(zip(text, marked, strict=False)) if a != b), len(text))
-
-
-def _call_id() -> str:
-    """Nine letters and digits, which is what Mistral's templates insist on."""
-    return uuid.uuid4().hex[:9]
-
-
-class ChatAnswer(Answer):
+class ChatAnswer(ChunkedAnswer):
     """Answer to POST /v1/chat/completions."""
 
-    def __init__(self, generation: Generation, body: ChatRequest, tools: ToolUse):
+    def __init__(self, conversation: Conversation):
+        generation, body = conversation.generation, conversation.body
         super().__init__(generation)
         self._body = body
-        self._tools = tools
-        template, prompt = generation.client.chat_template, generation.prompt_of(0).text or ""
-        self._spoken = [
-            Spoken(tools.parser(template, prompt) if template is not None else None, _call_id)
-            for _ in range(generation.num_choices)
-        ]
+        self._tools = conversation.tools
+        self._spoken = [conversation.spoken() for _ in range(generation.num_choices)]
         self._choices = [
             ChatChoice(
                 index=index,
@@ -149,6 +44,7 @@ class ChatAnswer(Answer):
             for index in range(generation.num_choices)
         ]
         self._begun = [False] * generation.num_choices
+        self._prompt_logprobs: PromptLogprobs | None = None
 
     def chunk(self, choice: int, output: Output) -> ChatChunk | None:
         """A chunk with one piece of one choice; the first one of a choice names the role."""
@@ -168,11 +64,15 @@ class ChatAnswer(Answer):
         )
         if not (news or piece.finish_reason or piece.token_ids or piece.logprobs):
             return None
-        return self._chunk([piece], prompt_token_ids=None if begun else self._prompt_token_ids)
+        if begun:
+            return self._chunk([piece])
+        told = self._told(output)
+        return self._chunk([piece], prompt_token_ids=self._prompt_token_ids, prompt_logprobs=told)
 
     def add(self, choice: int, output: Output) -> None:
         """Adds an output to its choice."""
         whole, spoken = self._choices[choice], self._spoken[choice]
+        self._prompt_logprobs = self._prompt_logprobs or self._told(output)
         spoken.take(output.text, output.finish_reason is not None)
         whole.finish_reason = self._finish_reason(choice, output)
         whole.stop_reason = output.stop_reason
@@ -186,7 +86,7 @@ class ChatAnswer(Answer):
             return "function_call" if self._tools.legacy else "tool_calls"
         return cast("FinishReason | None", output.finish_reason)
 
-    def whole(self, usage: Usage) -> ChatResponse:
+    def whole(self) -> ChatResponse:
         """All choices."""
         g = self.generation
         for choice, spoken in zip(self._choices, self._spoken, strict=True):
@@ -201,8 +101,9 @@ class ChatAnswer(Answer):
             created=g.created,
             model=g.model,
             choices=self._choices,
-            usage=usage,
+            usage=self.usage,
             prompt_token_ids=self._prompt_token_ids,
+            prompt_logprobs=self._prompt_logprobs,
         )
 
     def usage_chunk(self, usage: Usage) -> ChatChunk:
@@ -217,17 +118,25 @@ class ChatAnswer(Answer):
     def _prompt_token_ids(self) -> list[int] | None:
         return self.generation.prompt_of(0).token_ids if self._body.return_token_ids else None
 
+    def _told(self, output: Output) -> PromptLogprobs | None:
+        vocabulary = self.generation.client.vocabulary
+        return prompt_logprobs(output.prompt_logprobs, self._body.prompt_logprobs, vocabulary)
+
     def _logprobs(self, output: Output) -> ChatLogprobs | None:
         if not self._body.logprobs:
             return None
-        return ChatLogprobs(content=[self._logprob(entry) for entry in output.logprobs or ()])
+        return ChatLogprobs(content=worded_logprobs(self.generation.client.vocabulary, output.logprobs or ()))
 
-    def _logprob(self, entry: TokenLogprob) -> ChatLogprob:
-        top = [TopLogprob(**self._token(i, logprob)) for i, logprob in entry.top]
-        return ChatLogprob(**self._token(entry.token_id, entry.logprob), top_logprobs=top)
 
-    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        vocabulary = self.generation.client.vocabulary
+def worded_logprobs(vocabulary: Vocabulary, entries: Iterable[TokenLogprob]) -> list[ChatLogprob]:
+    """Log-probabilities of tokens in the words of the API."""
+
+    def token(token_id: int, logprob: float) -> dict[str, Any]:
         text = vocabulary.text_of(token_id)
         piece = vocabulary.bytes_of(token_id) if "\ufffd" in text else text.encode()
         return {"token": text, "logprob": logprob, "bytes": list(piece)}
+
+    def top(entry: TokenLogprob) -> list[TopLogprob]:
+        return [TopLogprob(**token(*alternative)) for alternative in entry.top]
+
+    return [ChatLogprob(**token(e.token_id, e.logprob), top_logprobs=top(e)) for e in entries]

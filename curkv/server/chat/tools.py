@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
 
 from curkv.engine.types import InvalidRequest, Structure
 from curkv.models.chat_template import ChatTemplate
-from curkv.models.tools.base import Arguments, Call, Event, Parser, Reasoning, Text, Tool
+from curkv.models.tools.base import Arguments, Call, Event, Parser, Reasoning, Text, Tool, compact
 from curkv.models.tools.thinking import ThinkingParser
 from curkv.server.limits import MAX_STRUCTURE_CHARACTERS, MAX_TOOLS
 
@@ -193,7 +193,7 @@ class ToolUse:
             source += f"\nanswer: %json {_schema(answer)}"
         else:
             raise InvalidRequest("cannot be had together with tools", answer.param)
-        return Structure("lark", source, "tools")
+        return Structure("lark", source, "tools", answer.ignored if answer is not None else ())
 
     def parser(self, template: ChatTemplate, prompt: str) -> Parser | None:
         """Reads an answer to a rendered prompt; None: it is text."""
@@ -212,7 +212,7 @@ def _schema(answer: Structure) -> str:
         source = json.loads(answer.source) if isinstance(answer.source, str) else answer.source
     except ValueError as error:
         raise InvalidRequest(f"is no JSON: {error}", answer.param) from error
-    return json.dumps(source)
+    return json.dumps(compact(source))
 
 
 class Spoken:

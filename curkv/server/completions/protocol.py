@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, PlainValidator, ValidationInfo, field_validator
 
 from curkv.server.limits import MAX_LOGPROBS, MAX_PROMPTS
-from curkv.server.protocol import FinishReason, GenerationFields, Usage, check_text
+from curkv.server.logprobs import PromptLogprobs
+from curkv.server.protocol import Chunk, FinishReason, GenerationFields, check_text
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -55,15 +56,10 @@ class CompletionRequest(GenerationFields):
     logprobs: int | None = Field(
         None, ge=0, le=MAX_LOGPROBS, description="Report the tokens with so many alternatives each."
     )
-    suffix: str | None = Field(None, description="Not supported: any text is refused.")
-    best_of: int | None = Field(None, description="Not supported: only a value equal to n is accepted.")
-
-    @field_validator("suffix")
-    @classmethod
-    def _refuse(cls, value: str | None) -> str | None:
-        if value:
-            raise ValueError("not supported: the models served continue a text, they do not fill in")
-        return value
+    add_special_tokens: bool | None = Field(
+        True, description="Texts get the tokens that the tokenizer begins a text with."
+    )
+    best_of: int | None = Field(None, description="Only a value equal to n is accepted.")
 
     @field_validator("best_of")
     @classmethod
@@ -125,11 +121,13 @@ class CompletionChoice(BaseModel):
     stop_reason: str | int | None = None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
     @property
     def has_news(self) -> bool:
         """Whether a client learns anything from this piece."""
-        return bool(self.text or self.finish_reason or self.token_ids or self.logprobs)
+        told = self.token_ids or self.logprobs or self.prompt_logprobs
+        return bool(self.text or self.finish_reason or told)
 
     def extend(self, piece: CompletionChoice) -> None:
         """Adds the next piece of the same choice."""
@@ -137,6 +135,7 @@ class CompletionChoice(BaseModel):
         self.finish_reason = piece.finish_reason
         self.stop_reason = piece.stop_reason
         self.prompt_token_ids = self.prompt_token_ids or piece.prompt_token_ids
+        self.prompt_logprobs = self.prompt_logprobs or piece.prompt_logprobs
         if piece.token_ids is not None:
             self.token_ids = (self.token_ids or []) + piece.token_ids
         if piece.logprobs is not None:
@@ -146,12 +145,11 @@ class CompletionChoice(BaseModel):
                 self.logprobs.extend(piece.logprobs)
 
 
-class CompletionResponse(BaseModel):
-    """The answer, or one chunk of it; chunks carry `usage` only if the stream was asked to include it."""
+class CompletionResponse(Chunk):
+    """The answer, or one chunk of it."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
     choices: list[CompletionChoice]
-    usage: Usage | None = None

@@ -43,7 +43,6 @@ async def create_completion(
     body: Annotated[CompletionRequest, Body(openapi_examples=EXAMPLES)], request: Request
 ) -> Response:
     """Continues one or several prompts, each with the KV cache that its eviction options leave it."""
-    state, prompts = server_state(request), partial(tokenize, body)
-    asked = sampling(body)
+    state, asked, prompts = server_state(request), partial(sampling, body), partial(tokenize, body)
     generation = await prepare(body, asked, len(body.prompts), prompts, request, state, "cmpl")
     return await respond(CompletionAnswer(generation, body), request)

@@ -13,7 +13,8 @@ from curkv.server.completions.protocol import (
     CompletionResponse,
     Logprobs,
 )
-from curkv.server.generation import Answer, Generation, Prompt
+from curkv.server.generation import ChunkedAnswer, Generation, Prompt
+from curkv.server.logprobs import prompt_logprobs
 from curkv.server.protocol import FinishReason, Usage
 from curkv.server.tokenizing import Reader
 
@@ -28,21 +29,27 @@ def tokenize(body: CompletionRequest, client: EngineClient, reader: Reader) -> l
         InvalidRequest: one cannot fit into the context.
         APIError: 429, the queue has no room for so many tokens.
     """
-    return [
-        Prompt(reader.tokens(prompt, "prompt"), prompt)
-        if isinstance(prompt, str)
-        else Prompt(reader.count(prompt))
-        for prompt in body.prompts
-    ]
+    special = body.add_special_tokens is not False
+    prompts = []
+    for prompt in body.prompts:
+        if isinstance(prompt, str):
+            ids = reader.tokens(prompt, "prompt", special)
+            prompts.append(Prompt(ids, None if reader.cut else prompt))
+        else:
+            prompts.append(Prompt(reader.count(prompt)))
+    return prompts
 
 
-def sampling(body: CompletionRequest) -> SamplingParams:
+def sampling(body: CompletionRequest, client: EngineClient) -> SamplingParams:
     """How the engine is to continue each prompt."""
-    params = body.sampling(body.max_tokens, body.logprobs)
-    return replace(params, prompt_logprobs=body.logprobs if body.echo else None)
+    most = body.predicted.get("max_tokens", body.max_tokens)
+    params = body.sampling(most, body.logprobs, client.vocabulary)
+    if not body.echo or body.logprobs is None:
+        return params
+    return replace(params, prompt_logprobs=max(body.logprobs, body.prompt_logprobs or 0))
 
 
-class CompletionAnswer(Answer):
+class CompletionAnswer(ChunkedAnswer):
     """Answer to POST /v1/completions."""
 
     def __init__(self, generation: Generation, body: CompletionRequest):
@@ -62,9 +69,9 @@ class CompletionAnswer(Answer):
         """Adds a piece to its choice."""
         self._choices[choice].extend(self._piece(choice, output))
 
-    def whole(self, usage: Usage) -> CompletionResponse:
+    def whole(self) -> CompletionResponse:
         """All choices."""
-        return self._response(self._choices, usage)
+        return self._response(self._choices, self.usage)
 
     def usage_chunk(self, usage: Usage) -> CompletionResponse:
         """A chunk without choices."""
@@ -86,6 +93,7 @@ class CompletionAnswer(Answer):
             stop_reason=output.stop_reason,
             token_ids=output.token_ids if body.return_token_ids else None,
             prompt_token_ids=prompt.token_ids if first and body.return_token_ids else None,
+            prompt_logprobs=prompt_logprobs(output.prompt_logprobs, body.prompt_logprobs, self._vocabulary),
         )
 
     def _prompt_text(self, prompt: Prompt) -> str:
@@ -95,9 +103,10 @@ class CompletionAnswer(Answer):
 
     def _logprobs(self, choice: int, output: Output) -> Logprobs:
         answer = Logprobs(top_logprobs=[] if self._body.logprobs else None)
-        if output.prompt_logprobs is not None:
+        echoed = output.prompt_logprobs if self._body.echo else None
+        if echoed is not None:
             self._append(answer, choice, self.generation.prompt_of(choice).token_ids[0], None)
-        for entry in (*(output.prompt_logprobs or ()), *(output.logprobs or ())):
+        for entry in (*(echoed or ()), *(output.logprobs or ())):
             self._append(answer, choice, entry.token_id, entry)
         return answer
 
@@ -110,9 +119,13 @@ class CompletionAnswer(Answer):
             answer.top_logprobs.append(self._top(token, entry) if entry else None)
 
     def _top(self, token: str, entry: TokenLogprob) -> dict[str, float]:
-        """The likeliest tokens and, in any case, the one that is there; of two with one text the likelier."""
-        top = {self._vocabulary.text_of(i): logprob for i, logprob in reversed(entry.top)}
-        top.setdefault(token, entry.logprob)
+        """The likeliest tokens and, in any case, the one that is there; of two with one text both."""
+        top: dict[str, float] = {}
+        for i, logprob in entry.top[: self._body.logprobs]:
+            text = self._vocabulary.text_of(i)
+            top[text if text not in top else f"token_id:{i}"] = logprob
+        if entry.token_id not in (i for i, _ in entry.top):
+            top[token if token not in top else f"token_id:{entry.token_id}"] = entry.logprob
         return top
 
 

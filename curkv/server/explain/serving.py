@@ -93,7 +93,7 @@ def _plan(
             options.append(_explainable(controls, client, request))
         except InvalidRequest as error:
             param = (error.param or "").replace("kv", name, 1) or None
-            raise InvalidRequest(error.message, param) from error
+            raise error.of(param) from error
     return client.plan(replace(request, explain=tuple(options)))
 
 

@@ -46,7 +46,7 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
-    """All models of this server: one."""
+    """All models of this server: one, under each of its names."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]

@@ -18,20 +18,20 @@ router = APIRouter(tags=["models"])
 async def get_model(model_id: str, request: Request) -> ModelCard:
     """Describes the model that is served."""
     state = server_state(request)
-    state.check_model(model_id)
-    return _card(state)
+    return _card(state, state.check_model(model_id))
 
 
 @router.get("/v1/models", summary="List models", responses=error_responses(503))
 async def list_models(request: Request) -> ModelList:
-    """Names the model that is served."""
-    return ModelList(data=[_card(server_state(request))])
+    """Describes the model that is served, under each of its names."""
+    state = server_state(request)
+    return ModelList(data=[_card(state, name) for name in state.settings.model_names])
 
 
-def _card(state: ServerState) -> ModelCard:
+def _card(state: ServerState, name: str) -> ModelCard:
     client = state.ready_client()
     return ModelCard(
-        id=state.settings.model_name,
+        id=name,
         created=state.created,
         root=state.settings.engine.model,
         max_model_len=client.max_model_len,
