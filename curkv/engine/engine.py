@@ -344,12 +344,15 @@ class Engine:
 
     def _forward(self, schedule: Schedule) -> Tensor:
         sequences, chunks = schedule.sequences, schedule.chunks
-        return self.runner.run(
-            slots=[s.slot for s in sequences],
-            tokens=[s.tokens(s.computed, c) for s, c in zip(sequences, chunks, strict=True)],
-            starts=[s.computed for s in sequences],
-            wanted=schedule.wanted,
-        )
+        slots, starts = [s.slot for s in sequences], [s.computed for s in sequences]
+        tokens = [s.tokens(s.computed, c) for s, c in zip(sequences, chunks, strict=True)]
+        if not any(s.request.sampling.embed for s in sequences):
+            return self.runner.run(slots, tokens, starts, schedule.wanted)
+        logits, states = self.runner.run_with_states(slots, tokens, starts, schedule.wanted)
+        for sequence, chunk in zip(sequences, states.split(chunks), strict=True):
+            if sequence.request.sampling.embed:
+                sequence.chunk_states = chunk.sum(0)
+        return logits
 
     def _judge_prompts(self, schedule: Schedule, logits: Tensor) -> None:
         """Notes the log-probabilities of prompts that want them."""
@@ -380,6 +383,9 @@ class Engine:
         slot, start, prompt = sequence.slot, sequence.computed, sequence.prompt
         self._phase = "prefix"
         sequence.progress.computed += chunk
+        if (states := sequence.chunk_states) is not None:
+            before = sequence.progress.states
+            sequence.progress.states = states if before is None else before + states
         sequence.peak_bytes = max(sequence.peak_bytes, self.kv.sequence_bytes(slot))
         if sequence.progress.shareable and not sequence.progress.evictions:
             self._reuse.after_chunk(slot, sequence.keys, prompt, start, sequence.computed)

@@ -132,10 +132,17 @@ def silent_output(sequence: Sequence, report: KVReport | None) -> Output:
         token_ids=[],
         prompt_logprobs=_prompt_logprobs(sequence),
         explanations=sequence.progress.explanations,
+        embedding=_embedding(sequence),
         finish_reason="length",
         kv=report,
         cached_tokens=sequence.cached_tokens,
     )
+
+
+def _embedding(sequence: Sequence) -> list[float] | None:
+    """Mean of the last hidden states of its prompt, if it was asked for."""
+    states = sequence.progress.states
+    return None if states is None else (states / len(sequence.prompt)).tolist()
 
 
 def _prompt_logprobs(sequence: Sequence) -> list[TokenLogprob] | None:

@@ -54,9 +54,29 @@ class Runner:
             OutOfPages: the pool is short; nothing is changed.
             ValueError: a slot is not in use or a head would exceed `max_tokens`; nothing is changed.
         """
-        kv = self.attention.kv
-        kv.extend(slots, [len(new) for new in tokens])
-        batch = Batch.build(slots, tokens, starts, wanted, kv.device, kv.observed)
+        batch = self._extend(slots, tokens, starts, wanted)
         if self.replay is not None and batch.only_decodes and not batch.observed:
             return self.replay.forward(batch)
         return self.model.forward(batch, self.attention)
+
+    def run_with_states(
+        self,
+        slots: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        wanted: Sequence[int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The same, which tells the last hidden states of all new tokens besides: float32 [T, hidden]."""
+        return self.model.forward_with_states(self._extend(slots, tokens, starts, wanted), self.attention)
+
+    def _extend(
+        self,
+        slots: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        wanted: Sequence[int] | None,
+    ) -> Batch:
+        """Takes pages for new tokens and makes a batch of them."""
+        kv = self.attention.kv
+        kv.extend(slots, [len(new) for new in tokens])
+        return Batch.build(slots, tokens, starts, wanted, kv.device, kv.observed)

@@ -194,7 +194,7 @@ class Scheduler:
         if sequence.read:
             self._reuse.restore(sequence.keys, sequence.prompt, sequence.read)
             sequence.read = ()
-        prefix = self._reuse.find(sequence.keys, sequence.prompt, sequence.wants_prompt_logprobs)
+        prefix = self._reuse.find(sequence.keys, sequence.prompt, sequence.computes_all)
         if self.running and not self._fits(sequence, prefix):
             return False
         slot, prefix = self._reuse.start(prefix, sequence.observed)

@@ -18,6 +18,7 @@ from curkv.engine.types import Request, TokenLogprob
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
+    from torch import Tensor
 
     from curkv.cache.stored import Restored
 
@@ -36,6 +37,7 @@ class Progress:
         decode_evictions: of these, while generating.
         prompt_logprobs: of its prompt, as far as it is computed.
         explanations: of the plans explained so far.
+        states: sum of the last hidden states of its computed tokens, [hidden], if its request asks for it.
     """
 
     computed: int = 0
@@ -47,6 +49,7 @@ class Progress:
     decode_evictions: int = 0
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     explanations: list[Explanation] = field(default_factory=list)
+    states: Tensor | None = None
 
     @classmethod
     def behind(cls, prefix: Prefix | None) -> Progress:
@@ -101,6 +104,7 @@ class Sequence:
         progress: how far it is computed.
         first_run: when it first ran; None: it did not yet.
         peak_bytes: most bytes of pages held at the end of any step.
+        chunk_states: sum of the last hidden states of the chunk that was computed last, [hidden].
         faulty: something raised while it was worked on, and it was computed anew: it has no second chance.
     """
 
@@ -122,6 +126,7 @@ class Sequence:
     progress: Progress = field(default_factory=Progress)
     first_run: FirstRun | None = None
     peak_bytes: int = 0
+    chunk_states: Tensor | None = None
     faulty: bool = False
 
     @property
@@ -175,6 +180,11 @@ class Sequence:
     def wants_prompt_logprobs(self) -> bool:
         """Whether log-probabilities of its prompt are still to be reported."""
         return self.request.sampling.prompt_logprobs is not None and not self.output
+
+    @property
+    def computes_all(self) -> bool:
+        """Whether no token of its prompt may be taken from what is cached."""
+        return self.wants_prompt_logprobs or self.request.sampling.embed
 
     def next_stop(self) -> int:
         """Logical position that the next chunk must not cross.

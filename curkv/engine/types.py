@@ -131,6 +131,7 @@ class SamplingParams:
         include_stop: the stop string or token that ended generation is part of the text returned.
         allowed_token_ids: the only ids that may be chosen; None: all.
         bad_words: sequences of token ids of which no output has one.
+        embed: report the mean of the last hidden states of the prompt's tokens.
     """
 
     max_tokens: int | None = 16
@@ -155,6 +156,7 @@ class SamplingParams:
     include_stop: bool = False
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()
+    embed: bool = False
 
 
 @dataclass(frozen=True)
@@ -269,6 +271,7 @@ class Output:
         logprobs: one entry per token of `token_ids` if asked for.
         prompt_logprobs: on the choice's first output, if asked for: one entry per prompt token but the first.
         explanations: on the last output, one of each option in `explain`.
+        embedding: on the last output, if asked for: the mean of the prompt's last hidden states, [hidden].
         finish_reason: None while the choice runs.
         stop_reason: the stop string or token id that ended the choice, if one did.
         problem: what made the choice end in an error: of the request, or of the engine.
@@ -283,6 +286,7 @@ class Output:
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
     explanations: list[Explanation] = field(default_factory=list)
+    embedding: list[float] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     problem: InvalidRequest | EngineFault | None = None

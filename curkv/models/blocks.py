@@ -310,6 +310,13 @@ class Head:
         self._eps, self._softcap = config.rms_norm_eps, config.logit_softcap
         self._norm = pack.keep("norm", norm)
         self._projection = pack.linear("head", weight)
+        self._rms_norm = pack.kernels.rms_norm
+
+    def states(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """Returns float32 [T, hidden], the norm of the sum of x and of the residual, [T, hidden]."""
+        if residual is None:
+            return self._rms_norm(x, self._norm, self._eps).float()
+        return self._rms_norm(x, self._norm, self._eps, residual)[0].float()
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """Returns float32 [R, vocab_size] for the sums of R rows of x and of the residual, [R, hidden]."""

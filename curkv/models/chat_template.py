@@ -52,13 +52,14 @@ class ChatTemplate:
 
     Attributes:
         source: the template.
+        special_tokens: name to text of those that it may name.
         tool_format: how the model writes calls of tools.
         thinks: it marks its reasoning by `<think>` and `</think>`.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]):
         self.source = source
-        self._special_tokens = special_tokens
+        self.special_tokens = special_tokens
         self.tool_format = format_of(source)
         self.thinks = "<think>" in source and "</think>" in source
 
@@ -93,7 +94,7 @@ class ChatTemplate:
         if (tools or used) and "tools" not in self._knows:
             messages, tools = with_preamble(messages, tools), ()
         given = {
-            **self._special_tokens,
+            **self.special_tokens,
             **variables,
             "messages": [self._worded(message) for message in messages],
             "tools": [dict(tool) for tool in tools] or None,
@@ -132,7 +133,7 @@ class ChatTemplate:
         return probe not in as_text and probe in as_parts
 
     def _try(self, content: Any) -> str:
-        given = {**self._special_tokens, "messages": [{"role": "user", "content": content}]}
+        given = {**self.special_tokens, "messages": [{"role": "user", "content": content}]}
         try:
             return self._template.render({**given, "add_generation_prompt": True})
         except Exception:  # a template may do anything with what it is given

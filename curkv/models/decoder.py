@@ -101,11 +101,33 @@ class Decoder:
         Returns:
             float32 [R, vocab_size], logits of `batch.logit_rows`.
         """
-        x, rows = self._gather_rows(self._embedding, batch.token_ids), batch.logit_rows
+        return self._logits(*self._through_layers(batch, cache), batch.logit_rows)
+
+    @torch.no_grad()
+    def forward_with_states(self, batch: Batch, cache: CacheAttention) -> tuple[Tensor, Tensor]:
+        """Runs the batch's new tokens through the model; tells what the head reads of each besides.
+
+        Args:
+            batch: The T new tokens and the R rows whose logits are wanted.
+            cache: Stores the new keys and values, and attends over everything stored.
+
+        Returns:
+            float32 [R, vocab_size], logits of `batch.logit_rows`, and float32 [T, hidden], the last hidden
+            states, normalised as the head wants them.
+        """
+        x, residual = self._through_layers(batch, cache)
+        return self._logits(x, residual, batch.logit_rows), self._head.states(x, residual)
+
+    def _through_layers(self, batch: Batch, cache: CacheAttention) -> tuple[Tensor, Tensor | None]:
+        """Two tensors [T, hidden] whose sum is the residual stream behind the last layer."""
+        x = self._gather_rows(self._embedding, batch.token_ids)
         residual: Tensor | None = None
         for layer in self._layers:
             x, residual = layer.attention(x, residual, cache, batch)
             x, residual = layer.feed(x, residual)
+        return x, residual
+
+    def _logits(self, x: Tensor, residual: Tensor | None, rows: Tensor) -> Tensor:
         x = self._gather_rows(x, rows)
         return self._head(x, None if residual is None else self._gather_rows(residual, rows))
 

@@ -15,6 +15,7 @@ import curkv
 from curkv.config import Settings
 from curkv.server.chat.router import router as chat
 from curkv.server.completions.router import router as completions
+from curkv.server.embeddings.router import router as embeddings
 from curkv.server.errors import error_responses, install_error_handlers
 from curkv.server.explain.router import router as explain
 from curkv.server.headers import OPENAPI_RESPONSE_HEADERS, default_options
@@ -41,6 +42,9 @@ from curkv.server.tokens.router import router as tokens
 
 if TYPE_CHECKING:
     from curkv.engine.client import EngineClient
+
+ROUTERS = (completions, chat, responses, messages, ollama, embeddings, explain, tokens, models, live, page)
+"""All routes that an API key guards."""
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
@@ -78,7 +82,20 @@ def create_app(client: EngineClient | None, settings: Settings, lifespan: Lifesp
         app.state.server.attach(client)
     guarded = [Depends(HTTPBearer(auto_error=False))] if keys else []
     refusals = error_responses(401) if keys else {}
-    for router in (completions, chat, responses, messages, ollama, explain, tokens, models, live, sessions, page):
+    for router in (
+        completions,
+        chat,
+        responses,
+        messages,
+        ollama,
+        embeddings,
+        explain,
+        tokens,
+        models,
+        live,
+        sessions,
+        page,
+    ):
         app.include_router(router, dependencies=guarded, responses=refusals)
     app.include_router(health)
     app.mount("/page", page_files)

@@ -36,6 +36,13 @@ NOT_AGAIN = {"x-should-retry": "false"}
 """Header by which OpenAI's and Anthropic's clients do not repeat by themselves what would fail again."""
 
 
+CLIENT_CLOSED_REQUEST = 499
+
+
+class ClientDisconnected(Exception):
+    """The client closed its connection before the answer was ready."""
+
+
 class ErrorDetail(BaseModel):
     """What went wrong.
 
@@ -151,6 +158,8 @@ def as_api_error(error: Exception) -> APIError:
             return APIError(500, str(error), code="engine_error", headers=NOT_AGAIN)
         case EngineUnavailable():
             return unavailable(str(error), "engine_unavailable")
+        case ClientDisconnected():  # nobody reads it
+            return APIError(CLIENT_CLOSED_REQUEST, "the client went away")
         case RequestValidationError():
             return _validation_error(error.errors())
         case StarletteHTTPException():
@@ -183,6 +192,7 @@ def install_error_handlers(app: FastAPI) -> None:
         InvalidRequest,
         EngineFault,
         EngineUnavailable,
+        ClientDisconnected,
         RequestValidationError,
         StarletteHTTPException,
         Exception,

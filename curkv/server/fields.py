@@ -190,6 +190,19 @@ GENERATION = Undone(
 )
 """Of /v1/chat/completions and /v1/completions."""
 
+EMBEDDINGS = Undone(
+    refused={
+        "dimensions": Refused("vectors come whole: a part of one means nothing in models not trained for it"),
+        "input_type": Refused("texts are read as they are"),
+        "kv": Refused("texts are read with the whole cache", ({},)),
+        "messages": Refused("use `input`"),
+        "pooling": Refused("the mean over all tokens", ("mean",)),
+        "normalize": Refused("vectors have length 1", (True,)),
+    },
+    harmless={"user": _LABELS, "keep_alive": "the model stays", "request_id": "X-Request-Id names a request"},
+)
+"""Of /v1/embeddings, and of Ollama's /api/embed and /api/embeddings."""
+
 MESSAGES = Undone(
     refused={
         "container": Refused("the server runs no code"),
@@ -238,7 +251,6 @@ OLLAMA = Undone(
         "template": Refused("a request does not bring its own template; use `raw`", ("",)),
         "shift": Refused("what does not fit is refused, not cut", (False, True)),
         "truncate": Refused("what does not fit is refused, not cut", (False, True)),
-        "dimensions": Refused("vectors come whole"),
     },
     harmless={"keep_alive": "the model stays"},
 )

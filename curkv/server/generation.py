@@ -19,7 +19,7 @@ from starlette.responses import Response
 
 from curkv.engine.types import InvalidRequest, KVReport, Output, Planned, Request, SamplingParams
 from curkv.server import headers, limits
-from curkv.server.errors import APIError, as_api_error, error_responses
+from curkv.server.errors import APIError, ClientDisconnected, as_api_error, error_responses
 from curkv.server.headers import OPENAPI_RESPONSE_HEADERS, eviction_controls
 from curkv.server.limits import MAX_ALL_CHOICES, read_limits
 from curkv.server.protocol import Chunk, GenerationFields, KVUsage, PromptTokensDetails, Usage
@@ -28,7 +28,6 @@ from curkv.server.state import ServerState
 from curkv.server.streaming import (
     DONE,
     EVENT_STREAM,
-    ClientDisconnected,
     OutputStream,
     PieceStream,
     event,
@@ -41,8 +40,6 @@ if TYPE_CHECKING:
     from curkv.engine.client import EngineClient
 
 logger = logging.getLogger(__name__)
-
-CLIENT_CLOSED_REQUEST = 499
 
 _EVENT = {
     "type": "object",
@@ -302,7 +299,11 @@ async def prepare(
 
 
 async def respond(answer: Answer, http: HTTPRequest) -> Response:
-    """Runs a generation and answers it as its body asks, as JSON or as server-sent events."""
+    """Runs a generation and answers it as its body asks, as JSON or as a stream.
+
+    Raises:
+        ClientDisconnected: the client went away.
+    """
     generation = answer.generation
     try:
         if generation.body.stream:
@@ -311,7 +312,7 @@ async def respond(answer: Answer, http: HTTPRequest) -> Response:
     except ClientDisconnected:
         for place in generation.places:  # they have not been handed on, if nothing was begun
             place.leave()
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
+        raise
     return Response(whole, media_type="application/json", headers=generation.headers)
 
 

@@ -100,6 +100,12 @@ class ServerState:
             raise APIError(404, f"there is no model {name!r}; served is {known}", "model", "model_not_found")
         return name
 
+    def untagged(self, name: str | None) -> str | None:
+        """A model's name without `:latest`, which Ollama's clients add to names that have no tag."""
+        if name is None or name in self.settings.model_names:
+            return name
+        return name.removesuffix(":latest")
+
 
 def server_state(request: Request) -> ServerState:
     """The state of the application that serves `request`."""

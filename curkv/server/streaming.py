@@ -13,7 +13,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.types import Receive, Scope, Send
 
 from curkv.engine.types import Output, Planned
-from curkv.server.errors import NOT_AGAIN, APIError, unavailable
+from curkv.server.errors import NOT_AGAIN, APIError, ClientDisconnected, unavailable
 from curkv.server.queue import Place
 
 if TYPE_CHECKING:
@@ -26,10 +26,6 @@ STARTED_AT_ONCE = 16
 
 DONE = "data: [DONE]\n\n"
 EVENT_STREAM = "text/event-stream"
-
-
-class ClientDisconnected(Exception):
-    """The client closed its connection before the answer was ready."""
 
 
 class OutputStream:

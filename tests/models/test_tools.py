@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
+from curkv.bench.schemas import random_schema
 from curkv.models.tools.base import Arguments, Call, Event, Parser, Reasoning, Text, Tool, ToolFormat
 from curkv.models.tools.formats import format_of
 from curkv.models.tools.harmony import Harmony
@@ -209,31 +210,6 @@ def test_reasoning_is_parted_from_what_follows(size: int) -> None:
     assert read(begun, "Is 1 < 2?</think>Yes." + call, size) == expected
     assert read(ThinkingParser(), "No <b>.", size)["text"] == "No <b>."
     assert read(ThinkingParser(), "<think>On and on", size)["reasoning"] == "On and on"
-
-
-def random_schema(draw: random.Random, depth: int = 2) -> dict[str, Any]:
-    """A schema of an object, such as people write for tools."""
-
-    def value(depth: int) -> dict[str, Any]:
-        kinds = ["string", "integer", "number", "boolean", "enum", "limited", "null"]
-        kind = draw.choice(kinds + ["array", "object"] * (depth > 0))
-        match kind:
-            case "enum":
-                return {"type": "string", "enum": draw.sample(["red", "gr\u00fcn", 'b"lue', "<b>"], 2)}
-            case "limited":
-                return {"type": "integer", "minimum": 1, "maximum": draw.randint(2, 400)}
-            case "string":
-                return {"type": "string", "maxLength": draw.randint(1, 8)}
-            case "array":
-                return {"type": "array", "items": value(depth - 1), "maxItems": 2}
-            case "object":
-                return random_schema(draw, depth - 1)
-        return {"type": kind}
-
-    names = draw.sample(["city", "days", "unit", "note", "flags"], draw.randint(0, 4))
-    required = [name for name in names if draw.random() < 0.5]
-    properties = {name: value(depth) for name in names}
-    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequenc
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import uvicorn
@@ -63,6 +63,7 @@ class WordTemplate:
     """Writes `w1` before what the user says and `w2` before the rest, then `w3` for the answer."""
 
     source = "words"
+    special_tokens: ClassVar[dict[str, str]] = {"bos_token": "w0"}
     tool_format = Hermes()
     thinks = False
 
@@ -235,6 +236,7 @@ class ScriptedClient:
             token_ids=[],
             prompt_logprobs=self._prompt_logprobs(request),
             explanations=explanations,
+            embedding=[3.0, 6.0] if request.sampling.embed else None,
             finish_reason="length",
         )
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from curkv.config import Settings
@@ -409,3 +411,55 @@ async def test_probes(http: httpx.AsyncClient) -> None:
     for path in ("/", "/health", "/v1/models", "/api/tags", "/api/version", "/version"):
         answer = await http.head(path)
         assert (answer.status_code, answer.content) == (200, b""), path
+
+
+# Embeddings
+
+
+async def test_embeddings(http: httpx.AsyncClient, engine: ScriptedClient) -> None:
+    for given, prompts in (
+        ("w1 w2", [[1, 2]]),
+        (["w1", "w2 w3"], [[1], [2, 3]]),
+        ([1, 2], [[1, 2]]),
+        ([[1], [2]], [[1], [2]]),
+    ):
+        engine.taken.clear()
+        answer = (await http.post("/v1/embeddings", json={"input": given})).json()
+        assert sorted(request.prompt_token_ids for request in engine.taken) == sorted(prompts)
+        assert all(request.sampling.embed for request in engine.taken)
+        assert [entry["index"] for entry in answer["data"]] == list(range(len(prompts)))
+        assert answer["usage"]["prompt_tokens"] == sum(map(len, prompts))
+        for entry in answer["data"]:
+            assert entry["embedding"] == pytest.approx([1 / 5**0.5, 2 / 5**0.5])
+    encoded = (await http.post("/v1/embeddings", json={"input": "w1", "encoding_format": "base64"})).json()
+    vector = np.frombuffer(base64.b64decode(encoded["data"][0]["embedding"]), "<f4")
+    assert np.linalg.norm(vector) == pytest.approx(1)
+
+
+async def test_ollama_s_embeddings(http: httpx.AsyncClient) -> None:
+    answer = (await http.post("/api/embed", json={"model": "words:latest", "input": ["w1", "w2"]})).json()
+    assert len(answer["embeddings"]) == 2 and answer["prompt_eval_count"] == 2
+    older = (await http.post("/api/embeddings", json={"model": "words", "prompt": "w1"})).json()
+    assert older["embedding"] == answer["embeddings"][0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"input": []}, "input"),
+        ({"input": "w1", "dimensions": 64}, "dimensions"),
+        ({"input": "w1", "kv": {"budget": "25%"}}, "kv"),
+        ({"input": "w1 " * 300}, "input"),
+    ],
+)
+async def test_errors_of_embeddings(
+    http: httpx.AsyncClient, engine: ScriptedClient, fields: dict[str, Any], param: str
+) -> None:
+    answer = await http.post("/v1/embeddings", json=fields)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+    assert not engine.taken
+
+
+async def test_props(http: httpx.AsyncClient) -> None:
+    props = (await http.get("/props")).json()
+    assert props["default_generation_settings"]["n_ctx"] == 256 and props["chat_template"] == "words"

@@ -107,10 +107,14 @@ class _Page:
         return self._template.render(plain, r.variables, r.tools, r.documents, r.generation_prompt)
 
     def _free_seam(self) -> str | None:
-        texts = [text for m in self._messages if m.role in _STRANGERS for text, _ in m.parts]
-        if self._special is None or not any(self._special.search(text) for text in texts):
+        strange = [text for m in self._messages if m.role in _STRANGERS for text, _ in m.parts]
+        if self._special is None or not any(self._special.search(text) for text in strange):
             return None
-        return next((seam for seam in _SEAMS if not any(seam in text for text in texts)), None)
+        texts = [text for m in self._messages for text, _ in m.parts]
+        seam = next((seam for seam in _SEAMS if not any(seam in text for text in texts)), None)
+        if seam is None:
+            raise InvalidRequest("has special tokens beside all private-use characters", "messages")
+        return seam
 
     def _broken(self, found: re.Match[str]) -> str:
         return f"{found[0][0]}{self.seam}{found[0][1:]}"

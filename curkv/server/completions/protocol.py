@@ -13,7 +13,7 @@ from curkv.server.protocol import Chunk, FinishReason, GenerationFields, check_t
 DEFAULT_MAX_TOKENS = 16
 
 
-def _check_prompt(value: Any) -> Any:
+def check_prompt(value: Any) -> Any:
     """Accepts one of the four forms of a prompt; messages of a plain union would list all four."""
     if value in ("", []):
         raise ValueError("the prompt is empty")
@@ -40,10 +40,16 @@ def _is_list_of(kind: type, value: Any) -> bool:
 Prompt = str | list[str] | list[int] | list[list[int]]
 
 
+def prompts_of(prompt: Any) -> list[str] | list[list[int]]:
+    """A prompt in any of the four forms as a list of prompts."""
+    prompts: list[Any] = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+    return prompts
+
+
 class CompletionRequest(GenerationFields):
     """What to complete and how."""
 
-    prompt: Annotated[Prompt, PlainValidator(_check_prompt, json_schema_input_type=Prompt)] = Field(
+    prompt: Annotated[Prompt, PlainValidator(check_prompt, json_schema_input_type=Prompt)] = Field(
         description="Text or token ids, one or several prompts.", examples=["The capital of France is"]
     )
     echo: bool | None = Field(False, description="Begin each choice, and its logprobs, with the prompt.")
@@ -80,11 +86,7 @@ class CompletionRequest(GenerationFields):
     @property
     def prompts(self) -> list[str] | list[list[int]]:
         """The prompts, always as a list."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return self.prompt
+        return prompts_of(self.prompt)
 
 
 class Logprobs(BaseModel):

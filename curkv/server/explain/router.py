@@ -11,9 +11,8 @@ from curkv.server.bodies import BodyRoute
 from curkv.server.errors import error_responses
 from curkv.server.explain.protocol import ExplainRequest, ExplainResponse
 from curkv.server.explain.serving import explain, prepare
-from curkv.server.generation import CLIENT_CLOSED_REQUEST
 from curkv.server.state import server_state
-from curkv.server.streaming import ClientDisconnected, unless_disconnected
+from curkv.server.streaming import unless_disconnected
 
 router = APIRouter(tags=["eviction"], route_class=BodyRoute)
 
@@ -46,8 +45,6 @@ async def explain_eviction(
     question = await prepare(body, request, state)
     try:
         answer = await unless_disconnected(request, explain(body, question, state))
-    except ClientDisconnected:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
     finally:
         question.place.leave()
     return Response(answer, media_type="application/json")

@@ -45,6 +45,27 @@ class ModelCard(BaseModel):
     pruning: PruningCard | None = None
 
 
+class Props(BaseModel):
+    """The model as llama.cpp describes it.
+
+    Attributes:
+        default_generation_settings: `n_ctx`, most tokens of prompt and output together.
+        total_slots: most sequences in flight at once.
+        model_path: what was loaded.
+        chat_template: empty for a model without one.
+        bos_token, eos_token: texts of the tokens that begin and end a text, empty if there are none.
+    """
+
+    default_generation_settings: dict[str, int]
+    total_slots: int
+    model_path: str
+    chat_template: str
+    bos_token: str
+    eos_token: str
+    modalities: dict[str, bool] = {"vision": False, "audio": False}
+    build_info: str
+
+
 class ModelList(BaseModel):
     """All models of this server: one, under each of its names."""
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
+import curkv
 from curkv.server.errors import error_responses
-from curkv.server.models.protocol import ModelCard, ModelList, PruningCard
+from curkv.server.models.protocol import ModelCard, ModelList, Props, PruningCard
 from curkv.server.state import ServerState, server_state
 
 router = APIRouter(tags=["models"])
@@ -26,6 +27,24 @@ async def list_models(request: Request) -> ModelList:
     """Describes the model that is served, under each of its names."""
     state = server_state(request)
     return ModelList(data=[_card(state, name) for name in state.settings.model_names])
+
+
+@router.get("/props", summary="llama.cpp: the model", responses=error_responses(503))
+async def props(request: Request) -> Props:
+    """Describes the model as llama.cpp does."""
+    state = server_state(request)
+    client = state.ready_client()
+    template = client.chat_template
+    special = template.special_tokens if template is not None else {}
+    return Props(
+        default_generation_settings={"n_ctx": client.max_model_len},
+        total_slots=state.settings.engine.max_sequences,
+        model_path=state.settings.engine.model,
+        chat_template=template.source if template is not None else "",
+        bos_token=special.get("bos_token", ""),
+        eos_token=special.get("eos_token", ""),
+        build_info=f"curkv {curkv.__version__}",
+    )
 
 
 def _card(state: ServerState, name: str) -> ModelCard:

@@ -48,7 +48,7 @@ async def chat(
 ) -> Response:
     """Answers a conversation as Ollama does: lines of JSON, or with `stream: false` one object."""
     state = server_state(request)
-    body.model = _untagged(body.model, state)
+    body.model = state.untagged(body.model)
     if not body.messages:
         return _loaded(state, body.model, plain=False)
     conversation = await converse(body.whole_chat, request, state, "ollama")
@@ -59,7 +59,7 @@ async def chat(
 async def generate(body: GenerateRequest, request: Request) -> Response:
     """Answers a prompt through the chat template, or with `raw` continues it as it is."""
     state = server_state(request)
-    body.model = _untagged(body.model, state)
+    body.model = state.untagged(body.model)
     if not body.prompt:
         return _loaded(state, body.model, plain=True)
     prompts = partial(_raw, body.prompt) if body.raw else None
@@ -84,7 +84,7 @@ async def show(body: ShowRequest, request: Request) -> Shown:
     """Tells what the model is and what it can do."""
     state = server_state(request)
     client = state.ready_client()
-    state.check_model(_untagged(body.model or body.name, state))
+    state.check_model(state.untagged(body.model or body.name))
     template, architecture = client.chat_template, client.model_config.architecture
     capabilities = ["completion", "embedding"]
     if template is not None:
@@ -115,13 +115,6 @@ def _loaded(state: ServerState, model: str | None, plain: bool) -> Response:
     state.ready_client()
     answer = loaded(state.check_model(model), plain)
     return Response(answer.model_dump_json(), media_type="application/json")
-
-
-def _untagged(name: str | None, state: ServerState) -> str | None:
-    """A model's name without `:latest`, which Ollama's clients add to names that have no tag."""
-    if name is None or name in state.settings.model_names:
-        return name
-    return name.removesuffix(":latest")
 
 
 def _tags(state: ServerState) -> Tags:

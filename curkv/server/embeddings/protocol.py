@@ -1,0 +1,104 @@
+"""Bodies of POST /v1/embeddings, and of Ollama's /api/embed and /api/embeddings."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+
+from curkv.server.completions.protocol import Prompt, check_prompt, prompts_of
+from curkv.server.fields import EMBEDDINGS
+from curkv.server.protocol import Text
+
+Input = Annotated[Prompt, PlainValidator(check_prompt, json_schema_input_type=Prompt)]
+
+
+class EmbeddingFields(BaseModel):
+    """Fields of all three bodies; others are kept aside, see `check_others`."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    model: str | None = Field(None, description="A name from GET /v1/models; absent: the one served.")
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, lt=2**31, description="Read only so many last tokens of a text; -1: the context."
+    )
+    priority: int | None = Field(0, ge=-(2**31), lt=2**31, description="Lower runs first.")
+
+    def check_others(self) -> None:
+        """Checks the fields that are not done.
+
+        Raises:
+            InvalidRequest: one asks for something.
+        """
+        EMBEDDINGS.check(self.model_extra or {}, type(self).model_fields)
+
+
+class EmbeddingRequest(EmbeddingFields):
+    """What to embed."""
+
+    input: Input = Field(description="Text or token ids, one or several.", examples=["The tide turned."])
+    encoding_format: Literal["float", "base64"] | None = "float"
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """What to embed, always as a list."""
+        return prompts_of(self.input)
+
+
+class Embedding(BaseModel):
+    """The vector of one text.
+
+    Attributes:
+        embedding: of length 1; as base64, of little-endian float32.
+    """
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(BaseModel):
+    """Tokens of the request."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingResponse(BaseModel):
+    """The vectors, in the order of the texts."""
+
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
+class EmbedRequest(EmbeddingFields):
+    """What to embed, as Ollama has it."""
+
+    input: Text | list[Text] = Field(examples=["The tide turned."])
+    truncate: bool | None = Field(True, description="Read only what the context has room for.")
+    options: dict[str, Any] | None = Field(None, description="Accepted without effect: nothing is sampled.")
+
+
+class EmbedResponse(BaseModel):
+    """The vectors, in the order of the texts."""
+
+    model: str
+    embeddings: list[list[float]]
+    total_duration: int
+    load_duration: int = 0
+    prompt_eval_count: int
+
+
+class OlderEmbedRequest(EmbeddingFields):
+    """What to embed, as Ollama had it."""
+
+    prompt: Text
+    options: dict[str, Any] | None = Field(None, description="Accepted without effect: nothing is sampled.")
+
+
+class OlderEmbedResponse(BaseModel):
+    """The vector."""
+
+    embedding: list[float]

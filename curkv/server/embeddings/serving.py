@@ -1,0 +1,118 @@
+"""Embeddings: texts in, and the means of their last hidden states."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from starlette.requests import Request as HTTPRequest
+
+from curkv.cache.options import EvictionOptions
+from curkv.engine.types import InvalidRequest, Planned, Request, SamplingParams
+from curkv.server.embeddings.protocol import EmbeddingFields
+from curkv.server.limits import read_limits
+from curkv.server.queue import Place
+from curkv.server.state import ServerState
+from curkv.server.streaming import OutputStream, unless_disconnected
+from curkv.server.tokenizing import Reader
+from curkv.server.workers import in_worker
+
+if TYPE_CHECKING:
+    from curkv.engine.client import EngineClient
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Texts and their vectors.
+
+    Attributes:
+        model: name under which the model is served.
+        vectors: float32 [texts, hidden], each of length 1.
+        tokens: of all texts together.
+    """
+
+    model: str
+    vectors: NDArray[np.float32]
+    tokens: int
+
+
+async def embed(
+    body: EmbeddingFields,
+    prompts: Sequence[str] | Sequence[list[int]],
+    keep: int | None,
+    http: HTTPRequest,
+    state: ServerState,
+) -> Embedded:
+    """Computes texts, with the whole cache, and pools what the model's head would read of their tokens.
+
+    Args:
+        body: the request's body.
+        prompts: the texts, or their tokens.
+        keep: most last tokens of a text that are read, -1: as many as the context has room for; None: all.
+        http: for its headers, and to see whether the client goes away.
+        state: the server's.
+
+    Raises:
+        APIError: another model was asked for, the server takes no requests, or the queue is full.
+        InvalidRequest: a field or header has a bad value, or a text is too long.
+        ClientDisconnected: the client went away.
+    """
+    client, model = state.ready_client(), state.check_model(body.model)
+    treated = read_limits(http.headers, body.priority, state.settings)
+    body.check_others()
+    key = state.key_of(http)
+    place = state.queue.enter(len(prompts), key)
+
+    def plan() -> list[Planned]:
+        reader = Reader(client, place, client.max_model_len if keep == -1 else keep)
+        return [client.plan(_request(_tokens(prompt, reader), treated.priority, key)) for prompt in prompts]
+
+    try:
+        planned = await in_worker(plan)
+    except InvalidRequest as error:
+        place.leave()
+        raise error.of("input") from error  # there is nothing else that the engine could not do
+    except BaseException:
+        place.leave()
+        raise
+    lengths = [len(item.request.prompt_token_ids) for item in planned]
+    places = place.split([(1, length) for length in lengths])
+    try:
+        vectors = await unless_disconnected(http, _run(client, planned, places, treated.timeout))
+    finally:
+        for each in places:  # they have not been handed on, if nothing was begun
+            each.leave()
+    return Embedded(model, vectors, sum(lengths))
+
+
+def _tokens(prompt: str | list[int], reader: Reader) -> list[int]:
+    return reader.tokens(prompt, "input") if isinstance(prompt, str) else reader.count(prompt)
+
+
+def _request(ids: list[int], priority: int, key: str) -> Request:
+    return Request(
+        id=f"embd-{uuid.uuid4().hex}",
+        prompt_token_ids=ids,
+        sampling=SamplingParams(max_tokens=0, embed=True),
+        eviction=EvictionOptions(),
+        priority=priority,
+        owner=key,
+    )
+
+
+async def _run(
+    client: EngineClient, planned: list[Planned], places: list[Place], timeout: float | None
+) -> NDArray[np.float32]:
+    rows: dict[int, list[float]] = {}
+    with closing(OutputStream(client, planned, places, timeout)) as outputs:
+        async for index, output in outputs:
+            rows[index] = output.embedding or []
+    vectors = np.array([rows[index] for index in range(len(planned))], dtype=np.float32)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    scaled: NDArray[np.float32] = vectors / np.where(lengths > 0, lengths, 1)
+    return scaled
