@@ -114,8 +114,7 @@ class MessagesError(BaseModel):
         """The same error there."""
         status, detail = error.status_code, error.body.error
         kind = _MESSAGES_KINDS.get(status, "api_error" if status >= 500 else "invalid_request_error")
-        message = f"{detail.param}: {detail.message}" if detail.param else detail.message
-        return cls(error=MessagesErrorDetail(type=kind, message=message))
+        return cls(error=MessagesErrorDetail(type=kind, message=_naming(detail)))
 
 
 class OllamaError(BaseModel):
@@ -126,8 +125,13 @@ class OllamaError(BaseModel):
     @classmethod
     def of(cls, error: APIError) -> OllamaError:
         """The same error there."""
-        detail = error.body.error
-        return cls(error=f"{detail.param}: {detail.message}" if detail.param else detail.message)
+        return cls(error=_naming(error.body.error))
+
+
+def _naming(detail: ErrorDetail) -> str:
+    """What went wrong, and in which field, where errors have no place of its own for that."""
+    named = detail.param is None or detail.message.startswith(f"{detail.param}:")
+    return detail.message if named else f"{detail.param}: {detail.message}"
 
 
 _SHAPES: tuple[tuple[str, Callable[[APIError], BaseModel]], ...] = (

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Body, Request
 from numpy.typing import NDArray
 
 from curkv.server import limits
+from curkv.server.bodies import BodyRoute
 from curkv.server.embeddings.protocol import (
     Embedding,
     EmbeddingRequest,
@@ -25,7 +26,7 @@ from curkv.server.embeddings.serving import embed
 from curkv.server.errors import error_responses
 from curkv.server.state import server_state
 
-router = APIRouter(tags=["embeddings"])
+router = APIRouter(tags=["embeddings"], route_class=BodyRoute)
 
 _DOCUMENTED: dict[str, Any] = {
     "responses": error_responses(400, 404, 408, 413, 429, 500, 503),

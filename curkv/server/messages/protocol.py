@@ -17,10 +17,10 @@ from curkv.server.chat.protocol import (
     Message,
     TextPart,
 )
-from curkv.server.chat.tools import MAX_TOOLS, FunctionName
+from curkv.server.chat.tools import FunctionName
 from curkv.server.dialects import DialectRequest, assistant, continues
 from curkv.server.fields import MESSAGES, Undone
-from curkv.server.limits import MAX_MESSAGES
+from curkv.server.limits import MAX_MESSAGES, MAX_TOOLS
 from curkv.server.protocol import KVUsage, StopStrings, Text
 
 _STRICT = ConfigDict(strict=True)

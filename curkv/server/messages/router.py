@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Request, Response
 
+from curkv.server.bodies import BodyRoute
 from curkv.server.chat.conversation import converse, tokenize
 from curkv.server.errors import error_responses
 from curkv.server.generation import documented, respond
@@ -16,7 +17,7 @@ from curkv.server.state import server_state
 from curkv.server.tokenizing import Reader
 from curkv.server.workers import in_worker
 
-router = APIRouter(tags=["dialects"])
+router = APIRouter(tags=["dialects"], route_class=BodyRoute)
 
 EXAMPLES: dict[str, Any] = {
     "question": {

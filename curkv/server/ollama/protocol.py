@@ -23,10 +23,10 @@ from curkv.server.chat.protocol import (
     Message,
     TextPart,
 )
-from curkv.server.chat.tools import MAX_TOOLS, FunctionName, ToolSpec
+from curkv.server.chat.tools import FunctionName, ToolSpec
 from curkv.server.dialects import DialectRequest, assistant, continues
 from curkv.server.fields import OLLAMA, OLLAMA_OPTIONS, Undone
-from curkv.server.limits import MAX_LOGPROBS, MAX_MESSAGES
+from curkv.server.limits import MAX_LOGPROBS, MAX_MESSAGES, MAX_TOOLS
 from curkv.server.protocol import Int64, KVUsage, StopString, StopStrings, Text
 
 _STRICT = ConfigDict(strict=True)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Request, Response
 
+from curkv.server.bodies import BodyRoute
 from curkv.server.chat.conversation import converse
 from curkv.server.errors import error_responses
 from curkv.server.generation import Prompt, documented, respond
@@ -25,7 +26,7 @@ from curkv.server.ollama.serving import JSON_LINES, OllamaAnswer, loaded, timest
 from curkv.server.state import ServerState, server_state
 from curkv.server.tokenizing import Reader
 
-router = APIRouter(tags=["dialects"])
+router = APIRouter(tags=["dialects"], route_class=BodyRoute)
 
 API_VERSION = "0.12.6"
 """Of Ollama's API as it is spoken here; clients refuse servers that are older than what they need."""

@@ -14,10 +14,10 @@ from curkv.server.chat.protocol import (
     Message,
     TextPart,
 )
-from curkv.server.chat.tools import MAX_TOOLS, FunctionName
+from curkv.server.chat.tools import FunctionName
 from curkv.server.dialects import DialectRequest, assistant
 from curkv.server.fields import RESPONSES, Undone
-from curkv.server.limits import MAX_LOGPROBS, MAX_MESSAGES
+from curkv.server.limits import MAX_LOGPROBS, MAX_MESSAGES, MAX_TOOLS
 from curkv.server.protocol import KVUsage, Text
 
 _STRICT = ConfigDict(strict=True)

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Request, Response
 
+from curkv.server.bodies import BodyRoute
 from curkv.server.chat.conversation import converse
 from curkv.server.errors import error_responses
 from curkv.server.generation import documented, respond
@@ -13,7 +14,7 @@ from curkv.server.responses.protocol import DeletedResponse, ResponseObject, Res
 from curkv.server.responses.serving import ResponsesAnswer, answered
 from curkv.server.state import server_state
 
-router = APIRouter(tags=["dialects"])
+router = APIRouter(tags=["dialects"], route_class=BodyRoute)
 
 EXAMPLES: dict[str, Any] = {
     "question": {
