@@ -349,7 +349,7 @@ class Engine:
         if not any(s.request.sampling.embed for s in sequences):
             return self.runner.run(slots, tokens, starts, schedule.wanted)
         logits, states = self.runner.run_with_states(slots, tokens, starts, schedule.wanted)
-        for sequence, chunk in zip(sequences, states.split(chunks), strict=True):
+        for sequence, chunk in zip(sequences, states.split_with_sizes(chunks), strict=True):
             if sequence.request.sampling.embed:
                 sequence.chunk_states = chunk.sum(0)
         return logits

@@ -37,6 +37,8 @@ MAX_STRUCTURE_CHARACTERS = 100_000
 """Longest schema or expression, and the length of all choices together."""
 MAX_STRUCTURE_CHOICES = 1000
 """Most texts to choose from; llguidance follows at most 2,000 items side by side."""
+MAX_TAGS = 128
+"""Most structures of a structural tag, and most triggers."""
 PRIORITY = "X-Priority"
 TIMEOUT = "X-Request-Timeout"
 

@@ -9,11 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from curkv.engine.types import InvalidRequest, Structure
 from curkv.models.tools.base import compact, quoted
-from curkv.server.limits import MAX_STRUCTURE_CHARACTERS
+from curkv.server.limits import MAX_STRUCTURE_CHARACTERS, MAX_TAGS
 from curkv.server.schemas import followed
 
 _STRICT = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
-MAX_TAGS = 128
 
 Marker = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 

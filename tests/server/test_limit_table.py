@@ -16,6 +16,7 @@ from curkv.engine.types import InvalidRequest
 from curkv.server.errors import as_api_error
 from curkv.server.limits import (
     MAX_ALL_CHOICES,
+    MAX_BAD_WORDS,
     MAX_CHOICES,
     MAX_LOGPROBS,
     MAX_MESSAGES,
@@ -27,6 +28,7 @@ from curkv.server.limits import (
     MAX_STOP_STRINGS,
     MAX_STRUCTURE_CHARACTERS,
     MAX_STRUCTURE_CHOICES,
+    MAX_TAGS,
     MAX_TOKEN_IDS,
     MAX_TOOLS,
 )
@@ -149,11 +151,30 @@ EXCESSES: dict[str, Callable[[ScriptedClient], set[int]]] = {
         [
             {"stop_token_ids": [1] * (MAX_TOKEN_IDS + 1)},
             {"logit_bias": {str(i): 1 for i in range(MAX_TOKEN_IDS + 1)}},
+            {"allowed_token_ids": [1] * (MAX_TOKEN_IDS + 1)},
         ]
     ),
-    "`logprobs`": Excess([{"logprobs": MAX_LOGPROBS + 1}]),
+    "`bad_words`": Excess([{"bad_words": ["a"] * (MAX_BAD_WORDS + 1)}]),
+    "`logprobs`": Excess([{"logprobs": MAX_LOGPROBS + 1}, {"prompt_logprobs": MAX_LOGPROBS + 1}]),
     "a schema, an expression": Excess(
-        [{"guided_json": {"title": LONG}}, {"guided_regex": LONG + "x"}, {"guided_choice": [LONG, "x"]}]
+        [
+            {"guided_json": {"title": LONG}},
+            {"guided_regex": LONG + "x"},
+            {"guided_choice": [LONG, "x"]},
+            {"guided_grammar": LONG + "x"},
+        ]
+    ),
+    "structural tags": Excess(
+        [
+            {
+                "response_format": {
+                    "type": "structural_tag",
+                    "structures": [{"begin": "a", "schema": {}, "end": ""}] * structures,
+                    "triggers": ["a"] * triggers,
+                }
+            }
+            for structures, triggers in ((MAX_TAGS + 1, 1), (1, MAX_TAGS + 1))
+        ]
     ),
     "`guided_choice`": Excess([{"guided_choice": ["x"] * (MAX_STRUCTURE_CHOICES + 1)}]),
     "seconds that a schema": slow_schema,

@@ -114,5 +114,4 @@ async def _run(
             rows[index] = output.embedding or []
     vectors = np.array([rows[index] for index in range(len(planned))], dtype=np.float32)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    scaled: NDArray[np.float32] = vectors / np.where(lengths > 0, lengths, 1)
-    return scaled
+    return (vectors / np.where(lengths > 0, lengths, 1)).astype(np.float32)
