@@ -34,8 +34,6 @@ _MESSAGES_KINDS = {
 }
 NOT_AGAIN = {"x-should-retry": "false"}
 """Header by which OpenAI's and Anthropic's clients do not repeat by themselves what would fail again."""
-
-
 CLIENT_CLOSED_REQUEST = 499
 
 

@@ -116,16 +116,16 @@ class CompletionAnswer(ChunkedAnswer):
         answer.token_logprobs.append(entry.logprob if entry else None)
         answer.text_offset.append(self._text[choice].add(self._vocabulary.bytes_of(token_id)))
         if answer.top_logprobs is not None:
-            answer.top_logprobs.append(self._top(token, entry) if entry else None)
+            answer.top_logprobs.append(self._top(entry) if entry else None)
 
-    def _top(self, token: str, entry: TokenLogprob) -> dict[str, float]:
+    def _top(self, entry: TokenLogprob) -> dict[str, float]:
         """The likeliest tokens and, in any case, the one that is there; of two with one text both."""
+        shown = dict(entry.top[: self._body.logprobs])
+        shown.setdefault(entry.token_id, entry.logprob)
         top: dict[str, float] = {}
-        for i, logprob in entry.top[: self._body.logprobs]:
+        for i, logprob in shown.items():
             text = self._vocabulary.text_of(i)
             top[text if text not in top else f"token_id:{i}"] = logprob
-        if entry.token_id not in (i for i, _ in entry.top):
-            top[token if token not in top else f"token_id:{entry.token_id}"] = entry.logprob
         return top
 
 
