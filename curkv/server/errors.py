@@ -169,16 +169,18 @@ def as_api_error(error: Exception) -> APIError:
     return APIError(500, "internal error: the server's log says more", code=INTERNAL_ERROR)
 
 
-def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route that may answer with these errors, and with no undeclared one."""
-    responses: dict[int | str, dict[str, Any]] = {"default": _documented("Any other error")}
+def error_responses(
+    *statuses: int, shape: type[BaseModel] = ErrorResponse
+) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route that may answer with these errors of a shape, and with no undeclared one."""
+    responses: dict[int | str, dict[str, Any]] = {"default": _documented("Any other error", shape)}
     for status in statuses:
-        responses[status] = _documented(HTTPStatus(status).phrase)
+        responses[status] = _documented(HTTPStatus(status).phrase, shape)
     return responses
 
 
-def _documented(description: str) -> dict[str, Any]:
-    return {"model": ErrorResponse, "description": description}
+def _documented(description: str, shape: type[BaseModel]) -> dict[str, Any]:
+    return {"model": shape, "description": description}
 
 
 def install_error_handlers(app: FastAPI) -> None:

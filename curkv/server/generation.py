@@ -19,7 +19,13 @@ from starlette.responses import Response
 
 from curkv.engine.types import InvalidRequest, KVReport, Output, Planned, Request, SamplingParams
 from curkv.server import headers, limits
-from curkv.server.errors import APIError, ClientDisconnected, as_api_error, error_responses
+from curkv.server.errors import (
+    APIError,
+    ClientDisconnected,
+    ErrorResponse,
+    as_api_error,
+    error_responses,
+)
 from curkv.server.headers import OPENAPI_RESPONSE_HEADERS, eviction_controls
 from curkv.server.limits import MAX_ALL_CHOICES, read_limits
 from curkv.server.protocol import Chunk, GenerationFields, KVUsage, PromptTokensDetails, Usage
@@ -211,8 +217,16 @@ class ChunkedAnswer(Answer):
         return event(error.body) + DONE
 
 
-def documented(response: type[BaseModel], media_type: str = EVENT_STREAM) -> dict[str, Any]:
-    """Arguments of a generating route that describe it in the OpenAPI document."""
+def documented(
+    response: type[BaseModel], media_type: str = EVENT_STREAM, errors: type[BaseModel] = ErrorResponse
+) -> dict[str, Any]:
+    """Arguments of a generating route that describe it in the OpenAPI document.
+
+    Args:
+        response: the whole answer.
+        media_type: of its streams.
+        errors: shape of its errors.
+    """
     return {
         "response_model": response,
         "responses": {
@@ -221,7 +235,7 @@ def documented(response: type[BaseModel], media_type: str = EVENT_STREAM) -> dic
                 "content": {media_type: {"schema": _EVENT}},
                 "headers": OPENAPI_RESPONSE_HEADERS,
             },
-            **error_responses(400, 404, 408, 413, 429, 500, 503),
+            **error_responses(400, 404, 408, 413, 429, 500, 503, shape=errors),
         },
         "openapi_extra": {"parameters": [*headers.OPENAPI_PARAMETERS, *limits.OPENAPI_PARAMETERS]},
     }

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 from fastapi import APIRouter, Body, Request
 from numpy.typing import NDArray
+from pydantic import BaseModel
 
 from curkv.server import limits
 from curkv.server.bodies import BodyRoute
@@ -23,15 +24,19 @@ from curkv.server.embeddings.protocol import (
     OlderEmbedResponse,
 )
 from curkv.server.embeddings.serving import embed
-from curkv.server.errors import error_responses
+from curkv.server.errors import ErrorResponse, OllamaError, error_responses
 from curkv.server.state import server_state
 
 router = APIRouter(tags=["embeddings"], route_class=BodyRoute)
 
-_DOCUMENTED: dict[str, Any] = {
-    "responses": error_responses(400, 404, 408, 413, 429, 500, 503),
-    "openapi_extra": {"parameters": limits.OPENAPI_PARAMETERS},
-}
+
+def _documented(errors: type[BaseModel]) -> dict[str, Any]:
+    return {
+        "responses": error_responses(400, 404, 408, 413, 429, 500, 503, shape=errors),
+        "openapi_extra": {"parameters": limits.OPENAPI_PARAMETERS},
+    }
+
+
 _NANOSECONDS = 1_000_000_000
 
 EXAMPLES: dict[str, Any] = {
@@ -39,7 +44,7 @@ EXAMPLES: dict[str, Any] = {
 }
 
 
-@router.post("/v1/embeddings", summary="Vectors of texts", **_DOCUMENTED)
+@router.post("/v1/embeddings", summary="Vectors of texts", **_documented(ErrorResponse))
 async def create_embeddings(
     body: Annotated[EmbeddingRequest, Body(openapi_examples=EXAMPLES)], request: Request
 ) -> EmbeddingResponse:
@@ -55,7 +60,7 @@ async def create_embeddings(
     return EmbeddingResponse(data=data, model=found.model, usage=usage)
 
 
-@router.post("/api/embed", summary="Ollama: vectors of texts", **_DOCUMENTED)
+@router.post("/api/embed", summary="Ollama: vectors of texts", **_documented(OllamaError))
 async def ollama_embed(body: EmbedRequest, request: Request) -> EmbedResponse:
     """The same as Ollama has it."""
     began, state = time.monotonic(), server_state(request)
@@ -70,7 +75,9 @@ async def ollama_embed(body: EmbedRequest, request: Request) -> EmbedResponse:
     )
 
 
-@router.post("/api/embeddings", summary="Ollama: the vector of a text, older form", **_DOCUMENTED)
+@router.post(
+    "/api/embeddings", summary="Ollama: the vector of a text, older form", **_documented(OllamaError)
+)
 async def ollama_embeddings(body: OlderEmbedRequest, request: Request) -> OlderEmbedResponse:
     """The same of one text."""
     state = server_state(request)

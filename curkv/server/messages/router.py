@@ -9,7 +9,7 @@ from fastapi import APIRouter, Body, Request, Response
 
 from curkv.server.bodies import BodyRoute
 from curkv.server.chat.conversation import converse, tokenize
-from curkv.server.errors import error_responses
+from curkv.server.errors import MessagesError, error_responses
 from curkv.server.generation import documented, respond
 from curkv.server.messages.protocol import CountRequest, CountResponse, MessagesRequest, MessagesResponse
 from curkv.server.messages.serving import MessagesAnswer
@@ -30,7 +30,11 @@ EXAMPLES: dict[str, Any] = {
 }
 
 
-@router.post("/v1/messages", summary="Anthropic: continue a conversation", **documented(MessagesResponse))
+@router.post(
+    "/v1/messages",
+    summary="Anthropic: continue a conversation",
+    **documented(MessagesResponse, errors=MessagesError),
+)
 async def create_message(
     body: Annotated[MessagesRequest, Body(openapi_examples=EXAMPLES)], request: Request
 ) -> Response:
@@ -42,7 +46,7 @@ async def create_message(
 @router.post(
     "/v1/messages/count_tokens",
     summary="Anthropic: count the tokens of a conversation",
-    responses=error_responses(400, 404, 413, 503),
+    responses=error_responses(400, 404, 413, 503, shape=MessagesError),
 )
 async def count_tokens(body: CountRequest, request: Request) -> CountResponse:
     """Counts the tokens that the model would read, without generating."""

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Body, Request, Response
 
 from curkv.server.bodies import BodyRoute
 from curkv.server.chat.conversation import converse
-from curkv.server.errors import error_responses
+from curkv.server.errors import OllamaError, error_responses
 from curkv.server.generation import Prompt, documented, respond
 from curkv.server.ollama.protocol import (
     GenerateRequest,
@@ -43,7 +43,11 @@ EXAMPLES: dict[str, Any] = {
 }
 
 
-@router.post("/api/chat", summary="Ollama: continue a conversation", **documented(OllamaResponse, JSON_LINES))
+@router.post(
+    "/api/chat",
+    summary="Ollama: continue a conversation",
+    **documented(OllamaResponse, JSON_LINES, OllamaError),
+)
 async def chat(
     body: Annotated[OllamaChatRequest, Body(openapi_examples=EXAMPLES)], request: Request
 ) -> Response:
@@ -56,7 +60,9 @@ async def chat(
     return await respond(OllamaAnswer(conversation, plain=False), request)
 
 
-@router.post("/api/generate", summary="Ollama: answer a prompt", **documented(OllamaResponse, JSON_LINES))
+@router.post(
+    "/api/generate", summary="Ollama: answer a prompt", **documented(OllamaResponse, JSON_LINES, OllamaError)
+)
 async def generate(body: GenerateRequest, request: Request) -> Response:
     """Answers a prompt through the chat template, or with `raw` continues it as it is."""
     state = server_state(request)
@@ -68,19 +74,27 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
     return await respond(OllamaAnswer(conversation, plain=True), request)
 
 
-@router.get("/api/tags", summary="Ollama: list models", responses=error_responses(503))
+@router.get("/api/tags", summary="Ollama: list models", responses=error_responses(503, shape=OllamaError))
 async def tags(request: Request) -> Tags:
     """Names the model that is served, under each of its names."""
     return _tags(server_state(request))
 
 
-@router.get("/api/ps", summary="Ollama: list models that are loaded", responses=error_responses(503))
+@router.get(
+    "/api/ps",
+    summary="Ollama: list models that are loaded",
+    responses=error_responses(503, shape=OllamaError),
+)
 async def running(request: Request) -> Tags:
     """The same: the model served is loaded."""
     return _tags(server_state(request))
 
 
-@router.post("/api/show", summary="Ollama: describe a model", responses=error_responses(400, 404, 413, 503))
+@router.post(
+    "/api/show",
+    summary="Ollama: describe a model",
+    responses=error_responses(400, 404, 413, 503, shape=OllamaError),
+)
 async def show(body: ShowRequest, request: Request) -> Shown:
     """Tells what the model is and what it can do."""
     state = server_state(request)
@@ -102,7 +116,9 @@ async def show(body: ShowRequest, request: Request) -> Shown:
     )
 
 
-@router.get("/api/version", summary="Ollama: version of the API", responses=error_responses())
+@router.get(
+    "/api/version", summary="Ollama: version of the API", responses=error_responses(shape=OllamaError)
+)
 async def version() -> OllamaVersion:
     """Names the version of Ollama's API that is spoken."""
     return OllamaVersion(version=API_VERSION)
