@@ -113,7 +113,7 @@ class Engine:
             InvalidRequest: it could never be served as asked.
         """
         planned = self._planner.plan(request)
-        keys, judged = self._keys(planned), request.sampling.prompt_logprobs is not None
+        keys, judged = self._keys(planned), request.sampling.reads_all
         return replace(planned, keys=keys, read=self._reuse.read(keys, request.prompt_token_ids, judged))
 
     def _keys(self, planned: Planned) -> ReuseKeys:
@@ -124,7 +124,7 @@ class Engine:
             planned.eviction,
             observed_of(planned.eviction, planned.explain_plans),
             request.cache_salt,
-            judged=request.sampling.prompt_logprobs is not None,
+            judged=request.sampling.reads_all,
             session=name,
             shaped_by=shaped_by(request.eviction, request.cache_salt) if name is not None else "",
             tenant=request.tenant,

@@ -158,6 +158,11 @@ class SamplingParams:
     bad_words: tuple[tuple[int, ...], ...] = ()
     embed: bool = False
 
+    @property
+    def reads_all(self) -> bool:
+        """Whether something is to be told of every token of the prompt: none may come from a cache."""
+        return self.prompt_logprobs is not None or self.embed
+
 
 @dataclass(frozen=True)
 class Request:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -66,11 +66,26 @@ async def embed(
     treated = read_limits(http.headers, body.priority, state.settings)
     body.check_others()
     key = state.key_of(http)
+    if (header := next((name for name in http.headers if name.startswith("x-kv-")), None)) is not None:
+        raise InvalidRequest("texts are read with the whole cache", header)
+    shared = Request(
+        id=f"embd-{uuid.uuid4().hex}",
+        prompt_token_ids=[],
+        sampling=SamplingParams(max_tokens=0, embed=True),
+        eviction=EvictionOptions(),
+        cache_salt=state.keys.salt(key, ""),
+        priority=treated.priority,
+        owner=key,
+        traceparent=http.headers.get("traceparent", ""),
+        tenant=state.keys.tenant(key),
+    )
     place = state.queue.enter(len(prompts), key)
 
     def plan() -> list[Planned]:
         reader = Reader(client, place, client.max_model_len if keep == -1 else keep)
-        return [client.plan(_request(_tokens(prompt, reader), treated.priority, key)) for prompt in prompts]
+        read = [_tokens(prompt, reader) for prompt in prompts]
+        named = (replace(shared, id=f"{shared.id}-{i}", prompt_token_ids=ids) for i, ids in enumerate(read))
+        return [client.plan(request) for request in named]
 
     try:
         planned = await in_worker(plan)
@@ -92,17 +107,6 @@ async def embed(
 
 def _tokens(prompt: str | list[int], reader: Reader) -> list[int]:
     return reader.tokens(prompt, "input") if isinstance(prompt, str) else reader.count(prompt)
-
-
-def _request(ids: list[int], priority: int, key: str) -> Request:
-    return Request(
-        id=f"embd-{uuid.uuid4().hex}",
-        prompt_token_ids=ids,
-        sampling=SamplingParams(max_tokens=0, embed=True),
-        eviction=EvictionOptions(),
-        priority=priority,
-        owner=key,
-    )
 
 
 async def _run(
