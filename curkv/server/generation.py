@@ -268,7 +268,11 @@ async def prepare(
     client = state.ready_client()
     model = state.check_model(body.model)
     treated = read_limits(http.headers, body.priority, state.settings)
-    body.check_others()
+    try:
+        body.check_others()
+    except InvalidRequest as error:
+        logger.warning("a field that is not done was asked for: %.100s", error.param)
+        raise
     controls = eviction_controls(http.headers, body.kv, state.eviction)
     choices = num_prompts * body.choices_per_prompt
     if choices > MAX_ALL_CHOICES:

@@ -148,6 +148,8 @@ class StructureFields(BaseModel):
             case ObjectFormat(schema_=schema):
                 return _json(schema if schema is not None else _OBJECT, param)
             case SchemaFormat(json_schema=named, schema_=bare):
+                if named is None and bare is None:
+                    raise InvalidRequest("a schema is missing", f"{param}.json_schema.json_schema")
                 schema = named.schema_ if named is not None else bare
                 strict = named is not None and bool(named.strict)
                 return _json(schema if schema is not None else _OBJECT, param, strict=strict)

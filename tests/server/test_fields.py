@@ -116,7 +116,7 @@ def test_keywords_that_cannot_be_followed_are_left_out_and_named() -> None:
     }
     left, ignored = followed(schema)
     assert left["properties"] == {
-        "not": {"items": {"type": "string", "pattern": r"x\\b\d"}},
+        "not": {"type": "array", "items": {"type": "string", "pattern": r"x\\b\d"}},
         "uniqueItems": {"anyOf": [{"type": "string"}, {"uniqueItems": False}]},
     }
     assert left["default"] == {"not": 1}
