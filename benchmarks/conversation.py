@@ -185,21 +185,22 @@ def restart(
         with tempfile.TemporaryDirectory() as directory:
             engine = _engine(model, weights, prefix_store=directory)
             text = engine.info.tokenizer.encode(documentation_text()[: 8 * tokens]).ids
-            way, step = Way(engine, kv, "chat"), tokens // count
-            for turn in range(1, count):
-                way.ask(text[: turn * step], 2)
-            way.ask([*text[: (count - 1) * step], *text[:30]], 2)
+            way, step, grown = Way(engine, kv, "chat"), tokens // count, list[int]()
+            for turn in range(count):
+                grown += text[turn * step :][: step if turn < count - 1 else 30]
+                grown += _tokens(way.ask(list(grown), 8))
             before = way.turns[-1]
             engine.close(60)
             way.engine = engine = _engine(model, weights, prefix_store=directory)
-            way.ask([*text[: (count - 1) * step], *text[30:60]], 2)
+            grown += text[-30:]
+            way.ask(grown, 2)
             after = way.turns[-1]
             engine.close(60)
             engine.step()
             store = engine.last_stats.store
             read, size = store.read_seconds, store.bytes / MIB
         anew = Way(_engine(model, weights, prefix_cache_memory=0), kv)
-        anew.ask([*text[: (count - 1) * step], *text[30:60]], 2)
+        anew.ask(grown, 2)
         whole = anew.turns[-1].ttft
         cells = f"{before.ttft:.3f}", f"{after.ttft:.3f}", str(after.computed), f"{whole:.2f}"
         print(line([name, *cells, f"{size:.1f}", f"{read:.3f}", f"{after.ttft / whole:.3f}"]), flush=True)

@@ -68,7 +68,6 @@ class PrefixReuse:
         kv: PageManager,
         reuse_generated: bool = False,
         session_ttl: float = SESSION_TTL,
-        store: Store | None = None,
     ) -> None:
         """Caches for the sequences of one cache.
 
@@ -77,10 +76,10 @@ class PrefixReuse:
             reuse_generated: generated tokens are cached too. They were computed one by one, which rounds
                 differently, so that an answer is no longer bit for bit that of a prompt computed anew.
             session_ttl: seconds after its last use at which a session is dropped.
-            store: keeps copies on disk.
         """
         self._kv = kv
-        self._stored = StoredPrefixes(kv, store, session_ttl) if store is not None else None
+        self._ttl = session_ttl
+        self._stored: StoredPrefixes | None = None
         self._reuse_generated = reuse_generated
         self.sessions = Sessions(kv.prefixes, kv.layout.page_size, session_ttl)
 
@@ -294,6 +293,10 @@ class PrefixReuse:
                     prefixes.insert_blocks(chain, table, size, prompt, root_key(keys.salt))
         finally:
             self._kv.pool.release(prefix.pages)
+
+    def keep_on_disk(self, store: Store) -> None:
+        """Keeps copies from now on, and reads those that are there."""
+        self._stored = StoredPrefixes(self._kv, store, self._ttl)
 
     @property
     def unwritten(self) -> bool:

@@ -82,14 +82,6 @@ def build_engine(options: EngineOptions) -> Engine:
         kv, rope, model.output_projection, prefill_dtype, config.attention_softcap, model.sinks
     )
     replay = _replay(model, attention)
-    store = None
-    if options.prefix_store is not None:
-        numerics = form.name, layout.format.name, layout.page_size, prefill_dtype, options.prefix_cache
-        turned = [
-            table[1].tolist() for pair in {id(pair[0]): pair for pair in rope}.values() for table in pair
-        ]
-        digest = fingerprint(directory, curkv.__version__, *numerics, turned)
-        store = Store(options.prefix_store, digest, options.prefix_store_size)
     engine = Engine(
         Runner(model, attention, replay),
         ModelInfo(
@@ -103,11 +95,17 @@ def build_engine(options: EngineOptions) -> Engine:
         options.max_itl,
         reuse_generated=options.prefix_cache == "generated",
         session_ttl=options.session_ttl,
-        store=store,
     )
     warm_up(engine)
     if replay is not None:
         replay.prepare()
+    if options.prefix_store is not None:  # after the warm-up, which drops what it has cached
+        numerics = form.name, layout.format.name, layout.page_size, prefill_dtype, options.prefix_cache
+        turned = [
+            table[1].tolist() for pair in {id(pair[0]): pair for pair in rope}.values() for table in pair
+        ]
+        digest = fingerprint(directory, curkv.__version__, *numerics, turned)
+        engine.keep_on_disk(Store(options.prefix_store, digest, options.prefix_store_size))
     return engine
 
 

@@ -65,7 +65,6 @@ class Engine:
         max_itl: seconds that a step with running decodes may take, see `Pace`.
         reuse_generated: generated tokens are cached for prompts to come, see `PrefixReuse`.
         session_ttl: seconds after its last use at which a session is dropped.
-        store: keeps copies of prefixes on disk.
     """
 
     def __init__(
@@ -77,7 +76,6 @@ class Engine:
         max_itl: float | None = None,
         reuse_generated: bool = False,
         session_ttl: float = SESSION_TTL,
-        store: Store | None = None,
     ):
         config = runner.model.config
         self.runner = runner
@@ -86,7 +84,7 @@ class Engine:
         self.max_model_len = max_model_len
         self.eos_ids = frozenset(info.end_ids(config.eos_token_ids, config.vocab_size))
         self.structures = Structures(info.tokenizer, config.vocab_size, sorted(self.eos_ids))
-        self._reuse = PrefixReuse(self.kv, reuse_generated, session_ttl, store)
+        self._reuse = PrefixReuse(self.kv, reuse_generated, session_ttl)
         self.scheduler = Scheduler(self.kv, self._reuse, max_step_tokens, max_itl)
         self.num_token_ids = info.num_token_ids(config.vocab_size)
         self._planner = Planner(self.kv, self.num_token_ids, self.structures, max_model_len)
@@ -185,6 +183,10 @@ class Engine:
         """Drops a session; returns the bytes freed, or None if there is none of that name."""
         pages = self._reuse.drop_session(SessionName(owner, name), tenant)
         return None if pages is None else pages * self.kv.page_bytes
+
+    def keep_on_disk(self, store: Store) -> None:
+        """Keeps copies of prefixes and sessions from now on, and reads those that are there."""
+        self._reuse.keep_on_disk(store)
 
     def close(self, timeout: float) -> None:
         """Writes what is to be kept on disk, for so many seconds at most; nothing runs any more."""

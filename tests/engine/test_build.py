@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from curkv.cache.parsing import parse_options
 from curkv.config import EngineOptions, Weights
 from curkv.engine.build import build_engine
 from curkv.evaluation.perplexity import compare, dense_logits, token_windows
@@ -48,3 +49,18 @@ def test_weights_are_not_chosen_on_a_gpu(
     options = EngineOptions(model=str(default_model_dir), weights=weights, device="cuda", kernels="reference")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="weights on a GPU are bfloat16"):
         build_engine(options)
+
+
+def test_a_prefix_store_outlives_the_engine(default_model_dir: Path, loaded: Loaded, tmp_path: Path) -> None:
+    """A start finds what the one before has left, under the same weights alone."""
+    kv = parse_options({"policy": "curdkv", "budget": "25%", "context_tokens": "200"})
+    cached = []
+    for weights in ("int8", "int8", "int4"):
+        options = EngineOptions(
+            model=str(default_model_dir), weights=weights, kv_cache_memory=1 << 27, prefix_store=tmp_path
+        )
+        engine = build_engine(options)
+        [outputs] = run(engine, request(loaded.prompt(230), kv=kv)).values()
+        cached.append(outputs[-1].cached_tokens)
+        engine.close(10)
+    assert cached == [0, 200, 0] and len(list(tmp_path.iterdir())) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,10 +20,12 @@ from .test_sessions import POLICIES, Conversation, said
 
 def make_engine(directory: Path, num_pages: int = 2000, ttl: float = 100.0) -> Engine:
     exact = make_exact_engine(num_pages, PLENTY)
-    return Engine(
+    engine = Engine(
         exact.runner, exact.info, 512, exact.max_model_len,
-        reuse_generated=True, session_ttl=ttl, store=Store(directory, "small", 1 << 30),
+        reuse_generated=True, session_ttl=ttl,
     )  # fmt: skip
+    engine.keep_on_disk(Store(directory, "small", 1 << 30))
+    return engine
 
 
 def restarted(engine: Engine, directory: Path) -> Engine:
@@ -82,7 +85,7 @@ def settle(engine: Engine) -> None:
     """Waits until what was put is on disk."""
     assert engine._reuse.store is not None
     while engine._reuse.store._queued:
-        pass
+        time.sleep(0.005)
 
 
 def test_tenants_share_nothing_on_disk(tmp_path: Path) -> None:
