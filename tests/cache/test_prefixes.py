@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from curkv.cache.integrity import check_integrity
 from curkv.cache.page_manager import PageManager
 from curkv.cache.prefixes import block_keys, context_digest
 from tests.cache.util import make_cache
@@ -121,4 +120,3 @@ def test_what_is_pinned_gives_way_last(monkeypatch: pytest.MonkeyPatch) -> None:
     now[0] = 11.0
     held_blocks(cache, "d", 2)
     assert not any(key in cache.prefixes for key in pinned)
-    check_integrity(cache)
