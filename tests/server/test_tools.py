@@ -91,6 +91,9 @@ def test_a_message_is_put_together_from_its_pieces() -> None:
     assert made == [("id1", "f", {"a": 1}), ("id2", "g", {})]
     deltas = [delta for piece in news for delta in piece.get("tool_calls", [])]
     assert [delta.id for delta in deltas if delta.id] == ["id1", "id2"]
+    for piece in news:
+        indices = [delta.index for delta in piece.get("tool_calls", [])]
+        assert len(indices) == len(set(indices)), "a client may read one piece of a call from a delta"
     assert "".join(d.function.arguments or "" for d in deltas if d.index == 0) == '{"a": 1}'
 
 

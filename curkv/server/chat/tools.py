@@ -238,11 +238,22 @@ class Spoken:
             events = self._parser.feed(text) + (self._parser.finish() if last else [])
         said = "".join(event.text for event in events if isinstance(event, Text))
         thought = "".join(event.text for event in events if isinstance(event, Reasoning))
-        pieces = [self._piece(event) for event in events if isinstance(event, Call | Arguments)]
+        pieces = self._pieces([event for event in events if isinstance(event, Call | Arguments)])
         self._content.append(said)
         self._reasoning.append(thought)
         news = {"content": said, "reasoning_content": thought, "tool_calls": pieces}
         return {name: value for name, value in news.items() if value}
+
+    def _pieces(self, events: Sequence[Call | Arguments]) -> list[ToolCallDelta]:
+        """One for each call, as clients expect: some read the first of a delta alone."""
+        pieces: list[ToolCallDelta] = []
+        for piece in map(self._piece, events):
+            if pieces and pieces[-1].index == piece.index:
+                before, more = pieces[-1].function, piece.function
+                before.arguments = (before.arguments or "") + (more.arguments or "")
+            else:
+                pieces.append(piece)
+        return pieces
 
     def _piece(self, event: Call | Arguments) -> ToolCallDelta:
         if isinstance(event, Call):
