@@ -92,6 +92,32 @@ class Adaptive(Allocation):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Global(Allocation):
+    """All heads of all layers compete (KVzip, https://arxiv.org/abs/2505.23416; Layer-DefensiveKV)."""
+
+    name = "global"
+    by_score = True
+    floor: float = option(
+        0.2, SHARE, "Share of the mean budget that each head is sure of under global allocation."
+    )
+
+    def budgets(self, view: CacheView, protected: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The mean for all, of which a head is sure of a floor."""
+        keep = torch.full_like(view.lengths, view.budget)
+        return keep, (self.floor * keep).int()
+
+    def select(
+        self, scores: Tensor, view: CacheView, protected: Tensor, kernels: Kernels
+    ) -> tuple[Tensor, Tensor]:
+        """Select the best tokens of all heads together."""
+        keep, floor = self.budgets(view, protected)
+        assert floor is not None
+        together = (x.flatten(0, 1)[None] for x in (scores, view.lengths, keep, floor))
+        indices, counts = kernels.select(*together)
+        return indices.view(*view.lengths.shape, -1), counts.view_as(view.lengths)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pyramid(Allocation):
     """Lower layers keep more (PyramidKV, https://arxiv.org/abs/2406.02069, section 3.2)."""
 
@@ -118,5 +144,7 @@ class Pyramid(Allocation):
         return by_layer[:, None].expand(view.lengths.shape).contiguous(), None
 
 
-ALLOCATIONS: dict[str, Allocation] = {kind.name: kind for kind in (Uniform(), Adaptive(), Pyramid())}
+ALLOCATIONS: dict[str, Allocation] = {
+    kind.name: kind for kind in (Uniform(), Adaptive(), Global(), Pyramid())
+}
 """Every allocation with its defaults, by the name that a request gives it."""

@@ -24,12 +24,14 @@ class Needs:
         column_sums: The attention each token received from all queries, in `pages.attention`.
         query_statistics: Mean and covariance of all queries before RoPE.
         block: Attention inside blocks of that many tokens, not causal; 0: none.
+        repetition: The attention that tokens receive while the model repeats the text.
     """
 
     queries: int = 0
     column_sums: bool = False
     query_statistics: bool = False
     block: int = 0
+    repetition: bool = False
 
     def __or__(self, other: Needs) -> Needs:
         """What two policies need together; of two sizes of blocks the larger is taken."""
@@ -38,6 +40,7 @@ class Needs:
             self.column_sums or other.column_sums,
             self.query_statistics or other.query_statistics,
             max(self.block, other.block),
+            self.repetition or other.repetition,
         )
 
     @property

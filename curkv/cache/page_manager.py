@@ -203,6 +203,10 @@ class PageManager:
             self.observed[slot] = Observations(needs)
         return slot
 
+    def observe(self, slot: int, needs: Needs) -> None:
+        """Starts to observe a sequence's queries, from its next token on."""
+        self.observed[slot] = Observations(needs)
+
     def stop_observing(self, slot: int) -> None:
         """Forgets a sequence's queries: nothing will be evicted from it any more."""
         self.observed.pop(slot, None)

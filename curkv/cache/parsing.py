@@ -13,6 +13,7 @@ from curkv.cache.catalogue import Entry, catalogue
 from curkv.cache.declarations import Configurable, options_of
 from curkv.cache.options import EvictionOptions, OptionError, SettledOptions
 from curkv.cache.policies import get_policy
+from curkv.cache.policies.auto import Auto
 from curkv.cache.policies.base import Policy
 from curkv.cache.policies.product import Product
 from curkv.cache.presets import PRESETS
@@ -91,6 +92,10 @@ def _check_combination(options: EvictionOptions) -> None:
             f"policy {policy.name!r} scores all heads alike; {options.allocation!r} cannot tell them apart"
         )
         raise OptionError("allocation", message, ("policy",))
+    idle = {"decode_budget": options.decode_budget is not None, "prefill": options.prefill == "streaming"}
+    for field in (field for field, asked in idle.items() if asked and policy.needs.repetition):
+        message = f"policy {policy.name!r} has the model repeat the context, once"
+        raise OptionError(field, message, ("policy",))
     if options.times is None:
         return
     for first, second in ((policy, options.times), (get_policy(options.times), options.policy)):
@@ -153,8 +158,16 @@ def _policies(options: EvictionOptions) -> list[Policy]:
     return [first, second.configured(values, preset)]
 
 
-def settle(options: EvictionOptions) -> SettledOptions:
-    """Fill in what the preset and the policies say where the request does not."""
+def settle(options: EvictionOptions, repeats: bool = True) -> SettledOptions:
+    """Fill in what the preset and the policies say where the request does not.
+
+    Args:
+        options: Of the request.
+        repeats: Whether the model has room to repeat the context, which decides what "auto" is.
+    """
+    asked = get_policy(options.policy)
+    if isinstance(asked, Auto):
+        options = replace(options, policy=asked.chosen(options, repeats))
     policies = _policies(options)
     policy = policies[0] if len(policies) == 1 else Product.of(*policies)
     return SettledOptions(

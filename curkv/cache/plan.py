@@ -21,6 +21,13 @@ DECODE_RECENT_TOKENS = 64
 """Newest tokens that an eviction during decode keeps (VaSE, https://arxiv.org/abs/2606.03928)."""
 
 
+REPEATED_TOKENS = 2048
+"""Tokens of a text that are repeated at once (KVzip, https://arxiv.org/abs/2505.23416, section 3.2)."""
+
+INSTRUCTION_TOKENS = 64
+"""Most tokens that ask for a repetition."""
+
+
 @dataclass(frozen=True)
 class EvictionPlan:
     """A request's options resolved for its prompt; nothing in it contradicts anything else.
@@ -85,6 +92,8 @@ class EvictionPlan:
         context = self.context_tokens
         if self.chunk is not None:
             context = min(context, self.budget_tokens + self.chunk)
+        if self.observed.repetition:
+            context += min(context, REPEATED_TOKENS) + INSTRUCTION_TOKENS
         return max(context, self.kept_prompt_tokens)
 
     def peak_tokens_behind(self, tokens: int, held: float) -> int:
@@ -172,14 +181,22 @@ def resolve(options: EvictionOptions, prompt_tokens: Sequence[int], layout: Cach
         OptionError: options contradict each other, or do not fit this prompt.
     """
     check_options(options)
-    settled, length = settle(options), len(prompt_tokens)
-    context = length if settled.context_tokens is None else settled.context_tokens
+    length = len(prompt_tokens)
+    context = length if options.context_tokens is None else options.context_tokens
+    repeats = context + min(context, REPEATED_TOKENS) + INSTRUCTION_TOKENS <= layout.max_tokens
+    settled = settle(options, repeats)
     for field, end in (
         ("protect", settled.protect[-1][1] if settled.protect else 0),
         ("context_tokens", context),
     ):
         if end > length:
             raise OptionError(field, f"ends at token {end}, past the prompt, which has {length} tokens")
+    if settled.policy.needs.repetition:
+        if not repeats:
+            message = f"repeats the context, and twice {context} tokens exceed {layout.max_tokens}"
+            raise OptionError("policy", message, ("context_tokens",))
+        # What follows gives the first token, when the repetition is done.
+        context = min(context, max(1, length - 1))
     budget = _budget_tokens("budget", options, settled, context, layout)
     k = context if budget is None else min(budget, context)
     if "budget" in options.bending:
@@ -233,7 +250,7 @@ def _fit_observation(asked: EvictionOptions, settled: SettledOptions, k: int) ->
     window = settled.policy.observing
     if window and "observation" not in asked.own:
         narrow = {"observation": max(1, min(window, k // 4))}
-        return settle(replace(asked, own={**asked.own, **narrow}))
+        return settle(replace(asked, policy=settled.policy.name, own={**asked.own, **narrow}))
     if window > k:
         message = (
             f"the newest {window} tokens judge the others and are kept, but the budget keeps {k} per head"

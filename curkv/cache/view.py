@@ -35,6 +35,8 @@ class CacheView:
         output_projection: Gives a layer's W_o, float32 [Hq, head_dim, hidden].
         softcap: Scaled scores x become softcap tanh(x / softcap); None: they do not.
         sinks: By layer: float32 [Hq], the score of one more token whose value is 0; empty: there are none.
+        repetition: If its policy needs that, the most attention that each stored token received while the
+            model repeated the text, float32 [L, H, n_max].
     """
 
     pages: Pages
@@ -50,6 +52,7 @@ class CacheView:
     output_projection: Callable[[int], Tensor] | None = None
     softcap: float | None = None
     sinks: Sequence[Tensor] = ()
+    repetition: Tensor | None = None
 
     @property
     def num_layers(self) -> int:

@@ -25,6 +25,7 @@ from curkv.cache.upload import upload_list
 from curkv.engine.detokenizer import Detokenizer
 from curkv.engine.faults import EngineBroken, Faults
 from curkv.engine.planning import Planner
+from curkv.engine.repetition import Repetition
 from curkv.engine.reporting import StepReport, kv_report, silent_output, token_output
 from curkv.engine.runner import Runner
 from curkv.engine.sampling import choice_seed, sample, token_logprobs
@@ -210,6 +211,7 @@ class Engine:
         started, schedule = time.perf_counter(), Schedule()
         try:
             self._explain_next()
+            self._repeat_next()
             started = time.perf_counter()
             schedule = self._schedule()
             if schedule.sequences:
@@ -406,7 +408,10 @@ class Engine:
         decoded, plan = sequence.computed - len(sequence.prompt), sequence.plan
         held = self.kv.held_tokens(sequence.slot)
         if decoded <= 0 and plan.prefill_due(sequence.computed, held):
-            self._evict(sequence, "prefill")
+            if plan.needs.repetition:
+                self._repeat(sequence)
+            else:
+                self._evict(sequence, "prefill")
         elif decoded > 0 and plan.decode_due(decoded, held):
             self._evict(sequence, "decode")
 
@@ -417,6 +422,8 @@ class Engine:
         self.kv.trim([sequence.slot])
         before = self.kv.held_tokens(sequence.slot)
         view = self.runner.attention.view(sequence.slot, sequence.plan.seed, phase, progress.evictions)
+        if progress.repetition is not None:
+            view = replace(view, repetition=progress.repetition.scores)
         indices, counts = select(view, sequence.plan, self.kv.kernels)
         try:
             pages_freed = evict(self.kv, sequence.slot, view, sequence.plan, indices, counts)
@@ -439,6 +446,31 @@ class Engine:
                 head_budgets=budgets,
             )
         )
+
+    def _repeat(self, sequence: Sequence) -> None:
+        """Has the model repeat what is computed of a sequence, from the next step on."""
+        text = sequence.prompt[: sequence.computed]
+        sequence.progress.repetition = Repetition(text, self.info)
+
+    def _repeat_next(self) -> None:
+        """Repeats a piece of one text, and evicts that in the end: one per step, so that decodes go on."""
+        self._phase = "evict"
+        sequence = next((s for s in self.scheduler.running if s.repeating), None)
+        if sequence is None:
+            return
+        progress, slot = sequence.progress, sequence.slot
+        assert progress.repetition is not None
+        try:
+            progress.repetition.advance(self.runner, slot, self.scheduler.step_tokens())
+            sequence.peak_bytes = max(sequence.peak_bytes, self.kv.sequence_bytes(slot))
+            if progress.repetition.done and not sequence.explain_plans:
+                self._evict(sequence, "prefill")
+                progress = sequence.progress  # a new one if it had to be preempted
+                self._reuse.after_eviction(slot, sequence.keys, progress.computed, progress.evictions)
+        except OutOfPages:
+            self.scheduler.preempt(sequence)
+        except Exception as error:
+            self._blame(sequence, error)
 
     def _fork(self, schedule: Schedule) -> list[tuple[Sequence, int]]:
         """Lets the further choices of a prompt share the pages of the first one.
@@ -537,8 +569,14 @@ class Engine:
         if sequence is None:
             return
         try:
-            explanations = sequence.progress.explanations
+            explanations, repetition = sequence.progress.explanations, sequence.progress.repetition
             plan, view = sequence.explain_plans[len(explanations)], self.runner.attention.view(sequence.slot)
+            if plan.needs.repetition:
+                if repetition is None:
+                    self._repeat(sequence)
+                if repetition is None or not repetition.done:
+                    return
+                view = replace(view, repetition=repetition.scores)
             explanations.append(explain(view, plan, self.kv.kernels, self.kv.page_bytes))
             if len(explanations) == len(sequence.explain_plans):
                 self._end_silently(sequence)

@@ -128,7 +128,7 @@ class Scheduler:
             alone: a step for this sequence and no other; None: for all.
         """
         step = Schedule()
-        budget = self._step_tokens()
+        budget = self.step_tokens()
         running = self.running if alone is None else [s for s in self.running if s is alone]
         for sequence in sorted(running, key=lambda s: (s.remaining > 1, s.priority)):
             budget -= self._plan_chunk(step, sequence, budget)
@@ -145,7 +145,8 @@ class Scheduler:
         step.count_logits()
         return step
 
-    def _step_tokens(self) -> int:
+    def step_tokens(self) -> int:
+        """Most tokens of the next step."""
         return self.pace.tokens(sum(not sequence.prefilling for sequence in self.running))
 
     def _plan_chunk(self, step: Schedule, sequence: Sequence, budget: int) -> int:
@@ -207,7 +208,7 @@ class Scheduler:
 
     def _next_waiting(self) -> Sequence | None:
         """The first sequence in the queue whose context is not being compressed by a running one."""
-        compressing = {s.keys.context for s in self.running if s.computed < s.keys.context_tokens} - {None}
+        compressing = {s.keys.context for s in self.running if s.compressing} - {None}
         return next((s for _, s in self._waiting if s.keys.context not in compressing), None)
 
     def _fits(self, sequence: Sequence, prefix: Prefix | None) -> bool:
@@ -216,7 +217,7 @@ class Scheduler:
         decodes = [s for s in self.running if not s.prefilling]
         computed = prefix.tokens if prefix is not None else 0
         prompt_left = len(sequence.prompt) - computed + sum(s.remaining for s in prefills)
-        steps = -(-prompt_left // self._step_tokens())
+        steps = -(-prompt_left // self.step_tokens())
         needed = self.kv.footprint(sequence.plan, len(sequence.output), prefix)
         needed += self._pages_needed(prefills, [self._growth(s) for s in prefills])
         needed += self._pages_needed(decodes, [max(s.remaining, steps) for s in decodes])
@@ -224,8 +225,8 @@ class Scheduler:
 
     def _growth(self, sequence: Sequence) -> int:
         """Tokens per head that a prefill will add at most to what it holds."""
-        held = int(self.kv.held_tokens(sequence.slot))
-        return min(sequence.remaining, max(0, sequence.plan.peak_prompt_tokens - held))
+        growth = max(0, sequence.plan.peak_prompt_tokens - int(self.kv.held_tokens(sequence.slot)))
+        return growth if sequence.plan.observed.repetition else min(sequence.remaining, growth)
 
     def _pages_needed(self, sequences: list[Sequence], chunks: list[int]) -> int:
         return self.kv.pages_needed([s.slot for s in sequences], chunks) if sequences else 0

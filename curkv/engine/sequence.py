@@ -14,6 +14,7 @@ from curkv.cache.plan import EvictionPlan
 from curkv.cache.prefixes import Prefix
 from curkv.cache.reuse import ReuseKeys
 from curkv.engine.detokenizer import Detokenizer
+from curkv.engine.repetition import Repetition
 from curkv.engine.types import Request, TokenLogprob
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Progress:
         prompt_logprobs: of its prompt, as far as it is computed.
         explanations: of the plans explained so far.
         states: sum of the last hidden states of its computed tokens, [hidden], if its request asks for it.
+        repetition: of what is computed, if the policy has the model repeat it.
     """
 
     computed: int = 0
@@ -50,6 +52,7 @@ class Progress:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     explanations: list[Explanation] = field(default_factory=list)
     states: Tensor | None = None
+    repetition: Repetition | None = None
 
     @classmethod
     def behind(cls, prefix: Prefix | None) -> Progress:
@@ -160,6 +163,17 @@ class Sequence:
         return self.progress.computed < len(self.prompt)
 
     @property
+    def repeating(self) -> bool:
+        """Whether the model repeats its text, and nothing of it goes on meanwhile."""
+        repetition = self.progress.repetition
+        return repetition is not None and not repetition.done
+
+    @property
+    def compressing(self) -> bool:
+        """Whether the context that is cached compressed is still to be."""
+        return self.computed < self.keys.context_tokens or self.repeating
+
+    @property
     def cached_tokens(self) -> int:
         """Prompt tokens that it took from a prefix when it first ran."""
         return self.first_run.cached_tokens if self.first_run is not None else 0
@@ -193,6 +207,8 @@ class Sequence:
         sequence was preempted: as a chunk of several they would be computed as a prompt is, which rounds
         differently.
         """
+        if self.repeating:
+            return self.computed
         return self.plan.next_stop(self.computed) if self.prefilling else self.computed + 1
 
     def tokens(self, start: int, count: int) -> list[int]:

@@ -109,7 +109,7 @@ class Generation:
     def headers(self) -> dict[str, str]:
         """Response headers: what eviction will do, a mean if prompts differ, and what is not followed."""
         budget = round(fmean(planned.eviction.kept_prompt_tokens for planned in self.requests))
-        policy = self.requests[0].request.eviction.policy
+        policy = self.requests[0].eviction.policy.name
         structure = self.requests[0].request.sampling.structure
         ignored = structure.ignored if structure is not None else ()
         told = {"X-Structure-Ignored": ", ".join(ignored)} if ignored else {}

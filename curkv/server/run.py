@@ -322,7 +322,7 @@ Try a long prompt with the whole cache and with a quarter of it, and compare usa
            + "The code of the vault is")))' > prompt.json
   curl {url}/v1/completions -H 'Content-Type: application/json' -d @prompt.json
   curl {url}/v1/completions -H 'Content-Type: application/json' -d @prompt.json \\
-    -H 'X-KV-Policy: snapcur' -H 'X-KV-Budget: 25%'
+    -H 'X-KV-Policy: auto' -H 'X-KV-Budget: 25%'
 
 Page: {url}    Metrics: {url}/metrics    API: {url}/docs    Policies: curkv model policies    Stop: Ctrl-C
 """

@@ -46,8 +46,12 @@ EVICTION = {
 }
 """An eviction waits three times, however many layers there are."""
 
+SNAPCUR: Waits = {"cache.policies.snapcur._passages": 1, "kernels.select.triton.select": 1}
 MORE_OF_POLICY: dict[str, Waits] = {
-    "snapcur": {"cache.policies.snapcur._passages": 1, "kernels.select.triton.select": 1},
+    "auto": SNAPCUR,
+    "snapcur": SNAPCUR,
+    "defensivekv": {"cache.policies.defensivekv._shares": 1},
+    "layer-defensivekv": {"cache.policies.defensivekv._shares": 1},
     "criticalkv": {"kernels.select.triton.select": 1},
     "pyramidkv": {"cache.allocation.budgets": 1},
     "expected-attention": {"cache.policies.expected_attention.score_tokens": 1},
@@ -56,6 +60,7 @@ MORE_OF_POLICY: dict[str, Waits] = {
 
 MORE_OF_LAYER: dict[str, Waits] = {
     "compactor": {"cache.policies.compactor._normalised": 2},
+    "adacompactor": {"cache.policies.compactor._normalised": 2},
 }
 """What policies wait for besides, in every layer."""
 

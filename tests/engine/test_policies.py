@@ -16,7 +16,9 @@ from curkv.engine.types import InvalidRequest, KVReport
 from .conftest import Loaded, request, run, tokens
 
 MakeEngine = Callable[..., Engine]
-POLICIES = sorted(set(policy_names()) - {"full", "curdkv", "adacurdkv", "streaming-llm", "knorm", "random"})
+POLICIES = sorted(
+    set(policy_names()) - {"full", "curdkv", "adacurdkv", "streaming-llm", "knorm", "random", "kvzip"}
+)
 
 
 def report_of(engine: Engine, item: Any) -> KVReport:
@@ -41,7 +43,7 @@ def test_budgets_are_met_in_prefill_and_decode_whatever_the_chunks(
         assert (report.kept_tokens, report.decode_evictions) == (40, 1)
         assert report.evicted_tokens == 60 + 1
         found.append(tokens(outputs))
-    if policy != "compactor":  # random projections are the same, rounding of blocks is not
+    if "compactor" not in policy:  # random projections are the same, rounding of blocks is not
         assert found[0] == found[1]
 
 
@@ -136,3 +138,21 @@ def test_a_very_short_prompt_disturbs_nobody(make_engine: MakeEngine, loaded: Lo
     assert tokens(outputs["other", 0]) == alone
     report = outputs["short", 0][-1].kv
     assert report is not None and report.kept_tokens == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "picked"),
+    [
+        ({}, "snapcur"),
+        ({"decode_budget": 120}, "snapcur"),
+        ({"context_tokens": 60}, "kvzip"),
+        ({"context_tokens": 90}, "adacompactor"),  # twice that is too long for the model
+        ({"context_tokens": 60, "prefill": "streaming"}, "adacompactor"),
+    ],
+)
+def test_auto_picks_by_the_form_of_the_request_and_says_what(
+    make_engine: MakeEngine, loaded: Loaded, more: dict[str, int | str], picked: str
+) -> None:
+    kv = parse_options({"policy": "auto", "budget": "50%", **more})
+    report = report_of(make_engine(max_model_len=200), request(loaded.prompt(100), 2, kv=kv))
+    assert report.policy == picked

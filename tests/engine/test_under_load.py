@@ -71,9 +71,11 @@ def mixed(tokenizer: Tokenizer) -> Iterator[Request]:
                 "sink_tokens": 1,
                 "recent_tokens": draw.choice((0, 4)),
             }
-            kv |= draw.choice(({}, {"decode_budget": 60, "decode_interval": 8}, {}))
+            more = draw.choice(({}, {"decode_budget": 60, "decode_interval": 8}, {}))
             ways = {"context_tokens": len(document)}, {"prefill": "streaming", "prefill_chunk": 48}, {}, {}
-            kv |= draw.choice(ways)
+            more |= draw.choice(ways)
+            once = kv["policy"] == "kvzip"  # and neither in pieces nor while generating
+            kv |= {"context_tokens": len(document)} if once else more
         length = draw.choice((4, 20, 80))
         sampling = SamplingParams(max_tokens=length, temperature=0.0, logprobs=2, ignore_eos=True)
         request = Request(f"{i}", prompt, sampling, parse_options(kv))

@@ -93,7 +93,7 @@ async def test_sigterm_lets_running_requests_finish_and_refuses_new_ones() -> No
         assert all(answer.status_code == 200 and "w15" in answer.text for answer in answers)
         output, _ = process.communicate(timeout=20)
         assert process.returncode == 0
-        assert "X-KV-Policy: snapcur" in output and "/metrics" in output
+        assert "X-KV-Policy: auto" in output and "/metrics" in output
     finally:
         process.kill()
         process.communicate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 
@@ -9,6 +10,7 @@ from curkv.cache.policies.base import Policy, UnknownPolicy
 
 _POLICIES = {
     "full": ("full", "Full"),
+    "auto": ("auto", "Auto"),
     "curdkv": ("curdkv", "CurDKV"),
     "adacurdkv": ("curdkv", "ADA_CURDKV"),
     "cur-exact": ("cur_exact", "CurExact"),
@@ -19,11 +21,14 @@ _POLICIES = {
     "chunkkv": ("chunkkv", "ChunkKV"),
     "criticalkv": ("criticalkv", "CriticalKV"),
     "defensivekv": ("defensivekv", "DefensiveKV"),
+    "layer-defensivekv": ("defensivekv", "LAYER_DEFENSIVEKV"),
     "h2o": ("h2o", "H2O"),
     "tova": ("tova", "TOVA"),
     "dapq": ("dapq", "DapQ"),
     "expected-attention": ("expected_attention", "ExpectedAttention"),
     "compactor": ("compactor", "Compactor"),
+    "adacompactor": ("compactor", "ADA_COMPACTOR"),
+    "kvzip": ("kvzip", "KVzip"),
     "keydiff": ("keydiff", "KeyDiff"),
     "knorm": ("knorm", "Knorm"),
     "streaming-llm": ("streaming_llm", "StreamingLLM"),
@@ -57,8 +62,10 @@ def get_policy(name: str) -> Policy:
 
         return load_press(name.removeprefix(KVPRESS_PREFIX))
     if name not in _POLICIES:
+        near = " or ".join(get_close_matches(name, _POLICIES, n=2))
+        guess = f", perhaps {near}" if near else ""
         raise UnknownPolicy(
-            f"expected one of {', '.join(_POLICIES)} or kvpress:<PressName>, not {name[:40]!r}"
+            f"no policy {name[:40]!r}{guess}; `curkv model policies` lists them, beside kvpress:<PressName>"
         )
     module, attribute = _POLICIES[name]
     found = getattr(import_module(f"curkv.cache.policies.{module}"), attribute)

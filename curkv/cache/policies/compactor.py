@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from curkv.cache.allocation import ALLOCATIONS
 from curkv.cache.declarations import SHARE, Integer, option
 from curkv.cache.observations import BLOCK_SKIP, Needs
 from curkv.cache.policies.base import Policy, Published
@@ -71,6 +72,14 @@ class Compactor(Policy):
         scores = torch.stack(layers)
         scores = torch.where(judged, scores, scores.amax((1, 2), keepdim=True))
         return scores.masked_fill_(~view.stored, -torch.inf)
+
+
+ADA_COMPACTOR = Compactor(
+    name="adacompactor",
+    description="Compactor's scores, heads of a layer compete for its tokens above a floor",
+    allocation=ALLOCATIONS["adaptive"],
+)
+"""Compactor's scores with Ada-KV's allocation (https://arxiv.org/abs/2407.11550, algorithm 1)."""
 
 
 def unrotated(view: CacheView, layer: int) -> Tensor:

@@ -1,38 +1,104 @@
-"""DefensiveKV."""
+"""DefensiveKV and Layer-DefensiveKV."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from curkv.cache.allocation import ALLOCATIONS, Allocation, Global
 from curkv.cache.policies.criticalkv import projected_norms
 from curkv.cache.policies.snapkv import SnapKV
 from curkv.cache.view import CacheView
+from curkv.kernels.paged_decode_attention.reference import softcapped, with_sinks
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels
 
+_SURE_MASS = 0.9
+"""Share of the mean attention whose tokens are kept in any case."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DefensiveKV(SnapKV):
-    """DefensiveKV (https://arxiv.org/abs/2510.13334, section 3) over SnapKV: the worst case, not the mean.
+    """DefensiveKV (https://arxiv.org/abs/2510.13334, section 3, as released): the worst case, not the mean.
 
-    The largest attention that a query of the window pays, over the group too, pooled as SnapKV's, at least
-    the mean of its head (a prior risk for tokens that nobody looked at yet), times ||v W_o||_1.
+    Each query's attention is pooled over 5 neighbours and scaled to the sum that it had. A token's risk is
+    the most that any query of the window pays it, over the group too, and at least the mean risk of its head;
+    times ||v W_o||_1 as a share of all heads'. The tokens with the most mean attention, up to 90 % of it, are
+    kept.
     """
 
     name: str = "defensivekv"
     description: str = (
         "DefensiveKV: the most attention of any of the last 32 tokens, times the projected value"
     )
+    allocation: Allocation = ALLOCATIONS["adaptive"]
     reduction: Literal["mean", "max"] = "max"
 
     def score(self, view: CacheView, kernels: Kernels) -> Tensor:
-        """The pooled scores, bounded from below and weighted; tokens of the window stay +inf."""
-        scores = super().score(view, kernels)
-        judged = scores.isfinite()
-        total, count = scores.masked_fill(~judged, 0.0).sum(-1, keepdim=True), judged.sum(-1, keepdim=True)
-        clamped = scores.maximum(total / count.clamp_min(1)).where(judged, scores)
-        return (clamped * projected_norms(view)).where(judged, scores)
+        """Score tokens by their risk; the best of a head is that of tokens that are kept in any case."""
+        window = view.newest(self.observing)
+        judged = view.stored & ~window
+        room = max(0, view.budget - self.observing)
+        weights = _shares(projected_norms(view), view)
+        layers = [
+            self._risks(paid, judged[layer], weights[layer], room)
+            for layer, paid in enumerate(self._paid(view))
+        ]
+        return torch.stack(layers).masked_fill_(~view.stored, -torch.inf).masked_fill_(window, torch.inf)
+
+    def _paid(self, view: CacheView) -> list[Tensor]:
+        """By layer, what each query of the window pays each token: float32 [H, w * group, n]."""
+        heads, position = view.lengths.shape[1], view.position
+        queries = self.queries(view)
+        queries = queries.view(view.num_layers, heads, *queries.shape[1:])
+        count = queries.shape[2]
+        newest = position.amax(-1, keepdim=True) - torch.arange(count - 1, -1, -1, device=position.device)
+        hidden = (position[..., None, :] > newest[..., None]) | ~view.stored[..., None, :]
+        layers = []
+        for layer in range(view.num_layers):
+            keys = view.keys(layer)
+            logits = torch.einsum("hwgd,hnd->hwgn", queries[layer], keys) * view.scale
+            logits = softcapped(logits, view.softcap).masked_fill(hidden[layer][:, :, None], -torch.inf)
+            if view.sinks:
+                logits = with_sinks(logits, view.sinks[layer].view(heads, 1, -1))
+            paid = logits.softmax(-1)[..., : keys.shape[1]].nan_to_num(0.0)
+            layers.append(paid.flatten(1, 2))
+        return layers
+
+    def _risks(self, paid: Tensor, judged: Tensor, weights: Tensor, room: int) -> Tensor:
+        """Scores of one layer [H, n] from what is paid [H, q, n]; `room` tokens of a head may be sure."""
+        paid = paid.masked_fill(~judged[:, None], 0.0)
+        sums = paid.sum(-1, keepdim=True)
+        smooth = F.avg_pool1d(paid, self.pool, stride=1, padding=self.pool // 2).masked_fill_(
+            ~judged[:, None], 0.0
+        )
+        smooth *= sums / smooth.sum(-1, keepdim=True).clamp_min(1e-30)
+        risk = smooth.amax(1) if self.reduction == "max" else smooth.mean(1)
+        risk = risk.maximum(risk.sum(-1, keepdim=True) / judged.sum(-1, keepdim=True).clamp_min(1))
+        risk *= weights
+        ranked, order = paid.mean(1).sort(descending=True, stable=True)
+        share = ranked.cumsum(-1) / ranked.sum(-1, keepdim=True).clamp_min(1e-30)
+        sure = (share <= _SURE_MASS) & (torch.arange(len(share[0]), device=share.device) < room)
+        sure = torch.zeros_like(judged).scatter_(1, order, sure) & judged
+        return risk.where(~sure, risk.amax(-1, keepdim=True))
+
+
+LAYER_DEFENSIVEKV = DefensiveKV(
+    name="layer-defensivekv",
+    description="Layer-DefensiveKV: DefensiveKV's scores, heads of all layers compete",
+    allocation=replace(Global(), floor=0.0),
+)
+"""DefensiveKV's scores with one budget for all layers (https://arxiv.org/abs/2510.13334, section 4)."""
+
+
+def _shares(norms: Tensor, view: CacheView) -> Tensor:
+    """Norms [L, H, n] of tokens as shares of the sum over the heads that hold the token of that position."""
+    position = view.position.clamp_min(0).long().flatten(1)
+    norms = norms.masked_fill(~view.stored, 0.0)
+    text = norms.new_zeros(len(norms), int(position.max()) + 1).scatter_add_(1, position, norms.flatten(1))
+    return norms / text.gather(1, position).view_as(norms).clamp_min(1e-30)

@@ -26,10 +26,12 @@ if TYPE_CHECKING:
 class SnapCur(SnapKV, LeveragePolicy):
     """What the last tokens look at: passages weighed with CUR's leverage, then single tokens.
 
-    A token's attention is the most that any query of the window pays it, as in DefensiveKV. A `first_stage` =
+    A token's attention is the most that any query of the window pays it, as in DefensiveKV. The window is
+    short: in texts that repeat themselves, queries of the text before the question look at whatever is like
+    it, and take the room of what is asked for. A `first_stage` =
     half of the budget beside the window goes to passages that all heads of a layer keep, because the head
     that finds a passage need not be the one that has to read it: attention times leverage (CurDKV's
-    ||k||^2 ||v||^2, normalised per head), summed over the heads and averaged over `chunk` = 33 neighbours.
+    ||k||^2 ||v||^2, normalised per head), summed over the heads and averaged over `chunk` = 25 neighbours.
     The rest goes to the tokens with the most attention, mean over 5 neighbours, heads of a layer competing.
 
     The best policy measured here for requests whose question is part of the prompt (docs/policies.md).
@@ -40,10 +42,10 @@ class SnapCur(SnapKV, LeveragePolicy):
         "attention, and passages by attention times leverage: recommended with the question visible"
     )
     allocation: Allocation = ALLOCATIONS["adaptive"]
-    observation: int = 64
+    observation: int = 16
     reduction: Literal["mean", "max"] = "max"
     leverage: Leverage = "norm"
-    chunk: int = option(33, CHUNK, "Tokens of SnapCUR's passages.")
+    chunk: int = option(25, CHUNK, "Tokens of SnapCUR's passages.")
     first_stage: float = option(0.5, SHARE, "Share of the budget that SnapCUR gives to passages.")
     factor = False
 

@@ -99,10 +99,10 @@ export class Pane {
     this.part(".kept").title = `${count(kv.kept_tokens)} of ${count(prompt)} tokens per head`;
   }
 
-  // Whether a running sequence is this pane's; before the first token only its policy is known.
+  // Whether a running sequence is this pane's; before the first token only its policy is known, unless that is chosen for it.
   owns(sequence, known) {
     if (this.id) return sequence.request_id.startsWith(this.id);
-    return sequence.policy === this.policy && !known.has(sequence.request_id);
+    return [sequence.policy, "auto"].includes(this.policy) && !known.has(sequence.request_id);
   }
 
   hold(sequence) {

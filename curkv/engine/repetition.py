@@ -1,0 +1,110 @@
+"""Has the model repeat a text, to see what it looks at (KVzip)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from curkv.cache.observations import Needs
+from curkv.cache.page_manager import Mark
+from curkv.cache.plan import INSTRUCTION_TOKENS, REPEATED_TOKENS
+from curkv.engine.runner import Runner
+
+if TYPE_CHECKING:
+    from curkv.models.info import ModelInfo
+
+_FIRST = "\n\nRepeat the previous context exactly."
+_NEXT = "\n\nRepeat the part of the previous context exactly, starting with:"
+_MARK = "\ue000"
+"""A private-use character that stands for the text while a conversation is written out."""
+
+_LEAD = 8
+"""Tokens before a part that say where it starts."""
+
+_STEP = 256
+"""Tokens that a step computes, so that others do not wait for long; the queries of so many are held."""
+
+
+def _instruction(text: str, info: ModelInfo) -> list[int]:
+    """Tokens of an instruction behind a text, and of how the model's answer begins if it is one for chat."""
+    template, message = info.chat_template, {"role": "user", "content": _MARK + text}
+    said = text + "\n\n"
+    if template is not None:
+        with contextlib.suppress(ValueError):  # a template that takes no such conversation
+            said = template.render([message], {}).partition(_MARK)[2]
+    ids: list[int] = info.tokenizer.encode(said, add_special_tokens=False).ids
+    return ids
+
+
+class Repetition:
+    """A text that is repeated behind itself, a piece in each step, and forgotten again.
+
+    As in KVzip (https://arxiv.org/abs/2505.23416, section 3.2) it is repeated in parts of 2,048 tokens,
+    each after the whole text and an instruction.
+
+    The score of a token is the most attention that any token of instructions and repetition pays it, over the
+    group of query heads too: float32 [L, H, n]. Each softmax runs over everything up to its query.
+    """
+
+    def __init__(self, tokens: Sequence[int], info: ModelInfo) -> None:
+        """Takes the text's n tokens, and what tells the instructions' tokens."""
+        self._start = len(tokens)
+        first, following = (_instruction(text, info) for text in (_FIRST, _NEXT))
+        self._parts: list[list[int]] = []
+        for start in range(0, len(tokens), REPEATED_TOKENS):
+            lead = [*following, *tokens[start - _LEAD : start]] if start else first
+            lead = lead[:INSTRUCTION_TOKENS]
+            self._parts.append([*lead, *tokens[start : start + REPEATED_TOKENS]])
+        self._said = 0
+        self._mark: Mark | None = None
+        self._scores: Tensor | None = None
+
+    @property
+    def scores(self) -> Tensor:
+        """The scores, once all is repeated."""
+        assert self.done and self._scores is not None
+        return self._scores
+
+    @property
+    def done(self) -> bool:
+        """Whether all is repeated, and the sequence holds what it held before."""
+        return not self._parts
+
+    def advance(self, runner: Runner, slot: int, most: int = _STEP) -> None:
+        """Computes the next piece.
+
+        Args:
+            runner: Computes tokens.
+            slot: The sequence that holds the text, of which nothing has been evicted, and nothing else.
+            most: Tokens of the piece, if there are so many.
+
+        Raises:
+            OutOfPages: There is no room for it; the sequence is to be given up.
+        """
+        kv, part = runner.kv, self._parts[0]
+        if self._mark is None:
+            self._mark = kv.mark([slot])
+            kv.observe(slot, Needs(queries=_STEP))
+        piece = part[self._said : self._said + min(most, _STEP)]
+        runner.run([slot], [piece], [self._start + self._said])
+        self._said += len(piece)
+        view = runner.attention.view(slot)
+        paid = kv.kernels.window_scores(
+            view.queries(len(piece)),
+            view.pages,
+            *view.rows,
+            view.scale,
+            "max",
+            width=view.width,
+            softcap=view.softcap,
+            sinks=view.sink_rows,
+        )
+        paid = paid.view(*view.lengths.shape, view.width)[..., : self._start]
+        self._scores = paid.clone() if self._scores is None else torch.maximum(self._scores, paid)
+        if self._said == len(part):
+            kv.retract(self._mark)
+            self._parts, self._said, self._mark = self._parts[1:], 0, None
