@@ -7,7 +7,7 @@
 set -euo pipefail
 directory=${1:-precision} samples=${2:-6}
 chosen=(--budget 25% --samples "$samples" --workers "$(nproc)")
-for policy in snapcur "compactor allocation=adaptive" curdkv adacurdkv snapkv h2o streaming-llm; do
+for policy in snapcur adacompactor curdkv adacurdkv snapkv h2o streaming-llm; do
     chosen+=(--policy "$policy")
 done
 mkdir -p "$directory"

@@ -32,9 +32,9 @@ from curkv.config import EngineOptions, Weights
 from curkv.engine.build import build_engine
 from curkv.engine.engine import Engine
 from curkv.evaluation.corpora import load_corpus
+from curkv.evaluation.measures import group
 from curkv.evaluation.perplexity import Logits, compare, dense_logits, token_windows
 from curkv.evaluation.records import Record, read_records
-from curkv.evaluation.report import group
 from curkv.evaluation.run import Plan, run_local
 from curkv.evaluation.variants import Variant, cross
 from curkv.kernels.dispatch import get_kernels
@@ -248,7 +248,7 @@ def frontier(
         tasks=["continuation", "qa_fact"],
         lengths=[prompt_tokens],
         seeds=range(samples),
-        corpus=corpus,
+        corpora=[corpus],
         protocols=["visible"],
         variants=cross(policy or ["adacurdkv"], budget or ["50%", "25%"]),
     )

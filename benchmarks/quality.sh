@@ -14,7 +14,7 @@ policies=(
     snapkv adasnapkv pyramidkv chunkkv "chunkkv reduction=max chunk=32"
     criticalkv "criticalkv allocation=adaptive"
     defensivekv "defensivekv allocation=adaptive" "defensivekv allocation=adaptive pool=15"
-    h2o tova dapq expected-attention compactor "compactor allocation=adaptive"
+    h2o tova dapq expected-attention compactor adacompactor
     keydiff knorm streaming-llm lacache random
 )
 chosen=(--budget 75% --budget 50% --budget 25% --budget 12.5% --workers "$(nproc)")

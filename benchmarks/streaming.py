@@ -58,13 +58,15 @@ def main(
                 lambda text: len(engine.info.tokenizer.encode(text, add_special_tokens=False).ids),
             )
             cells = _serve(engine, sample, name, budget)
-            print(line([f"`{name}`", f"{sample.depth:.0%}", *cells]), flush=True)
+            print(line([f"`{name}`", f"{sample.asked[0].depth:.0%}", *cells]), flush=True)
 
 
 def _serve(engine: Engine, sample: Sample, policy: str, budget: int) -> list[str]:
     """Cells of the table; a pool that would hold the whole prompt is refused."""
-    prompt = engine.info.tokenizer.encode(sample.context + sample.question, add_special_tokens=False).ids
-    sampling = SamplingParams(sample.max_new_tokens, temperature=0.0)
+    prompt = engine.info.tokenizer.encode(
+        sample.context + sample.asked[0].question, add_special_tokens=False
+    ).ids
+    sampling = SamplingParams(sample.asked[0].max_new_tokens, temperature=0.0)
     raw = parse_variant(policy, str(budget)).raw
     try:
         engine.plan(Request("exact", prompt, sampling, parse_options(raw)))
@@ -78,7 +80,7 @@ def _serve(engine: Engine, sample: Sample, policy: str, budget: int) -> list[str
             text, report = text + output.text, output.kv
     seconds = time.perf_counter() - started
     assert report is not None
-    found = "yes" if string_match_all(text, sample.answers) == 1 else "no"
+    found = "yes" if string_match_all(text, sample.asked[0].answers) == 1 else "no"
     return [" ".join(text.split())[:24], found, f"{report.peak_bytes / MIB:.1f}", f"{seconds:.0f}"]
 
 

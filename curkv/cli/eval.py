@@ -27,7 +27,7 @@ def run(
     output: Annotated[Path, typer.Argument(help="JSON lines; what they hold already is not measured again.")],
     policy: Annotated[list[str] | None, _many("Policy and options, like 'curdkv preset=paper'")] = None,
     budget: Annotated[list[str] | None, _many("What each policy may keep", "50%", "25%")] = None,
-    task: Annotated[list[str] | None, _many("Task, or real-text, ruler, all", "real-text")] = None,
+    task: Annotated[list[str] | None, _many("Task, or real-text, questions, ruler, all", "real-text")] = None,
     length: Annotated[list[int] | None, _many("Tokens of context and question", 2000)] = None,
     protocol: Annotated[
         list[str] | None, _many("Whether the policy sees the question", "visible", "hidden")
@@ -35,8 +35,9 @@ def run(
     samples: Annotated[int, typer.Option(min=1, help="Samples per task and length.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the first sample; the others follow.")] = 0,
     corpus: Annotated[
-        str, typer.Option(help="Real text: documentation, austen or a novel.")
-    ] = "documentation",
+        list[str] | None,
+        _many("Real text (documentation, licences, austen, a novel) or text to ask about", "documentation"),
+    ] = None,
     url: Annotated[
         str | None, typer.Option(help="OpenAI-compatible server to measure instead: exact match, visible.")
     ] = None,
@@ -58,7 +59,7 @@ def run(
             tasks=task_names(task or ["real-text"]),
             lengths=length or [2000],
             seeds=range(seed, seed + samples),
-            corpus=corpus,
+            corpora=corpus or ["documentation"],
             protocols=_protocols(protocol, remote=url is not None),
             variants=cross(policy or [], budget or ["50%", "25%"]),
         )

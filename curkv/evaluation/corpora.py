@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from functools import cache
+from importlib.metadata import distribution
 from pathlib import Path
 
 from curkv.bench.text import documentation_text
@@ -22,8 +24,8 @@ class CorpusNotInstalled(RuntimeError):
 
 
 def corpus_names() -> tuple[str, ...]:
-    """The names that `load_corpus` knows: Python's documentation, all novels, and each novel."""
-    return ("documentation", "austen", *NOVELS)
+    """The names that `load_corpus` knows: Python's documentation, licences, all novels, and each novel."""
+    return ("documentation", "licences", "austen", *NOVELS)
 
 
 @cache
@@ -32,7 +34,8 @@ def load_corpus(name: str) -> str:
 
     Args:
         name: One of `corpus_names()`. "documentation" is CPython's language reference and comes with Python,
-            the novels need a Debian package.
+            "licences" are those of numpy and torch and what they contain, each paragraph once, and come with
+            these; the novels need a Debian package.
 
     Returns:
         The text, 0.46 M characters of documentation, 0.4 to 0.9 M of a novel.
@@ -45,9 +48,19 @@ def load_corpus(name: str) -> str:
         raise ValueError(f"no corpus {name!r}; there are {', '.join(corpus_names())}")
     if name == "documentation":
         return documentation_text()
+    if name == "licences":
+        return _licences()
     if name == "austen":
         return "\n\n".join(_novels().values())
     return _novels()[name]
+
+
+def _licences() -> str:
+    """The paragraphs of prose in the licences of two packages."""
+    files = [file for package in ("numpy", "torch") for file in distribution(package).files or ()]
+    texts = [str(file.read_text()) for file in sorted(files) if "licenses" in file.parts and file.size]
+    paragraphs = (" ".join(part.split()) for text in texts for part in re.split(r"\n\s*\n", text))
+    return "\n\n".join(dict.fromkeys(part for part in paragraphs if len(part) > 200 and part[-1] == "."))
 
 
 @cache

@@ -19,26 +19,34 @@ from curkv.cache.observations import Needs
 from curkv.cache.parsing import settle
 from curkv.cache.plan import EvictionPlan, resolve
 from curkv.engine.engine import Engine
+from curkv.engine.repetition import Repetition
 from curkv.evaluation.perplexity import agreement, token_nll
 from curkv.evaluation.records import ProtocolName, Record
 from curkv.evaluation.tasks import make_sample
-from curkv.evaluation.tasks.base import Recipe, Sample, string_match_all
+from curkv.evaluation.tasks.base import Asked, Recipe, Sample, string_match_all
 from curkv.evaluation.variants import FULL, Variant
 
 Wanted = Mapping[ProtocolName, Sequence[Variant]]
 """The variants to measure under each protocol."""
 
+_MARK = "\ue000"
+"""A private-use character that stands at the context's end while a conversation is written out."""
+
+_SLACK = 8
+"""Tokens that an answer may have beyond those that the full cache needs to give the right one."""
+
 _MAX_LOGIT_ROWS = 512
 """Rows of logits held at once; 100 MB with a vocabulary of 49,152."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Prompt:
-    """A prompt in the cache and the logits of what follows it, float32 [1, vocab]."""
+    """A prompt in the cache, logits of what follows it, float32 [1, vocab], and what repeating it tells."""
 
     slot: int
     tokens: list[int]
     logits: Tensor
+    repetition: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -51,16 +59,33 @@ class _Branch:
 
 
 @dataclass(frozen=True)
-class _Answer:
-    """What the right answer is and how it is told from a wrong one."""
+class _Question:
+    """A question in tokens, and its right answer as far as it is known."""
 
-    sample: Sample
+    asked: Asked
+    tokens: list[int]
     target: list[int]
+    said: str = ""
+
+    @property
+    def limit(self) -> int:
+        """Most tokens of another answer: what the full cache says first need not be waited for for long."""
+        limit = self.asked.max_new_tokens
+        return limit if self.asked.target is not None else min(limit, len(self.target) + _SLACK)
 
     @property
     def new_tokens(self) -> int:
-        """Room that it needs in the cache behind the question."""
-        return max(len(self.target), self.sample.max_new_tokens)
+        """Room that it and its answer need in the cache behind the context."""
+        return len(self.tokens) + max(len(self.target), self.asked.max_new_tokens)
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What a variant made of a question: mean NLL of the right answer, score and text of its own."""
+
+    nll: float | None
+    score: float | None
+    text: str | None
 
 
 class Evaluator:
@@ -74,6 +99,7 @@ class Evaluator:
     def __init__(self, engine: Engine, source: str) -> None:
         self.source = source
         self._runner, self._kv = engine.runner, engine.kv
+        self._info, self._template = engine.info, engine.info.chat_template
         self._tokenizer, self._eos_ids = engine.info.tokenizer, engine.eos_ids
         self._max_step_tokens = engine.scheduler.max_step_tokens
 
@@ -98,86 +124,156 @@ class Evaluator:
         """
         sample = make_sample(recipe, self.count_tokens)
         observed = _observed(variant for variants in wanted.values() for variant in variants)
-        question, target = self._encode(sample.question), self._encode(sample.target)[: sample.max_new_tokens]
-        answer = _Answer(sample, target)
-        records: list[Record] = []
-        prompt = self._prefill(self._encode(sample.context), observed)
+        context, questions = self._tokens(sample)
+        prompt, records = self._prefill(context, observed), list[Record]()
         try:
-            if hidden := wanted.get("hidden"):
-                records += self._answer(prompt, question, answer, "hidden", hidden)
-            if visible := wanted.get("visible"):
-                prompt = self._extended(prompt, question)
-                records += self._answer(prompt, [], answer, "visible", visible)
             if continuations := wanted.get("continuation"):
-                records += self._continue(prompt, answer, continuations)
+                return list(self._continue(prompt, sample.recipe, questions[0], continuations))
+            answered = []
+            for question in questions:
+                asked = self._asked(prompt, question)
+                try:
+                    own = question if question.target else self._own_answer(asked, question)
+                    if own.target:
+                        answered.append(own)
+                        records += self._visible(asked, sample.recipe, own, wanted.get("visible", ()))
+                    else:
+                        records += self._unanswered(asked, sample.recipe, own, wanted)
+                finally:
+                    self._kv.free(asked.slot)
+            if answered:
+                records += self._hidden(prompt, sample.recipe, answered, wanted.get("hidden", ()))
         finally:
             self._kv.free(prompt.slot)
         return records
 
-    def _answer(
-        self,
-        prompt: _Prompt,
-        question: list[int],
-        answer: _Answer,
-        protocol: ProtocolName,
-        variants: Sequence[Variant],
-    ) -> Iterator[Record]:
-        start = len(prompt.tokens) + len(question)
-        for branches in self._branches(prompt, variants, len(question) + answer.new_tokens):
-            slots = [branch.slot for branch in branches]
-            logits = prompt.logits.expand(len(slots), -1)
-            if question:
-                logits = self._forward(slots, [question] * len(slots), len(prompt.tokens))
-            nlls, right = self._force_answer(slots, logits, answer.target, start)
-            wrong = [i for i, ok in enumerate(right) if not ok]
-            texts = dict.fromkeys(range(len(slots)), answer.sample.target)
-            decoded = self._decode([slots[i] for i in wrong], logits[wrong], answer.sample, start)
-            texts |= zip(wrong, decoded, strict=True)
-            for i, branch in enumerate(branches):
-                record = self._record(prompt, branch, answer.sample, protocol, nlls[i])
-                score = string_match_all(texts[i], answer.sample.answers)
-                yield replace(record, score=score, text=texts[i])
+    def _tokens(self, sample: Sample) -> tuple[list[int], list[_Question]]:
+        """A sample's context, and its questions."""
+        before, questions = sample.context, []
+        for asked in sample.asked:
+            after = asked.question
+            if sample.chat:
+                before, after = self._conversation(sample.context, asked.question)
+            target = self._encode(asked.target or "")[: asked.max_new_tokens]
+            questions.append(_Question(asked, self._encode(after), target))
+        return self._encode(before), questions
 
-    def _continue(self, prompt: _Prompt, answer: _Answer, variants: Sequence[Variant]) -> Iterator[Record]:
+    def _conversation(self, context: str, question: str) -> tuple[str, str]:
+        """A user's message as the model reads it, up to the end of the context and behind it."""
+        if self._template is None:
+            raise ValueError("the task is a conversation, and the model has no chat template")
+        message = {"role": "user", "content": f"{context}{_MARK}{question}"}
+        before, _, after = self._template.render([message], {}).partition(_MARK)
+        return before, after
+
+    def _visible(
+        self, asked: _Prompt, recipe: Recipe, question: _Question, variants: Sequence[Variant]
+    ) -> Iterator[Record]:
+        """Evicts context and question together, as for an ordinary request."""
+        for branches in self._branches(asked, variants, question.new_tokens):
+            slots = [branch.slot for branch in branches]
+            logits = asked.logits.expand(len(slots), -1)
+            judged = self._judge(slots, logits, question, len(asked.tokens))
+            yield from self._records(asked, branches, recipe, question, "visible", judged)
+
+    def _hidden(
+        self, prompt: _Prompt, recipe: Recipe, questions: Sequence[_Question], variants: Sequence[Variant]
+    ) -> Iterator[Record]:
+        """Evicts the context once and asks every question of that."""
+        room = max(question.new_tokens for question in questions)
+        for branches in self._branches(prompt, variants, room):
+            for question in questions:
+                slots = [self._kv.fork(branch.slot) for branch in branches]
+                start = len(prompt.tokens) + len(question.tokens)
+                logits = self._forward(slots, [question.tokens] * len(slots), len(prompt.tokens))
+                judged = self._judge(slots, logits, question, start)
+                yield from self._records(prompt, branches, recipe, question, "hidden", judged)
+                for slot in slots:
+                    self._kv.free(slot)
+
+    def _judge(self, slots: list[int], logits: Tensor, question: _Question, start: int) -> list[_Judged]:
+        """Lets slots answer whose next token's logits are known; it is at position `start`."""
+        nlls, right = self._force_answer(slots, logits, question.target, start)
+        wrong = [i for i, ok in enumerate(right) if not ok]
+        texts = dict.fromkeys(range(len(slots)), self._text(question.target))
+        asked = replace(question.asked, max_new_tokens=question.limit)
+        decoded = self._decode([slots[i] for i in wrong], logits[wrong], asked, start)
+        texts |= zip(wrong, map(self._text, decoded), strict=True)
+        score = {i: string_match_all(text, question.asked.answers) for i, text in texts.items()}
+        return [_Judged(nll, score[i], texts[i]) for i, nll in enumerate(nlls)]
+
+    def _own_answer(self, asked: _Prompt, question: _Question) -> _Question:
+        """The question with what the full cache answers as its target, if that is right."""
+        fork = self._kv.fork(asked.slot)
+        [tokens] = self._decode([fork], asked.logits, question.asked, len(asked.tokens))
+        self._kv.free(fork)
+        right = string_match_all(self._text(tokens), question.asked.answers) == 1
+        return replace(question, target=tokens if right else [], said=self._text(tokens))
+
+    def _unanswered(
+        self, asked: _Prompt, recipe: Recipe, question: _Question, wanted: Wanted
+    ) -> Iterator[Record]:
+        """Notes what the full cache fails at, which nothing else is asked."""
+        whole = [_Branch(FULL, asked.slot, 1.0)]
+        for protocol, variants in wanted.items():
+            if FULL in variants:
+                missed = [_Judged(None, 0.0, question.said)]
+                yield from self._records(asked, whole, recipe, question, protocol, missed)
+
+    def _continue(
+        self, prompt: _Prompt, recipe: Recipe, text: _Question, variants: Sequence[Variant]
+    ) -> Iterator[Record]:
         """Holds every variant's predictions of the text that follows against the full cache's."""
         variants = [FULL, *(variant for variant in variants if not variant.full)]
-        targets, reference = torch.tensor(answer.target), None
-        for branches in self._branches(prompt, variants, answer.new_tokens):
+        targets, reference = torch.tensor(text.target), None
+        for branches in self._branches(prompt, variants, text.new_tokens):
             slots = [branch.slot for branch in branches]
             first = prompt.logits.expand(len(slots), -1)
-            forced = self._force(slots, first, answer.target, len(prompt.tokens))
+            forced = self._force(slots, first, text.target, len(prompt.tokens))
             for branch, logits in zip(branches, forced, strict=True):
                 reference = logits if reference is None else reference
                 result = agreement(reference, logits, targets)
-                nll = result.nll.mean().item()
-                record = self._record(prompt, branch, answer.sample, "continuation", nll)
+                nll = _Judged(result.nll.mean().item(), None, None)
+                [record] = self._records(prompt, [branch], recipe, text, "continuation", [nll])
                 yield replace(record, kl=result.kl.mean().item(), top1=result.top1.float().mean().item())
 
-    def _record(
-        self, prompt: _Prompt, branch: _Branch, sample: Sample, protocol: ProtocolName, nll: float
-    ) -> Record:
-        return Record(
-            source=self.source,
-            task=sample.recipe.task,
-            corpus=sample.recipe.corpus,
-            length=sample.recipe.length,
-            seed=sample.recipe.seed,
-            protocol=protocol,
-            policy=branch.variant.policy,
-            budget=branch.variant.budget,
-            prompt_tokens=len(prompt.tokens),
-            kept_ratio=branch.kept_ratio,
-            nll=nll,
-            depth=sample.depth,
-        )
+    def _records(
+        self,
+        prompt: _Prompt,
+        branches: Sequence[_Branch],
+        recipe: Recipe,
+        question: _Question,
+        protocol: ProtocolName,
+        judged: Sequence[_Judged],
+    ) -> Iterator[Record]:
+        for branch, found in zip(branches, judged, strict=True):
+            yield Record(
+                source=self.source,
+                task=recipe.task,
+                corpus=recipe.corpus,
+                length=recipe.length,
+                seed=recipe.seed,
+                protocol=protocol,
+                policy=branch.variant.policy,
+                budget=branch.variant.budget,
+                prompt_tokens=len(prompt.tokens),
+                kept_ratio=branch.kept_ratio,
+                nll=found.nll,
+                score=found.score,
+                text=found.text,
+                depth=question.asked.depth,
+                question=question.asked.name,
+            )
 
     def _prefill(self, tokens: list[int], observed: Needs) -> _Prompt:
         slot = self._kv.add_sequence(observed)
         return _Prompt(slot, tokens, self._feed(slot, tokens, 0))
 
-    def _extended(self, prompt: _Prompt, tokens: list[int]) -> _Prompt:
-        logits = self._feed(prompt.slot, tokens, len(prompt.tokens))
-        return _Prompt(prompt.slot, prompt.tokens + tokens, logits)
+    def _asked(self, prompt: _Prompt, question: _Question) -> _Prompt:
+        """A fork of a prompt that goes on with a question."""
+        slot = self._kv.fork(prompt.slot)
+        logits = self._feed(slot, question.tokens, len(prompt.tokens))
+        return _Prompt(slot, prompt.tokens + question.tokens, logits)
 
     def _feed(self, slot: int, tokens: list[int], start: int) -> Tensor:
         """Computes tokens in chunks, as the engine does; logits of the last one, [1, vocab]."""
@@ -204,12 +300,12 @@ class Evaluator:
             variants, plans = variants[count:], plans[count:]
 
     def _affordable(self, plans: Sequence[EvictionPlan], new_tokens: int) -> int:
-        """Counts the first plans that fit the pool together, each with a second fork for the right answer."""
+        """Counts the first plans that fit the pool together, each with two forks: for question and answer."""
         layout, free = self._kv.layout, self._kv.free_pages
         for count, plan in enumerate(plans):
-            second = layout.sequence_pages(new_tokens) + layout.num_heads  # shares all but last pages
-            free -= self._kv.held_pages(plan, new_tokens) + second
-            if free < 0 or count == self._kv.free_slots // 2:
+            fork = layout.sequence_pages(new_tokens) + layout.num_heads  # shares all but last pages
+            free -= self._kv.held_pages(plan, new_tokens) + 2 * fork
+            if free < 0 or count == self._kv.free_slots // 3:
                 return max(1, count)
         return len(plans)
 
@@ -217,9 +313,22 @@ class Evaluator:
         slot = self._kv.fork(prompt.slot, observe=False)
         if plan.evicts_prompt:
             view = self._runner.attention.view(prompt.slot)
+            if plan.needs.repetition:
+                view = replace(view, repetition=self._repeated(prompt))
             evict(self._kv, slot, view, plan, *select(view, plan, self._kv.kernels))
         kept = self._kv.held_tokens(slot)
         return _Branch(variant, slot, kept / len(prompt.tokens))
+
+    def _repeated(self, prompt: _Prompt) -> Tensor:
+        """What is paid to a prompt's tokens while it is repeated, for all variants once."""
+        if prompt.repetition is None:
+            repetition = Repetition(prompt.tokens, self._info)
+            fork = self._kv.fork(prompt.slot, observe=False)
+            while not repetition.done:
+                repetition.advance(self._runner, fork)
+            self._kv.free(fork)
+            prompt.repetition = repetition.scores
+        return prompt.repetition
 
     def _force_answer(
         self, slots: list[int], logits: Tensor, target: list[int], start: int
@@ -257,22 +366,22 @@ class Evaluator:
             for i, rows in enumerate(later.view(len(forks), len(fed), -1), offset):
                 yield torch.cat([logits[i : i + 1], rows])
 
-    def _decode(self, slots: list[int], logits: Tensor, sample: Sample, start: int) -> list[str]:
+    def _decode(self, slots: list[int], logits: Tensor, asked: Asked, start: int) -> list[list[int]]:
         """Greedy answers of all slots in the same steps; each ends when it contains all that is asked for."""
         answers = [[token] for token in logits.argmax(dim=-1).tolist()]
         running = list(range(len(slots)))
-        while running := [i for i in running if not self._ended(answers[i], sample)]:
+        while running := [i for i in running if not self._ended(answers[i], asked)]:
             position = start + len(answers[running[0]]) - 1
             last = [answers[i][-1:] for i in running]
             logits = self._forward([slots[i] for i in running], last, position)
             for i, token in zip(running, logits.argmax(dim=-1).tolist(), strict=True):
                 answers[i].append(token)
-        return [self._text(tokens) for tokens in answers]
+        return answers
 
-    def _ended(self, tokens: list[int], sample: Sample) -> bool:
-        if len(tokens) >= sample.max_new_tokens or tokens[-1] in self._eos_ids:
+    def _ended(self, tokens: list[int], asked: Asked) -> bool:
+        if len(tokens) >= asked.max_new_tokens or tokens[-1] in self._eos_ids:
             return True
-        return string_match_all(self._text(tokens), sample.answers) == 1
+        return string_match_all(self._text(tokens), asked.answers) == 1
 
     def _forward(
         self, slots: list[int], tokens: Sequence[list[int]], start: int, all_rows: bool = False

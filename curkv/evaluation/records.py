@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import IO, Literal
 
 ProtocolName = Literal["visible", "hidden", "continuation"]
-Key = tuple[str, str, str, int, int, str, str, str]
+SampleKey = tuple[str, str, int, int]
+Key = tuple[str, SampleKey, str, str, str, str]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Record:
         kl: Mean KL(full cache || variant) per token of the text that follows, in nats.
         top1: Share of these tokens for which both find the same token likeliest.
         depth: Where in the context the answer lies, 0 to 1.
+        question: Which of a sample's questions it is, "" if there is only one.
     """
 
     source: str
@@ -53,12 +55,17 @@ class Record:
     kl: float | None = None
     top1: float | None = None
     depth: float | None = None
+    question: str = ""
+
+    @property
+    def sample(self) -> SampleKey:
+        """What makes its sample one of a kind."""
+        return self.task, self.corpus, self.length, self.seed
 
     @property
     def key(self) -> Key:
         """What makes a record one of a kind."""
-        sample = self.task, self.corpus, self.length, self.seed
-        return (self.source, *sample, self.protocol, self.policy, self.budget)
+        return self.source, self.sample, self.question, self.protocol, self.policy, self.budget
 
 
 def read_records(path: Path) -> list[Record]:

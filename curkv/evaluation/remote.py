@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from curkv.evaluation.evaluator import Wanted
 from curkv.evaluation.records import Record
 from curkv.evaluation.tasks import make_sample
-from curkv.evaluation.tasks.base import Recipe, string_match_all
+from curkv.evaluation.tasks.base import Asked, Recipe, Sample, string_match_all
 from curkv.evaluation.variants import Variant
 
 if TYPE_CHECKING:
@@ -55,42 +55,46 @@ class RemoteEvaluator:
         """
         sample = make_sample(recipe, lambda text: len(self.tokenizer.encode(text).ids))
         records = []
-        for variant in wanted["visible"]:
-            prompt = sample.context + sample.question
-            text, usage = self._complete(prompt, sample.max_new_tokens, variant)
-            records.append(
-                Record(
-                    source=self.source,
-                    task=recipe.task,
-                    corpus=recipe.corpus,
-                    length=recipe.length,
-                    seed=recipe.seed,
-                    protocol="visible",
-                    policy=variant.policy,
-                    budget=variant.budget,
-                    prompt_tokens=usage["prompt_tokens"],
-                    kept_ratio=usage["kv"]["kept_ratio"] if not variant.full else 1.0,
-                    score=string_match_all(text, sample.answers),
-                    text=text,
-                    depth=sample.depth,
+        for asked in sample.asked:
+            for variant in wanted["visible"]:
+                text, usage = self._answer(sample, asked, variant)
+                records.append(
+                    Record(
+                        source=self.source,
+                        task=recipe.task,
+                        corpus=recipe.corpus,
+                        length=recipe.length,
+                        seed=recipe.seed,
+                        protocol="visible",
+                        policy=variant.policy,
+                        budget=variant.budget,
+                        prompt_tokens=usage["prompt_tokens"],
+                        kept_ratio=usage["kv"]["kept_ratio"] if not variant.full else 1.0,
+                        score=string_match_all(text, asked.answers),
+                        text=text,
+                        depth=asked.depth,
+                        question=asked.name,
+                    )
                 )
-            )
         return records
 
-    def _complete(self, prompt: str, max_tokens: int, variant: Variant) -> tuple[str, dict[str, Any]]:
-        body: dict[str, Any] = {
-            "model": self.model,
-            "prompt": prompt,
-            "max_tokens": max_tokens,
-            "temperature": 0,
-        }
+    def _answer(self, sample: Sample, asked: Asked, variant: Variant) -> tuple[str, dict[str, Any]]:
+        text = sample.context + asked.question
+        body: dict[str, Any] = {"model": self.model, "max_tokens": asked.max_new_tokens, "temperature": 0}
         if not variant.full:
             body["kv"] = variant.raw
-        reply = self._post("/v1/completions", body)
+        if sample.chat:
+            reply = self._post(
+                "/v1/chat/completions", body | {"messages": [{"role": "user", "content": text}]}
+            )
+            answer = reply["choices"][0]["message"]["content"]
+        else:
+            reply = self._post("/v1/completions", body | {"prompt": text})
+            answer = reply["choices"][0]["text"]
         usage = reply["usage"]
         if not variant.full and "kv" not in usage:
             raise ServerError(f"{self.url} did not apply policy {variant.policy!r}: it is no curkv server")
-        return reply["choices"][0]["text"], usage
+        return answer, usage
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         request = urllib.request.Request(

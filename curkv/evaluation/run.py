@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from curkv.config import EngineOptions
 from curkv.engine.build import build_engine
 from curkv.engine.device import CPU
 from curkv.evaluation.evaluator import Evaluator
-from curkv.evaluation.records import Journal, Key, ProtocolName, Record, read_records
+from curkv.evaluation.measures import own_answers
+from curkv.evaluation.records import Journal, ProtocolName, Record, SampleKey, read_records
 from curkv.evaluation.remote import RemoteEvaluator
+from curkv.evaluation.tasks import TASKS
 from curkv.evaluation.tasks.base import Recipe
 from curkv.evaluation.variants import Variant
 
@@ -43,7 +46,7 @@ class Plan:
         tasks: Names of tasks.
         lengths: Tokens of a sample.
         seeds: A sample of each task and length per seed.
-        corpus: Of tasks over real text.
+        corpora: Of tasks over real text or texts of several kinds; the other tasks take none.
         protocols: "visible", "hidden" or both; a continuation is measured whatever they are.
         variants: Eviction options at budgets.
     """
@@ -51,35 +54,57 @@ class Plan:
     tasks: Sequence[str]
     lengths: Sequence[int]
     seeds: Sequence[int]
-    corpus: str
+    corpora: Sequence[str]
     protocols: Sequence[ProtocolName]
     variants: Sequence[Variant]
 
+    def __post_init__(self) -> None:
+        """See that every corpus is one of every task's.
+
+        Raises:
+            ValueError: A task cannot be made from a corpus.
+        """
+        for task in self.tasks:
+            known = TASKS[task].corpora
+            unknown = [corpus for corpus in self.corpora if known and corpus not in known]
+            if unknown:
+                raise ValueError(f"no text {unknown[0]!r} for {task}; there are {', '.join(known)}")
+
     def jobs(self, source: str, done: Iterable[Record]) -> list[Job]:
         """What is not done yet, seed after seed, so that an interrupted run is even over tasks."""
-        keys = {record.key for record in done}
-        jobs = [self._job(recipe, source, keys) for recipe in self._recipes()]
+        by_sample = defaultdict[SampleKey, list[Record]](list)
+        for record in done:
+            if record.source == source:
+                by_sample[record.sample].append(record)
+        jobs = [self._job(recipe, by_sample[recipe.key]) for recipe in self._recipes()]
         return [job for job in jobs if job.wanted]
 
     def _recipes(self) -> Iterator[Recipe]:
         for seed in self.seeds:
             for length in self.lengths:
                 for task in self.tasks:
-                    yield Recipe(task, length, seed, self.corpus)
+                    for corpus in self.corpora if TASKS[task].corpora else self.corpora[:1]:
+                        yield Recipe(task, length, seed, corpus)
 
-    def _job(self, recipe: Recipe, source: str, done: set[Key]) -> Job:
+    def _job(self, recipe: Recipe, done: Sequence[Record]) -> Job:
+        """A sample's questions are measured together; those that the full cache fails are asked it alone."""
         protocols: Sequence[ProtocolName] = (
             ["continuation"] if recipe.task == "continuation" else self.protocols
         )
-        sample = recipe.task, recipe.corpus, recipe.length, recipe.seed
-        missing = {
-            protocol: [
+        found = {(r.protocol, r.question, r.policy, r.budget) for r in done}
+        missing = {}
+        for protocol in protocols:
+            asked = {r.question for r in done if r.protocol == protocol and not r.budget}
+            failed = {r.question for r in done if not r.budget and own_answers(r) and not r.score}
+            missing[protocol] = [
                 variant
                 for variant in self.variants
-                if (source, *sample, protocol, variant.policy, variant.budget) not in done
+                if not asked
+                or any(
+                    (protocol, question, variant.policy, variant.budget) not in found
+                    for question in asked - failed
+                )
             ]
-            for protocol in protocols
-        }
         return Job(recipe, {protocol: variants for protocol, variants in missing.items() if variants})
 
 

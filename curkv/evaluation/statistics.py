@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 _Z = 1.96
 
 
@@ -46,6 +48,36 @@ def mean(values: Sequence[float]) -> Estimate:
     deviation = math.sqrt(sum((value - centre) ** 2 for value in values) / (n - 1))
     half = _student(n - 1) * deviation / math.sqrt(n)
     return Estimate(centre, centre - half, centre + half, n)
+
+
+def mcnemar(first_only: int, second_only: int) -> float:
+    """The probability that two equally good ones differ so much or more in what only one of them gets right.
+
+    Args:
+        first_only: Pairs of which the first is right alone.
+        second_only: Pairs of which the second is.
+
+    Returns:
+        The two-sided p-value, exact (McNemar, 1947; binomial with one half).
+    """
+    n, least = first_only + second_only, min(first_only, second_only)
+    tail: int = sum(math.comb(n, i) for i in range(least + 1))
+    outcomes: int = 2**n
+    return min(1.0, 2 * tail / outcomes)
+
+
+def paired_difference(clusters: Sequence[Sequence[float]], resamples: int = 2000) -> Estimate:
+    """The mean of differences that come in clusters, with a percentile bootstrap interval over these.
+
+    Args:
+        clusters: Differences; those of a cluster are not independent.
+        resamples: Draws of as many clusters, with replacement; always the same.
+    """
+    sums = np.array([sum(cluster) for cluster in clusters], dtype=np.float64)
+    counts = np.array([len(cluster) for cluster in clusters], dtype=np.float64)
+    drawn = np.random.default_rng(0).integers(len(clusters), size=(resamples, len(clusters)))
+    low, high = np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), (0.025, 0.975))
+    return Estimate(float(sums.sum() / counts.sum()), float(low), float(high), int(counts.sum()))
 
 
 def _student(df: int) -> float:

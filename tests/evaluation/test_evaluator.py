@@ -15,20 +15,14 @@ from curkv.evaluation import evaluator as evaluator_module
 from curkv.evaluation.evaluator import Evaluator
 from curkv.evaluation.perplexity import dense_logits
 from curkv.evaluation.records import Record
-from curkv.evaluation.tasks.base import CountTokens, Recipe, Sample
+from curkv.evaluation.tasks.base import Asked, CountTokens, Recipe, Sample
 from curkv.evaluation.variants import FULL, Variant, cross, parse_variant
 
 from .conftest import MakeEngine
 
 CONTEXT = "".join(chr(97 + i * i % 23 + i % 3) for i in range(300))
-SAMPLE = Sample(
-    recipe=Recipe("needle", 320, 0, "documentation"),
-    context=CONTEXT,
-    question="and now, what?",
-    answers=("never said",),
-    target=" never said",
-    max_new_tokens=12,
-)
+ASKED = Asked("and now, what?", ("never said",), " never said", max_new_tokens=12)
+SAMPLE = Sample(Recipe("needle", 320, 0, "documentation"), CONTEXT, (ASKED,))
 VARIANTS = cross(["curdkv", "adacurdkv", "streaming-llm", "random seed=3"], ["50%", "25%"])
 
 
@@ -44,6 +38,10 @@ def use(monkeypatch: pytest.MonkeyPatch, sample: Sample) -> None:
     monkeypatch.setattr(evaluator_module, "make_sample", make_sample)
 
 
+def asking(*asked: Asked) -> Sample:
+    return replace(SAMPLE, asked=asked)
+
+
 def measured(engine: Engine, **wanted: list[Variant]) -> dict[tuple[str, str, str], Record]:
     records = Evaluator(engine, "test").evaluate(SAMPLE.recipe, wanted)  # type: ignore[arg-type]
     engine.check_integrity()
@@ -52,8 +50,8 @@ def measured(engine: Engine, **wanted: list[Variant]) -> dict[tuple[str, str, st
 
 
 def served(engine: Engine, variant: Variant) -> str:
-    prompt = engine.info.tokenizer.encode(SAMPLE.context + SAMPLE.question).ids
-    sampling = SamplingParams(max_tokens=SAMPLE.max_new_tokens, temperature=0)
+    prompt = engine.info.tokenizer.encode(CONTEXT + ASKED.question).ids
+    sampling = SamplingParams(max_tokens=ASKED.max_new_tokens, temperature=0)
     request = Request("r", prompt, sampling, variant.options)
     engine.add(engine.plan(request))
     text = ""
@@ -122,16 +120,53 @@ def test_an_answer_that_greedy_decoding_gives_is_right(
     text = measured(make_engine(), visible=[FULL])["visible", "full", ""].text
     assert text is not None
     for target in (text, "something else"):
-        use(monkeypatch, replace(SAMPLE, answers=(text[2:5],), target=target))
+        use(monkeypatch, asking(replace(ASKED, answers=(text[2:5],), target=target)))
         record = measured(make_engine(), visible=[FULL])["visible", "full", ""]
         assert record.score == 1 and record.text is not None and text.startswith(record.text)
+
+
+def test_only_what_the_full_cache_answers_is_asked_of_others(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = measured(make_engine(), visible=[FULL])["visible", "full", ""].text
+    assert text is not None
+    known = replace(ASKED, answers=(text[2:5],), target=None, name="known")
+    use(monkeypatch, asking(known, replace(known, answers=("never said",), name="unknown")))
+    variants = [FULL, parse_variant("curdkv", "100%")]
+    records = Evaluator(make_engine(), "test").evaluate(
+        SAMPLE.recipe, {"visible": variants, "hidden": variants}
+    )
+    found = {(r.protocol, r.question, r.policy): r.score for r in records}
+    assert found == {
+        (protocol, question, policy): float(question == "known")
+        for protocol in ("visible", "hidden")
+        for question, policy in (("known", "full"), ("known", "curdkv"), ("unknown", "full"))
+    }
+
+
+def test_questions_about_one_context_do_not_disturb_each_other(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = replace(ASKED, question="and what else is there to say?", name="other")
+    alone = {}
+    for asked in (ASKED, other):
+        use(monkeypatch, asking(asked))
+        alone[asked.name] = measured(make_engine(), visible=VARIANTS, hidden=VARIANTS)
+    use(monkeypatch, asking(ASKED, other))
+    engine = make_engine()
+    for record in Evaluator(engine, "test").evaluate(
+        SAMPLE.recipe, {"visible": VARIANTS, "hidden": VARIANTS}
+    ):
+        expected = alone[record.question][record.protocol, record.policy, record.budget]
+        assert record.text == expected.text and record.nll == pytest.approx(expected.nll, rel=1e-4)
+    assert engine.kv.used_pages == 0
 
 
 def test_a_continuation_is_held_against_the_full_cache(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     following = CONTEXT[::-1][:40]
-    use(monkeypatch, replace(SAMPLE, question="", answers=(), target=following, max_new_tokens=40))
+    use(monkeypatch, asking(Asked("", (), following, max_new_tokens=40)))
     engine = make_engine()
     records = measured(engine, continuation=[parse_variant("streaming-llm", "10%")])
     full, policy = records["continuation", "full", ""], records["continuation", "streaming-llm", "10%"]

@@ -20,7 +20,7 @@ from curkv.evaluation.records import Journal, Record, read_records
 from curkv.evaluation.remote import RemoteEvaluator, ServerError
 from curkv.evaluation.report import markdown
 from curkv.evaluation.run import Plan, run_remote
-from curkv.evaluation.statistics import mean, proportion
+from curkv.evaluation.statistics import mcnemar, mean, paired_difference, proportion
 from curkv.evaluation.variants import FULL, cross, parse_variant
 
 from .conftest import MakeEngine
@@ -28,7 +28,7 @@ from .conftest import MakeEngine
 RECORD = Record(
     "m", "needle", "documentation", 600, 0, "visible", "full", "", 600, 1.0, 0.1, 1.0, "7", depth=0.05
 )
-PLAN = Plan(["needle"], [900], range(2), "documentation", ["visible"], cross(["curdkv"], ["50%"]))
+PLAN = Plan(["needle"], [900], range(2), ["documentation"], ["visible"], cross(["curdkv"], ["50%"]))
 
 
 def test_results_survive_a_killed_run(tmp_path: Path) -> None:
@@ -65,6 +65,22 @@ def test_variants_are_read_like_a_request() -> None:
         parse_variant("curdkv paper", "25%")
     with pytest.raises(ValueError, match="preset"):
         parse_variant("curdkv preset=nope", "25%")
+
+
+def test_questions_that_the_full_cache_fails_are_not_asked_again_of_others() -> None:
+    variants = cross(["curdkv"], ["50%"])
+    plan = Plan(["questions"], [900], range(1), ["log"], ["visible"], variants)
+    full = replace(RECORD, task="questions", corpus="log", length=900, question="job")
+    failed = replace(full, question="day", score=0.0, nll=None)
+    [job] = plan.jobs("m", [full, failed])
+    assert [variant.policy for variant in job.wanted["visible"]] == ["curdkv"]
+    assert not plan.jobs("m", [full, failed, replace(full, policy="curdkv", budget="50%")])
+    assert not plan.jobs("m", [failed])
+
+
+def test_a_text_that_a_task_does_not_know_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="no text 'log' for needle"):
+        replace(PLAN, corpora=["log"])
 
 
 class Server(HTTPServer):
@@ -129,6 +145,25 @@ def test_tasks_that_the_full_cache_fails_do_not_count() -> None:
     assert "| `full` | 4 |" in text and "| `full` | 8 |" not in text
 
 
+def test_questions_are_reported_of_what_the_full_cache_answers() -> None:
+    full = replace(RECORD, task="questions", corpus="log", protocol="hidden")
+    records = []
+    for seed in range(4):
+        for question in ("job", "day", "town"):
+            own = replace(full, seed=seed, question=question)
+            if question == "town":
+                records += [replace(own, score=0.0, nll=None), replace(own, policy="knorm", budget="9%")]
+                continue
+            records += [own, replace(own, policy="knorm", budget="9%", score=float(question == "job"))]
+            records.append(replace(own, policy="h2o", budget="9%", score=float(seed > 0)))
+    report = markdown(records)
+    assert "| `log` | 600 | 67% [39%, 86%] | 12 |" in report
+    assert "| `knorm` | 50% [22%, 78%] | 8 |" in report
+    assert "| `h2o` | 75% [41%, 93%]; +25 (-25/+50), p 0.62 | 8 |" in report
+    whole = report[report.index("Contexts of which") :]
+    assert "| `knorm` | 0% [0%, 49%] | 4 |" in whole and "| `h2o` | 75% [30%, 95%] | 4 |" in whole
+
+
 def test_report_of_a_real_run(make_engine: MakeEngine, tmp_path: Path) -> None:
     evaluator = Evaluator(make_engine(), "tiny")
     plan = replace(PLAN, tasks=["needle", "continuation"], seeds=range(1), protocols=["visible", "hidden"])
@@ -173,6 +208,13 @@ def test_sources_are_compared_over_the_samples_they_share() -> None:
 def test_bad_input_is_named(arguments: list[str], message: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["run", str(tmp_path / "out.jsonl"), *arguments])
     assert result.exit_code == 1 and message in result.output
+
+
+def test_paired_statistics() -> None:
+    assert mcnemar(0, 0) == 1 and mcnemar(1, 9) == pytest.approx(22 / 1024)
+    found = paired_difference([[1.0, 0.0], [0.0], [1.0, 1.0, 0.0]] * 5)
+    assert found.mean == pytest.approx(0.5) and 0 < found.low < 0.5 < found.high < 1
+    assert paired_difference([[0.0]] * 3).low == 0
 
 
 def test_intervals() -> None:

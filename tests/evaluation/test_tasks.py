@@ -9,6 +9,7 @@ import pytest
 from curkv.evaluation.corpora import load_corpus
 from curkv.evaluation.tasks import TASKS, make_sample, task_names
 from curkv.evaluation.tasks.base import Recipe, Sample, string_match_all
+from curkv.evaluation.tasks.questions.texts import TEXTS
 
 LENGTH = 1200
 
@@ -18,14 +19,14 @@ def count_tokens(text: str) -> int:
     return len(re.findall(r"\w+|[^\w\s]", text))
 
 
-def sample(task: str, seed: int = 0, length: int = LENGTH) -> Sample:
-    return make_sample(Recipe(task, length, seed, "documentation"), count_tokens)
+def sample(task: str, seed: int = 0, length: int = LENGTH, corpus: str = "documentation") -> Sample:
+    return make_sample(Recipe(task, length, seed, corpus), count_tokens)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_sample_fills_its_length_and_is_that_of_its_seed(task: str) -> None:
     made = sample(task)
-    used = count_tokens(made.context) + count_tokens(made.question)
+    used = count_tokens(made.context) + max(count_tokens(asked.question) for asked in made.asked)
     assert 0.9 * LENGTH < used <= LENGTH
     assert sample(task) == made
     assert sample(task, seed=1).context != made.context
@@ -35,25 +36,45 @@ def test_a_sample_fills_its_length_and_is_that_of_its_seed(task: str) -> None:
 def test_the_answer_is_in_the_context_and_the_target_is_right(task: str) -> None:
     for seed in range(3):
         made = sample(task, seed)
-        assert string_match_all(made.context, made.answers) == 1
-        assert string_match_all(made.target, made.answers) == 1
-        assert string_match_all(made.question, made.answers) == 0
+        for asked in made.asked:
+            assert string_match_all(made.context, asked.answers) == 1
+            assert asked.target is None or string_match_all(asked.target, asked.answers) == 1
+            assert string_match_all(asked.question, asked.answers) == 0
 
 
 def test_a_continuation_is_the_text_itself() -> None:
     made = sample("continuation")
     text = load_corpus("documentation")
-    assert made.context[-200:] + made.target in text or made.context[:200] in text
-    assert not made.question
+    [asked] = made.asked
+    assert asked.target is not None and not asked.question
+    assert made.context[-200:] + asked.target in text or made.context[:200] in text
 
 
 def test_the_needle_grid_covers_all_depths() -> None:
     places = []
     for seed in range(10):
         made = sample("needle", seed, length=2000)
-        assert made.depth == pytest.approx((seed + 0.5) / 10)
-        places.append(made.context.index(made.answers[0]) / len(made.context))
+        [asked] = made.asked
+        assert asked.depth == pytest.approx((seed + 0.5) / 10)
+        places.append(made.context.index(asked.answers[0]) / len(made.context))
     assert places == sorted(places) and places[0] < 0.25 and places[-1] > 0.75
+
+
+@pytest.mark.parametrize("kind", sorted(TEXTS.keys() - {"novel"}))
+def test_questions_differ_in_family_and_are_answered_once_in_every_kind_of_text(kind: str) -> None:
+    wordings = set()
+    for seed in range(4):
+        made = sample("questions", seed, corpus=kind)
+        assert made.chat and len({asked.name for asked in made.asked}) == len(made.asked) == 5
+        for asked in made.asked:
+            assert asked.answers[0] in made.context
+            wordings.add(asked.question)
+    assert len(wordings) > 16
+
+
+def test_a_kind_of_text_that_there_is_not_is_refused() -> None:
+    with pytest.raises(ValueError, match="no text 'nope'"):
+        sample("questions", corpus="nope")
 
 
 @pytest.mark.parametrize("task", ["vt", "needle"])

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from curkv.evaluation.corpora import corpus_names
 from curkv.evaluation.tasks import real_text, ruler
 from curkv.evaluation.tasks.base import MakeSample, Recipe, Sample
+from curkv.evaluation.tasks.questions import questions
+from curkv.evaluation.tasks.questions.texts import TEXTS
 
 
 @dataclass(frozen=True)
@@ -15,27 +18,30 @@ class Task:
 
     Attributes:
         make: Makes a sample.
-        real_text: Whether its context is taken from a corpus.
+        group: What it is asked for with.
+        corpora: What its context may be made from; none: it brings its own.
         repeats: Whether its haystack is one repeated sentence; such tasks are reported apart.
     """
 
     make: MakeSample
-    real_text: bool = False
+    group: str
+    corpora: tuple[str, ...] = ()
     repeats: bool = False
 
 
 TASKS = {
-    "needle": Task(real_text.needle, real_text=True),
-    "qa_fact": Task(real_text.qa_fact, real_text=True),
-    "qa_list": Task(real_text.qa_list, real_text=True),
-    "qa_quote": Task(real_text.qa_quote, real_text=True),
-    "continuation": Task(real_text.continuation, real_text=True),
-    "niah_single_1": Task(ruler.niah_single_1, repeats=True),
-    "niah_multikey_2": Task(ruler.niah_multikey_2),
-    "niah_multikey_3": Task(ruler.niah_multikey_3),
-    "vt": Task(ruler.vt, repeats=True),
-    "cwe": Task(ruler.cwe),
-    "fwe": Task(ruler.fwe),
+    "needle": Task(real_text.needle, "real-text", corpus_names()),
+    "qa_fact": Task(real_text.qa_fact, "real-text", corpus_names()),
+    "qa_list": Task(real_text.qa_list, "real-text", corpus_names()),
+    "qa_quote": Task(real_text.qa_quote, "real-text", corpus_names()),
+    "continuation": Task(real_text.continuation, "real-text", corpus_names()),
+    "questions": Task(questions, "questions", tuple(TEXTS)),
+    "niah_single_1": Task(ruler.niah_single_1, "ruler", repeats=True),
+    "niah_multikey_2": Task(ruler.niah_multikey_2, "ruler"),
+    "niah_multikey_3": Task(ruler.niah_multikey_3, "ruler"),
+    "vt": Task(ruler.vt, "ruler", repeats=True),
+    "cwe": Task(ruler.cwe, "ruler"),
+    "fwe": Task(ruler.fwe, "ruler"),
 }
 
 
@@ -45,11 +51,9 @@ def task_names(names: Iterable[str]) -> list[str]:
     Raises:
         ValueError: A name is unknown.
     """
-    groups = {
-        "real-text": [name for name, task in TASKS.items() if task.real_text],
-        "ruler": [name for name, task in TASKS.items() if not task.real_text],
-        "all": list(TASKS),
-    }
+    groups: dict[str, list[str]] = {"all": list(TASKS)}
+    for name, task in TASKS.items():
+        groups.setdefault(task.group, []).append(name)
     names = list(names)
     unknown = [name for name in names if name not in groups and name not in TASKS]
     if unknown:

@@ -23,7 +23,7 @@ class Recipe:
         task: Name of the task.
         length: Most tokens of context and question together.
         seed: Of everything random in the sample.
-        corpus: Text for tasks over real text, see `load_corpus`.
+        corpus: Text for tasks over real text, see `load_corpus`, or the kind of text of "questions".
     """
 
     task: str
@@ -31,28 +31,63 @@ class Recipe:
     seed: int
     corpus: str
 
+    @property
+    def key(self) -> tuple[str, str, int, int]:
+        """What tells it from others, as records have it."""
+        return self.task, self.corpus, self.length, self.seed
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question about a context.
+
+    Attributes:
+        question: What follows the context; outside chats it ends where the answer begins.
+        answers: Strings that the answer has to contain, all of them.
+        target: The right answer word by word, for its likelihood; None: what the full cache answers, if it is
+            right, and else the question does not count.
+        max_new_tokens: Most tokens of an answer.
+        depth: Where in the context the answer lies, 0 to 1, where that is a single place.
+        name: Tells the questions of a sample apart.
+    """
+
+    question: str
+    answers: tuple[str, ...]
+    target: str | None
+    max_new_tokens: int
+    depth: float | None = None
+    name: str = ""
+
 
 @dataclass(frozen=True)
 class Sample:
-    """One question to a model, apart from the context that it is about.
+    """Questions to a model, each alone, apart from the context that they are about.
 
     Attributes:
         recipe: What it was made from; the same recipe makes the same sample.
         context: What a policy sees before the question under the protocol "hidden".
-        question: What follows the context and ends where the answer begins.
-        answers: Strings that the answer has to contain, all of them.
-        target: The right answer word by word, for its likelihood.
-        max_new_tokens: Most tokens of an answer.
-        depth: Where in the context the answer lies, 0 to 1, where that is a single place.
+        asked: The questions, one at least.
+        chat: Context and question are a user's message, to be written out by the model's chat template.
     """
 
     recipe: Recipe
     context: str
-    question: str
-    answers: tuple[str, ...]
-    target: str
-    max_new_tokens: int
-    depth: float | None = None
+    asked: tuple[Asked, ...]
+    chat: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        context: str,
+        question: str,
+        answers: tuple[str, ...],
+        target: str,
+        max_new_tokens: int,
+        depth: float | None = None,
+    ) -> Sample:
+        """A sample with one question."""
+        return cls(recipe, context, (Asked(question, answers, target, max_new_tokens, depth),))
 
 
 class MakeSample(Protocol):
@@ -81,7 +116,8 @@ def fit(make: Callable[[int], Sample], length: int, count_tokens: CountTokens) -
 
     def fits(units: int) -> bool:
         sample = make(units)
-        return count_tokens(sample.context) + count_tokens(sample.question) <= length
+        question = max(count_tokens(asked.question) for asked in sample.asked)
+        return count_tokens(sample.context) + question <= length
 
     if not fits(1):
         raise ValueError(f"{make(1).recipe.task} does not fit into {length} tokens")

@@ -44,7 +44,7 @@ def needle(recipe: Recipe, count_tokens: CountTokens) -> Sample:
 
     def make(units: int) -> Sample:
         context = "".join(insert(text[:units], [f"{hidden} "], [depth]))
-        return Sample(recipe, intro + context, question, (value,), f" {value}", _NEEDLE_NEW_TOKENS, depth)
+        return Sample.of(recipe, intro + context, question, (value,), f" {value}", _NEEDLE_NEW_TOKENS, depth)
 
     return fit(make, recipe.length, count_tokens)
 
@@ -64,7 +64,7 @@ def qa_fact(recipe: Recipe, count_tokens: CountTokens) -> Sample:
 
     def make(units: int) -> Sample:
         context = "".join(insert(text[:units], facts, depths))
-        return Sample(
+        return Sample.of(
             recipe, context, question, (cities[0],), f" {cities[0]}", _QUESTION_NEW_TOKENS, depths[0]
         )
 
@@ -85,7 +85,7 @@ def qa_list(recipe: Recipe, count_tokens: CountTokens) -> Sample:
 
     def make(units: int) -> Sample:
         context = "".join(insert(text[:units], facts, depths))
-        return Sample(recipe, context, question, tuple(people), target, _QUESTION_NEW_TOKENS)
+        return Sample.of(recipe, context, question, tuple(people), target, _QUESTION_NEW_TOKENS)
 
     return fit(make, recipe.length, count_tokens)
 
@@ -100,7 +100,7 @@ def qa_quote(recipe: Recipe, count_tokens: CountTokens) -> Sample:
         depth, quote = _quotable(text[:units], asked)
         told, wanted = " ".join(quote[:_TOLD]), " ".join(quote[_TOLD:])
         question = f'\n\nQuestion: How does the sentence go on that begins with "{told}"?\nAnswer: "{told}'
-        return Sample(recipe, context, question, (wanted,), f" {wanted}", _QUOTE_NEW_TOKENS, depth)
+        return Sample.of(recipe, context, question, (wanted,), f" {wanted}", _QUOTE_NEW_TOKENS, depth)
 
     return fit(make, recipe.length, count_tokens)
 
@@ -112,7 +112,7 @@ def continuation(recipe: Recipe, count_tokens: CountTokens) -> Sample:
 
     def make(units: int) -> Sample:
         following = "".join(spaced_words[units : units + CONTINUATION_TOKENS])
-        return Sample(recipe, "".join(spaced_words[:units]), "", (), following, CONTINUATION_TOKENS)
+        return Sample.of(recipe, "".join(spaced_words[:units]), "", (), following, CONTINUATION_TOKENS)
 
     return fit(make, recipe.length, count_tokens)
 

@@ -43,7 +43,7 @@ def vt(recipe: Recipe, count_tokens: CountTokens) -> Sample:
 
     def make(units: int) -> Sample:
         context, question, answer = _vt_text(Random(random_seed), hops, units)
-        return Sample(
+        return Sample.of(
             recipe,
             example + context,
             question,
@@ -66,7 +66,7 @@ def cwe(recipe: Recipe, count_tokens: CountTokens) -> Sample:
     def make(units: int) -> Sample:
         chosen = vocabulary[: 10 + units]
         context, question, answer = _cwe_text(Random(recipe.seed), chosen, frequent, rare)
-        return Sample(
+        return Sample.of(
             recipe,
             example + context,
             question,
@@ -91,7 +91,7 @@ def fwe(recipe: Recipe, count_tokens: CountTokens) -> Sample:
         text = [word for word, count in zip(coded, counts, strict=True) for _ in range(count)]
         Random(recipe.seed).shuffle(text)
         answers = tuple(coded[1:4])
-        return Sample(
+        return Sample.of(
             recipe,
             "Read the following coded text and track the frequency of each coded word. Find the three most "
             f"frequently appeared coded words. {' '.join(text)}",
@@ -158,7 +158,7 @@ def _niah(
     def make(units: int) -> Sample:
         lines = Random(line_seed)
         text = "\n".join(insert([haystack(lines) for _ in range(units)], [needle], [depth]))
-        return Sample(
+        return Sample.of(
             recipe,
             intro + text,
             question,

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# What is left of what the full cache answers, in docs/quality.md: five questions about each of many texts of six
+# kinds, question visible and hidden, at three budgets. Seeds are those for reports.
+#
+#     benchmarks/questions.sh [DIRECTORY [SAMPLES [SEED]]]
+#
+# Results are added to what DIRECTORY holds, two samples of each kind at a time; a run that was stopped goes on.
+set -euo pipefail
+directory=${1:-questions} samples=${2:-20} first=${3:-10000}
+export OMP_NUM_THREADS=1
+common=(--task questions --weights int8 --length 1000 --budget 50% --budget 25% --budget 12.5%)
+for kind in licences documentation log records code chat; do common+=(--corpus "$kind"); done
+measure() { # PROTOCOL SEED POLICY...
+    local protocol=$1 seed=$2 chosen=()
+    shift 2
+    for policy in "$@"; do chosen+=(--policy "$policy"); done
+    curkv eval run "$directory/$protocol.jsonl" "${common[@]}" "${chosen[@]}" --protocol "$protocol" \
+        --seed "$seed" --samples 2
+}
+mkdir -p "$directory"
+for ((seed = first; seed < first + samples; seed += 2)); do
+    measure visible "$seed" snapcur layer-defensivekv adacompactor snapkv curdkv
+    measure hidden "$seed" kvzip adacompactor snapcur curdkv
+    curkv eval report "$directory"/*.jsonl -o "$directory/report"
+done
