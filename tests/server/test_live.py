@@ -29,6 +29,7 @@ async def test_state_shows_the_last_step(
         "used_bytes": 2500,
         "capacity_bytes": 10_000,
         "stranded_slots_ratio": 0.25,
+        "windows": [None, None],
         "sequences": [
             {
                 "request_id": "cmpl-1-0",
@@ -60,13 +61,17 @@ async def test_policies_are_those_a_request_can_name(http: httpx.AsyncClient) ->
 
 
 async def test_the_page_and_everything_it_names_come_from_this_server(http: httpx.AsyncClient) -> None:
-    page = await http.get("/")
-    assert page.headers["content-type"].startswith("text/html")
-    assert "default-src 'self'" in page.headers["content-security-policy"]
-    files = set(re.findall(r'(?:src|href)="(/page/[^"]+)"', page.text))
+    files: set[str] = set()
+    for address in ("/", "/conversation"):
+        page = await http.get(address)
+        assert page.headers["content-type"].startswith("text/html")
+        assert "default-src 'self'" in page.headers["content-security-policy"]
+        files |= set(re.findall(r'(?:src|href)="(/page/[^"]+)"', page.text))
     for script in FOLDER.glob("*.js"):
-        files |= {f"/page/{name}" for name in re.findall(r'from "\./([^"]+)"', script.read_text())}
-    assert files == {f"/page/{path.name}" for path in FOLDER.iterdir()} - {"/page/index.html"}
+        text = script.read_text()
+        files |= {f"/page/{name}" for name in re.findall(r'from "\./([^"]+)"', text)}
+        files |= set(re.findall(r'(?:fetch|get)\("(/page/[^"]+)"\)', text))
+    assert files == {f"/page/{path.name}" for path in FOLDER.iterdir() if path.suffix != ".html"}
     for file in files:
         assert (await http.get(file)).status_code == 200
     assert not any(
