@@ -28,7 +28,7 @@ def test_the_mean_of_the_states_that_the_head_reads(make_engine: MakeEngine, loa
     [vector] = embedded(make_engine(), prompt)
     model = loaded.model
     batch = type("Batch", (), {"token_ids": torch.tensor(prompt), "logit_rows": torch.tensor([69])})()
-    attention = DenseAttention(rope_tables(model.config, len(prompt)))
+    attention = DenseAttention(model.config, rope_tables(model.config, len(prompt)))
     _, states = model.forward_with_states(batch, attention)
     assert np.allclose(vector, states.mean(0).numpy(), atol=2e-3)
 
