@@ -95,7 +95,8 @@ class EngineOptions(Section):
         default=8 * 1024**3, gt=0, description="Most bytes in it; the least recently used go."
     )
     kv_dtype: KVDtype = Field(
-        default="auto", description="Type of cached K, V; int8 has a scale per token and head."
+        default="auto",
+        description="Type of cached K, V; k8v4: int8 keys, values of 4 bits in groups of 32; int4: both.",
     )
     page_size: int = Field(default=64, ge=8, le=256, description="Tokens of one KV head per page.")
     max_step_tokens: int = Field(

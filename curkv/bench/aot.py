@@ -58,6 +58,10 @@ TARGETS = (
 )
 
 
+KV_DTYPES = ("bfloat16", "int8", "int4")
+"""Formats of the cache that kernels are compiled for; what concerns no keys or values only for the first."""
+
+
 @dataclass(frozen=True)
 class Launch:
     """A recorded launch: the kernel, its grid and what it was called with."""
@@ -85,7 +89,7 @@ class Call:
     """
 
     name: str
-    shapes: dict[str, int]
+    shapes: dict[str, float]
     launches: list[Launch]
     kv_dtype: str = "bfloat16"
 
@@ -121,7 +125,7 @@ class Report:
 def calls(model: ModelShape, target: Target) -> list[Call]:
     """Call every operation with a model's shapes; page size 64, bfloat16.
 
-    Those that read or write keys or values are called with a cache of int8 too.
+    Those that read or write keys or values are called with caches of all `KV_DTYPES`.
     Decode: 32 sequences with 4,096 tokens each, and one with 32,768; prefill: a chunk of 2,048 tokens of
     8,192; eviction: one sequence, 8,192 tokens down to 2,048.
     """
@@ -132,7 +136,7 @@ def calls(model: ModelShape, target: Target) -> list[Call]:
     }
     found = [
         _record(operation, name, case, replace(workload, kv_dtype=kv_dtype), target)
-        for kv_dtype in ("bfloat16", "int8")
+        for kv_dtype in KV_DTYPES
         for operation, name, case in cases()
         if case.reads_vectors or kv_dtype == "bfloat16"
         for workload in workloads[case.phase][: 1 if case.label else None]
@@ -159,12 +163,15 @@ _reports: dict[tuple[str, str], Report] = {}
 
 
 def smallest_wide_loads(launch: Launch) -> int:
-    """16-byte loads that a kernel needs at least for one block of K, or of K and V; 0 if it reads neither."""
+    """16-byte loads that a kernel needs at least for one block of K, or of K and V; 0 if it reads neither.
+
+    A block of 4 bits a channel may have less for each thread of AMD's warps: none is asked for then.
+    """
     values = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.options
     stores = [values[name] for name in ("pages_k", "pages_v") if name in values and "BLOCK_N" in values]
     warp = 64
     return sum(
-        max(1, values["BLOCK_N"] * x.shape[2] * x.element_size() // (16 * warp * launch.options["num_warps"]))
+        values["BLOCK_N"] * x.shape[2] * x.element_size() // (16 * warp * launch.options["num_warps"])
         for x, *_ in stores
     )
 
@@ -220,6 +227,7 @@ _TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.int8: "i8",
+    torch.uint8: "u8",
     torch.int32: "i32",
     torch.int64: "i64",
 }

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 COSTS = {name: case.cost for _, name, case in cases()}
 """Cost of every case of every operation, by its name."""
 
-MAX_OVERHEAD = 1.1
-"""Bytes moved, as a multiple of the fewest possible."""
+MAX_OVERHEAD = {"bfloat16": 1.1, "int8": 1.2, "int4": 1.35}
+"""Bytes moved, as a multiple of the fewest possible, by the cache's format.
 
-MAX_OVERHEAD_INT8 = 1.2
-"""The limit with int8: what is written beside the pages, float32 logits and energies, weighs more there."""
+What is written beside the pages, float32 logits and energies, weighs more where these are small.
+"""
 
 BANDWIDTH = {"H100": 3.35e12, "A100": 2.039e12}
 """Bytes per second of the SXM cards with 80 GB (NVIDIA's data sheets)."""
@@ -70,7 +70,7 @@ def failures(entry: Entry) -> Iterator[str]:
             yield f"{where}: no tensor-core instruction with 16-bit operands"
     cost = COSTS[entry.call.name]
     overhead = evaluate(cost.moved, entry.call.shapes) / evaluate(cost.minimum, entry.call.shapes)
-    if overhead > (MAX_OVERHEAD_INT8 if entry.call.label else MAX_OVERHEAD):
+    if overhead > MAX_OVERHEAD[entry.call.kv_dtype]:
         name = entry.call.name + entry.call.label
         yield f"{entry.model}, {name}: moves {overhead:.2f} times the bytes it must"
 

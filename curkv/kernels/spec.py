@@ -71,17 +71,18 @@ class Workload:
     kv_dtype: str = "bfloat16"
     dtype: torch.dtype = torch.bfloat16
 
-    def letters(self, phase: Phase) -> dict[str, int]:
-        """What the letters in the formulas of `costs` stand for, but for S."""
+    def letters(self, phase: Phase) -> dict[str, float]:
+        """What the letters in the formulas of `costs` stand for, but for S; s and e are means of K and V."""
         m = self.model
-        vectors, *others = get_format(self.kv_dtype).keys.arrays(m.head_dim).values()
+        stored = get_format(self.kv_dtype)
+        sizes = [[x.nbytes for x in v.arrays(m.head_dim).values()] for v in (stored.keys, stored.values)]
         sequences, new = {"decode": (self.sequences, 1), "prefill": (1, self.chunk), "evict": (1, 0)}[phase]
         return {
             "B": sequences, "T": sequences * new, "c": new, "n": self.tokens, "k": self.kept,
             "L": m.layers, "H": m.kv_heads, "Q": m.query_heads, "G": m.query_heads // m.kv_heads,
             "D": m.head_dim, "P": self.page_size, "w": self.window, "r": self.rank, "d": m.hidden,
-            "I": m.intermediate, "s": vectors.dtype.itemsize, "e": sum(other.nbytes for other in others),
-            "a": self.dtype.itemsize,
+            "I": m.intermediate, "s": sum(first for first, *_ in sizes) / (2 * m.head_dim),
+            "e": sum(sum(others) for _, *others in sizes) / 2, "a": self.dtype.itemsize,
         }  # fmt: skip
 
 

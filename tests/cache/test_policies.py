@@ -70,13 +70,15 @@ def make_view(
     return CacheView(pages, table, lengths, int(lengths.max()))
 
 
-def as_int8(view: CacheView) -> CacheView:
-    """The same sequence in a cache of int8; the norms are those of the float32 vectors."""
-    pages, format = view.pages, get_format("int8")
+def rounded(view: CacheView, kv_dtype: str) -> CacheView:
+    """The same sequence in a cache of another format; the norms are those of the float32 vectors."""
+    pages, format = view.pages, get_format(kv_dtype)
 
     def encoded(store: Store, vectors: VectorFormat) -> Store:
         arrays = vectors.encode(store.read().nan_to_num(1e4))
-        arrays["scales"].masked_fill_(pages.k_sq.isnan(), torch.nan)
+        for array in arrays.values():
+            if array.is_floating_point():
+                array[pages.k_sq.isnan()] = torch.nan
         return Store(vectors, store.head_dim, arrays)
 
     k, v = encoded(pages.k, format.keys), encoded(pages.v, format.values)
@@ -283,13 +285,13 @@ def test_kept_tokens_are_the_top_scores(request):
     assert worst_kept.ge(best_dropped).all()
 
 
-@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8", "k8v4"])
 @pytest.mark.parametrize("policy", EVICTING)
 def test_scoring_reads_no_unused_memory_and_writes_nothing(policy, kv_dtype):
     lengths = torch.tensor([[1, 50, 100], [17, 16, 0]], dtype=torch.int32)
-    view = random_view(lengths=lengths)
-    if kv_dtype == "int8":
-        view = as_int8(view)
+    view = random_view(lengths=lengths, dim=64 if kv_dtype == "k8v4" else 8)
+    if kv_dtype != "float32":
+        view = rounded(view, kv_dtype)
     before = {name: array.clone() for name, array in view.pages.arrays.items()}
     scoring = make_plan(view, policy=policy, budget=20).policy
     for kernels in (CPU, REFERENCE):
@@ -302,11 +304,12 @@ def test_scoring_reads_no_unused_memory_and_writes_nothing(policy, kv_dtype):
         assert torch.equal(array.nan_to_num(-7), before[name].nan_to_num(-7))
 
 
+@pytest.mark.parametrize("kv_dtype", ["int8", "k8v4", "int4"])
 @pytest.mark.parametrize("policy", ["curdkv", "adacurdkv", "knorm"])
-def test_norms_decide_alike_whatever_the_cache_rounds_to(policy):
-    view = random_view()
+def test_norms_decide_alike_whatever_the_cache_rounds_to(policy, kv_dtype):
+    view = random_view(dim=64)
     plan = make_plan(view, policy=policy, budget=20)
-    kept = [select(x, plan, CPU)[0] for x in (view, as_int8(view))]
+    kept = [select(x, plan, CPU)[0] for x in (view, rounded(view, kv_dtype))]
     assert torch.equal(*kept)
 
 

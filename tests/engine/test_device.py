@@ -32,6 +32,10 @@ def test_formats_are_preferred_or_refused() -> None:
         CPU.weight_format("bfloat16")
     with pytest.raises(ValueError, match="a multiple of 16 channels; the model's have 40"):
         CPU.kv_format("int8", 40)
+    with pytest.raises(
+        ValueError, match="k8v4 needs heads of a multiple of 64 channels; the model's have 80"
+    ):
+        CPU.kv_format("k8v4", 80)
 
 
 def test_the_command_line_offers_every_weight_format() -> None:

@@ -120,7 +120,7 @@ def questions(count: int, context: int = 300, **kv: str) -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("kv_dtype", ["float16", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["float16", "int8", "k8v4"])
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_shared_prompt_is_computed_once_and_answers_are_the_same(name: str, kv_dtype: str) -> None:
     items = questions(3, **PLAIN[name])
@@ -159,7 +159,7 @@ def test_requests_that_arrive_together_share_what_the_first_one_computes() -> No
     assert computed < 2 * 330
 
 
-@pytest.mark.parametrize("kv_dtype", ["float16", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["float16", "int8", "k8v4"])
 @pytest.mark.parametrize("name", CONTEXT)
 def test_a_compressed_context_is_used_again(name: str, kv_dtype: str) -> None:
     items = questions(3, context_tokens="300", **CONTEXT[name])

@@ -111,7 +111,7 @@ def test_a_format_gives_back_what_it_took_as_far_as_it_rounds(name: str) -> None
         assert all(entries[n].shape == (5, 3, *a.shape) for n, a in arrays.items())
         assert all(entries[n].dtype == a.dtype for n, a in arrays.items())
         assert vectors.decode(entries).dtype == torch.float32
-        assert relative_rms(vectors.decode(entries), x) < 0.01
+        assert relative_rms(vectors.decode(entries), x) < (0.1 if vectors.name == "int4" else 0.01)
         assert vectors.decode(vectors.encode(torch.zeros(2, 64))).eq(0).all()
 
 
@@ -123,7 +123,9 @@ def test_bytes_are_those_of_the_arrays_and_tokens_are_whole_words(format: KVForm
 
 
 def test_an_unknown_format_is_refused_with_those_that_there_are() -> None:
-    with pytest.raises(ValueError, match=r"no KV format 'int3'.*float32, bfloat16, float16, int8"):
+    with pytest.raises(
+        ValueError, match=r"no KV format 'int3'.*float32, bfloat16, float16, int8, k8v4, int4"
+    ):
         get_format("int3")
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from curkv.kernels.formats import KV_FORMATS, get_format
+from curkv.kernels.formats import KV_FORMATS
 from curkv.kernels.paged_decode_attention import cpu, reference
 from tests.kernels.util import (
     MASKS,
     assert_close,
+    fitting,
     make_pool,
     mask_arguments,
     relative_rms,
@@ -17,7 +18,7 @@ from tests.kernels.util import (
 )
 
 TOLERANCE = 2e-6  # both read the same rounded K and V and compute in float32
-INT8_TOLERANCE = 1e-4  # queries and weights are rounded to int16 besides: 1 / 65,534 of the largest each
+INTEGER_TOLERANCE = 1e-4  # queries and weights are rounded to int16 besides: 1 / 65,534 of the largest each
 
 
 def check(lengths: list[list[int]], group: int, accumulate: bool = False, **options: object) -> None:
@@ -33,7 +34,7 @@ def check(lengths: list[list[int]], group: int, accumulate: bool = False, **opti
     expected = reference.paged_decode_attention(
         q, theirs.pages, pool.table, pool.lengths, pool.slots, scale, accumulate
     )
-    tolerance = INT8_TOLERANCE if options.get("kv_dtype") == "int8" else TOLERANCE
+    tolerance = INTEGER_TOLERANCE if options.get("kv_dtype") in ("int8", "k8v4", "int4") else TOLERANCE
     assert_close(actual, expected, tolerance)
     assert_close(mine.pages.attention, theirs.pages.attention, tolerance)
 
@@ -53,13 +54,12 @@ def check(lengths: list[list[int]], group: int, accumulate: bool = False, **opti
     ],
 )
 def test_ragged_heads(kv_dtype: str, head_dim: int, page_size: int, group: int) -> None:
-    multiple = get_format(kv_dtype).multiple
-    head_dim = -(-head_dim // multiple) * multiple
+    head_dim = fitting(head_dim, kv_dtype)
     lengths = [[1, page_size, page_size + 1], [700, 3, 1025], [page_size - 1, 512, 2 * page_size]]
     check(lengths, group, head_dim=head_dim, page_size=page_size, kv_dtype=kv_dtype)
 
 
-@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8", "k8v4"])
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_pages_shared_between_sequences(accumulate: bool, kv_dtype: str) -> None:
     check([[600, 40], [900, 33], [64, 700]], 3, accumulate, shared_pages=8, kv_dtype=kv_dtype)
@@ -130,5 +130,5 @@ def test_windows_caps_and_sinks(kv_dtype: str, mask: dict[str, float]) -> None:
     for accumulate in (False, True):
         actual = cpu.paged_decode_attention(q, mine.pages, *rest, accumulate, **masks)
         expected = reference.paged_decode_attention(q, theirs.pages, *rest, accumulate, **masks)
-        assert_close(actual, expected, 2 * (INT8_TOLERANCE if kv_dtype == "int8" else TOLERANCE))
+        assert_close(actual, expected, 2 * (INTEGER_TOLERANCE if kv_dtype == "int8" else TOLERANCE))
     assert_close(mine.pages.attention, theirs.pages.attention, 1e-4)

@@ -18,6 +18,7 @@ from tests.kernels.util import assert_close, make_pool, rows_of
         ([[70, 131]], 7, 8, 128, 128, "bfloat16"),
         ([[33]], 2, 16, 256, 64, "bfloat16"),
         ([[70, 131]], 7, 3, 64, 64, "int8"),
+        ([[70, 131]], 7, 3, 64, 64, "int4"),
     ],
 )
 def test_scores_like_the_reference(lengths, window, group, head_dim, page_size, kv_dtype, reduction):

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curkv.kernels.formats import get_format
+from curkv.kernels.formats import KV_FORMATS, get_format
 from curkv.kernels.formats.base import KVFormat
 from curkv.kernels.pages import SIDES, Pages, allocate
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+UNMIXED = tuple(name for name in KV_FORMATS if get_format(name).keys == get_format(name).values)
+"""Formats whose keys and values lie alike: a mixture reads each like one of these."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,12 @@ def rows_of(pool: Pool) -> tuple[Tensor, Tensor]:
     """Table [N, max_pages] and lengths [N] of all heads of all sequences, one a row."""
     slots = pool.slots.long()
     return pool.table[slots].flatten(0, 1), pool.lengths[slots].flatten()
+
+
+def fitting(head_dim: int, kv_dtype: str) -> int:
+    """The least number of channels from `head_dim` on that vectors of a format may have."""
+    multiple = get_format(kv_dtype).multiple
+    return -(-head_dim // multiple) * multiple
 
 
 def make_pool(

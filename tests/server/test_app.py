@@ -12,7 +12,7 @@ from tests.server.scripted import MAX_MODEL_LEN
 async def test_models(http: httpx.AsyncClient) -> None:
     [model] = (await http.get("/v1/models")).json()["data"]
     assert (model["id"], model["owned_by"], model["max_model_len"]) == ("words", "curkv", MAX_MODEL_LEN)
-    assert (model["weights"], model["weights_bytes"]) == ("int8", 400)
+    assert (model["weights"], model["weights_bytes"], model["kv_dtype"]) == ("int8", 400, "float16")
     assert model["pruning"] == {"method": "self-calibrated", "removed": 0.25, "base": "more-words"}
 
 

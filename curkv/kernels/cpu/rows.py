@@ -45,7 +45,7 @@ MOST_ROWS = 3
 """Rows that are taken together if it is not said before how many: 3 x 4 accumulators fit 16 registers."""
 
 
-def _by_rows(
+def by_rows(
     builder: ir.IRBuilder,
     kind: Any,
     rows: ir.Value,
@@ -91,7 +91,7 @@ def dot_rows(
         _primitives, _rows, q, dim, store, *others = args
         arguments = [q, dim, *others, *addresses(builder, store)]
         name = f"dot_rows_{{}}_{own.name}"
-        _by_rows(builder, signature.args[1], args[1], name, arguments, body)
+        by_rows(builder, signature.args[1], args[1], name, arguments, body)
 
     def body(builder: ir.IRBuilder, count: int, args: Args) -> None:
         q, dim, token, keys, out, out_stride, ahead, *store = args
@@ -117,14 +117,14 @@ def dot_rows(
             ):
                 prefetch_line(builder, builder.add(next_block, line), L2)
             for m in range(count):
-                four = _sum_four(builder, [builder.load(slot) for slot in sums[m * block : (m + 1) * block]])
+                four = sum_four(builder, [builder.load(slot) for slot in sums[m * block : (m + 1) * block]])
                 place = offset(builder, offset(builder, out, out_stride, 4 * m), key, 4)
                 builder.store(four, pointer(builder, place, four.type), align=4)
 
     return types.void(primitives, rows, *[types.int64] * 2, store, *[types.int64] * 5), generate
 
 
-def _sum_four(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
+def sum_four(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
     """The lane sums of four vectors of eight floats or int32, a vector of four."""
     even, odd = [0, 2, 8, 10, 4, 6, 12, 14], [1, 3, 9, 11, 5, 7, 13, 15]
     add = builder.fadd if vectors[0].type == F32X8 else builder.add
@@ -156,7 +156,7 @@ def dot_rows_int8(
     block = 4
 
     def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
-        _by_rows(builder, signature.args[0], args[0], "dot_rows_int8_{}", args[1:], body)
+        by_rows(builder, signature.args[0], args[0], "dot_rows_int8_{}", args[1:], body)
 
     def body(builder: ir.IRBuilder, count: int, args: Args) -> None:
         q, dim, k, keys, out, out_stride, ahead = args
@@ -181,7 +181,7 @@ def dot_rows_int8(
             ):
                 prefetch_line(builder, builder.add(next_block, line), L2)
             for m in range(count):
-                four = _sum_four(builder, [builder.load(slot) for slot in sums[m * block : (m + 1) * block]])
+                four = sum_four(builder, [builder.load(slot) for slot in sums[m * block : (m + 1) * block]])
                 value = builder.sitofp(four, ir.VectorType(F32, block))
                 place = offset(builder, offset(builder, out, out_stride, 4 * m), key, 4)
                 builder.store(value, pointer(builder, place, value.type), align=4)
@@ -212,7 +212,7 @@ def weigh_rows_int8(
     width = vectors.literal_value
 
     def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
-        _by_rows(builder, signature.args[0], args[0], f"weigh_rows_int8_{{}}_{width}", args[2:], body)
+        by_rows(builder, signature.args[0], args[0], f"weigh_rows_int8_{{}}_{width}", args[2:], body)
 
     def body(builder: ir.IRBuilder, height: int, args: Args) -> None:
         weights, weights_stride, v, dim, values, out, out_stride, ahead = args
@@ -284,7 +284,7 @@ def weigh_rows(
         weights, weights_stride, store, *others = args[3:]
         arguments = [weights, weights_stride, *others, *addresses(builder, store)]
         name = f"weigh_rows_{{}}_{width}_{own.name}"
-        _by_rows(builder, signature.args[1], args[1], name, arguments, body)
+        by_rows(builder, signature.args[1], args[1], name, arguments, body)
 
     def body(builder: ir.IRBuilder, height: int, args: Args) -> None:
         weights, weights_stride, dim, token, channel, values, out, out_stride, ahead, *store = args

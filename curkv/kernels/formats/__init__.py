@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from curkv.kernels.formats.base import KVFormat
 
-_MODULES = {"float32": "plain", "bfloat16": "plain", "float16": "plain", "int8": "int8"}
+_MODULES = {
+    "float32": "plain",
+    "bfloat16": "plain",
+    "float16": "plain",
+    "int8": "int8",
+    "k8v4": "int4",
+    "int4": "int4",
+}
 KV_FORMATS = tuple(_MODULES)
 """Every format by name, as `--kv-dtype` takes it."""
 

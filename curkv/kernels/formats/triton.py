@@ -12,10 +12,14 @@ import triton
 import triton.language as tl
 
 from curkv.kernels.formats.base import Store
+from curkv.kernels.formats.int4 import GROUP
+from curkv.kernels.formats.int4 import LARGEST as LARGEST_CODE
 from curkv.kernels.formats.int8 import LARGEST
 from curkv.kernels.triton_util import dot, narrow, power_of_two
 
 _LARGEST = tl.constexpr(float(LARGEST))
+_LARGEST_CODE = tl.constexpr(float(LARGEST_CODE))
+_GROUP = tl.constexpr(GROUP)
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ _OPERANDS = {
     "bfloat16": Operands(torch.bfloat16),
     "float16": Operands(torch.float16),
     "int8": Operands(torch.bfloat16, widened=True),  # which has all of its numbers
+    "int4": Operands(torch.float16, widened=True),  # the type of its steps and lowest values
 }
 
 
@@ -66,9 +71,10 @@ def attention_block(store: Store, tokens: int, tile_bytes: int) -> int:
 
 
 def pointers(store: Store) -> tuple[torch.Tensor, ...]:
-    """The store as kernels take it."""
+    """The store as kernels take it; a group's step and lowest value are a word of 32 bits."""
     operands_of(store)
-    return tuple(store.arrays[name] for name in store.format.arrays(store.head_dim))
+    arrays = ((name, store.arrays[name]) for name in store.format.arrays(store.head_dim))
+    return tuple(x.view(torch.int32) if name == "ranges" else x for name, x in arrays)
 
 
 @triton.jit
@@ -82,16 +88,38 @@ def load_tokens(memory, place, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constex
 @triton.jit
 def load_operands(store, place, mask, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Read keys or values [tokens, BLOCK_D] as a dot takes them, not yet `scaled`."""
-    vectors = load_tokens(store[0], place, mask, HEAD_DIM, BLOCK_D)
+    if FORMAT == "int4":
+        vectors = _load_nibbles(store, place, mask, HEAD_DIM, BLOCK_D)
+    else:
+        vectors = load_tokens(store[0], place, mask, HEAD_DIM, BLOCK_D)
     if FORMAT == "int8":
         vectors = narrow(vectors.to(tl.float32), tl.bfloat16)
     return vectors
 
 
 @triton.jit
+def _load_nibbles(store, place, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Read codes, times their groups' steps and plus their lowest values."""
+    pairs = load_tokens(store[0], place, mask, HEAD_DIM // 2, BLOCK_D // 2)
+    codes = tl.interleave(pairs & 15, pairs >> 4).to(tl.float32)
+    ranges = load_tokens(store[1], place, mask, HEAD_DIM // _GROUP, BLOCK_D // _GROUP)
+    step = ranges.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    low = (ranges >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    groups = tl.reshape(codes, [codes.shape[0], BLOCK_D // _GROUP, _GROUP])
+    vectors = groups * step[:, :, None] + low[:, :, None]
+    return tl.reshape(vectors, [codes.shape[0], BLOCK_D]).to(tl.float16)
+
+
+@triton.jit
 def narrow_queries(queries, store, FORMAT: tl.constexpr):
     """Round queries to the type in which a dot takes the store's vectors."""
-    return narrow(queries, tl.bfloat16 if FORMAT == "int8" else store[0].dtype.element_ty)
+    if FORMAT == "int8":
+        queries = narrow(queries, tl.bfloat16)
+    elif FORMAT == "int4":
+        queries = narrow(queries, tl.float16)
+    else:
+        queries = narrow(queries, store[0].dtype.element_ty)
+    return queries
 
 
 @triton.jit
@@ -139,9 +167,36 @@ def write(first, second, store, place, valid, mask, i, FORMAT: tl.constexpr, HEA
         factor = tl.where(largest > 0, _LARGEST / tl.where(largest > 0, largest, 1.0), 0.0)[:, None]
         tl.store(targets, _nearest(first * factor).to(tl.int8), mask=mask)
         tl.store(targets + HALF, _nearest(second * factor).to(tl.int8), mask=mask)
+    elif FORMAT == "int4":
+        _write_nibbles(first, store, place, valid, 0, HEAD_DIM)
+        _write_nibbles(second, store, place, valid, HALF, HEAD_DIM)
     else:
         tl.store(targets, narrow(first, targets.dtype.element_ty), mask=mask)
         tl.store(targets + HALF, narrow(second, targets.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _write_nibbles(x, store, place, valid, FIRST: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Write half of the channels [heads, HALF] of vectors, from FIRST on, in whole groups."""
+    HEADS: tl.constexpr = x.shape[0]
+    GROUPS: tl.constexpr = x.shape[1] // _GROUP
+    groups = tl.reshape(x, [HEADS, GROUPS, _GROUP])
+    high, low = tl.max(groups, 2), tl.min(groups, 2)
+    step = ((high - low) / _LARGEST_CODE).to(tl.float16)
+    low = low.to(tl.float16)
+    g = tl.arange(0, GROUPS)
+    word = low.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+    word = (word | step.to(tl.uint16, bitcast=True).to(tl.uint32)).to(tl.int32, bitcast=True)
+    target = store[1] + place[:, None] * (HEAD_DIM // _GROUP) + (g + FIRST // _GROUP)[None, :]
+    tl.store(target, word, mask=valid[:, None] & (g < HEAD_DIM // 2 // _GROUP)[None, :])
+    step = step.to(tl.float32)
+    factor = tl.where(step > 0, 1.0 / tl.where(step > 0, step, 1.0), 0.0)
+    codes = _nearest((groups - low.to(tl.float32)[:, :, None]) * factor[:, :, None])
+    codes = tl.minimum(tl.maximum(codes, 0.0), _LARGEST_CODE).to(tl.uint8)
+    even, odd = tl.split(tl.reshape(codes, [HEADS, GROUPS * _GROUP // 2, 2]))
+    i = tl.arange(0, GROUPS * _GROUP // 2)
+    target = store[0] + place[:, None] * (HEAD_DIM // 2) + (i + FIRST // 2)[None, :]
+    tl.store(target, even | (odd << 4), mask=valid[:, None] & (i < HEAD_DIM // 4)[None, :])
 
 
 @triton.jit

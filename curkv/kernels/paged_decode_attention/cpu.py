@@ -284,10 +284,10 @@ def _attend_split(
         if start + page_size < count:
             next_token = load_int32(table + 4 * (start // page_size + 1)) * page_size
             ahead = address_of(keys, k, dim, next_token) - place
-            prefetch_page(keys, k, next_token, tokens)
+            prefetch_page(keys, k, dim, next_token, tokens)
         else:
             ahead = address_of(values, v, dim, load_int32(table) * page_size) - place
-        prefetch_page(values, v, token, tokens)
+        prefetch_page(values, v, dim, token, tokens)
         score_page(keys, group, dim, queries, k, token, tokens, scores + 4 * start, width, ahead, key_scratch)
     for g in range(group):
         row = scores + 4 * g * width

@@ -18,6 +18,8 @@ TOLERANCE = {
     "float16": 2e-3,
     "bfloat16": 1e-2,
     "int8": 1e-2,
+    "k8v4": 1e-2,
+    "int4": 2e-3,
 }
 _worst: dict[tuple[str, str], float] = {}
 

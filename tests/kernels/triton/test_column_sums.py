@@ -17,6 +17,7 @@ from tests.kernels.util import MASKS, make_pool, mask_arguments, query_start, sc
         ([[70, 140]], [70], 4, 128, 128, "bfloat16", 0),
         ([[33]], [20], 16, 256, 64, "bfloat16", 0),
         ([[40, 80], [90, 50]], [5, 17], 3, 64, 32, "int8", 1),
+        ([[40, 80], [90, 50]], [5, 17], 3, 64, 32, "int4", 1),
     ],
 )
 def test_adds_what_the_reference_adds(

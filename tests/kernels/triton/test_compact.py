@@ -34,6 +34,7 @@ def assert_same(pages, expected):
         (96, 32, "float16"),
         (256, 128, "bfloat16"),
         (64, 64, "int8"),
+        (64, 64, "k8v4"),
     ],
 )
 def test_moves_in_place_bit_for_bit(head_dim, page_size, kv_dtype, share):

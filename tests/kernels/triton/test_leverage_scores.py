@@ -46,6 +46,7 @@ def test_zero_energies_score_zero():
         (128, 128, "bfloat16", 20),
         (256, 32, "bfloat16", 1),
         (64, 64, "int8", 20),
+        (192, 64, "int4", 20),
     ],
 )
 def test_sketches_score_like_the_reference(close, head_dim, page_size, kv_dtype, rank):
@@ -53,4 +54,5 @@ def test_sketches_score_like_the_reference(close, head_dim, page_size, kv_dtype,
     pool = make_pool([[50, 0, 1], [64, 65, 17]], head_dim=head_dim, page_size=page_size, kv_dtype=kv_dtype)
     options = {"normalization": "head", "sketch": torch.randn(head_dim, rank) / rank**0.5}
     arguments = pool.pages, *rows_of(pool)
-    close(triton.leverage_scores(*arguments, **options), reference.leverage_scores(*arguments, **options))
+    scores, expected = (x.leverage_scores(*arguments, **options) for x in (triton, reference))
+    close(scores, expected, "int4" if kv_dtype == "int4" else "float32")

@@ -18,6 +18,8 @@ from tests.kernels.util import MASKS, generator, make_pool, mask_arguments, scat
         ([[90, 1], [129, 127]], 8, 128, 64, "bfloat16", 1),
         ([[35]], 16, 256, 16, "bfloat16", 0),
         ([[90, 1], [129, 327]], 3, 64, 64, "int8", 1),
+        ([[90, 1], [129, 327]], 3, 64, 64, "k8v4", 1),
+        ([[17, 90], [0, 65]], 4, 192, 32, "int4", 0),
     ],
 )
 def test_attends_like_the_reference(

@@ -17,6 +17,8 @@ from tests.kernels.util import MASKS, generator, make_pool, mask_arguments, quer
         ([[70, 140]], [70], 4, 128, 128, "bfloat16", 0),
         ([[33]], [20], 16, 256, 64, "bfloat16", 0),
         ([[40, 80], [190, 50]], [5, 17], 3, 64, 32, "int8", 1),
+        ([[40, 80], [90, 50]], [5, 17], 3, 64, 32, "k8v4", 1),
+        ([[40, 65]], [9], 2, 192, 32, "int4", 0),
     ],
 )
 def test_attends_like_the_reference(

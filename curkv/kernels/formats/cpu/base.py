@@ -41,7 +41,7 @@ class CPUVectors(Primitives):
         """Encode float32 [dim]."""
 
     @staticmethod
-    def prefetch_page(vectors: Any, memory: Any, token: int, tokens: int) -> None:
+    def prefetch_page(vectors: Any, memory: Any, dim: int, token: int, tokens: int) -> None:
         """Fetch what will be read of `tokens` vectors besides the first array."""
 
     @staticmethod
@@ -115,7 +115,7 @@ def write(vectors: Any, source: int, dim: int, memory: Any, token: int) -> None:
 
 
 @by_format
-def prefetch_page(vectors: Any, memory: Any, token: int, tokens: int) -> None:
+def prefetch_page(vectors: Any, memory: Any, dim: int, token: int, tokens: int) -> None:
     """`CPUVectors.prefetch_page`."""
 
 

@@ -1,4 +1,4 @@
-"""Whole requests over a cache of int8."""
+"""Whole requests over caches of integers."""
 
 from __future__ import annotations
 
@@ -24,15 +24,22 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+BYTES = {"int8": 2 * 64 + 2 * 4, "k8v4": 64 + 4 + 32 + 2 * 4, "int4": 2 * 32 + 4 * 4}
+SOME = ("curdkv", "h2o", "merged", "streaming")
+
+
+@pytest.mark.parametrize(
+    ("kv_dtype", "name"),
+    [*(("int8", name) for name in OPTIONS), *(("k8v4", name) for name in SOME), ("int4", "sketch")],
+)
 def test_policies_and_options_work_and_bytes_count_the_scales(
-    make_engine: MakeEngine, loaded: Loaded, name: str
+    make_engine: MakeEngine, loaded: Loaded, kv_dtype: str, name: str
 ) -> None:
-    engine = make_engine(kv_dtype="int8")
+    engine = make_engine(kv_dtype=kv_dtype)
     item = request(loaded.prompt(320), 12, kv=parse_options(OPTIONS[name]), n=2)
     outputs = run(engine, item)
     layout = engine.kv.layout
-    assert layout.page_bytes == 32 * (2 * 64 + 2 * 4 + 16)
+    assert layout.page_bytes == 32 * (BYTES[kv_dtype] + 16)
     for choice in outputs.values():
         report = choice[-1].kv
         assert report is not None and report.kept_tokens <= 81
@@ -41,8 +48,11 @@ def test_policies_and_options_work_and_bytes_count_the_scales(
         assert len(tokens(choice)) == 12
 
 
-def test_answers_are_those_of_a_float_cache_almost_always(make_engine: MakeEngine, loaded: Loaded) -> None:
+@pytest.mark.parametrize(("kv_dtype", "most"), [("int8", 4), ("k8v4", 3)])
+def test_answers_are_those_of_a_float_cache_almost_always(
+    make_engine: MakeEngine, loaded: Loaded, kv_dtype: str, most: int
+) -> None:
     prompts = [request(loaded.prompt(200 + 31 * i, 50 * i), 8, f"r{i}") for i in range(6)]
-    exact, rounded = (run(make_engine(kv_dtype=name), *prompts) for name in ("float32", "int8"))
+    exact, rounded = (run(make_engine(kv_dtype=name), *prompts) for name in ("float32", kv_dtype))
     equal = sum(tokens(exact[key]) == tokens(rounded[key]) for key in exact)
-    assert equal >= 4
+    assert equal >= most
