@@ -30,6 +30,7 @@ class ModelCard(BaseModel):
         max_kv_tokens: as many of them as the cache has room for if a request keeps all.
         weights: type of its linear layers' weights: float32, int8, int4 or bfloat16.
         weights_bytes: memory of all its weights.
+        kv_dtype: format of cached keys and values, as `--kv-dtype` names it.
         pruning: null if it was not pruned.
     """
 
@@ -42,6 +43,7 @@ class ModelCard(BaseModel):
     max_kv_tokens: int
     weights: str
     weights_bytes: int
+    kv_dtype: str
     pruning: PruningCard | None = None
 
 

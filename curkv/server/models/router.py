@@ -57,6 +57,7 @@ def _card(state: ServerState, name: str) -> ModelCard:
         max_kv_tokens=client.max_kv_tokens,
         weights=client.weights,
         weights_bytes=sum(client.weights_bytes.values()),
+        kv_dtype=client.cache_layout.format.name,
         pruning=_pruning(client.pruning),
     )
 
