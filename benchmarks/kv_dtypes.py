@@ -305,7 +305,7 @@ def measure_window(
                 high_share = mix * share
                 low_share = (1 - mix) * share * one.bytes / low
                 fork = evicted(options, min(1.0, high_share + low_share))
-                best = torch.full((len(kv.layout.full_rows), kv.layout.num_kv_heads, 1), -1)
+                best = torch.full((len(kv.layout.evicted_rows), kv.layout.num_kv_heads, 1), -1)
                 if mix:
                     best = kept_positions(runner, slot, planned(options, high_share))
                 demote(runner, fork, best)
