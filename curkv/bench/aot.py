@@ -170,8 +170,9 @@ def smallest_wide_loads(launch: Launch) -> int:
     values = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.options
     stores = [values[name] for name in ("pages_k", "pages_v") if name in values and "BLOCK_N" in values]
     warp = 64
+    threads = warp * launch.options["num_warps"]
     return sum(
-        values["BLOCK_N"] * x.shape[2] * x.element_size() // (16 * warp * launch.options["num_warps"])
+        max(int(x.dtype != torch.uint8), values["BLOCK_N"] * x.shape[2] * x.element_size() // (16 * threads))
         for x, *_ in stores
     )
 
