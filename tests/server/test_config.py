@@ -123,7 +123,7 @@ def test_unknown_setting_in_file(tmp_path: Path) -> None:
         (["--port", "70000"], "port"),
         (["--page-size", "0"], "page_size"),
         (["--kv-cache-memory", "lots"], "is not a size"),
-        (["--kv-dtype", "int4"], "bfloat16"),
+        (["--kv-dtype", "int3"], "bfloat16"),
         (["--config", "/nowhere/at/all.toml"], "cannot read"),
     ],
 )
