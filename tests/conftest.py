@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from curkv.models.loading.default_model import DEFAULT_MODEL, ensure_built_in
+from curkv.models.loading.built_in import DEFAULT_MODEL, ensure_built_in
 
 from . import device  # noqa: F401, before anything imports triton
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from curkv.bench.measurement import Measurement
 from curkv.bench.workload import Workload, prompts
+from curkv.models.loading.checkpoint import tensor_files
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -18,10 +19,17 @@ if TYPE_CHECKING:
 
 
 def load(directory: Path) -> PreTrainedModel:
-    """Reads a model as transformers would run it, in float32."""
-    from transformers import AutoModelForCausalLM
+    """Reads a model as transformers would run it, in float32, from a GGUF file too."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    files = tensor_files(directory)
+    config = AutoConfig.from_pretrained(directory)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    wrong = model.load_state_dict({name: files.read(name).float() for name in files.names}, strict=False)
+    model.tie_weights()
+    assert set(wrong.missing_keys) <= set(model.all_tied_weights_keys), wrong
+    model.generation_config = GenerationConfig.from_pretrained(directory)
+    model.eval()  # type: ignore[no-untyped-call]
     return model
 
 

@@ -73,7 +73,7 @@ def wait_for(url: str, still_starting: Callable[[], bool] = lambda: True) -> boo
         with suppress(httpx.TransportError):
             if httpx.get(url, timeout=5).status_code == 200:
                 return True
-        time.sleep(0.2)
+        time.sleep(0.05)
     return False
 
 

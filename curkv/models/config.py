@@ -11,6 +11,7 @@ from curkv.models.errors import UnsupportedModel
 from curkv.models.rope_scaling import LinearScaling, Llama3Scaling, LongRope, Rope, RopeScaling, YarnScaling
 
 SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+SUPPORTED_QUANTISATIONS = ("awq", "gptq", "fp8", "compressed-tensors")
 SUPPORTED_LAYER_TYPES = ("full_attention", "sliding_attention")
 SUPPORTED_ACTIVATIONS = (
     "silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python", "relu",
@@ -316,10 +317,8 @@ def _activation(raw: Mapping[str, Any], activation: str) -> str:
         raise unsupported("activation", found, SUPPORTED_ACTIVATIONS)
     if quantised := raw.get("quantization_config"):
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
-        raise UnsupportedModel(
-            f"quantised weights ({method}) are not supported in safetensors; "
-            "use the unquantised checkpoint or a GGUF file"
-        )
+        if method not in SUPPORTED_QUANTISATIONS:
+            raise unsupported("quantisation of safetensors (quant_method)", method, SUPPORTED_QUANTISATIONS)
     return found
 
 

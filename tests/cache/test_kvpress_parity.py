@@ -14,8 +14,8 @@ import torch
 from kvpress.utils import compute_n_kept
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
+from curkv.bench import baseline
 from curkv.cache.attention import PagedAttention
 from curkv.cache.batch import Batch
 from curkv.cache.eviction import select
@@ -66,7 +66,7 @@ class Text:
 
 @pytest.fixture(scope="module")
 def model(default_model_dir):
-    return AutoModelForCausalLM.from_pretrained(default_model_dir, dtype=torch.float32).eval()
+    return baseline.load(default_model_dir)
 
 
 @pytest.fixture(scope="module", params=[1031, 2048])

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
+from curkv.bench import baseline
 from curkv.cache.parsing import parse_options
 from curkv.engine.engine import Engine
 from curkv.engine.types import InvalidRequest, Output
@@ -24,7 +24,7 @@ LENGTHS = (5, 33, 64, 130, 257)
 @pytest.fixture(scope="module")
 def expected(loaded: Loaded) -> dict[int, list[int]]:
     """What transformers generates greedily in float32 for prompts of each length."""
-    model = AutoModelForCausalLM.from_pretrained(loaded.directory, dtype=torch.float32).eval()
+    model = baseline.load(loaded.directory)
     found = {}
     for length in LENGTHS:
         ids = torch.tensor([loaded.prompt(length, start=length)])

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
+from curkv.bench import baseline
 from curkv.cache.parsing import parse_options
 from curkv.engine.engine import Engine
 from curkv.engine.scheduler import MAX_JUDGED_TOKENS
@@ -22,7 +22,7 @@ LENGTH = 40
 @pytest.fixture(scope="module")
 def expected(loaded: Loaded) -> torch.Tensor:
     """Log-probabilities of transformers, float32 [LENGTH, vocab]."""
-    model = AutoModelForCausalLM.from_pretrained(loaded.directory, dtype=torch.float32).eval()
+    model = baseline.load(loaded.directory)
     with torch.inference_mode():
         return model(torch.tensor([loaded.prompt(LENGTH)])).logits[0].log_softmax(-1)
 

@@ -129,6 +129,10 @@ def test_a_directory_of_something_else_says_what_it_is_and_what_to_do(tmp_path: 
         load_config(tmp_path)
 
 
+def checkpoint_of(directory: Path) -> Checkpoint:
+    return Checkpoint(directory, load_config(directory))
+
+
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -147,13 +151,24 @@ def test_an_upper_case_gguf_is_one(tmp_path: Path, cache: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"llama.feed_forward_length": 96}, "mlp.gate_proj.weight has the shape [80, 48], but [96, 48]"),
-        ({"llama.block_count": 4}, "no tensor model.layers.3"),
+        (
+            {"llama.feed_forward_length": 96},
+            "a.gguf: blk.0.ffn_gate.weight has the shape [80, 48], but [96, 48]",
+        ),
+        ({"llama.block_count": 4}, "a.gguf has no tensor blk.3.attn_q.weight"),
         ({"llama.rope.scaling.attn_factor": 2}, "rope.scaling.attn_factor, which is not supported"),
+        ({"general.type": "adapter"}, "a.gguf: it holds a LoRA adapter"),
+        ({"general.type": "mmproj"}, "a.gguf: it holds the vision or audio tower"),
+        (
+            {"tokenizer.ggml.pre": "newest"},
+            "a.gguf: unsupported GGUF pre-tokenizer newest (tokenizer.ggml.pre)",
+        ),
+        ({"tokenizer.ggml.model": "bert"}, "a.gguf: unsupported GGUF tokenizer bert"),
+        ({"tokenizer.ggml.model": ""}, "a.gguf: the GGUF file has no tokenizer (no tokenizer.ggml.model)"),
     ],
 )
 def test_a_bad_gguf_leaves_nothing_in_the_cache(
-    tmp_path: Path, cache: Path, fields: dict[str, int], words: str
+    tmp_path: Path, cache: Path, fields: dict[str, Any], words: str
 ) -> None:
     write_gguf(tmp_path / "a.gguf", "llama", random_model(MODELS["llama"]), **fields)
     with pytest.raises(ModelError) as error:
@@ -162,14 +177,29 @@ def test_a_bad_gguf_leaves_nothing_in_the_cache(
     assert left_over(cache) == []
 
 
-def test_nan_in_a_gguf_leaves_nothing_in_the_cache(tmp_path: Path, cache: Path) -> None:
+def test_a_tokenizer_larger_than_the_embedding_is_named(tmp_path: Path, cache: Path) -> None:
+    small = LlamaConfig(**SHAPE | {"vocab_size": 100})
+    write_gguf(tmp_path / "a.gguf", "llama", random_model(small))
+    with pytest.raises(ModelError, match=r"a\.gguf: tokenizer\.ggml\.tokens has .* only 100 rows"):
+        resolve_model(str(tmp_path / "a.gguf"))
+    assert left_over(cache) == []
+
+
+def test_an_unknown_architecture_is_named(tmp_path: Path, cache: Path) -> None:
+    write_gguf(tmp_path / "a.gguf", "mamba", random_model(MODELS["llama"]))
+    words = r"a\.gguf: unsupported GGUF architecture \(general\.architecture\) mamba; supported: llama"
+    with pytest.raises(UnsupportedModel, match=words):
+        resolve_model(str(tmp_path / "a.gguf"))
+    assert left_over(cache) == []
+
+
+def test_nan_in_a_gguf_is_named(tmp_path: Path, cache: Path) -> None:
     model = random_model(MODELS["llama"])
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[3, 3] = float("nan")
     write_gguf(tmp_path / "a.gguf", "llama", model)
     with pytest.raises(ModelError, match=r"a\.gguf: blk\.1\.ffn_down\.weight holds NaN"):
-        resolve_model(str(tmp_path / "a.gguf"))
-    assert left_over(cache) == []
+        checkpoint_of(resolve_model(str(tmp_path / "a.gguf"))).layer(1)
 
 
 @pytest.mark.parametrize("key", ["llama.rope.scale_linear", "llama.rope.scaling.factor"])

@@ -137,7 +137,7 @@ def test_what_an_unknown_architecture_lacks_is_named(settings: dict[str, Any], w
         (raw(rms_norm_eps="small"), "rms_norm_eps = 'small'"),
         (raw(rope_scaling=[1]), "rope_scaling"),
         (raw(eos_token_id="</s>"), "eos_token_id = '</s>'"),
-        (raw(quantization_config={"quant_method": "gptq"}), "gptq"),
+        (raw(quantization_config={"quant_method": "bitsandbytes"}), "bitsandbytes; supported: awq, gptq"),
     ],
 )
 def test_unsupported_settings_are_refused_by_name(content: dict[str, Any], words: str) -> None:

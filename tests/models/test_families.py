@@ -19,7 +19,7 @@ from curkv.models import families
 from curkv.models.blocks import Head, Packer
 from curkv.models.config import ModelConfig, read_shape
 from curkv.models.decoder import Decoder
-from curkv.models.families import FAMILIES, family_of, family_of_gguf, pre_tokenizers
+from curkv.models.families import FAMILIES, family_of, family_of_gguf
 from curkv.models.families.base import Family
 from curkv.models.loading import load_config
 from curkv.models.loading.checkpoint import Checkpoint
@@ -33,10 +33,8 @@ def test_names_are_said_once() -> None:
         [family.model_type for family in FAMILIES],
         [name for family in FAMILIES for name in family.architectures],
         [family.gguf_architecture for family in FAMILIES if family.gguf_architecture],
-        [name for family in FAMILIES for name in family.pre_tokenizers],
     ):
         assert len(names) == len(set(names))
-    assert list(pre_tokenizers()) == ["smollm", "gpt-2", "llama-bpe", "qwen2"]
     assert family_of_gguf("qwen3").model_type == "qwen3"
 
 

@@ -1,5 +1,6 @@
 """GGUF files written as llama.cpp's converter writes them, read back against the model they came from."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from transformers import (
     Qwen3Config,
 )
 
-from curkv.models.errors import ModelError, UnsupportedModel
+from curkv.models.errors import ModelError, ModelNotFound, UnsupportedModel
 from curkv.models.families.gguf_names import TENSOR_NAMES
-from curkv.models.loading import load_config, resolve_model
-from curkv.models.loading.gguf import GGUFFile, convert_gguf
+from curkv.models.loading import gguf_blocks, load_config, resolve_model
+from curkv.models.loading.checkpoint import tensor_files
+from curkv.models.loading.gguf import describe_gguf
+from curkv.models.loading.gguf_file import GGUFFile
+from curkv.models.rope_scaling import YarnScaling
 from tests.models.test_llama import LLAMA3, SHAPE
 from tests.models.test_tokenizer import byte_level_metadata
 
@@ -55,17 +59,18 @@ def write_gguf(path: Path, architecture: str, model: PreTrainedModel, **fields: 
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     if architecture == "qwen3":
         writer.add_key_length(config.head_dim)
-    tokens = byte_level_metadata("qwen2")
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
+    tokens = byte_level_metadata("qwen2", SHAPE["vocab_size"])
+    writer.add_tokenizer_model(fields.pop("tokenizer.ggml.model", "gpt2"))
+    writer.add_tokenizer_pre(fields.pop("tokenizer.ggml.pre", "qwen2"))
     writer.add_token_list(tokens["tokenizer.ggml.tokens"])
     writer.add_token_types(tokens["tokenizer.ggml.token_type"])
     writer.add_token_merges(tokens["tokenizer.ggml.merges"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_eot_token_id(5)
+    adders = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for key, value in fields.items():
-        writer.add_uint32(key, value)
+        adders[type(value)](key, value)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -97,7 +102,7 @@ def random_model(config: Any) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("architecture", MODELS)
-def test_conversion_restores_the_model(
+def test_a_file_gives_the_model_back(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -106,23 +111,24 @@ def test_conversion_restores_the_model(
     write_gguf(path, architecture, model)
     directory = resolve_model(str(path))
     assert directory.is_relative_to(tmp_path / "cache/curkv/models")
-    converted = AutoModelForCausalLM.from_pretrained(directory)
-    assert type(converted) is type(model)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(converted.state_dict()[name], tensor), name
     config = load_config(directory)
+    assert config.architecture == type(model).__name__
+    tensors = tensor_files(directory)
+    assert set(tensors.names) >= model.state_dict().keys() - {"lm_head.weight"}
+    for name in tensors.names:
+        assert torch.equal(tensors.read(name), model.state_dict()[name]), name
     assert config.rms_norm_eps == MODELS[architecture].rms_norm_eps
     assert config.eos_token_ids == (2, 5)
     before = directory.stat().st_mtime_ns
     assert resolve_model(str(path)) == directory
-    assert directory.stat().st_mtime_ns == before, "converted twice"
+    assert directory.stat().st_mtime_ns == before, "described twice"
 
 
 def test_llama3_scaling_is_recovered_from_the_divisors(tmp_path: Path) -> None:
     rope = LLAMA3 | {"rope_theta": 500000.0, "factor": 32.0, "original_max_position_embeddings": 8192}
     model = random_model(LlamaConfig(**SHAPE, head_dim=64, rope_parameters=rope))
     write_gguf(tmp_path / "a.gguf", "llama", model, **{"llama.attention.key_length": 64})
-    convert_gguf(tmp_path / "a.gguf", tmp_path)
+    describe_gguf(tmp_path / "a.gguf", tmp_path)
     scaling = load_config(tmp_path).rope_scaling
     assert scaling is not None
     assert scaling.factor == pytest.approx(32.0)
@@ -134,21 +140,125 @@ def test_unknown_divisors_are_refused(tmp_path: Path) -> None:
     model = random_model(LlamaConfig(**SHAPE, rope_parameters=LLAMA3))
     write_gguf(tmp_path / "a.gguf", "llama", model)
     with pytest.raises(UnsupportedModel, match="RoPE frequencies"):
-        convert_gguf(tmp_path / "a.gguf", tmp_path)
+        describe_gguf(tmp_path / "a.gguf", tmp_path)
 
 
-def test_quantised_weights_are_dequantised(tmp_path: Path) -> None:
-    weight = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
-    blocks = gguf.quantize(weight, gguf.GGMLQuantizationType.Q4_1)
+PUBLISHED = (
+    *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4", "TQ1_0", "TQ2_0"),
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS"),
+    *("IQ2_XXS", "IQ1_S", "IQ1_M"),
+)
+"""Types of tensors in files that people publish."""
+
+
+def random_blocks(kind: gguf.GGMLQuantizationType, rows: int, columns: int) -> np.ndarray[Any, Any]:
+    """Blocks of any content, but for what would make a scale NaN or infinity."""
+    values, size = gguf.GGML_QUANT_SIZES[kind]
+    blocks = np.random.default_rng(0).integers(0, 256, (rows * columns // values, size), np.uint8)
+    if kind.name in ("F32", "F16", "BF16"):
+        return np.random.default_rng(0).standard_normal((rows, columns)).astype(np.float32)
+    halves = blocks[:, : size // 2 * 2].view(np.float16)
+    halves[~(abs(halves) < 1e3)] = 0.5
+    return blocks.reshape(rows, -1)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_quantised_weights_have_the_values_of_the_gguf_package(name: str, tmp_path: Path) -> None:
+    kind = gguf.GGMLQuantizationType[name]
+    blocks = random_blocks(kind, 9, 512)
+    if blocks.dtype == np.float32:
+        blocks = gguf.quantize(blocks, kind)
     writer = gguf.GGUFWriter(tmp_path / "q.gguf", "llama")
-    writer.add_tensor("output.weight", blocks, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
+    writer.add_tensor("before", np.ones(5, np.float32))
+    writer.add_tensor("output.weight", blocks, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     tensor = GGUFFile(tmp_path / "q.gguf").tensors["output.weight"]
-    values = gguf.dequantize(tensor.data, tensor.tensor_type)
-    assert np.abs(values - weight).max() < 0.2
+    assert (tensor.shape, tensor.kind) == ((9, 512), kind)
+    expected = gguf.dequantize(blocks, kind).astype(np.float32)
+    assert np.array_equal(tensor.read(), expected, equal_nan=True)
+
+
+def test_large_tensors_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = random_blocks(gguf.GGMLQuantizationType.Q4_K, 9, 512)
+    whole = gguf_blocks.dequantise(blocks.ravel(), gguf.GGMLQuantizationType.Q4_K, (9, 512))
+    monkeypatch.setattr(gguf_blocks, "PART", 1024)
+    parts = gguf_blocks.dequantise(blocks.ravel(), gguf.GGMLQuantizationType.Q4_K, (9, 512))
+    assert np.array_equal(whole, parts)
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> list[Path]:
+    """A model in three files."""
+    write_gguf(tmp_path / "whole.gguf", "llama", random_model(MODELS["llama"]))
+    whole = gguf.GGUFReader(tmp_path / "whole.gguf")
+    paths = [tmp_path / f"a-{part:05d}-of-00003.gguf" for part in (1, 2, 3)]
+    for number, path in enumerate(paths):
+        writer = gguf.GGUFWriter(path, "llama")
+        for key, field in whole.fields.items() if number == 0 else ():
+            if not key.startswith("GGUF.") and key != "general.architecture":
+                sub = field.types[-1] if len(field.types) > 1 else None
+                writer.add_key_value(key, field.contents(), field.types[0], sub_type=sub)
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", 3)
+        writer.add_int32("split.tensors.count", len(whole.tensors))
+        for tensor in whole.tensors[number::3]:
+            writer.add_tensor(tensor.name, tensor.data)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return paths
+
+
+def test_a_split_file_is_the_whole_one(
+    split: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    whole, parts = (resolve_model(str(path)) for path in (tmp_path / "whole.gguf", split[1]))
+    assert (whole / "config.json").read_text() == (parts / "config.json").read_text()
+    one, other = tensor_files(whole), tensor_files(parts)
+    assert len(other.paths) == 3 and sorted(one.names) == sorted(other.names)
+    assert all(torch.equal(one.read(name), other.read(name)) for name in one.names)
+
+
+def test_missing_pieces_are_named(split: list[Path]) -> None:
+    split[1].unlink()
+    with pytest.raises(ModelNotFound, match=r"one of 3 pieces; missing in .*: a-00002-of-00003\.gguf"):
+        GGUFFile(split[0])
+
+
+def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "a.gguf", "llama", random_model(MODELS["llama"]))
+    (tmp_path / "model").mkdir()
+    describe_gguf(tmp_path / "a.gguf", tmp_path / "model")
+    (tmp_path / "a.gguf").unlink()
+    with pytest.raises(ModelNotFound, match=r"/a\.gguf is gone"):
+        tensor_files(tmp_path / "model")
+
+
+def yarn(**fields: float) -> dict[str, Any]:
+    return {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0} | fields
+
+
+@pytest.mark.parametrize(
+    ("fields", "amplitude", "beta_fast"),
+    [
+        (yarn(), 1 + 0.1 * np.log(4), 32.0),
+        (yarn(**{"llama.rope.scaling.attn_factor": 0.5}), 0.5 * (1 + 0.1 * np.log(4)), 32.0),
+        (yarn(**{"llama.rope.scaling.yarn_beta_fast": 16.0}), 1 + 0.1 * np.log(4), 16.0),
+    ],
+)
+def test_yarn_of_a_file_is_applied(
+    tmp_path: Path, fields: dict[str, Any], amplitude: float, beta_fast: float
+) -> None:
+    write_gguf(tmp_path / "a.gguf", "llama", random_model(MODELS["llama"]), **fields)
+    describe_gguf(tmp_path / "a.gguf", tmp_path)
+    scaling = load_config(tmp_path).rope_scaling
+    assert isinstance(scaling, YarnScaling)
+    assert (scaling.amplitude, scaling.beta_fast) == (pytest.approx(amplitude), beta_fast)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +267,7 @@ def test_quantised_weights_are_dequantised(tmp_path: Path) -> None:
         ("gpt2", {}, "gpt2; supported: llama, qwen2, qwen3"),
         ("llama", {"llama.attention.sliding_window": 4096}, "sliding-window"),
         ("llama", {"llama.rope.dimension_count": 4}, "partial rotary"),
-        ("llama", {"split.count": 3}, "several parts"),
+        ("llama", {"llama.rope.scaling.yarn_ext_factor": 1}, "yarn_ext_factor, which is not supported"),
     ],
 )
 def test_unsupported_files_are_refused(
@@ -165,11 +275,31 @@ def test_unsupported_files_are_refused(
 ) -> None:
     write_gguf(tmp_path / "a.gguf", architecture, random_model(MODELS["llama"]), **fields)
     with pytest.raises(UnsupportedModel, match=words):
-        convert_gguf(tmp_path / "a.gguf", tmp_path)
+        describe_gguf(tmp_path / "a.gguf", tmp_path)
 
 
-def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.gguf"
-    path.write_bytes(b"not a model")
-    with pytest.raises(ModelError, match="no readable GGUF"):
-        convert_gguf(path, tmp_path)
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (lambda whole: b"not a model", "does not begin with GGUF"),
+        (lambda whole: b"", "no readable GGUF"),
+        (lambda whole: whole[:5], "no readable GGUF"),
+        (lambda whole: whole[:400], "cut off"),
+        (lambda whole: whole[:-1], "before the tensor .* does; it is cut off"),
+        (lambda whole: whole[:4] + b"\x01\0\0\0" + whole[8:], "its version is 1"),
+        (lambda whole: whole[:4] + b"\0\0\0\x03" + whole[8:], "big-endian"),
+        (lambda whole: whole[:16] + b"\xff" * 8 + whole[24:], "no readable GGUF"),
+    ],
+)
+def test_damaged_files_are_refused(tmp_path: Path, content: Callable[[bytes], bytes], words: str) -> None:
+    write_gguf(tmp_path / "a.gguf", "llama", random_model(MODELS["llama"]))
+    (tmp_path / "a.gguf").write_bytes(content((tmp_path / "a.gguf").read_bytes()))
+    with pytest.raises(ModelError, match=words) as error:
+        describe_gguf(tmp_path / "a.gguf", tmp_path)
+    assert "a.gguf" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_piece_that_is_not_named_like_one_is_refused(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "a.gguf", "llama", random_model(MODELS["llama"]), **{"split.count": 3})
+    with pytest.raises(ModelError, match="a piece of 3"):
+        GGUFFile(tmp_path / "a.gguf")

@@ -14,8 +14,9 @@ from gguf import GGUFWriter
 from transformers import Gemma2Config, PreTrainedModel
 
 from curkv.models.families import family_of_gguf
-from curkv.models.loading.gguf import convert_gguf
+from curkv.models.loading.gguf import describe_gguf
 from tests.models.test_gguf import permute
+from tests.models.test_llama import SHAPE
 from tests.models.test_model_families import BASE, MODELS, build, random_model, text
 from tests.models.test_tokenizer import byte_level_metadata
 
@@ -84,11 +85,11 @@ GEMMA2 = Gemma2Config(
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_converted_file_is_the_model_it_came_from(name: str, tmp_path: Path) -> None:
+def test_a_file_is_the_model_it_came_from(name: str, tmp_path: Path) -> None:
     architecture, write = CASES[name]
     model = random_model(GEMMA2 if name == "gemma2" else MODELS[name])
     write_gguf(tmp_path / "a.gguf", architecture, model, write)
-    convert_gguf(tmp_path / "a.gguf", tmp_path)
+    describe_gguf(tmp_path / "a.gguf", tmp_path)
     runner, ids = build(tmp_path, 64).runner, text(50, 0)
     logits = runner.run([runner.kv.add_sequence()], [ids], [0], [len(ids)])
     with torch.no_grad():
@@ -114,7 +115,7 @@ def write_gguf(
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1)))
-    tokens = byte_level_metadata("qwen2")
+    tokens = byte_level_metadata("qwen2", SHAPE["vocab_size"])
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(tokens["tokenizer.ggml.tokens"])

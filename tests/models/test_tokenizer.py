@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from curkv.models.errors import UnsupportedModel
 from curkv.models.loading import load_tokenizer
 from curkv.models.loading.gguf_tokenizer import build_tokenizer, write_tokenizer
+from curkv.models.loading.pre_tokenizers import PRE_TOKENIZERS
 
 TEXTS = [
     "Hello world",
@@ -120,8 +121,10 @@ def test_chat_template(theirs: PreTrainedTokenizerFast) -> None:
     )
 
 
-def byte_level_metadata(pre: str, **changes: Any) -> dict[str, Any]:
-    tokens = [*byte_alphabet().values(), "12", "123", "Ġ1", "ab", "<s>", "<user>"]
+def byte_level_metadata(pre: str, size: int = 262, **changes: Any) -> dict[str, Any]:
+    """A byte-level tokenizer of so many tokens; with fewer than all, some bytes have none."""
+    others = ["12", "123", "Ġ1", "ab", "<s>", "<user>"]
+    tokens = [*list(byte_alphabet().values())[: size - len(others)], *others]
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,
@@ -146,6 +149,35 @@ def test_pre_tokenizers_split_digits_their_own_way(pre: str, tokens: list[str]) 
     encoding = tokenizer.encode("ab1234<user>")
     assert encoding.tokens == tokens
     assert tokenizer.decode(encoding.ids) == "ab1234<user>"
+
+
+WORDS = "Hello World's 12345  foo_barBaz\n\n  x — 日本語 naïve ...\r\n\t end  "
+
+
+@pytest.mark.parametrize("name", PRE_TOKENIZERS)
+def test_nothing_is_lost_between_words(name: str) -> None:
+    pieces = PRE_TOKENIZERS[name].make().pre_tokenize_str(WORDS)
+    assert "".join(WORDS[start:end] for _, (start, end) in pieces) == WORDS
+    tokenizer = build_tokenizer(byte_level_metadata(name).get)
+    ids = tokenizer.encode(WORDS, add_special_tokens=False).ids
+    assert tokenizer.decode(ids, skip_special_tokens=False) == WORDS
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("default", ["Hello", " World", "'", "s", " ", "123", "45", " ", " foo", "_", "barBaz"]),
+        ("gpt-4o", ["Hello", " World's", " ", "123", "45", " ", " foo", "_bar", "Baz"]),
+        ("tekken", ["Hello", " World", "'s", " ", "1", "2", "3", "4", "5", " ", " foo", "_bar", "Baz"]),
+        ("deepseek-v3", ["Hello", " World", "'s", " ", "123", "45", " ", " foo", "_barBaz"]),
+        ("command-r", ["Hello", " World", "'s", " ", "1", "2", "3", "4", "5", " ", " foo", "_", "barBaz"]),
+        ("afmoe", ["Hello", " World", "'s", " ", "12", "345", " ", " foo", "_barBaz"]),
+        ("viking", ["Hello", " World's", " ", "1", "2", "3", "4", "5", " ", " foo_barBaz"]),
+    ],
+)
+def test_words_are_those_of_the_name(name: str, words: list[str]) -> None:
+    pieces = PRE_TOKENIZERS[name].make().pre_tokenize_str(WORDS)
+    assert [WORDS[start:end] for _, (start, end) in pieces][: len(words)] == words
 
 
 def test_bos_follows_the_file() -> None:
@@ -190,7 +222,7 @@ def test_sentence_piece_vocabulary(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"tokenizer.ggml.pre": "tekken"}, "tekken"), ({"tokenizer.ggml.model": "bert"}, "bert")],
+    [({"tokenizer.ggml.pre": "gemma4"}, "gemma4"), ({"tokenizer.ggml.model": "bert"}, "bert")],
 )
 def test_unknown_tokenizers_are_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UnsupportedModel, match=words):

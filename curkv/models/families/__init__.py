@@ -7,7 +7,7 @@ from typing import Any
 
 from curkv.models.config import ModelConfig, unsupported
 from curkv.models.errors import UnsupportedModel
-from curkv.models.families.base import Family, PreTokenizer
+from curkv.models.families.base import Family
 from curkv.models.families.cohere2 import Cohere2
 from curkv.models.families.exaone4 import Exaone4
 from curkv.models.families.gemma import Gemma, Gemma2, Gemma3
@@ -156,10 +156,5 @@ def family_of_gguf(architecture: str) -> Family:
     """
     known = {family.gguf_architecture: family for family in FAMILIES if family.gguf_architecture}
     if architecture not in known:
-        raise unsupported("GGUF architecture", architecture, tuple(map(str, known)))
+        raise unsupported("GGUF architecture (general.architecture)", architecture, tuple(map(str, known)))
     return known[architecture]
-
-
-def pre_tokenizers() -> dict[str, PreTokenizer]:
-    """Returns every pre-tokenizer by its name in GGUF files."""
-    return {name: made for family in FAMILIES for name, made in family.pre_tokenizers.items()}

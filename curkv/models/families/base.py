@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from tokenizers import normalizers, pre_tokenizers
 from torch import Tensor
 
 from curkv.models.blocks import (
@@ -53,23 +52,6 @@ class Piece:
     sources: tuple[str, ...]
     shape: tuple[int, ...]
     take: Callable[..., Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class PreTokenizer:
-    """How byte-level BPE of a GGUF file cuts text into the words that it merges within.
-
-    Attributes:
-        make: Cuts and maps to bytes.
-        normalizer: What is done to the text before.
-        adds_bos: The bos token is put first unless the file says otherwise.
-        whole_words: Words that are tokens are not merged.
-    """
-
-    make: Callable[[], pre_tokenizers.PreTokenizer]
-    normalizer: Callable[[], normalizers.Normalizer] | None = None
-    adds_bos: bool = False
-    whole_words: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +123,6 @@ class Family(ABC):
         gguf_norm: Key of the number that is added to the mean square in norms.
         norms: Names of a layer's norms.
         prunable: Layers are Llama's, and their weights are computed with as they are stored.
-        pre_tokenizers: Those that came with the family, by their names in GGUF files.
     """
 
     title: ClassVar[str]
@@ -155,7 +136,6 @@ class Family(ABC):
     gguf_norm: ClassVar[str] = "attention.layer_norm_rms_epsilon"
     norms: ClassVar[Norms] = Norms()
     prunable: ClassVar[bool] = True
-    pre_tokenizers: ClassVar[Mapping[str, PreTokenizer]] = {}
 
     @abstractmethod
     def config(self, raw: Mapping[str, Any]) -> ModelConfig:
@@ -177,6 +157,10 @@ class Family(ABC):
         """[vocab, hidden]; the embedding if the model ties them."""
         name = EMBEDDING if config.tie_embeddings else HEAD
         return scaled(read(name, config.vocab_size, config.hidden_size), config.logit_scale)
+
+    def embedding_of_head(self, config: ModelConfig) -> float | None:
+        """What the head is multiplied with to be the embedding, if it is a multiple of it."""
+        return config.embedding_scale / config.logit_scale if config.tie_embeddings else None
 
     def layer(self, read: Read, config: ModelConfig, index: int) -> LayerWeights:
         """Reads one decoder layer and fuses its projections."""
@@ -343,7 +327,9 @@ class Family(ABC):
         return {
             "architectures": [self.architectures[0]],
             "model_type": self.model_type,
-            **read_metadata(gguf, windows=self.gguf_windows, norm=self.gguf_norm),
+            **read_metadata(
+                gguf, windows=self.gguf_windows, norm=self.gguf_norm, settings=self.gguf_settings
+            ),
             **{key: gguf.setting(name) for name, key in self.gguf_settings.items()},
         }
 
@@ -361,3 +347,13 @@ class Family(ABC):
         if stem not in self.gguf_tensors:
             raise UnsupportedModel(f"unsupported tensor {name} in a GGUF file of {self.gguf_architecture}")
         return f"{prefix}{self.gguf_tensors[stem]}.{kind}"
+
+    def name_in_gguf(self, name: str) -> str:
+        """Returns what a tensor is called in a GGUF file; its own name if the family has no such tensor."""
+        stem, _, kind = name.rpartition(".")
+        prefix = ""
+        if stem.startswith("model.layers."):
+            _, _, layer, stem = stem.split(".", 3)
+            prefix = f"blk.{layer}."
+        names = {tensor: found for found, tensor in self.gguf_tensors.items()}
+        return f"{prefix}{names[stem]}.{kind}" if stem in names else name

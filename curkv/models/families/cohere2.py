@@ -66,6 +66,10 @@ class Cohere2(Family):
         rows = super().embedding(read, config)
         return rows - rows.mean(1, keepdim=True)
 
+    def embedding_of_head(self, config: ModelConfig) -> float | None:
+        """See `Family.embedding_of_head`: the head's rows have their mean."""
+        return None
+
     def out(self, read: Read, config: ModelConfig, name: str, *columns: int) -> Tensor:
         """See `Family.out`."""
         channels = super().out(read, config, name, *columns)
@@ -82,7 +86,7 @@ class ParallelMlp(Mlp):
     def __init__(self, config: ModelConfig, weights: MlpWeights, pack: Packer):
         super().__init__(config, weights, pack)
         assert weights.norm is not None
-        self._norm, self._eps = weights.norm, config.rms_norm_eps
+        self._norm, self._eps = pack.keep("norm", weights.norm), config.rms_norm_eps
         self._rms_norm = pack.kernels.rms_norm
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -131,7 +131,7 @@ class Gemma3(Gemma2):
     model_type = "gemma3_text"
     architectures = ("Gemma3ForCausalLM", "Gemma3TextModel")
     gguf_architecture = "gemma3"
-    gguf_settings = {}  # noqa: RUF012
+    gguf_settings = {"rope.freq_base_swa": "rope_local_base_freq"}  # noqa: RUF012
     layers_of_27b = 62
 
     def config(self, raw: Mapping[str, Any]) -> ModelConfig:

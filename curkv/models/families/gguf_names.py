@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -55,19 +56,22 @@ ROPE_KEYS = {
 }
 """What is read, or says nothing that matters; anything else about RoPE is refused."""
 
+YARN_KEYS = {"rope.scaling.yarn_beta_fast": "beta_fast", "rope.scaling.yarn_beta_slow": "beta_slow"}
+"""Keys of YaRN beside those, and what `config.json` calls them."""
+
 # GGUF keeps Llama 3's frequency divisors but not the parameters; every released model uses these.
 LLAMA3_LOW_FREQ, LLAMA3_HIGH_FREQ, LLAMA3_CONTEXT = 1.0, 4.0, 8192
 
-# Dequantised weights are exact in float32; models beyond this many bytes are stored in float16 instead, whose
-# rounding (2^-11) is far below that of the quantisation.
 FLOAT32_LIMIT = 4 << 30
+"""Bytes up to which a model that is written out anew, as by pruning, is so in float32, in which dequantised
+weights are exact; else in float16, whose rounding (2^-11) is far below that of the quantisation."""
 
 
 class GGUF(Protocol):
     """A GGUF file as a family sees it; `loading.gguf.GGUFFile` is one.
 
     Attributes:
-        tensors: Those of the file, with the shapes and numbers of the `gguf` package, by name.
+        tensors: Those of the file by name; `loading.gguf_file.GGUFTensor` says what they have.
         keys: All keys of metadata under the architecture's prefix, without it.
     """
 
@@ -84,20 +88,19 @@ class GGUF(Protocol):
         """Returns the value of a key under the architecture's prefix."""
 
 
-def read_metadata(gguf: GGUF, *, windows: bool, norm: str) -> dict[str, Any]:
+def read_metadata(gguf: GGUF, *, windows: bool, norm: str, settings: Collection[str]) -> dict[str, Any]:
     """Returns the part of a `config.json` that all families write alike.
 
     Args:
         gguf: The file.
         windows: Sliding windows are not refused.
         norm: Key of the number that is added to the mean square in norms.
+        settings: Keys that the family reads itself.
 
     Raises:
         UnsupportedModel: A setting is not implemented.
         ModelError: A key or the embedding is missing.
     """
-    if gguf.get("split.count", 1) > 1:
-        raise UnsupportedModel("GGUF files in several parts are not supported; join them first")
     window = gguf.setting("attention.sliding_window") or None
     if window and not windows:
         raise UnsupportedModel("sliding-window attention is not supported; full attention is")
@@ -114,7 +117,7 @@ def read_metadata(gguf: GGUF, *, windows: bool, norm: str) -> dict[str, Any]:
         optional["partial_rotary_factor"] = rotated / head_dim
     if windows:
         optional |= {"sliding_window": window, **_layer_types(gguf)}
-    parameters = sum(int(tensor.n_elements) for tensor in gguf.tensors.values())
+    parameters = sum(tensor.n_elements for tensor in gguf.tensors.values())
     return {
         "attention_bias": "blk.0.attn_q.bias" in gguf.tensors,
         "bos_token_id": gguf.get("tokenizer.ggml.bos_token_id"),
@@ -131,10 +134,10 @@ def read_metadata(gguf: GGUF, *, windows: bool, norm: str) -> dict[str, Any]:
         "num_key_value_heads": kv_heads or heads,
         "pad_token_id": gguf.get("tokenizer.ggml.padding_token_id"),
         "rms_norm_eps": _shortest(_required(gguf, norm)),
-        "rope_scaling": _rope_scaling(gguf, rotated),
+        "rope_scaling": _rope_scaling(gguf, rotated, settings),
         "rope_theta": gguf.setting("rope.freq_base", 10000.0),
         "tie_word_embeddings": "output.weight" not in gguf.tensors,
-        "vocab_size": int(gguf.tensors["token_embd.weight"].shape[1]),
+        "vocab_size": gguf.tensors["token_embd.weight"].shape[0],
     } | optional
 
 
@@ -158,8 +161,13 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _rope_scaling(gguf: GGUF, head_dim: int) -> dict[str, Any] | None:
-    known = ROPE_KEYS | ({"rope.scaling.attn_factor"} if LONG_FACTORS in gguf.tensors else set())
+def _rope_scaling(gguf: GGUF, head_dim: int, others: Collection[str]) -> dict[str, Any] | None:
+    kind = gguf.setting("rope.scaling.type", "linear")
+    known = ROPE_KEYS | set(others)
+    if LONG_FACTORS in gguf.tensors or kind == "yarn":
+        known |= {"rope.scaling.attn_factor"}
+    if kind == "yarn":
+        known |= YARN_KEYS.keys()
     unknown = sorted(key for key in gguf.keys if key.startswith("rope.") and key not in known)
     if unknown:
         raise UnsupportedModel(f"the GGUF file sets {unknown[0]}, which is not supported")
@@ -169,10 +177,9 @@ def _rope_scaling(gguf: GGUF, head_dim: int) -> dict[str, Any] | None:
             "rope_type": "longrope",
             "attention_factor": gguf.setting("rope.scaling.attn_factor"),
             "original_max_position_embeddings": original,
-            "short_factor": gguf.tensors[SHORT_FACTORS].data.view(np.float32).tolist(),
-            "long_factor": gguf.tensors[LONG_FACTORS].data.view(np.float32).tolist(),
+            "short_factor": gguf.tensors[SHORT_FACTORS].read().tolist(),
+            "long_factor": gguf.tensors[LONG_FACTORS].read().tolist(),
         }
-    kind = gguf.setting("rope.scaling.type", "linear")
     factor = gguf.setting("rope.scaling.factor") or gguf.setting("rope.scale_linear") or 1.0
     scaled = kind != "none" and (factor != 1.0 or kind != "linear")
     if ROPE_FREQS in gguf.tensors:
@@ -184,11 +191,14 @@ def _rope_scaling(gguf: GGUF, head_dim: int) -> dict[str, Any] | None:
     scaling = {"rope_type": kind, "factor": _shortest(factor)}
     if kind == "yarn":
         scaling["original_max_position_embeddings"] = original
+        scaling |= {name: gguf.setting(key) for key, name in YARN_KEYS.items() if key in gguf.keys}
+        if amplitude := gguf.setting("rope.scaling.attn_factor"):
+            scaling["attention_factor"] = _shortest(amplitude) * (1 + 0.1 * math.log(factor))
     return scaling if scaled else None
 
 
 def _llama3_scaling(gguf: GGUF, head_dim: int) -> dict[str, Any]:
-    divisors = gguf.tensors[ROPE_FREQS].data.view(np.float32)
+    divisors = gguf.tensors[ROPE_FREQS].read()
     factor = float(divisors.max())
     frequency = gguf.setting("rope.freq_base", 10000.0) ** -(np.arange(0, head_dim, 2) / head_dim)
     waves = LLAMA3_CONTEXT * frequency / (2 * np.pi)

@@ -29,7 +29,6 @@ class Granite(Llama):
         "residual_scale": "residual_multiplier",
         "logit_scale": "logits_scaling",
     }
-    pre_tokenizers = {}  # noqa: RUF012
 
     def config(self, raw: Mapping[str, Any]) -> ModelConfig:
         """See `Family.config`."""

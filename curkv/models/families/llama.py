@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from tokenizers import pre_tokenizers
-
 from curkv.models.config import ModelConfig, read_shape
-from curkv.models.families.base import Family, PreTokenizer
-from curkv.models.families.pre_tokenizers import digits_and_bytes, words_and_bytes
+from curkv.models.families.base import Family
 
 
 class Llama(Family):
@@ -21,11 +18,6 @@ class Llama(Family):
     architectures = ("LlamaForCausalLM", "LlamaModel")
     gguf_architecture: ClassVar[str | None] = "llama"
     gguf_interleaved = True
-    pre_tokenizers = {  # noqa: RUF012
-        "smollm": PreTokenizer(digits_and_bytes),
-        "gpt-2": PreTokenizer(lambda: pre_tokenizers.ByteLevel(add_prefix_space=False)),
-        "llama-bpe": PreTokenizer(lambda: words_and_bytes("{1,3}"), adds_bos=True, whole_words=True),
-    }
 
     def config(self, raw: Mapping[str, Any]) -> ModelConfig:
         """See `Family.config`."""

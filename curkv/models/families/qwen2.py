@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from tokenizers import normalizers
-
 from curkv.models.config import LayerKind, ModelConfig, read_shape, read_window, sliding_layers
-from curkv.models.families.base import Family, PreTokenizer
-from curkv.models.families.pre_tokenizers import words_and_bytes
+from curkv.models.families.base import Family
 
 DEFAULT_WINDOW, DEFAULT_FULL_LAYERS = 4096, 28
 """What transformers assumes if config.json does not say."""
@@ -23,7 +20,6 @@ class Qwen2(Family):
     model_type = "qwen2"
     architectures = ("Qwen2ForCausalLM", "Qwen2Model")
     gguf_architecture = "qwen2"
-    pre_tokenizers = {"qwen2": PreTokenizer(lambda: words_and_bytes(""), normalizers.NFC)}  # noqa: RUF012
 
     def config(self, raw: Mapping[str, Any]) -> ModelConfig:
         """See `Family.config`."""

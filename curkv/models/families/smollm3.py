@@ -21,7 +21,6 @@ class SmolLM3(Llama):
     model_type = "smollm3"
     architectures = ("SmolLM3ForCausalLM", "SmolLM3Model")
     gguf_architecture = "smollm3"
-    pre_tokenizers = {}  # noqa: RUF012
 
     def config(self, raw: Mapping[str, Any]) -> ModelConfig:
         """See `Family.config`."""

@@ -13,23 +13,22 @@ from tokenizers import Tokenizer
 from curkv.models.config import ModelConfig, token_ids
 from curkv.models.errors import ModelError, ModelNotFound, UnsupportedModel
 from curkv.models.families import read_config
+from curkv.models.loading.built_in import BUILT_IN, ensure_built_in
 from curkv.models.loading.cache_directory import build_once
-from curkv.models.loading.default_model import BUILT_IN, ensure_built_in
-from curkv.models.loading.gguf import convert_gguf
+from curkv.models.loading.gguf import describe_gguf
+from curkv.models.loading.gguf_file import pieces
 from curkv.models.loading.json_file import read_json
 
 PROVENANCE = "pruning.json"
 """The file that `curkv prune` writes beside the weights."""
 
-_CONVERSION = 2
-"""Version of what is made of GGUF files; raise it when that changes, so that old ones are not reused."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.jinja"]
 _HUB_IGNORED = ["consolidated*", "original/*", "onnx/*"]  # other copies of the same weights
 
 
 def resolve_model(source: str) -> Path:
-    """Returns the directory of a model, downloading or converting it if it has to.
+    """Returns the directory of a model, downloading it or describing a GGUF file if it has to.
 
     Args:
         source: A directory, a `.gguf` file, a built-in name or a Hub id, tried in this order.
@@ -42,7 +41,7 @@ def resolve_model(source: str) -> Path:
     if source and path.is_dir():
         return path
     if path.suffix.lower() == ".gguf":
-        return _converted(path)
+        return _described(path)
     if source in BUILT_IN:
         return ensure_built_in(source)
     if _HUB_ID.fullmatch(source):
@@ -119,15 +118,16 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     return tokenizer
 
 
-def _converted(path: Path) -> Path:
-    """Returns the conversion of a GGUF file; the file's path, size and time stand for its content."""
+def _described(path: Path) -> Path:
+    """Returns the directory made of a GGUF file; path, size and time stand for the content of its pieces."""
     if not path.is_file():
         raise ModelNotFound(f"no such file: {path}")
-    path = path.resolve()
-    status = path.stat()
-    key = f"{_CONVERSION}\0{path}\0{status.st_size}\0{status.st_mtime_ns}"
-    name = f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    return build_once(name, lambda directory: convert_gguf(path, directory))
+    digest = hashlib.sha256()
+    for piece in pieces(path.resolve()):
+        status = piece.stat()
+        digest.update(f"{piece}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    name = f"{path.stem}-{digest.hexdigest()[:12]}"
+    return build_once(name, lambda directory: describe_gguf(path.resolve(), directory))
 
 
 def _from_hub(model_id: str) -> Path:

@@ -1,38 +1,81 @@
-"""The safetensors files of a model directory."""
+"""The weights of a model directory."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from curkv.models.blocks import LayerWeights
-from curkv.models.config import ModelConfig
+from curkv.models.config import SUPPORTED_QUANTISATIONS, ModelConfig
 from curkv.models.errors import ModelError, ModelNotFound
 from curkv.models.families import family_of
 from curkv.models.families.base import EMBEDDING, HEAD
+from curkv.models.loading.gguf import GGUFTensors
 from curkv.models.loading.json_file import read_json
 from curkv.models.loading.pieces import PieceFiles
+from curkv.models.loading.quantised import QuantisedFiles
 from curkv.models.loading.tensors import check_shapes, not_finite
 
 INDEX = "model.safetensors.index.json"
 PREFIX = "model."
 
 
-class TensorFiles:
-    """The tensors of a model directory, memory-mapped.
+class TensorFiles(Protocol):
+    """The tensors of a model directory.
 
-    Each that is read has a mapping of its own: what was read of a file counts as memory of the process until
-    its mapping is gone.
+    Attributes:
+        mapped: What is read is a view of the file.
+    """
+
+    mapped: bool
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor."""
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files."""
+
+    def place(self, name: str) -> tuple[Path, str]:
+        """Returns the file that holds a tensor, or should, and the tensor's name in it."""
+
+    def read(self, name: str) -> Tensor:
+        """Reads a tensor, in the type that it is stored in if that is one of numbers."""
+
+    def headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Returns the shape of each tensor, and its dtype in the words of safetensors, such as `BF16`."""
+
+
+def tensor_files(directory: Path) -> TensorFiles:
+    """Returns the tensors of a directory.
 
     Raises:
         ModelNotFound: A file is missing.
-        ModelError: A file is damaged.
+        ModelError: A file is damaged, or quantised in a way that is not implemented.
     """
+    if (gguf := GGUFTensors.of(directory)) is not None:
+        return gguf
+    files = SafetensorsFiles(directory)
+    settings = (read_json(directory / "config.json") or {}).get("quantization_config") or {}
+    if settings.get("quant_method") in SUPPORTED_QUANTISATIONS:  # the rest is what a family has of its own
+        return QuantisedFiles(files, settings)
+    return files
+
+
+class SafetensorsFiles:
+    """Tensors in safetensors files, memory-mapped.
+
+    Each that is read has a mapping of its own: what was read of a file counts as memory of the process until
+    its mapping is gone.
+    """
+
+    mapped = True
 
     def __init__(self, directory: Path):
         self._directory = directory
@@ -40,22 +83,27 @@ class TensorFiles:
 
     @property
     def names(self) -> list[str]:
-        """Every tensor."""
+        """See `TensorFiles.names`."""
         return list(self._path_of)
 
-    def path(self, name: str) -> Path:
-        """Returns the file that holds a tensor, or the directory if none does."""
-        return self._path_of.get(name, self._directory)
+    @property
+    def paths(self) -> list[Path]:
+        """See `TensorFiles.paths`."""
+        return sorted(set(self._path_of.values()))
+
+    def place(self, name: str) -> tuple[Path, str]:
+        """See `TensorFiles.place`; the directory if no file holds the tensor."""
+        return self._path_of.get(name, self._directory), name
 
     def read(self, name: str) -> Tensor:
-        """Reads a tensor in the type that it is stored in."""
+        """See `TensorFiles.read`."""
         if name not in self._path_of:
             raise ModelError(f"{self._directory} has no tensor {name}")
         tensor: Tensor = _open(self._path_of[name]).get_tensor(name)
         return tensor
 
     def headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Returns the shape of each tensor, and its dtype in the words of the format, such as `BF16`."""
+        """See `TensorFiles.headers`."""
         found = {}
         for path in dict.fromkeys(self._path_of.values()):
             file = _open(path)
@@ -87,14 +135,14 @@ class Checkpoint:
         self.config = config
         self.dtype = dtype
         self.device = device
-        self.files = PieceFiles(TensorFiles(directory), config)
+        self.files = PieceFiles(tensor_files(directory), config)
         self._family = family_of(config)
         self._checked: set[str] = set()
         self._projections: dict[int, Tensor] = {}
         self._stored_as = _stored_names(self.files.names, config)
         shapes = {name: shape for name, (shape, _) in self.files.headers().items()}
         shapes |= {name: shapes[stored] for name, stored in self._stored_as.items()}
-        check_shapes(shapes, self._family.tensors(config), self._path)
+        check_shapes(shapes, self._family.tensors(config), self._place)
 
     @property
     def embedding(self) -> Tensor:
@@ -116,12 +164,15 @@ class Checkpoint:
         return self._family.layer(self._read, self.config, index)
 
     def attention_output(self, index: int) -> Tensor:
-        """[hidden, query heads * head_dim], the weight of a layer's output projection; stays mapped."""
-        if index not in self._projections:
-            self._projections[index] = self._family.attention_output(
+        """[hidden, query heads * head_dim], the weight of a layer's output projection; stays if mapped."""
+        found = self._projections.get(index)
+        if found is None:
+            found = self._family.attention_output(
                 self._stored, self.config, f"model.layers.{index}.self_attn"
             )
-        return self._projections[index].to(self.device, self.dtype)
+            if self.files.mapped:
+                self._projections[index] = found
+        return found.to(self.device, self.dtype)
 
     def _read(self, name: str, *_shape: int) -> Tensor:
         tensor = self._stored(name)
@@ -133,13 +184,13 @@ class Checkpoint:
     def _stored(self, name: str, *_shape: int) -> Tensor:
         return self.files.read(self._stored_as.get(name, name))
 
-    def _path(self, name: str) -> Path:
-        return self.files.path(self._stored_as.get(name, name))
+    def _place(self, name: str) -> tuple[Path, str]:
+        return self.files.place(self._stored_as.get(name, name))
 
     def _check_finite(self, name: str, tensor: Tensor) -> None:
         """Looks for NaN and infinity by a sum, which is over as soon as memory is read."""
         if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
-            raise not_finite(self._path(name), name)
+            raise not_finite(*self._place(name))
 
 
 def _stored_names(found: Collection[str], config: ModelConfig) -> dict[str, str]:

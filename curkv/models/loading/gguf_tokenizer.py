@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 
 from curkv.models.errors import ModelError, UnsupportedModel
-from curkv.models.families import pre_tokenizers
+from curkv.models.loading.pre_tokenizers import PRE_TOKENIZERS
 
 Metadata = Callable[[str], Any]
 
@@ -58,7 +58,7 @@ def build_tokenizer(metadata: Metadata) -> Tokenizer:
         ModelError: A part of it is missing.
     """
     kind = metadata("tokenizer.ggml.model")
-    if kind is None:
+    if not kind:
         raise ModelError("the GGUF file has no tokenizer (no tokenizer.ggml.model)")
     if kind == "gpt2":
         tokenizer, adds_bos = _byte_level(metadata)
@@ -84,13 +84,13 @@ def _required(metadata: Metadata, key: str) -> Any:
 
 def _byte_level(metadata: Metadata) -> tuple[Tokenizer, bool]:
     """Returns the tokenizer, and whether it puts the bos token first unless the file says otherwise."""
-    name, known = metadata("tokenizer.ggml.pre"), pre_tokenizers()
-    if name not in known:
+    name = metadata("tokenizer.ggml.pre") or "default"
+    if name not in PRE_TOKENIZERS:
         raise UnsupportedModel(
-            f"unsupported GGUF pre-tokenizer {name}; supported: {', '.join(known)}. "
-            "A directory or Hub id with a tokenizer.json works for every supported architecture"
+            f"unsupported GGUF pre-tokenizer {name} (tokenizer.ggml.pre); known are all byte-level ones of "
+            "llama.cpp. A directory or Hub id with a tokenizer.json works for every supported architecture"
         )
-    chosen = known[name]
+    chosen = PRE_TOKENIZERS[name]
     vocabulary = {token: id for id, token in enumerate(_required(metadata, "tokens"))}
     merges = [tuple(merge.split(" ")) for merge in _required(metadata, "merges")]
     tokenizer = Tokenizer(BPE(vocabulary, merges, ignore_merges=chosen.whole_words))

@@ -18,7 +18,7 @@ class PieceFiles:
     """The tensors of a model directory as its family names them; see `checkpoint.TensorFiles`."""
 
     def __init__(self, files: TensorFiles, config: ModelConfig):
-        self._files, self._headers = files, files.headers()
+        self._files, self._headers, self.mapped = files, files.headers(), files.mapped
         shapes = {name: shape for name, (shape, _) in self._headers.items()}
         self._pieces = family_of(config).pieces(shapes, config)
         sources = {source for piece in self._pieces.values() for source in piece.sources}
@@ -26,21 +26,26 @@ class PieceFiles:
 
     @property
     def names(self) -> list[str]:
-        """Every tensor."""
+        """See `TensorFiles.names`."""
         return [*self._headers, *self._pieces]
 
-    def path(self, name: str) -> Path:
-        """Returns the file that holds a tensor, or the directory if none does."""
+    @property
+    def paths(self) -> list[Path]:
+        """See `TensorFiles.paths`."""
+        return self._files.paths
+
+    def place(self, name: str) -> tuple[Path, str]:
+        """See `TensorFiles.place`; of a piece its first source."""
         piece = self._pieces.get(name)
-        return self._files.path(piece.sources[0] if piece else name)
+        return self._files.place(piece.sources[0] if piece else name)
 
     def read(self, name: str) -> Tensor:
-        """Reads a tensor in the type that it is stored in, or that its piece is made in."""
+        """See `TensorFiles.read`."""
         piece = self._pieces.get(name)
         if piece is None:
             return self._files.read(name)
         return piece.take(*map(self._files.read, piece.sources))
 
     def headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Returns the shape of each tensor, and its dtype in the words of the format, such as `BF16`."""
+        """See `TensorFiles.headers`; pieces say no dtype."""
         return self._headers | {name: (piece.shape, "") for name, piece in self._pieces.items()}

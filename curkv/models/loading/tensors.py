@@ -13,29 +13,30 @@ Shapes = Mapping[str, tuple[int, ...]]
 _PARAMETER = re.compile(r"(model\.layers\.\d+)\..+\.(weight|bias)")
 
 
-def check_shapes(found: Shapes, expected: Shapes, file_of: Callable[[str], Path]) -> None:
+def check_shapes(found: Shapes, expected: Shapes, place: Callable[[str], tuple[Path, str]]) -> None:
     """Raises ModelError unless a checkpoint holds what a model of its configuration consists of.
 
     Args:
         found: Shape of each tensor of the checkpoint.
         expected: Shape of each that the model needs.
-        file_of: The file that holds a tensor, or should.
+        place: The file that holds a tensor, or should, and the tensor's name in it.
     """
     for name, shape in expected.items():
+        file, there = place(name)
         if name not in found:
-            raise ModelError(f"{file_of(name)} has no tensor {name}")
+            raise ModelError(f"{file} has no tensor {there}")
         if found[name] != shape:
             raise ModelError(
-                f"{file_of(name)}: {name} has the shape {list(found[name])}, "
-                f"but {list(shape)} by the configuration"
+                f"{file}: {there} has the shape {list(found[name])}, but {list(shape)} by the configuration"
             )
     layers = {match[1] for name in expected if (match := _PARAMETER.fullmatch(name))}
     for name in found:
         match = _PARAMETER.fullmatch(name)
         if match and match[1] in layers and name not in expected:
-            raise ModelError(f"{file_of(name)}: the model of the configuration has no tensor {name}")
+            file, there = place(name)
+            raise ModelError(f"{file}: the model of the configuration has no tensor {there}")
 
 
-def not_finite(file: Path, name: str) -> ModelError:
+def not_finite(file: Path, there: str) -> ModelError:
     """Returns the error that names a tensor with NaN or infinity in it."""
-    return ModelError(f"{file}: {name} holds NaN or infinity; the file is damaged or the model diverged")
+    return ModelError(f"{file}: {there} holds NaN or infinity; the file is damaged or the model diverged")

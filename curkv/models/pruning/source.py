@@ -12,7 +12,7 @@ from torch import Tensor
 from curkv.models.errors import UnsupportedModel
 from curkv.models.families import family_of
 from curkv.models.loading import load_config, load_pruning
-from curkv.models.loading.checkpoint import Checkpoint, TensorFiles
+from curkv.models.loading.checkpoint import Checkpoint, tensor_files
 from curkv.models.loading.json_file import read_json
 from curkv.models.pruning.plan import check_gated
 
@@ -30,7 +30,8 @@ class Source:
     def __init__(self, directory: Path):
         self.directory = directory
         self.raw_config = read_json(directory / "config.json") or {}
-        self._headers = TensorFiles(directory).headers()
+        self._files = tensor_files(directory)
+        self._headers = self._files.headers()
         check_gated(self._headers)
         self.config = load_config(directory)
         if not family_of(self.config).prunable or self.config.activation not in ("silu", "swish"):
@@ -49,8 +50,9 @@ class Source:
         return list(self._headers)
 
     def tensor(self, name: str) -> Tensor:
-        """Reads a tensor as it is stored."""
-        return self.checkpoint.files.read(name)
+        """Reads a tensor in the type of `dtype_name`."""
+        tensor = self._files.read(name)
+        return tensor.half() if self.dtype_name(name) == "F16" else tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns a tensor's shape without reading it."""
@@ -68,16 +70,13 @@ class Source:
     @property
     def bytes(self) -> int:
         """Size of the weight files."""
-        return sum(path.stat().st_size for path in self._weight_files())
+        return sum(path.stat().st_size for path in self._files.paths)
 
     def sha256(self) -> str:
         """Returns the hash of the weight files, one after another in the order of their names."""
         digest = hashlib.sha256()
-        for path in self._weight_files():
+        for path in self._files.paths:
             with path.open("rb") as file:
                 while chunk := file.read(HASH_CHUNK):
                     digest.update(chunk)
         return digest.hexdigest()
-
-    def _weight_files(self) -> list[Path]:
-        return sorted(self.directory.glob("*.safetensors"))
