@@ -32,7 +32,7 @@ from curkv.config import EngineOptions
 from curkv.engine.build import build_engine
 from curkv.engine.engine import Engine
 from curkv.engine.types import Output, Request, SamplingParams
-from curkv.models.loading.default_model import DEFAULT_MODEL
+from curkv.models.loading.built_in import DEFAULT_MODEL
 from curkv.tables import head, line
 
 MIB = 2**20

@@ -18,7 +18,7 @@ from curkv.config import EngineOptions
 from curkv.engine.build import build_engine
 from curkv.engine.engine import Engine
 from curkv.engine.types import SamplingParams
-from curkv.models.loading.default_model import DEFAULT_MODEL
+from curkv.models.loading.built_in import DEFAULT_MODEL
 from curkv.tables import head, line
 
 MIB = 2**20
@@ -38,7 +38,9 @@ def main(
     plot: Annotated[Path | None, typer.Option(help="Draw the pool over time into this file.")] = None,
 ) -> None:
     """Runs the three measurements and prints their tables."""
-    engine = build_engine(EngineOptions(model=model, kv_cache_memory=2**31, prefix_cache_memory=0))
+    engine = build_engine(
+        EngineOptions(model=model, weights="float32", kv_cache_memory=2**31, prefix_cache_memory=0)
+    )
     print(f"8 requests of {prompt_tokens} + {new_tokens} tokens, {engine.kv.layout.format.name} cache\n")
     print(head(["policy", "peak MiB", "after prefill MiB", "share of full", "eviction / prefill time"]))
     full, histories = 0, {}
@@ -54,7 +56,9 @@ def main(
         _plot(histories, plot, prompt_tokens)
     layout = engine.kv.layout
     three = 3 * layout.sequence_pages(prompt_tokens + new_tokens) * layout.page_bytes
-    small = build_engine(EngineOptions(model=model, kv_cache_memory=three, prefix_cache_memory=0))
+    small = build_engine(
+        EngineOptions(model=model, weights="float32", kv_cache_memory=three, prefix_cache_memory=0)
+    )
     print(f"\nTwelve requests in a pool for three full ones ({three / MIB:.0f} MiB)\n")
     print(head(["policy", "most at once", "preemptions", "seconds"]))
     for name, options in CHOICES.items():

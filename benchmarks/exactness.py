@@ -25,7 +25,7 @@ from curkv.engine.build import build_engine
 from curkv.engine.engine import Engine
 from curkv.engine.types import SamplingParams
 from curkv.models.loading import load_tokenizer, resolve_model
-from curkv.models.loading.default_model import DEFAULT_MODEL
+from curkv.models.loading.built_in import DEFAULT_MODEL
 
 CHUNKS = (64, 333, 512, 4096)
 KV_DTYPES: tuple[KVDtype, ...] = ("float16", "bfloat16")
@@ -47,6 +47,7 @@ def main(
     def engine(kv_dtype: KVDtype, chunk: int) -> Engine:
         options = EngineOptions(
             model=str(directory),
+            weights="float32",
             kv_cache_memory=2**31,
             prefix_cache_memory=0,
             kv_dtype=kv_dtype,

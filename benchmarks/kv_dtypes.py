@@ -41,8 +41,8 @@ from curkv.kernels.formats.int8 import Int8
 from curkv.kernels.pages import SIDE_BYTES, Pages
 from curkv.models.decoder import Decoder
 from curkv.models.loading import load_config, load_tokenizer, resolve_model
+from curkv.models.loading.built_in import DEFAULT_MODEL
 from curkv.models.loading.checkpoint import Checkpoint
-from curkv.models.loading.default_model import DEFAULT_MODEL
 from curkv.models.rope import rope_tables
 from curkv.tables import table
 

@@ -22,7 +22,7 @@ from curkv.engine.build import build_engine
 from curkv.engine.engine import Engine
 from curkv.engine.types import SamplingParams
 from curkv.kernels.cpu import workers
-from curkv.models.loading.default_model import DEFAULT_MODEL
+from curkv.models.loading.built_in import DEFAULT_MODEL
 from curkv.server.process import keep_freed_memory
 from curkv.tables import head, line
 

@@ -23,7 +23,7 @@ from curkv.config import EngineOptions
 from curkv.engine.build import build_engine
 from curkv.engine.engine import Engine
 from curkv.engine.types import SamplingParams
-from curkv.models.loading.default_model import DEFAULT_MODEL
+from curkv.models.loading.built_in import DEFAULT_MODEL
 from curkv.tables import head, line
 
 MIB = 2**20
@@ -71,7 +71,9 @@ def main(
     }
     pool = 2**30
     engines = {
-        size: build_engine(EngineOptions(model=model, kv_cache_memory=pool, prefix_cache_memory=size))
+        size: build_engine(
+            EngineOptions(model=model, weights="float32", kv_cache_memory=pool, prefix_cache_memory=size)
+        )
         for size in (0, None)
     }
     document, asked = prompts(engines[0], tokens, questions)

@@ -40,8 +40,8 @@ from curkv.evaluation.variants import Variant, cross
 from curkv.kernels.dispatch import get_kernels
 from curkv.models.decoder import Decoder
 from curkv.models.loading import load_config, load_tokenizer, resolve_model
+from curkv.models.loading.built_in import DEFAULT_MODEL
 from curkv.models.loading.checkpoint import Checkpoint
-from curkv.models.loading.default_model import DEFAULT_MODEL
 from curkv.models.pruning.prune import PruneOptions, prune
 from curkv.models.pruning.self_text import TEXT_FILE, Writing
 from curkv.models.pruning.source import Source

@@ -26,7 +26,7 @@ from curkv.evaluation.corpora import load_corpus
 from curkv.evaluation.perplexity import perplexity, token_windows
 from curkv.models.blocks import LayerWeights
 from curkv.models.loading import load_tokenizer, resolve_model
-from curkv.models.loading.default_model import DEFAULT_MODEL
+from curkv.models.loading.built_in import DEFAULT_MODEL
 from curkv.models.pruning.distil import distil as distil_layers
 from curkv.models.pruning.forward import LayerForward, Model, fast_products
 from curkv.models.pruning.methods.base import DOWN, LayerCut

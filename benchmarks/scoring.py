@@ -27,7 +27,7 @@ from curkv.cache.policies import policy_names
 from curkv.config import EngineOptions
 from curkv.engine.build import build_engine
 from curkv.engine.engine import Engine
-from curkv.models.loading.default_model import DEFAULT_MODEL
+from curkv.models.loading.built_in import DEFAULT_MODEL
 from curkv.tables import table
 
 EVICTIONS = 3
@@ -40,7 +40,9 @@ def main(
 ) -> None:
     """Runs the measurement and prints its table."""
     lengths = length or [2000, 4000, 8000]
-    engine = build_engine(EngineOptions(model=model, kv_cache_memory=2**31, prefix_cache_memory=0))
+    engine = build_engine(
+        EngineOptions(model=model, weights="float32", kv_cache_memory=2**31, prefix_cache_memory=0)
+    )
     policies = {
         name: parse_options({"policy": name, "budget": "25%"}) for name in policy_names() if name != "full"
     }

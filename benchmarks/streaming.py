@@ -19,7 +19,7 @@ from curkv.engine.types import InvalidRequest, Request, SamplingParams
 from curkv.evaluation.tasks import make_sample
 from curkv.evaluation.tasks.base import Recipe, Sample, string_match_all
 from curkv.evaluation.variants import parse_variant
-from curkv.models.loading.default_model import DEFAULT_MODEL
+from curkv.models.loading.built_in import DEFAULT_MODEL
 from curkv.tables import head, line
 
 MIB = 2**20
@@ -45,9 +45,13 @@ def main(
     policy: Annotated[list[str] | None, typer.Option(help=f"Repeatable. [{', '.join(POLICIES)}]")] = None,
 ) -> None:
     """Serves needles at several depths under each policy and prints a table."""
-    shape = build_engine(EngineOptions(model=model, kv_cache_memory=2**28, prefix_cache_memory=0)).kv.layout
+    shape = build_engine(
+        EngineOptions(model=model, weights="float32", kv_cache_memory=2**28, prefix_cache_memory=0)
+    ).kv.layout
     pool = shape.sequence_pages(pool_tokens) * shape.page_bytes
-    engine = build_engine(EngineOptions(model=model, kv_cache_memory=pool, prefix_cache_memory=0))
+    engine = build_engine(
+        EngineOptions(model=model, weights="float32", kv_cache_memory=pool, prefix_cache_memory=0)
+    )
     budget = pool_tokens - CHUNK - 2 * shape.page_size
     print(f"{prompt_tokens} tokens through {pool / MIB:.1f} MiB, budget {budget}, chunks of {CHUNK}\n")
     print(head(["policy", "needle at", "answer", "found", "peak MiB", "seconds"]))

@@ -24,7 +24,7 @@ from curkv.engine.build import build_engine
 from curkv.engine.engine import Engine
 from curkv.engine.types import SamplingParams
 from curkv.evaluation.variants import parse_variant
-from curkv.models.loading.default_model import DEFAULT_MODEL
+from curkv.models.loading.built_in import DEFAULT_MODEL
 from curkv.tables import head, line
 
 POLICIES = ("snapcur", "curdkv", "streaming-llm")

@@ -21,10 +21,10 @@ from curkv.engine.build import build_engine
 from curkv.engine.engine import Engine
 from curkv.evaluation.corpora import load_corpus
 from curkv.evaluation.perplexity import Logits, compare, token_windows
-from curkv.models.loading.default_model import DEFAULT_MODEL
+from curkv.models.loading.built_in import DEFAULT_MODEL
 from curkv.tables import head, line
 
-KINDS: tuple[Weights, ...] = ("int8", "int4")
+KINDS: tuple[Weights, ...] = ("published", "int8", "int4")
 
 
 @torch.inference_mode()
@@ -40,7 +40,12 @@ def main(
 
     def engine(weights: Weights) -> Engine:
         options = EngineOptions(
-            model=model, weights=weights, kv_cache_memory=2**30, prefix_cache_memory=0, kv_dtype="float32"
+            model=model,
+            weights=weights,
+            kv_cache_memory=2**30,
+            prefix_cache_memory=0,
+            kv_dtype="float32",
+            max_model_len=length,
         )
         return build_engine(options)
 
@@ -53,7 +58,8 @@ def main(
             texts = token_windows(exact.info.tokenizer, load_corpus(name), length, windows)
             found = compare(prompt_logits(exact), prompt_logits(rounded), tqdm(texts, disable=None))
             quality = f"{found.ratio:.4f}", f"{found.kl:.4f}", f"{found.top1:.1%}"
-            print(line([kind, f"{mebibytes:.0f}", name, *quality]))
+            named = f"{kind} ({rounded.runner.model.weights})" if kind == "published" else kind
+            print(line([named, f"{mebibytes:.0f}", name, *quality]), flush=True)
 
 
 def prompt_logits(engine: Engine) -> Logits:

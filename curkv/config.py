@@ -62,14 +62,16 @@ class EngineOptions(Section):
     title = "Model and engine"
 
     model: str = Field(
-        default="smollm2-135m-instruct", description="Built-in name, directory, Hub id or GGUF file."
+        default="smollm2-135m-instruct",
+        description="Directory, GGUF file, Hub id, or built in: smollm2-135m-instruct, gemma-3-270m.",
     )
     text_only: bool = Field(
         default=False, description="Serve the text part of a model that sees or hears besides."
     )
     weights: Weights = Field(
         default="auto",
-        description="Type of the linear layers' weights: float32 on CPU, bfloat16 on a GPU, if auto.",
+        description="Type of the linear layers' weights: float32 on CPU, bfloat16 on a GPU, if auto; "
+        "published: int4 for those published in 4 bits, int8 for others.",
     )
     kv_cache_memory: Size | None = Field(
         default=None,

@@ -32,7 +32,7 @@ if "--cpu" in sys.argv:
 from phases import PHASES, Place, Row
 
 from curkv.bench.script import script
-from curkv.models.loading.default_model import DEFAULT_MODEL
+from curkv.models.loading.built_in import DEFAULT_MODEL
 from curkv.tables import table
 
 LIMITS = {

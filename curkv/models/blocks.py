@@ -129,6 +129,10 @@ class CacheAttention(Protocol):
         """
 
 
+NOT_OF_LAYERS = ("embedding", "head")
+"""Kinds of weights that have a format of their own."""
+
+
 class Packer:
     """Makes of weights what runs, and counts their memory.
 
@@ -136,29 +140,58 @@ class Packer:
         kernels: What they run on.
         form: Of the weights of linear layers.
         nbytes: Memory by kind: embedding, attention, mlp, norm, head.
+        formats: Names of the formats that weights of layers were stored in, the most common one first.
     """
 
     def __init__(self, kernels: Kernels, form: WeightFormat = FLOAT32):
         self.kernels = kernels
         self.form = form
         self.nbytes: Counter[str] = Counter()
+        self._stored: Counter[str] = Counter()
+
+    @property
+    def formats(self) -> list[str]:
+        """Names of the formats of the layers' weights, that of most of them first."""
+        return [name for name, _ in self._stored.most_common()]
 
     def linear(self, kind: str, weight: Tensor, bias: Tensor | None = None, exact: bool = False) -> Linear:
         """Packs the weight of a linear layer, [N, K], and its bias, [N]; neither is needed afterwards.
 
         One that is to be `exact` is not rounded.
         """
-        form = self.form.of_head if kind == "head" else self.form
+        form = self.form_of(kind, weight, exact)
+        return self.noted(kind, self.kernels.pack_linear(weight, bias, form), form)
+
+    def form_of(self, kind: str, weight: Tensor, exact: bool = False) -> WeightFormat:
+        """Returns the format in which a weight is stored."""
+        form = self.form.of_head if kind in NOT_OF_LAYERS else self.form
         if exact and form.rounds:
-            form = FLOAT32
-        linear = self.kernels.pack_linear(weight, bias, form)
-        self.nbytes[kind] += linear.nbytes
-        return linear
+            return FLOAT32
+        return form.of(weight)
 
     def keep(self, kind: str, weight: Tensor) -> Tensor:
         """Takes a tensor as it is."""
         self.nbytes[kind] += weight.nbytes
         return weight
+
+    def noted(self, kind: str, linear: Linear, form: WeightFormat) -> Linear:
+        """Counts a linear layer, and returns it."""
+        self.nbytes[kind] += linear.nbytes
+        if kind not in NOT_OF_LAYERS:
+            self._stored[form.name] += linear.nbytes
+        return linear
+
+
+class Embedding:
+    """From token ids to the residual stream."""
+
+    def __init__(self, weight: Linear, factor: float = 1.0):
+        """Takes the weight, which may be the head's, and what its rows are multiplied with."""
+        self._weight, self._factor = weight, factor
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """Returns [T, hidden] for int64 [T]."""
+        return self._weight.rows(token_ids, self._factor)
 
 
 class Entry:
@@ -209,7 +242,7 @@ class Attention:
         if weights.q_norm is not None and weights.k_norm is not None:
             self._head_norms = pack.keep("norm", weights.q_norm), pack.keep("norm", weights.k_norm)
         self._o = pack.linear("attention", weights.o, weights.o_bias)
-        self.sinks = weights.sinks
+        self.sinks = None if weights.sinks is None else pack.keep("attention", weights.sinks)
         self._exit = Exit(weights.post_norm, eps, pack)
 
     @property
@@ -304,12 +337,16 @@ class Mlp:
 
 
 class Head:
-    """From the last layer to logits: final norm, projection to the vocabulary, cap."""
+    """From the last layer to logits: final norm, projection to the vocabulary, cap.
+
+    Attributes:
+        projection: The linear layer.
+    """
 
     def __init__(self, config: ModelConfig, norm: Tensor, weight: Tensor, pack: Packer):
         self._eps, self._softcap = config.rms_norm_eps, config.logit_softcap
         self._norm = pack.keep("norm", norm)
-        self._projection = pack.linear("head", weight)
+        self.projection = pack.linear("head", weight)
         self._rms_norm = pack.kernels.rms_norm
 
     def states(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -320,7 +357,7 @@ class Head:
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """Returns float32 [R, vocab_size] for the sums of R rows of x and of the residual, [R, hidden]."""
-        logits, _ = self._projection.after_rms_norm(x, self._norm, self._eps, residual)
+        logits, _ = self.projection.after_rms_norm(x, self._norm, self._eps, residual)
         logits = logits.float()
         return logits if self._softcap is None else self._softcap * (logits / self._softcap).tanh()
 

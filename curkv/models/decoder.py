@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Protocol
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from curkv.kernels.dispatch import Kernels
 from curkv.kernels.linear.formats import FLOAT32, WeightFormat
-from curkv.models.blocks import CacheAttention, LayerWeights, Packer
+from curkv.models.blocks import CacheAttention, Embedding, Head, Layer, LayerWeights, Packer
 from curkv.models.config import ModelConfig
 from curkv.models.families import family_of
 
@@ -55,34 +56,53 @@ class Weights(Protocol):
         """[hidden, q_size], the weight of a layer's output projection."""
 
 
+def blocks(config: ModelConfig, weights: Weights, pack: Packer) -> Iterator[Any]:
+    """Makes the head, the embedding and the layers, one after the other.
+
+    The head comes first, while little else is held beside it. An embedding that is a multiple of it is read
+    from the same memory.
+    """
+    family = family_of(config)
+    head = family.head_block(config, weights.final_norm, weights.head, pack)
+    yield head
+    factor = family.embedding_of_head(config)
+    if factor is None:
+        yield Embedding(pack.linear("embedding", weights.embedding))
+    else:
+        yield Embedding(head.projection, factor)
+    del head
+    for index in range(config.num_layers):
+        yield family.layer_blocks(config, index, weights.layer(index), pack)
+
+
 class Decoder:
     """A decoder of any family.
 
     Attributes:
         config: its shape.
+        weights: names of the formats of the layers' weights.
         weights_bytes: memory of its weights by kind: embedding, attention, mlp, norm, head.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights, kernels: Kernels, form: WeightFormat = FLOAT32):
-        """Reads the weights; those of the linear layers are stored in the format."""
-        family, pack = family_of(config), Packer(kernels, form)
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        kernels: Kernels,
+        form: WeightFormat = FLOAT32,
+        pack: Packer | None = None,
+    ):
+        """Reads the weights; those of linear layers are stored in the format, or by `pack`."""
+        pack = pack or Packer(kernels, form)
         self.config = config
-        self._form = form
         self._weights = weights
         self._gather_rows = kernels.gather_rows
-        # The head first, while little else is held beside it.
-        self._head = family.head_block(config, weights.final_norm, weights.head, pack)
-        self._embedding = pack.keep("embedding", weights.embedding)
-        self._layers = [
-            family.layer_blocks(config, index, weights.layer(index), pack)
-            for index in range(config.num_layers)
-        ]
+        made = blocks(config, weights, pack)
+        self._head: Head = next(made)
+        self._embedding: Embedding = next(made)
+        self._layers: list[Layer] = list(made)
+        self.weights = ", ".join(pack.formats)
         self.weights_bytes: Counter[str] = pack.nbytes
-
-    @property
-    def weights(self) -> str:
-        """Name of the format of the linear layers' weights."""
-        return self._form.name
 
     @property
     def sinks(self) -> tuple[Tensor, ...]:
@@ -120,7 +140,7 @@ class Decoder:
 
     def _through_layers(self, batch: Batch, cache: CacheAttention) -> tuple[Tensor, Tensor | None]:
         """Two tensors [T, hidden] whose sum is the residual stream behind the last layer."""
-        x = self._gather_rows(self._embedding, batch.token_ids)
+        x = self._embedding(batch.token_ids)
         residual: Tensor | None = None
         for layer in self._layers:
             x, residual = layer.attention(x, residual, cache, batch)

@@ -289,8 +289,9 @@ class Server(uvicorn.Server):
         print(self._welcome(time.perf_counter() - started), flush=True)
 
     def _welcome(self, seconds: float) -> str:
-        assert self._state.client is not None
-        layout, stats = self._state.client.cache_layout, self._state.client.stats
+        client = self._state.client
+        assert client is not None
+        layout, stats = client.cache_layout, client.stats
         return WELCOME.format(
             version=curkv.__version__,
             model=self._settings.model_name,
@@ -300,6 +301,9 @@ class Server(uvicorn.Server):
             page_size=layout.page_size,
             dtype=layout.format.name,
             policy=self._settings.kv.policy,
+            weights=client.weights,
+            asked=self._settings.engine.weights,
+            size=sum(client.weights_bytes.values()) / 2**30,
             url=self._url(),
         )
 
@@ -313,6 +317,7 @@ class Server(uvicorn.Server):
 
 WELCOME = """
 curkv {version} serves {model} at {url} (loaded in {seconds:.1f} s)
+Weights: {weights} (--weights {asked}), {size:.2f} GiB
 KV cache: {memory:.2f} GiB, {pages:,} pages of {page_size} tokens, {dtype}; default policy {policy}
 
 Try a long prompt with the whole cache and with a quarter of it, and compare usage.kv:

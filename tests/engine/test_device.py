@@ -8,7 +8,7 @@ import torch
 from curkv.engine import device
 from curkv.engine.device import CPU, GPU, choose_device
 from curkv.kernels.linear import WEIGHTS
-from curkv.kernels.linear.formats import WEIGHT_FORMATS
+from curkv.kernels.linear.formats import WEIGHT_CHOICES
 
 
 def test_the_cache_takes_a_share_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,4 +39,4 @@ def test_formats_are_preferred_or_refused() -> None:
 
 
 def test_the_command_line_offers_every_weight_format() -> None:
-    assert tuple(WEIGHT_FORMATS) == WEIGHTS
+    assert tuple(WEIGHT_CHOICES) == WEIGHTS

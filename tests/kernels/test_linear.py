@@ -1,7 +1,5 @@
 """The packed CPU linear layers give what torch gives."""
 
-from collections.abc import Callable
-
 import numba
 import pytest
 import torch
@@ -13,6 +11,7 @@ from curkv.kernels.cpu.memory import INT8
 from curkv.kernels.cpu.quads import NIBBLES, NIBBLES_BY_ANY, NIBBLES_BY_AVX2, OWN_NIBBLES
 from curkv.kernels.cpu.tiles import panel_tile
 from curkv.kernels.linear import cpu, formats, reference
+from curkv.kernels.linear.spec import Packed
 from curkv.kernels.rms_norm.cpu import rms_norm
 from curkv.kernels.silu_mul.cpu import silu_mul
 
@@ -32,7 +31,7 @@ INTEGERS = tuple(name for name, runs in RUNNING.items() if runs)
 PACKS = ("float32", *INTEGERS)
 
 
-def pack_cpu(name: str, weight: Tensor, bias: Tensor | None = None) -> cpu.PackedLinear:
+def pack_cpu(name: str, weight: Tensor | Packed, bias: Tensor | None = None) -> cpu.PackedLinear:
     if name == "float32":
         return cpu.pack_linear(weight, bias)
     if name in NIBBLE_FORMS:
@@ -40,7 +39,7 @@ def pack_cpu(name: str, weight: Tensor, bias: Tensor | None = None) -> cpu.Packe
     return cpu.PairLinear(weight, bias) if name == "pairs" else cpu.QuadLinear(weight, bias)
 
 
-def pack_reference(name: str, weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+def pack_reference(name: str, weight: Tensor, bias: Tensor | None = None) -> reference.ReferenceLinear:
     if name in NIBBLE_FORMS:
         return reference.pack_linear(weight, bias, formats.INT4)
     return reference.pack_linear(weight, bias, formats.FLOAT32 if name == "float32" else formats.INT8)
@@ -105,6 +104,54 @@ def test_weights_on_a_grid_of_16_values_are_not_changed_by_int4() -> None:
     assert torch.equal(integers, grid.flatten(1).to(torch.uint8))
     assert torch.equal(found_steps.float(), steps)
     assert torch.equal(found_lows.float(), lows)
+
+
+def test_groups_that_lack_values_of_their_grid_are_not_changed_by_int4() -> None:
+    """llama.cpp's Q4_0 and Q4_K have such; the lowest of 16 values is not the lowest weight there."""
+    steps = torch.rand(24, 8).half().float()[..., None] + 0.01
+    weight = ((torch.randint(2, 13, (24, 8, 32)) - 8) * steps).flatten(1)
+    integers, found, offsets = formats.quantise_int4(weight)
+    rounded = (integers.view(24, 8, 32) * found.float()[..., None] + offsets.float()[..., None]).flatten(1)
+    assert ((rounded - weight).view(24, 8, 32).abs() < 0.02 * steps).all()
+    assert formats.on_int4_grid(weight)
+    assert not formats.on_int4_grid(weight + 0.05 * torch.randn_like(weight))
+
+
+def test_weights_are_stored_as_they_were_published() -> None:
+    weight = torch.randn(48, 64)
+    rounded = reference.pack_linear(weight, None, formats.INT4).weight
+    assert formats.AS_PUBLISHED.of(weight) is formats.INT8
+    assert formats.AS_PUBLISHED.of(rounded) is formats.INT4
+    half_of_it = torch.cat([rounded, weight[:8]])
+    assert formats.AS_PUBLISHED.of(half_of_it) is formats.INT8
+    assert formats.AS_PUBLISHED.of_head is formats.INT8
+
+
+@pytest.mark.parametrize(("rows", "depth"), [(16, 32), (37, 100), (5, 600)])
+@pytest.mark.parametrize("pack", PACKS)
+def test_packing_rounds_as_the_definition_does(pack: str, rows: int, depth: int) -> None:
+    weight = torch.randn(rows, depth)
+    weight[1] = 0
+    if pack in NIBBLE_FORMS:
+        integers, steps, lows = formats.quantise_int4(weight)
+        packed = pack_cpu(pack, weight).packed.panels
+        sides = packed[..., 256:].contiguous().view(torch.float16).view(-1, steps.shape[1], 2, 16)
+        found = sides.permute(2, 0, 3, 1).flatten(1, 2)[:, :rows]
+        assert torch.equal(found[0], steps) and torch.equal(found[1], lows)
+        quads = packed[..., :256].view(-1, steps.shape[1], 4, 16, 4).permute(0, 3, 1, 2, 4)
+        nibbles = torch.stack([quads % 16, quads // 16], -2).reshape(-1, steps.shape[1] * 32)[:rows]
+        assert torch.equal(nibbles, integers)
+        return
+    ids = torch.randperm(rows).repeat(3)
+    expected = pack_reference(pack, weight).rows(ids, 3.0)
+    assert torch.allclose(pack_cpu(pack, weight).rows(ids, 3.0), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("pack", PACKS)
+def test_what_was_packed_once_makes_the_same_layer_again(pack: str) -> None:
+    weight, bias, x = torch.randn(37, 100), torch.randn(37), torch.randn(5, 100)
+    layer = pack_cpu(pack, weight, bias)
+    assert torch.equal(pack_cpu(pack, layer.packed, bias)(x), layer(x))
 
 
 def test_int4_is_no_worse_than_the_whole_range_in_15_steps() -> None:

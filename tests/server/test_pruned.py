@@ -42,7 +42,9 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 async def test_a_pruned_model_is_served_and_named_as_one(pruned: Path) -> None:
-    settings = Settings(model=str(pruned), kv_cache_memory=8 << 20, kv_dtype="float32", kernels="reference")
+    settings = Settings(
+        model=str(pruned), kv_cache_memory=8 << 20, kv_dtype="float32", kernels="reference", weights="float32"
+    )
     client = build_client(settings)
     with running(client, settings) as url:
         async with httpx.AsyncClient(base_url=url, timeout=60) as http:

@@ -49,6 +49,7 @@ def answers(checkpoint: Path, kernels: str) -> list[dict[str, Any]]:
         model=str(checkpoint),
         served_model_name="random",
         kernels=kernels,
+        weights="float32",
         device="cpu",
         kv_dtype="float32",
         page_size=16,

@@ -40,7 +40,7 @@ def store_panel_rows(context: Any, kind: Any, location: Any, first: Any, second:
     return types.void(kind, types.int64, float32x8, float32x8), generate
 
 
-def _transposed(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
+def transposed(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
     """The columns of an 8 x 8 block: three rounds of exchanges, of single lanes, pairs and halves."""
     for low, high, step in (
         ([0, 8, 2, 10, 4, 12, 6, 14], [1, 9, 3, 11, 5, 13, 7, 15], 1),
@@ -86,7 +86,7 @@ def store_panel_columns(
             return builder.bitcast(shuffle(builder, bits[0], bits[1], list(range(2 * LANES))), F32X8)
 
         rows = [sixteen(row) if pairs else eight(row) for row in range(LANES)]
-        for i, column in enumerate(_transposed(builder, rows)):
+        for i, column in enumerate(transposed(builder, rows)):
             place = offset(builder, location, 4 * PANEL * i)
             builder.store(column, pointer(builder, place, F32X8), align=4)
 

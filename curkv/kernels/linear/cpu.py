@@ -15,25 +15,42 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numba import get_num_threads
 from torch import Tensor
-from torch.nn.functional import pad
 
 from curkv.kernels.cpu.features import MULTIPLIES_QUADS
 from curkv.kernels.cpu.jit import inlined, kernel
 from curkv.kernels.cpu.lanes import absolute, broadcast, fma, lane_max, lane_sum, maximum, mul
 from curkv.kernels.cpu.llvm import LANES
-from curkv.kernels.cpu.memory import FLOAT32, INT8, address, floats, load, store_int16, store_scalar
-from curkv.kernels.cpu.quads import BYTES, NIBBLE_BLOCK_BYTES, OWN_NIBBLES, QUAD_BLOCK, quad_tile
+from curkv.kernels.cpu.memory import (
+    FLOAT32,
+    INT8,
+    address,
+    array,
+    floats,
+    load,
+    load_int64,
+    load_scalar,
+    store_int16,
+    store_scalar,
+)
+from curkv.kernels.cpu.quads import BYTES, OWN_NIBBLES, QUAD_BLOCK, quad_tile
 from curkv.kernels.cpu.tiles import PANEL, TILE_ROWS, panel_tile
-from curkv.kernels.cpu.workers import compile_worker, empty, launch, read_arguments
+from curkv.kernels.cpu.workers import (
+    bits_of_float,
+    compile_worker,
+    empty,
+    float_of_bits,
+    launch,
+    read_arguments,
+)
 from curkv.kernels.linear import formats
-from curkv.kernels.linear.formats import WeightFormat, quantise, quantise_int4
+from curkv.kernels.linear.formats import WeightFormat
+from curkv.kernels.linear.packing import BYTE, pack_bytes, pack_nibbles
 from curkv.kernels.linear.reference import ComposedLinear
 from curkv.kernels.linear.rounded_rows import (
     PART_SIZE,
@@ -44,6 +61,7 @@ from curkv.kernels.linear.rounded_rows import (
     round_normed_rows,
     round_rows,
 )
+from curkv.kernels.linear.spec import Packed
 from curkv.kernels.rms_norm.cpu import rms_norm
 from curkv.kernels.silu_mul.cpu import silu_mul
 
@@ -57,42 +75,62 @@ LARGEST = (2**31 - 1) // (127 * BLOCK_DEPTH)
 """Largest of the integers that stand for x: a block of products with weights up to 127 fits an int32."""
 PARTS_PER_THREAD = 4
 """Parts of a product per thread, so that a thread that the machine runs slower does fewer."""
-PACKED_ROWS = 64 * PANEL
-"""Rows quantised at a time, so that loading needs little memory."""
 
 
 def pack_linear(
-    weight: Tensor, bias: Tensor | None = None, form: WeightFormat = formats.FLOAT32
+    weight: Tensor | Packed, bias: Tensor | None = None, form: WeightFormat = formats.FLOAT32
 ) -> PackedLinear:
     """Makes a linear layer, see `reference.pack_linear`; `weight` may be freed afterwards.
 
     With weights that are rounded, a row of x that has NaN or infinity gives a row of NaN.
 
+    Args:
+        weight: [N, K], or what was packed of it before, in this format and on such a machine.
+        bias: [N].
+        form: The weight's format.
+
     Raises:
         ValueError: there are no panels of the format.
     """
+    return _layer(form)(weight, bias)
+
+
+def layout(form: WeightFormat) -> str:
+    """Names how weights of a format lie in memory on this machine: what is packed so can be used again."""
+    return _layer(form).__name__
+
+
+def _layer(form: WeightFormat) -> type[PackedLinear]:
     if form.name not in _LAYERS:
         raise ValueError(f"there are no CPU kernels for weights of {form.name}; only {', '.join(_LAYERS)}")
-    return _LAYERS[form.name](weight, bias)
+    return _LAYERS[form.name]
 
 
 class PackedLinear(ComposedLinear):
     """A linear layer over panels.
 
     Attributes:
+        packed: What it is made of.
         nbytes: Memory of the weights.
     """
 
+    packed: Packed
     rms_norm = staticmethod(rms_norm)
     silu_mul = staticmethod(silu_mul)
 
-    def __init__(self, rows: int, depth: int, weight: Tensor, bias: Tensor | None, scales: Tensor | None):
-        """Takes panels [panels, ...], scales of their rows, and columns of x they are multiplied with."""
-        self._rows, self._depth, self._panels = rows, depth, len(weight)
-        self._memory = weight, scales
-        self._panels_at = weight.data_ptr(), weight[0].nbytes, 0 if scales is None else scales.data_ptr()
+    def __init__(self, weight: Tensor | Packed, bias: Tensor | None):
+        """Packs the weight, [N, K], unless that has been done."""
+        self.packed = weight if isinstance(weight, Packed) else self.pack(weight)
+        panels, scales = self.packed.panels, self.packed.scales
+        self._rows, self._depth, self._panels = self.packed.rows, self.packed.depth, len(panels)
+        self._panels_at = panels.data_ptr(), panels[0].nbytes, 0 if scales is None else scales.data_ptr()
         self._bias = None if bias is None else bias.float()
-        self.nbytes = sum(part.nbytes for part in (weight, scales, self._bias) if part is not None)
+        self.nbytes = sum(part.nbytes for part in (panels, scales, self._bias) if part is not None)
+
+    @classmethod
+    @abstractmethod
+    def pack(cls, weight: Tensor) -> Packed:
+        """Lays a weight, [N, K], in panels."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """See `ComposedLinear.__call__`."""
@@ -118,22 +156,63 @@ class PackedLinear(ComposedLinear):
 class FloatLinear(PackedLinear):
     """With float32 weights."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None):
+    @classmethod
+    def pack(cls, weight: Tensor) -> Packed:
+        """See `PackedLinear.pack`: [panels, K, 16]."""
         rows, depth = weight.shape
         packed = torch.zeros(_panels(rows) * PANEL, depth)
         packed[:rows] = weight
         packed = packed.view(-1, PANEL, depth).transpose(1, 2).contiguous()
-        super().__init__(rows, depth, packed, bias, None)
+        return Packed(rows, depth, depth, packed, None)
+
+    def rows(self, ids: Tensor, factor: float = 1.0) -> Tensor:
+        """See `ComposedLinear.rows`."""
+        out = empty(len(ids), self.packed.columns)
+        places = address(ids, torch.int64), self.packed.panels.data_ptr(), out.data_ptr()
+        launch(_float_rows(), len(ids), *places, self._depth, bits_of_float(factor))
+        return out
 
     def _multiply(self, x: Tensor) -> Tensor:
         return self._launch(_worker(False), len(x), address(x, torch.float32), 0)
 
 
-class PairLinear(PackedLinear):
+class ByteLinear(PackedLinear):
+    """With int8 weights, some columns of a row side by side.
+
+    Attributes:
+        together: How many.
+        multiple: What the columns are filled up to.
+        zero: What stands for zero.
+        unit: What the rows' scales are multiplied with.
+    """
+
+    together: ClassVar[int]
+    multiple: ClassVar[int]
+    zero: ClassVar[int] = 0
+    unit: ClassVar[int] = 1
+
+    @classmethod
+    def pack(cls, weight: Tensor) -> Packed:
+        """See `PackedLinear.pack` and `pack_bytes`."""
+        rows, columns = weight.shape
+        depth = columns + -columns % cls.multiple
+        return Packed(rows, depth, columns, *pack_bytes(weight, cls.together, depth, cls.zero, cls.unit))
+
+    def rows(self, ids: Tensor, factor: float = 1.0) -> Tensor:
+        """See `ComposedLinear.rows`."""
+        out = empty(len(ids), self.packed.columns)
+        launch(
+            _byte_rows(), len(ids), address(ids, torch.int64), self._panels_at[0], self._panels_at[2],
+            out.data_ptr(), self.packed.columns, self._depth, self.together, self.zero,
+            bits_of_float(factor / self.unit),
+        )  # fmt: skip
+        return out
+
+
+class PairLinear(ByteLinear):
     """With int8 weights, multiplied in pairs with int16."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None):
-        super().__init__(*_packed_bytes(weight, 2, LANES, 0, 1, bias))
+    together, multiple = 2, LANES
 
     def _multiply(self, x: Tensor) -> Tensor:
         count, depth = x.shape
@@ -178,57 +257,32 @@ class RoundingLinear(PackedLinear):
         return self._launch(_quad_worker(self.form), x.rows, x.integers, x.scales, x.sums)
 
 
-class QuadLinear(RoundingLinear):
-    """With int8 weights."""
+class QuadLinear(RoundingLinear, ByteLinear):
+    """With int8 weights, multiplied in fours."""
 
     form = BYTES
-
-    def __init__(self, weight: Tensor, bias: Tensor | None):
-        super().__init__(*_packed_bytes(weight, 4, QUAD_BLOCK, 128, QUAD_UNIT, bias))
+    together, multiple, zero, unit = 4, QUAD_BLOCK, 128, QUAD_UNIT
 
 
 class NibbleLinear(RoundingLinear):
     """With weights of 4 bits."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, form: int = OWN_NIBBLES):
-        rows, depth = weight.shape
-        panels, blocks = _panels(rows), -(-depth // QUAD_BLOCK)
-        packed = torch.zeros((panels, blocks, NIBBLE_BLOCK_BYTES), dtype=torch.uint8)
-        for row in range(0, rows, PACKED_ROWS):
-            integers, *sides = quantise_int4(weight[row : row + PACKED_ROWS])
-            missing = -len(integers) % PANEL
-            quads = pad(integers, (0, 0, 0, missing)).view(-1, PANEL, blocks, 4, 2, 4)  # low and high quads
-            nibbles = (quads[..., 0, :] + 16 * quads[..., 1, :]).permute(0, 2, 3, 1, 4)
-            values = [pad(side, (0, 0, 0, missing)).view(-1, PANEL, blocks).transpose(1, 2) for side in sides]
-            part = packed[row // PANEL :][: len(nibbles)]
-            part[..., : PANEL * QUAD_BLOCK // 2] = nibbles.reshape(*part.shape[:2], -1)
-            part[..., PANEL * QUAD_BLOCK // 2 :] = torch.cat(values, 2).contiguous().view(torch.uint8)
-        super().__init__(rows, blocks * QUAD_BLOCK, packed, bias, None)
+    def __init__(self, weight: Tensor | Packed, bias: Tensor | None, form: int = OWN_NIBBLES):
+        super().__init__(weight, bias)
         self.form = form
 
+    @classmethod
+    def pack(cls, weight: Tensor) -> Packed:
+        """See `PackedLinear.pack` and `pack_nibbles`."""
+        rows, columns = weight.shape
+        return Packed(rows, columns + -columns % QUAD_BLOCK, columns, pack_nibbles(weight), None)
 
-_LAYERS: dict[str, Callable[[Tensor, Tensor | None], PackedLinear]] = {
+
+_LAYERS: dict[str, type[PackedLinear]] = {
     formats.FLOAT32.name: FloatLinear,
     formats.INT8.name: QuadLinear if MULTIPLIES_QUADS else PairLinear,
     formats.INT4.name: NibbleLinear,
 }
-
-
-def _packed_bytes(
-    weight: Tensor, together: int, multiple: int, zero: int, unit: int, bias: Tensor | None
-) -> tuple[int, int, Tensor, Tensor | None, Tensor]:
-    """What `PackedLinear` takes: bytes plus `zero`, so many columns together, and scales times `unit`."""
-    rows, depth = weight.shape
-    panels, depth = _panels(rows), depth + -depth % multiple
-    packed = torch.full((panels, depth // together, PANEL, together), zero, dtype=torch.uint8)
-    scales = torch.zeros(panels * PANEL)
-    for row in range(0, rows, PACKED_ROWS):
-        part, scale = quantise(weight[row : row + PACKED_ROWS])
-        part = pad(part, (0, depth - part.shape[1], 0, -len(part) % PANEL)).view(torch.uint8) + zero
-        part = part.view(-1, PANEL, depth // together, together).transpose(1, 2)
-        packed[row // PANEL :][: len(part)] = part
-        scales[row : row + len(scale)] = scale * unit
-    return rows, depth, packed, bias, scales
 
 
 def _panels(rows: int) -> int:
@@ -257,6 +311,40 @@ def _copier() -> int:
                 offset = floats(bias, width)
                 for i in range(width):
                     target[i] += offset[i]
+
+    return compile_worker(work)
+
+
+@functools.cache
+def _float_rows() -> int:
+    """Reads one row of panels [panels, depth, 16]."""
+
+    def work(arguments: int, part: int) -> None:
+        ids, panels, out, depth, factor = read_arguments(arguments, 5)
+        row = load_int64(ids + 8 * part)
+        source = floats(panels + 4 * (row // PANEL * depth * PANEL + row % PANEL), depth * PANEL)
+        target, times = floats(out + 4 * part * depth, depth), np.float32(float_of_bits(factor))
+        for i in range(depth):
+            target[i] = source[i * PANEL] * times
+
+    return compile_worker(work)
+
+
+@functools.cache
+def _byte_rows() -> int:
+    """Reads one row of panels [panels, depth / together, 16, together]."""
+
+    def work(arguments: int, part: int) -> None:
+        ids, panels, scales, out, columns, depth, together, zero, factor = read_arguments(arguments, 9)
+        row = load_int64(ids + 8 * part)
+        first = panels + row // PANEL * depth * PANEL + row % PANEL * together
+        scale = np.float32(load_scalar(FLOAT32, scales + 4 * row) * float_of_bits(factor))
+        target = floats(out + 4 * part * columns, columns)
+        for i in range(0, columns, together):
+            source = array(BYTE, first + i * PANEL, together)
+            for j in range(min(together, columns - i)):
+                byte = np.int32(source[j])
+                target[i + j] = np.float32(byte - zero if zero or byte < 128 else byte - 256) * scale
 
     return compile_worker(work)
 

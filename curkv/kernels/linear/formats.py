@@ -12,8 +12,16 @@ from torch.nn.functional import pad
 
 GROUP = 32
 """Columns of an int4 weight that have a step and a lowest value in common."""
+MOST_STEPS = 12
+"""Grids tried that reach from a group's lowest value to its highest in 15, 14, ... steps."""
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)
-"""How much of a group's range its 16 values may span; the one with the least squared error is taken."""
+"""How much of a group's range its 16 values may span, where no such grid fits."""
+NEGLIGIBLE = 0.02
+"""Squared error of a group, in squares of its step, that float16's rounding of a grid leaves."""
+ON_GRID = 1e-5
+"""Share of a weight's squares that rounding it to 4 bits may cost if it has been rounded to them before."""
+LOOKED_AT = 64
+"""Rows of a weight that say whether it has been."""
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
@@ -25,11 +33,12 @@ class WeightFormat:
     Attributes:
         name: As asked for, and as reported.
         device: Kind of device that has it.
-        dtype: Of what is not stored in the format: embedding, norms, and what goes through the model.
+        dtype: Of what is not stored in the format: norms, and what goes through the model.
         encode: Weight [N, K] to what it becomes, [N, K], and a scale for each of its rows or None: what the
             format means, whatever memory it takes.
         rounds: Products round what goes into them too; then nothing around them needs to be more exact.
-        head: Name of the format of the projection to the vocabulary, if it is another.
+        head: Name of the format of the embedding and of the projection to the vocabulary, if it is another.
+        published: Weights that have been rounded to 4 bits before are stored in them; encode is for the rest.
     """
 
     name: str
@@ -38,10 +47,17 @@ class WeightFormat:
     encode: Encode
     rounds: bool = False
     head: str | None = None
+    published: bool = False
+
+    def of(self, weight: Tensor) -> WeightFormat:
+        """The format of a weight [N, K] in a layer."""
+        if not self.published:
+            return self
+        return INT4 if on_int4_grid(weight) else INT8
 
     @property
     def of_head(self) -> WeightFormat:
-        """The format of the projection to the vocabulary."""
+        """The format of the embedding and of the projection to the vocabulary."""
         return self if self.head is None else WEIGHT_FORMATS[self.head]
 
 
@@ -63,7 +79,9 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
 def quantise_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rounds each group of 32 columns of a row to 16 evenly spaced values.
 
-    A weight that has been rounded so before (llama.cpp's Q4_1 and Q4_0) is not changed.
+    The grid with the least squared error is taken, of some that reach from the lowest value to the highest
+    in 15 steps or fewer, and some that reach less far. So a weight that has been rounded to such values
+    before (llama.cpp's Q4_0, Q4_1 and Q4_K, AWQ, GPTQ) is not changed, even where a group lacks some of them.
 
     Args:
         weight: [N, K].
@@ -75,10 +93,12 @@ def quantise_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     groups = pad(weight.float(), (0, -weight.shape[1] % GROUP)).view(len(weight), -1, GROUP)
     low, high = groups.amin(-1), groups.amax(-1)
-    best = _round_groups(groups, low, high)
-    for share in SHRINK[1:]:
-        other = _round_groups(groups, share * low, share * high)
-        better = other[3] < best[3]
+    trials = [(low, (high - low) / (15 - fewer)) for fewer in range(MOST_STEPS)]
+    trials += [(share * low, (share * high - share * low) / 15) for share in SHRINK[1:]]
+    best = _round_groups(groups, *trials[0])
+    for trial in trials[1:]:
+        other = _round_groups(groups, *trial)
+        better = (other[3] < best[3]) & (best[3] > NEGLIGIBLE * best[1].float().square())
         best = tuple(
             torch.where(better[..., None] if a.dim() > 2 else better, a, b)
             for a, b in zip(other, best, strict=True)
@@ -87,17 +107,25 @@ def quantise_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return integers.flatten(1), steps, lows
 
 
-def _round_groups(groups: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, ...]:
-    """Integers, steps and lowest values of groups [N, G, 32] over given ranges, and the squared errors."""
-    lows, steps = low.half(), ((high - low) / 15).half()
-    offset, step = lows.float()[..., None], steps.float()[..., None]
-    integers = ((groups - offset) / torch.where(step > 0, step, 1)).round().clamp(0, 15)
-    error = (integers * step + offset - groups).square().sum(-1)
+def _round_groups(groups: Tensor, low: Tensor, step: Tensor) -> tuple[Tensor, ...]:
+    """Integers, steps and lowest values of groups [N, G, 32] on given grids, and the squared errors."""
+    lows, steps = low.half(), step.half()
+    offset, size = lows.float()[..., None], steps.float()[..., None]
+    inverse = 1 / torch.where(size > 0, size, 1)
+    integers = ((groups - offset) * inverse).round().clamp(0, 15)
+    error = (integers * size + offset - groups).square().sum(-1)
     return integers.to(torch.uint8), steps, lows, error
 
 
 def _as_given(weight: Tensor) -> tuple[Tensor, None]:
     return weight, None
+
+
+def on_int4_grid(weight: Tensor) -> bool:
+    """Tells whether a weight [N, K] has been rounded to 4 bits before, by some of its rows."""
+    rows = weight[:: max(1, len(weight) // LOOKED_AT)].float()
+    error = (_rounded_to_int4(rows)[0] - rows).square().sum()
+    return bool(error <= ON_GRID * rows.square().sum())
 
 
 def _rounded_to_int4(weight: Tensor) -> tuple[Tensor, None]:
@@ -111,4 +139,12 @@ BFLOAT16 = WeightFormat("bfloat16", "cuda", torch.bfloat16, _as_given)
 INT8 = WeightFormat("int8", "cpu", torch.float32, quantise, rounds=True)
 INT4 = WeightFormat("int4", "cpu", torch.float32, _rounded_to_int4, rounds=True, head="int8")
 
+AS_PUBLISHED = WeightFormat(
+    "published", "cpu", torch.float32, quantise, rounds=True, head="int8", published=True
+)
+"""4 bits for what was published in 4 bits, which loses nothing by it, 8 for the rest."""
+
 WEIGHT_FORMATS = {form.name: form for form in (FLOAT32, BFLOAT16, INT8, INT4)}
+"""Those that a weight may be stored in."""
+WEIGHT_CHOICES = WEIGHT_FORMATS | {AS_PUBLISHED.name: AS_PUBLISHED}
+"""Those that a model's weights may be asked for in."""

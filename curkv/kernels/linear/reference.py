@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from curkv.kernels.linear.formats import FLOAT32, WeightFormat
+from curkv.kernels.linear.spec import Packed
 from curkv.kernels.rms_norm.reference import rms_norm
 from curkv.kernels.silu_mul.reference import silu_mul
 
@@ -20,10 +21,12 @@ class ComposedLinear(ABC):
 
     Attributes:
         given: [N, K], the weight as it was given, if it is held so.
+        packed: The weight as it lies in memory, if the layer can be made of that again.
         rms_norm, silu_mul: What may go before.
     """
 
     given: Tensor | None = None
+    packed: Packed | None = None
     rms_norm: Callable[..., Any]
     silu_mul: Callable[[Tensor], Tensor]
 
@@ -49,6 +52,10 @@ class ComposedLinear(ABC):
             return self(self.rms_norm(x, weight, eps)), x
         normed, total = self.rms_norm(x, weight, eps, residual)
         return self(normed), total
+
+    def rows(self, ids: Tensor, factor: float = 1.0) -> Tensor:
+        """Rows of the weight times a factor, [T, K], for int64 [T]: what an embedding reads."""
+        raise NotImplementedError("no embedding is stored like this")
 
     def after_silu_mul(self, gate_up: Tensor) -> Tensor:
         """The product with silu(gate) * up, see `silu_mul`: [T, N] from [T, 2 K]."""
@@ -79,6 +86,13 @@ class ReferenceLinear(ComposedLinear):
         """Memory of the weights."""
         return sum(part.nbytes for part in (self.weight, self.bias, self.scales) if part is not None)
 
+    def rows(self, ids: Tensor, factor: float = 1.0) -> Tensor:
+        """See `ComposedLinear.rows`."""
+        found = self.weight[ids]
+        if self.scales is not None:
+            found = found * self.scales[ids][:, None]
+        return found if factor == 1 else found * factor
+
     def __call__(self, x: Tensor) -> Tensor:
         """x W^T + b, [T, N] from [T, K]."""
         if self.scales is None:
@@ -87,7 +101,9 @@ class ReferenceLinear(ComposedLinear):
         return out if self.bias is None else out + self.bias
 
 
-def pack_linear(weight: Tensor, bias: Tensor | None = None, form: WeightFormat = FLOAT32) -> ReferenceLinear:
+def pack_linear(
+    weight: Tensor | Packed, bias: Tensor | None = None, form: WeightFormat = FLOAT32
+) -> ReferenceLinear:
     """Makes a linear layer whose weight is stored in a format; bias and x are not rounded.
 
     Args:
@@ -98,5 +114,6 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None, form: WeightFormat =
     Returns:
         A function from x [T, K] to x W^T + b, [T, N], see `ReferenceLinear`.
     """
+    assert not isinstance(weight, Packed), "nothing is packed here"
     stored, scales = form.encode(weight)
     return ReferenceLinear(stored, bias, scales, stored if stored is weight else None)

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from curkv.kernels.linear.formats import FLOAT32, WeightFormat
+
+
+class Packed(NamedTuple):
+    """A weight [N, K] as it lies in memory.
+
+    Attributes:
+        rows: N.
+        depth: K filled up: columns of x that are multiplied with.
+        columns: K.
+        panels: [panels, ...], of 16 rows each.
+        scales: float32 [panels * 16] of rows of bytes.
+    """
+
+    rows: int
+    depth: int
+    columns: int
+    panels: Tensor
+    scales: Tensor | None
 
 
 class Linear(Protocol):
@@ -23,9 +41,16 @@ class Linear(Protocol):
     def after_silu_mul(self, gate_up: Tensor) -> Tensor:
         """The product with the gated activation of [T, 2 K]."""
 
+    def rows(self, ids: Tensor, factor: float = 1.0) -> Tensor:
+        """Rows of the weight times a factor, [T, K], for int64 [T]; in formats of embeddings."""
+
     @property
     def given(self) -> Tensor | None:
         """[N, K], its weight as it was given, if it is held so; None: it is packed or rounded."""
+
+    @property
+    def packed(self) -> Packed | None:
+        """Its weight as it lies in memory, if it can be made of that again."""
 
     @property
     def nbytes(self) -> int:
@@ -33,8 +58,8 @@ class Linear(Protocol):
 
 
 class PackLinear(Protocol):
-    """Makes a linear layer of weight [N, K] and bias [N] in a format; see `reference.pack_linear`."""
+    """Makes a linear layer of weight [N, K], or of what was packed of one, and bias [N], in a format."""
 
     def __call__(  # noqa: D102
-        self, weight: Tensor, bias: Tensor | None = None, form: WeightFormat = FLOAT32
+        self, weight: Tensor | Packed, bias: Tensor | None = None, form: WeightFormat = FLOAT32
     ) -> Linear: ...

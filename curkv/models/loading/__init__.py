@@ -16,7 +16,7 @@ from curkv.models.families import read_config
 from curkv.models.loading.built_in import BUILT_IN, ensure_built_in
 from curkv.models.loading.cache_directory import build_once
 from curkv.models.loading.gguf import describe_gguf
-from curkv.models.loading.gguf_file import pieces
+from curkv.models.loading.gguf_file import split_pieces
 from curkv.models.loading.json_file import read_json
 
 PROVENANCE = "pruning.json"
@@ -123,7 +123,7 @@ def _described(path: Path) -> Path:
     if not path.is_file():
         raise ModelNotFound(f"no such file: {path}")
     digest = hashlib.sha256()
-    for piece in pieces(path.resolve()):
+    for piece in split_pieces(path.resolve()):
         status = piece.stat()
         digest.update(f"{piece}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
     name = f"{path.stem}-{digest.hexdigest()[:12]}"

@@ -1,4 +1,4 @@
-"""Converted models in the user's cache directory, each made once and appearing whole or not at all."""
+"""Models in the user's cache directory, each made once and appearing whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,20 +16,25 @@ from curkv.models.errors import ModelUnreachable
 
 logger = logging.getLogger(__name__)
 
-# Part of every directory's name: raise it when a conversion changes, so that old results are not reused.
-CONVERSION_VERSION = 1
+# Part of every directory's name: raise it when what is built changes, so that old results are not reused.
+CONVERSION_VERSION = 2
 
 _SIZES = ".sizes.json"
 _NO_SPACE = os.strerror(errno.ENOSPC)
 
 
-def models_directory() -> Path:
-    """Returns `$XDG_CACHE_HOME/curkv/models` (default `~/.cache/curkv/models`)."""
+def cache_directory() -> Path:
+    """Returns `$XDG_CACHE_HOME/curkv` (default `~/.cache/curkv`)."""
     root = os.environ.get("XDG_CACHE_HOME")
-    return Path(root) / "curkv/models" if root else Path.home() / ".cache/curkv/models"
+    return (Path(root) if root else Path.home() / ".cache") / "curkv"
 
 
-def build_once(name: str, build: Callable[[Path], None]) -> Path:
+def models_directory() -> Path:
+    """Returns where models are kept."""
+    return cache_directory() / "models"
+
+
+def build_once(name: str, build: Callable[[Path], None], root: Path | None = None) -> Path:
     """Returns the cached directory of `name`, building it first if it does not exist or has lost something.
 
     The build works in a directory beside the final one, which is renamed when complete; processes that want
@@ -38,11 +43,12 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
     Args:
         name: Key of the model; safe as a file name.
         build: Fills the empty directory it is given.
+        root: Where to; the directory of models if not given.
 
     Raises:
         ModelUnreachable: The cache directory cannot be written, or has no room.
     """
-    final = models_directory() / f"{name}-v{CONVERSION_VERSION}"
+    final = (root or models_directory()) / f"{name}-v{CONVERSION_VERSION}"
     if _is_whole(final):
         return final
     with _says_what_to_do(final.parent):

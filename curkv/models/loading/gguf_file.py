@@ -84,7 +84,7 @@ class GGUFFile:
     """
 
     def __init__(self, path: Path):
-        self.paths = pieces(path)
+        self.paths = split_pieces(path)
         headers = [_Header(piece) for piece in self.paths]
         self.metadata: Mapping[str, Any] = headers[0].metadata
         self.architecture = str(self.get("general.architecture"))
@@ -120,7 +120,7 @@ class GGUFFile:
         return self.get(f"{self.architecture}.{key}", default)
 
 
-def pieces(path: Path) -> list[Path]:
+def split_pieces(path: Path) -> list[Path]:
     """Returns all pieces of a split file, of which one is named, in order; or the file alone.
 
     Raises:

@@ -1,0 +1,236 @@
+"""Packed weights in the cache directory: rounded once, mapped by every process that serves them.
+
+A directory holds `weights.bin`, the arrays one after the other, and `index.json`, which names their types,
+shapes and places in the order in which a decoder's blocks ask for them. Blocks are made of those without
+any weight being read. Only rounded weights are kept: others are as quickly made as read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from curkv.kernels.dispatch import Kernels
+from curkv.kernels.linear.formats import WEIGHT_FORMATS, WeightFormat
+from curkv.kernels.linear.spec import Linear, Packed
+from curkv.models.blocks import LayerWeights, Packer
+from curkv.models.config import ModelConfig
+from curkv.models.decoder import Decoder, blocks
+from curkv.models.errors import ModelUnreachable
+from curkv.models.families import family_of
+from curkv.models.loading.cache_directory import build_once, cache_directory
+from curkv.models.loading.checkpoint import Checkpoint, tensor_files
+from curkv.models.loading.fingerprint import fingerprint
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+"""Of the files, and of what is packed: raise it when either changes, so that old ones are not used."""
+MOST_BYTES = 32 << 30
+"""Of all that is kept: when more is there, what has not been used for longest is dropped."""
+WEIGHTS, INDEX = "weights.bin", "index.json"
+ALIGNMENT = 64
+"""Bytes; a cache line and a register."""
+
+
+def load_decoder(
+    directory: Path, config: ModelConfig, kernels: Kernels, form: WeightFormat, device: torch.device
+) -> Decoder:
+    """Returns the decoder of a model directory; rounded weights on a CPU come from the cache directory.
+
+    Raises:
+        ModelError: See `Checkpoint`.
+    """
+    if kernels.backend.name == "cpu" and form.rounds:
+        try:
+            pack = KeptPacker(keep(directory, config, kernels, form), kernels, form)
+            return Decoder(config, Outline(directory, config), kernels, form, pack)
+        except ModelUnreachable as error:
+            logger.warning("weights are packed again at each start: %s", error)
+    return Decoder(config, Checkpoint(directory, config, form.dtype, device), kernels, form)
+
+
+def packed_directory() -> Path:
+    """Returns where packed weights are kept, `~/.cache/curkv/packed` by default."""
+    return cache_directory() / "packed"
+
+
+def keep(directory: Path, config: ModelConfig, kernels: Kernels, form: WeightFormat) -> Path:
+    """Returns the directory of a model's packed weights, packing them if they are not there, or damaged.
+
+    Raises:
+        ModelUnreachable: The cache directory cannot be written, or has no room.
+        ModelError: See `Checkpoint`.
+    """
+    name = f"{directory.resolve().name}-{form.name}-{_key(directory, config, form)}"
+
+    def build(new: Path) -> None:
+        logger.info("rounding the weights, once: later starts read them as they are")
+        with (new / WEIGHTS).open("wb") as file:
+            pack = KeepingPacker(file, kernels, form)
+            for _ in blocks(config, Checkpoint(directory, config), pack):
+                pass  # a block is gone when the next one is made
+        (new / INDEX).write_text(json.dumps([asdict(record) for record in pack.records]))
+
+    found = build_once(name, build, packed_directory())
+    with suppress(OSError):  # of a cache directory that can be read only
+        os.utime(found)
+    _drop_unused(found)
+    return found
+
+
+def kept() -> list[tuple[Path, int]]:
+    """Returns the directories of packed weights and their bytes, the most recently used first."""
+    found = [path for path in packed_directory().glob("[!.]*") if path.is_dir()]
+    found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    return [(path, sum(file.stat().st_size for file in path.iterdir())) for path in found]
+
+
+def _drop_unused(used: Path) -> None:
+    total = 0
+    for path, size in kept():
+        total += size
+        if total > MOST_BYTES and path != used:
+            logger.info("dropping %s (%.2f GiB), not used for longest", path, size / 2**30)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _key(directory: Path, config: ModelConfig, form: WeightFormat) -> str:
+    """Stands for all that packed weights follow from: files, configuration, format, machine, code."""
+    from curkv.kernels.linear.cpu import layout
+
+    layouts = [layout(other) for other in WEIGHT_FORMATS.values() if other.rounds]
+    times = [path.stat().st_mtime_ns for path in tensor_files(directory).paths]
+    return fingerprint(directory, VERSION, config, form.name, layouts, times)[:16]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A weight or a tensor in the file.
+
+    Attributes:
+        form: Name of the format of a linear layer's weight; None: it is kept as it is.
+        shape: Rows, depth and columns of a packed weight, see `Packed`.
+        arrays: Type, shape and place of each array: panels, scales and bias; None: there is none.
+    """
+
+    form: str | None
+    shape: Sequence[int]
+    arrays: Sequence[tuple[str, Sequence[int], int] | None]
+
+
+class KeepingPacker(Packer):
+    """Writes what it packs to a file."""
+
+    def __init__(self, file: IO[bytes], kernels: Kernels, form: WeightFormat):
+        super().__init__(kernels, form)
+        self._file = file
+        self.records: list[Record] = []
+
+    def linear(self, kind: str, weight: Tensor, bias: Tensor | None = None, exact: bool = False) -> Linear:
+        """See `Packer.linear`."""
+        form = self.form_of(kind, weight, exact)
+        linear = self.kernels.pack_linear(weight, bias, form)
+        packed = linear.packed
+        assert packed is not None
+        arrays = [self._written(array) for array in (packed.panels, packed.scales, bias)]
+        self.records.append(Record(form.name, (packed.rows, packed.depth, packed.columns), arrays))
+        return linear
+
+    def keep(self, kind: str, weight: Tensor) -> Tensor:
+        """See `Packer.keep`."""
+        self.records.append(Record(None, (), [self._written(weight)]))
+        return weight
+
+    def _written(self, array: Tensor | None) -> tuple[str, Sequence[int], int] | None:
+        if array is None:
+            return None
+        self._file.write(bytes(-self._file.tell() % ALIGNMENT))
+        place = self._file.tell()
+        self._file.write(array.contiguous().view(torch.uint8).numpy().data)
+        return str(array.dtype).removeprefix("torch."), tuple(array.shape), place
+
+
+class KeptPacker(Packer):
+    """Takes what was packed before, in the same order, and looks at no weight that it is given."""
+
+    def __init__(self, directory: Path, kernels: Kernels, form: WeightFormat):
+        super().__init__(kernels, form)
+        path = directory / WEIGHTS
+        self._bytes = torch.from_file(str(path), False, path.stat().st_size, dtype=torch.uint8)
+        self._records = iter([Record(**record) for record in json.loads((directory / INDEX).read_text())])
+
+    def linear(self, kind: str, weight: Tensor, bias: Tensor | None = None, exact: bool = False) -> Linear:
+        """See `Packer.linear`."""
+        record = next(self._records)
+        assert record.form is not None
+        panels, scales, bias = (self._array(array) for array in record.arrays)
+        assert panels is not None
+        form = WEIGHT_FORMATS[record.form]
+        rows, depth, columns = record.shape
+        packed = Packed(rows, depth, columns, panels, scales)
+        return self.noted(kind, self.kernels.pack_linear(packed, bias, form), form)
+
+    def keep(self, kind: str, weight: Tensor) -> Tensor:
+        """See `Packer.keep`."""
+        (array,) = next(self._records).arrays
+        found = self._array(array)
+        assert found is not None
+        return super().keep(kind, found)
+
+    def _array(self, array: Any) -> Tensor | None:
+        if array is None:
+            return None
+        name, shape, place = array
+        dtype: torch.dtype = getattr(torch, name)
+        size = torch.Size(shape).numel() * dtype.itemsize
+        return self._bytes[place : place + size].view(dtype).view(shape)
+
+
+class Outline:
+    """Weights without rows: all that blocks need to know that get theirs from somewhere else."""
+
+    def __init__(self, directory: Path, config: ModelConfig):
+        self._directory, self._config, self._family = directory, config, family_of(config)
+
+    @property
+    def embedding(self) -> Tensor:
+        """See `Checkpoint.embedding`."""
+        return self._family.embedding(_no_rows, self._config)
+
+    @property
+    def final_norm(self) -> Tensor:
+        """See `Checkpoint.final_norm`."""
+        return self._family.final_norm(_no_rows, self._config)
+
+    @property
+    def head(self) -> Tensor:
+        """See `Checkpoint.head`."""
+        return self._family.head(_no_rows, self._config)
+
+    def layer(self, index: int) -> LayerWeights:
+        """See `Checkpoint.layer`."""
+        return self._family.layer(_no_rows, self._config, index)
+
+    @cached_property
+    def _checkpoint(self) -> Checkpoint:
+        return Checkpoint(self._directory, self._config)
+
+    def attention_output(self, index: int) -> Tensor:
+        """See `Checkpoint.attention_output`: what a policy asks for is read when it does."""
+        return self._checkpoint.attention_output(index)
+
+
+def _no_rows(name: str, *shape: int) -> Tensor:
+    return torch.empty(0, *shape[1:])
