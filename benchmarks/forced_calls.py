@@ -107,5 +107,7 @@ def main(
     raise typer.Exit(found["valid"] != requests)
 
 
+app = script(__doc__, main)
+
 if __name__ == "__main__":
-    script(__doc__, main)()
+    app()

@@ -25,7 +25,7 @@ from curkv.engine.types import Output, Request, SamplingParams, Structure, Token
 
 COUNT, AT_ONCE, GONE = 63, 14, 0.3
 ENGINE = EngineOptions(page_size=16, max_step_tokens=64, max_sequences=12, max_model_len=512)
-ROOMY, TIGHT = 16 << 20, 520 << 10
+ROOMY, TIGHT = 16 << 20, 470 << 10
 
 
 @dataclass

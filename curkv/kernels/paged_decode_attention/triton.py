@@ -72,6 +72,7 @@ def paged_decode_attention(
         logits = torch.empty(batch, query_heads, max_tokens, dtype=torch.float32, device=q.device)
     layout = (table, lengths, slots, *table.stride()[:2], *lengths.stride())
     masks = pages.position, window or 0
+    masked = window is not None or softcap is not None or sinks is not None
     _attend[(batch, heads, splits)](
         q,
         pointers(pages.k),
@@ -102,7 +103,7 @@ def paged_decode_attention(
         SOFTCAPPED=softcap is not None,
         SINKS=sinks is not None,
         num_warps=4,
-        num_stages=3,
+        num_stages=2 if masked and pages.k.format.name == "int4" else 3,  # with 3 registers spill
     )
     if splits > 1:
         _reduce[(batch, query_heads)](
