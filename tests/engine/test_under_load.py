@@ -23,9 +23,9 @@ from curkv.engine.client import EngineClient
 from curkv.engine.engine import Engine
 from curkv.engine.types import Output, Request, SamplingParams, Structure, TokenLogprob
 
-COUNT, AT_ONCE, GONE = 63, 14, 0.3
+COUNT, AT_ONCE, GONE = 96, 14, 0.3
 ENGINE = EngineOptions(page_size=16, max_step_tokens=64, max_sequences=12, max_model_len=512)
-ROOMY, TIGHT = 16 << 20, 470 << 10
+ROOMY, TIGHT = 16 << 20, 500 << 10
 
 
 @dataclass
