@@ -58,11 +58,11 @@ def calls_of(http: httpx.Client, body: dict[str, Any]) -> tuple[list[tuple[str, 
     for event in filter(None, map(event_of, response.text.splitlines())):
         for choice in event["choices"]:
             reason = choice["finish_reason"] or reason
-            for delta in choice["delta"].get("tool_calls", ()):
-                if "id" in delta:
+            for delta in choice["delta"].get("tool_calls") or ():
+                if delta.get("id"):
                     calls.append((delta["function"]["name"], ""))
                 name, arguments = calls[delta["index"]]
-                calls[delta["index"]] = name, arguments + delta["function"].get("arguments", "")
+                calls[delta["index"]] = name, arguments + (delta["function"].get("arguments") or "")
     return calls, reason
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,37 +19,10 @@ from curkv.models.loading.gguf import GGUFTensors
 from curkv.models.loading.json_file import read_json
 from curkv.models.loading.pieces import PieceFiles
 from curkv.models.loading.quantised import QuantisedFiles
-from curkv.models.loading.tensors import check_shapes, not_finite
+from curkv.models.loading.tensors import TensorFiles, check_shapes, not_finite
 
 INDEX = "model.safetensors.index.json"
 PREFIX = "model."
-
-
-class TensorFiles(Protocol):
-    """The tensors of a model directory.
-
-    Attributes:
-        mapped: What is read is a view of the file.
-    """
-
-    mapped: bool
-
-    @property
-    def names(self) -> list[str]:
-        """Every tensor."""
-
-    @property
-    def paths(self) -> list[Path]:
-        """The files."""
-
-    def place(self, name: str) -> tuple[Path, str]:
-        """Returns the file that holds a tensor, or should, and the tensor's name in it."""
-
-    def read(self, name: str) -> Tensor:
-        """Reads a tensor, in the type that it is stored in if that is one of numbers."""
-
-    def headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Returns the shape of each tensor, and its dtype in the words of safetensors, such as `BF16`."""
 
 
 def tensor_files(directory: Path) -> TensorFiles:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from curkv.models.config import ModelConfig
 from curkv.models.families import family_of
-
-if TYPE_CHECKING:
-    from curkv.models.loading.checkpoint import TensorFiles
+from curkv.models.loading.tensors import TensorFiles
 
 
 class PieceFiles:

@@ -15,15 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from curkv.models.errors import ModelError, UnsupportedModel
-
-if TYPE_CHECKING:
-    from curkv.models.loading.checkpoint import TensorFiles
+from curkv.models.loading.tensors import TensorFiles
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Which nibble of an int32 belongs to each of eight columns."""

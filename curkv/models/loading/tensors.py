@@ -1,16 +1,46 @@
-"""Whether a file holds the tensors that its configuration speaks of."""
+"""The tensors of a model directory, and whether they are those that its configuration speaks of."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
 
 from curkv.models.errors import ModelError
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 _PARAMETER = re.compile(r"(model\.layers\.\d+)\..+\.(weight|bias)")
+
+
+class TensorFiles(Protocol):
+    """The tensors of a model directory.
+
+    Attributes:
+        mapped: What is read is a view of the file.
+    """
+
+    mapped: bool
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor."""
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files."""
+
+    def place(self, name: str) -> tuple[Path, str]:
+        """Returns the file that holds a tensor, or should, and the tensor's name in it."""
+
+    def read(self, name: str) -> Tensor:
+        """Reads a tensor, in the type that it is stored in if that is one of numbers."""
+
+    def headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Returns the shape of each tensor, and its dtype in the words of safetensors, such as `BF16`."""
 
 
 def check_shapes(found: Shapes, expected: Shapes, place: Callable[[str], tuple[Path, str]]) -> None:
