@@ -34,19 +34,16 @@ def test_the_tests_below_pass_where_triton_compiles() -> None:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:]
-    assert "2 passed" in done.stdout or "skipped" in done.stdout.splitlines()[-1]
+    assert "1 passed" in done.stdout or "skipped" in done.stdout.splitlines()[-1]
 
 
 @compiles
-@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
-def test_nothing_is_compiled_after_the_warm_up(
-    kv_dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_compiled_after_the_warm_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load_guard(tmp_path)
     pretend_a_gpu(monkeypatch)
     with fake_cuda(monkeypatch) as cuda:
         cuda.integer = 1  # what a head keeps, at least of the shortest prompt
-        engine = make_engine(cuda, kv_dtype, prefix_pages=60)
+        engine = make_engine(cuda, prefix_pages=60)
         warm_up(engine)
         warmed = set(cuda.variants)
         assert len(warmed) > 20
