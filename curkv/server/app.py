@@ -43,7 +43,9 @@ from curkv.server.tokens.router import router as tokens
 if TYPE_CHECKING:
     from curkv.engine.client import EngineClient
 
-ROUTERS = (completions, chat, responses, messages, ollama, embeddings, explain, tokens, models, live, page)
+ROUTERS = (
+    completions, chat, responses, messages, ollama, embeddings, explain, tokens, models, live, sessions, page,
+)  # fmt: skip
 """All routes that an API key guards."""
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
@@ -82,20 +84,7 @@ def create_app(client: EngineClient | None, settings: Settings, lifespan: Lifesp
         app.state.server.attach(client)
     guarded = [Depends(HTTPBearer(auto_error=False))] if keys else []
     refusals = error_responses(401) if keys else {}
-    for router in (
-        completions,
-        chat,
-        responses,
-        messages,
-        ollama,
-        embeddings,
-        explain,
-        tokens,
-        models,
-        live,
-        sessions,
-        page,
-    ):
+    for router in ROUTERS:
         app.include_router(router, dependencies=guarded, responses=refusals)
     app.include_router(health)
     app.mount("/page", page_files)

@@ -3,6 +3,9 @@
 Families, wordings and kinds of text vary so that no policy can be fitted to one template. The conversation
 is written out by the model's chat template, and the model's own right answer with the full cache is the
 target: only what the full cache answers counts.
+
+Settings of policies are chosen on seeds below 10,000; reports are made from those above
+(`benchmarks/questions.sh`).
 """
 
 from __future__ import annotations
@@ -15,9 +18,6 @@ from curkv.evaluation.tasks.questions.texts import TEXTS, hide
 
 QUESTIONS = 5
 """Facts in a text, each of another family."""
-
-REPORT_SEED = 10_000
-"""The first seed of samples that reports are made from; settings of policies are chosen on smaller ones."""
 
 _FORMS = ("{q}", "Question: {q}", "{q} Answer from the text above.", "Answer in one sentence: {q}")
 _NEW_TOKENS = 32
