@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -26,6 +28,8 @@ class Conversation:
         kv: eviction controls of the server this is made for; empty for any other.
         max_tokens: most tokens of an answer; None leaves it to the server.
         temperature: of sampling.
+        session: name under which the server holds what it can go on from; "": none.
+        file: where the conversation is written after each answer, and goes on from; None: nowhere.
         messages: the conversation in the form of the API.
         usage: of the last answer, if the server told it.
     """
@@ -36,8 +40,14 @@ class Conversation:
     kv: dict[str, str] = field(default_factory=dict)
     max_tokens: int | None = None
     temperature: float = 0.0
+    session: str = ""
+    file: Path | None = None
     messages: list[dict[str, Any]] = field(default_factory=list)
     usage: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.file is not None and self.file.exists():
+            self.messages = json.loads(self.file.read_text())
 
     def ask(self, question: str) -> Iterator[str]:
         """Yields the pieces of the answer as they come.
@@ -55,10 +65,18 @@ class Conversation:
             self.messages.pop()
             raise ChatError(str(error)) from error
         self.messages.append({"role": "assistant", "content": answer})
+        self._write()
 
     def clear(self) -> None:
         """Forgets what was said; the document stays."""
         self.messages = []
+        self._write()
+
+    def _write(self) -> None:
+        if self.file is not None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.file.touch(mode=0o600)
+            self.file.write_text(json.dumps(self.messages))
 
     def _content(self, question: str) -> Any:
         if self.document is None or self.messages:
@@ -67,13 +85,14 @@ class Conversation:
         return [document, {"type": "text", "text": question}]
 
     def _stream(self) -> Iterator[str]:
+        kv = {**self.kv, **({"session": self.session} if self.session else {})}
         body: dict[str, Any] = {
             "messages": self.messages,
             "temperature": self.temperature,
             "stream": True,
             "stream_options": {"include_usage": True},
             **({"max_tokens": self.max_tokens} if self.max_tokens else {}),
-            **({"kv": self.kv} if self.kv else {}),
+            **({"kv": kv} if kv else {}),
         }
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         with httpx.Client(base_url=self.url, headers=headers, timeout=None) as http:
@@ -114,6 +133,8 @@ def describe(usage: dict[str, Any] | None) -> str:
     if not usage:
         return ""
     line = f"{usage['prompt_tokens']} + {usage['completion_tokens']} tokens"
+    if cached := (usage.get("prompt_tokens_details") or {}).get("cached_tokens"):
+        line += f" | {cached} known"
     if kv := usage.get("kv"):
         kept = f"kept {kv['kept_ratio']:.0%} of the prompt"
         memory = f"{kv['bytes'] / 2**20:.1f} MiB of {kv['peak_bytes'] / 2**20:.1f} MiB at the peak"

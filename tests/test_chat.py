@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from curkv.chat import Conversation, loop
@@ -37,6 +39,18 @@ def test_answers_usage_and_memory_of_what_was_said() -> None:
     assert prompts[1] == [1, 7, 8, 10, 2, 1, 2, 1, 11, 3]
     assert prompts[2] == [1, 7, 8, 12, 3]
     assert engine.taken[1].eviction.context_tokens == 3
+
+
+def test_a_named_conversation_goes_on(tmp_path: Path) -> None:
+    """In another process too; the server is told its session, whatever the policy."""
+    engine, file = ScriptedClient(), tmp_path / "conversations" / "chat-1.json"
+    with running(engine, SETTINGS) as url:
+        say(Conversation(url, max_tokens=2, session="chat-1", file=file), "w10", "/policy curdkv 50%", "w11")
+        say(Conversation(url, max_tokens=2, session="chat-1", file=file), "w12", "/clear", "w13")
+    assert [request.session for request in engine.taken] == ["chat-1"] * 4
+    prompts = [request.prompt_token_ids for request in engine.taken]
+    assert prompts[2] == [*prompts[1][:-1], 2, 1, 2, 1, 12, 3] and prompts[3] == [1, 13, 3]
+    assert file.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_refused_question_is_forgotten() -> None:

@@ -21,14 +21,29 @@ def chat(
     budget: Annotated[str | None, typer.Option(help="Its budget, such as 25%.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer.")] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    session: Annotated[
+        str, typer.Option(help="Name of a conversation: what was said under it before goes on.")
+    ] = "",
 ) -> None:
     """Talk to a server in the terminal; after each answer a line tells what its cache kept."""
+    from curkv.cache.options import OptionError
     from curkv.chat import Conversation, loop
+    from curkv.models.loading.cache_directory import cache_directory
+    from curkv.server.headers import session_name
 
     kv = {name: value for name, value in (("policy", policy), ("budget", budget)) if value is not None}
     try:
         text = document.read_text() if document is not None else None
     except (OSError, ValueError) as error:
         fail(f"cannot read {document}: {error}")
-    conversation = Conversation(url, api_key, text, kv, max_tokens, temperature)
+    file = cache_directory() / "conversations" / f"{session}.json" if session else None
+    try:
+        session_name(session)
+        conversation = Conversation(url, api_key, text, kv, max_tokens, temperature, session, file)
+    except OptionError as error:
+        fail(f"--session: {error.message}")
+    except (OSError, ValueError) as error:
+        fail(f"cannot read {file}: {error}")
+    if conversation.messages:
+        print(f"[{len(conversation.messages)} messages of before]")
     loop(conversation, lambda: input("> "), lambda text: print(text, end="", flush=True))
