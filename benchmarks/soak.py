@@ -38,6 +38,7 @@ from curkv.bench.process import curkv_serve, running
 from curkv.bench.script import script
 from curkv.bench.small_model import write_small_model
 from curkv.bench.text import documentation_text
+from curkv.cache.policies import get_policy
 from curkv.sse import event_of
 from curkv.tables import table
 
@@ -200,7 +201,8 @@ def draw(rng: random.Random, policy: str, documents: Sequence[str]) -> Case:
     kv: dict[str, Any] = {"policy": policy}
     if policy != "full":
         kv |= {"budget": rng.choice(["25%", "50%"]), "sink_tokens": 2, "recent_tokens": 4}
-        kv |= rng.choice([{}, {}, {"decode_budget": "96tok", "decode_interval": 16}])
+        decoding = rng.choice([{}, {}, {"decode_budget": "96tok", "decode_interval": 16}])
+        kv |= {} if get_policy(policy).needs.repetition else decoding
     document = rng.choice(documents)[: rng.choice([200, 500, 1000])]
     question = (
         f"\n\n{rng.choice(['What', 'Why', 'Where'])} is {rng.choice(documents)[: rng.randint(10, 60)]}?"
@@ -215,7 +217,8 @@ def draw(rng: random.Random, policy: str, documents: Sequence[str]) -> Case:
     free = {**body, "prompt": document + question, "logprobs": 1}
     match rng.randrange(10):
         case 0:
-            kv |= {"prefill": "streaming", "prefill_chunk": 128} if policy != "full" else {}
+            once = policy == "full" or get_policy(policy).needs.repetition
+            kv |= {} if once else {"prefill": "streaming", "prefill_chunk": 128}
             return Case("greedy", COMPLETIONS, free)
         case 1:
             return Case("greedy", COMPLETIONS, {**free, "echo": True})
