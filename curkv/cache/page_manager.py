@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -293,7 +293,12 @@ class PageManager:
         return slot
 
     def keep_blocks(
-        self, slot: int, keys: Sequence[Hashable], tokens: Sequence[int] = (), root: Hashable = None
+        self,
+        slot: int,
+        keys: Sequence[Hashable],
+        tokens: Sequence[int] = (),
+        root: Hashable = None,
+        tenant: str = "",
     ) -> None:
         """Holds the first pages of a sequence for prompts to come.
 
@@ -303,13 +308,14 @@ class PageManager:
             keys: of its first blocks, in their order.
             tokens: its prompt, so that a block can be found by its first tokens.
             root: stands for what lies before the first block.
+            tenant: who alone finds them.
         """
         if keys:
             trimmed = self._trimmed[slot][..., None]
             first = int(trimmed.max())
             column = np.maximum(self._page_index[: len(keys)] - trimmed, 0)
             table = np.take_along_axis(self._table[slot], column, axis=-1)
-            self.prefixes.insert_blocks(keys, table, self.layout.page_size, tokens, root, first)
+            self.prefixes.insert_blocks(keys, table, self.layout.page_size, tokens, root, first, tenant)
 
     def contents(self, slot: int, tokens: int) -> Prefix:
         """All that a sequence of so many tokens holds; to be cached, it must end."""
@@ -317,7 +323,15 @@ class PageManager:
         table = self._table[slot][..., : counts.max()].copy()
         return Prefix(table, self.head_lengths(slot), self._owned_pages(slot, counts), tokens)
 
-    def keep(self, slot: int, key: Hashable, tokens: int, evictions: int) -> None:
+    def keep(
+        self,
+        slot: int,
+        key: Hashable,
+        tokens: int,
+        evictions: int,
+        repeated: Tensor | None = None,
+        tenant: str = "",
+    ) -> None:
         """Holds all that a sequence holds for prompts to come; without room for its partial pages, nothing.
 
         Args:
@@ -325,13 +339,16 @@ class PageManager:
             key: stands for its tokens and everything that chose what was kept of them.
             tokens: how many tokens those were.
             evictions: how many evictions.
+            repeated: see `Prefix`.
+            tenant: who alone finds it.
         """
         lengths, counts = self._lengths[slot].copy(), self.page_counts[slot]
         with contextlib.suppress(OutOfPages):
             table = self._duplicate(self._table[slot], lengths, lengths // self.layout.page_size)
             table = table[..., : counts.max()].copy()
             pages = table[self._page_index[: counts.max()] < counts[..., None]]
-            self.prefixes.insert(key, Prefix(table, lengths, pages, tokens, evictions, tokens))
+            prefix = Prefix(table, lengths, pages, tokens, evictions, tokens)
+            self.prefixes.insert(key, replace(prefix, repeated=repeated, tenant=tenant))
             self.pool.release(pages)
 
     def footprint(self, plan: EvictionPlan, generated: int, prefix: Prefix | None = None) -> int:
@@ -352,7 +369,9 @@ class PageManager:
         peak, ragged = plan.peak_prompt_tokens, plan.ragged and plan.streaming
         if prefix is not None and prefix.evictions:
             peak, ragged = (
-                plan.peak_tokens_behind(prefix.tokens, float(prefix.lengths[self._evicted_rows].mean())),
+                plan.peak_tokens_behind(
+                    prefix.tokens, float(prefix.lengths[self._evicted_rows].mean()), prefix.evicted_at
+                ),
                 plan.ragged,
             )
         needed = max(

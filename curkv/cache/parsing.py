@@ -158,16 +158,17 @@ def _policies(options: EvictionOptions) -> list[Policy]:
     return [first, second.configured(values, preset)]
 
 
-def settle(options: EvictionOptions, repeats: bool = True) -> SettledOptions:
+def settle(options: EvictionOptions, repeats: bool = True, session: bool = False) -> SettledOptions:
     """Fill in what the preset and the policies say where the request does not.
 
     Args:
         options: Of the request.
         repeats: Whether the model has room to repeat the context, which decides what "auto" is.
+        session: Whether it goes on from what is left of a conversation, which does too.
     """
     asked = get_policy(options.policy)
     if isinstance(asked, Auto):
-        options = replace(options, policy=asked.chosen(options, repeats))
+        options = replace(options, policy=asked.chosen(options, repeats, session))
     policies = _policies(options)
     policy = policies[0] if len(policies) == 1 else Product.of(*policies)
     return SettledOptions(

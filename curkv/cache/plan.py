@@ -92,17 +92,25 @@ class EvictionPlan:
         context = self.context_tokens
         if self.chunk is not None:
             context = min(context, self.budget_tokens + self.chunk)
-        if self.observed.repetition:
-            context += min(context, REPEATED_TOKENS) + INSTRUCTION_TOKENS
-        return max(context, self.kept_prompt_tokens)
+        return max(context + self._repeated(self.context_tokens), self.kept_prompt_tokens)
 
-    def peak_tokens_behind(self, tokens: int, held: float) -> int:
-        """Most prompt tokens held per head, on average, if of the first `tokens` so many are held."""
+    def _repeated(self, tokens: int) -> int:
+        """Most tokens that stand behind the context while so many of it are repeated."""
+        return min(tokens, REPEATED_TOKENS) + INSTRUCTION_TOKENS if self.observed.repetition else 0
+
+    def peak_tokens_behind(self, tokens: int, held: float, evicted_at: int) -> int:
+        """Most prompt tokens held per head, on average, if of the first `tokens` so many are held.
+
+        Args:
+            tokens: Of the prompt, computed before.
+            held: Of these, per head, on average.
+            evicted_at: How many there were when they were last evicted from.
+        """
         left = self.prompt_tokens - tokens
         if self.chunk is not None and tokens < self.context_tokens:
             left = min(left, self.chunk + self.prompt_tokens - self.context_tokens)
             held = max(held, self.budget_tokens)
-        return ceil(held) + left
+        return ceil(held) + left + self._repeated(self.context_tokens - evicted_at)
 
     def protecting(self, spans: Iterable[Span]) -> EvictionPlan:
         """The same with further spans kept, if they leave room for the newest tokens."""
@@ -165,7 +173,9 @@ class EvictionPlan:
         return budget is not None and generated_tokens % interval == 0 and held_tokens > budget
 
 
-def resolve(options: EvictionOptions, prompt_tokens: Sequence[int], layout: CacheLayout) -> EvictionPlan:
+def resolve(
+    options: EvictionOptions, prompt_tokens: Sequence[int], layout: CacheLayout, session: bool = False
+) -> EvictionPlan:
     """Resolve options for a prompt.
 
     Args:
@@ -173,6 +183,8 @@ def resolve(options: EvictionOptions, prompt_tokens: Sequence[int], layout: Cach
             the policy keep in any case.
         prompt_tokens: Token ids of the prompt.
         layout: Shape of the cache.
+        session: The conversation goes on from what is left of it: only what is new is repeated, as far as
+            there is room.
 
     Returns:
         The plan.
@@ -183,8 +195,8 @@ def resolve(options: EvictionOptions, prompt_tokens: Sequence[int], layout: Cach
     check_options(options)
     length = len(prompt_tokens)
     context = length if options.context_tokens is None else options.context_tokens
-    repeats = context + min(context, REPEATED_TOKENS) + INSTRUCTION_TOKENS <= layout.max_tokens
-    settled = settle(options, repeats)
+    repeats = session or context + min(context, REPEATED_TOKENS) + INSTRUCTION_TOKENS <= layout.max_tokens
+    settled = settle(options, repeats, session)
     for field, end in (
         ("protect", settled.protect[-1][1] if settled.protect else 0),
         ("context_tokens", context),

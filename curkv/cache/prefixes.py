@@ -11,6 +11,7 @@ from itertools import takewhile
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from curkv.cache.observations import Observations
 from curkv.cache.options import Span
@@ -32,7 +33,10 @@ class Prefix:
         evicted_at: how many tokens there were at the last of these; of those that followed none is gone.
         shareable: whether it is what any prompt that begins with its tokens would have.
         protect: spans of its tokens that are never evicted.
+        tenant: who alone finds it; "": whoever has its key.
         observed: of the queries of its tokens, where a policy needs to know of all of them.
+        repeated: float32 [L, H, n], what a repetition has paid those that the last eviction kept, -inf
+            past a head's, of the layers that are evicted from; None: there was none.
     """
 
     table: Ids
@@ -43,7 +47,9 @@ class Prefix:
     evicted_at: int = 0
     shareable: bool = True
     protect: tuple[Span, ...] = ()
+    tenant: str = ""
     observed: Observations | None = None
+    repeated: Tensor | None = None
 
     @property
     def observes_more_than_pages(self) -> bool:
@@ -164,6 +170,7 @@ class PrefixCache:
         tokens: Sequence[int] = (),
         root: Hashable = None,
         first: int = 0,
+        tenant: str = "",
     ) -> None:
         """Holds the first blocks of a prompt, as many as the limit allows.
 
@@ -176,6 +183,7 @@ class PrefixCache:
             tokens: the prompt; without it the blocks are found whole or not at all.
             root: stands for what lies before the first block; without it that one is found whole.
             first: the first block whose pages are known.
+            tenant: who alone finds them.
         """
         keys = keys[: self.max_pages // table[..., 0].size]
         new = [i for i, key in enumerate(keys) if i >= first and key not in self._entries]
@@ -185,7 +193,7 @@ class PrefixCache:
             held = np.asarray(tokens[i * page_size :][:page_size], dtype=np.int64)
             size = len(held) or page_size
             lengths, block = np.full(table.shape[:2], size, dtype=np.int32), table[..., i : i + 1].copy()
-            self._entries[keys[i]] = Prefix(block, lengths, block.reshape(-1), size)
+            self._entries[keys[i]] = Prefix(block, lengths, block.reshape(-1), size, tenant=tenant)
             before = keys[i - 1] if i else root
             if before is not None and tokens:
                 following = self._following.setdefault(before, {})
@@ -198,12 +206,15 @@ class PrefixCache:
                 self._entries.move_to_end(key)
         self._shrink()
 
-    def drop(self, pages: int | None = None, spare: Container[Hashable] = ()) -> int:
+    def drop(
+        self, pages: int | None = None, spare: Container[Hashable] = (), tenant: str | None = None
+    ) -> int:
         """Drops prefixes that sequences do not use as a whole, least recently used first.
 
         Args:
             pages: drop until so many are free again; None: drop all.
             spare: keys of prefixes that stay.
+            tenant: whose prefixes are dropped; None: everybody's.
 
         Returns:
             Pages that went back to the pool.
@@ -213,7 +224,8 @@ class PrefixCache:
             if pages is not None and freed >= pages:
                 break
             prefix = self._entries[key]
-            if key not in spare and (owners[prefix.pages] == held[prefix.pages]).any():
+            theirs = tenant is None or prefix.tenant == tenant
+            if theirs and key not in spare and (owners[prefix.pages] == held[prefix.pages]).any():
                 freed += self.remove(key)
         return freed
 

@@ -8,6 +8,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from torch import Tensor
 
 from curkv.cache.observations import Needs
 from curkv.cache.page_manager import PageManager
@@ -27,7 +28,7 @@ class ReuseKeys:
 
     Attributes:
         salt: prompts share only with those of the same salt.
-        tenant: who alone finds it on disk; "": everybody.
+        tenant: who alone finds what is cached of it; "": everybody with the same salt.
         blocks: of its blocks, in their order, see `curkv.cache.prefixes`.
         context: of its compressed context; None if that is not to be cached.
         context_tokens: first tokens of the prompt that the context is.
@@ -81,7 +82,8 @@ class PrefixReuse:
         self._ttl = session_ttl
         self._stored: StoredPrefixes | None = None
         self._reuse_generated = reuse_generated
-        self.sessions = Sessions(kv.prefixes, kv.layout.page_size, session_ttl)
+        whole = any(kv.layout.windows)  # what windows have left is not there to be cut back to
+        self.sessions = Sessions(kv.prefixes, kv.layout.page_size, session_ttl, whole)
 
     def keys(
         self,
@@ -110,7 +112,7 @@ class PrefixReuse:
             judged: log-probabilities of its tokens are wanted, so that no context may be left out.
             session: that it belongs to.
             shaped_by: what else a state of it depends on.
-            tenant: who alone finds on disk what is cached of it.
+            tenant: who alone finds what is cached of it.
             context_ttl: seconds for which what is cached of its context gives way after all else.
         """
         if not self._caches:
@@ -130,7 +132,7 @@ class PrefixReuse:
             context_ttl=context_ttl,
             cacheable_tokens=0 if observed.column_sums or context is not None else unevicted,
             reusable_tokens=0 if observed.all_queries else max(0, unevicted - anew),
-            session=None if any(layout.windows) else session,  # what windows left is not there to be cut
+            session=session,
             shaped_by=shaped_by,
             continued_tokens=max(0, len(prompt) - anew),
         )
@@ -188,10 +190,12 @@ class PrefixReuse:
         size = self._kv.layout.page_size
         if start < keys.cacheable_tokens and computed // size > start // size:
             blocks = min(computed, keys.cacheable_tokens) // size
-            self._kv.keep_blocks(slot, keys.blocks[:blocks], prompt, root_key(keys.salt))
+            self._kv.keep_blocks(slot, keys.blocks[:blocks], prompt, root_key(keys.salt), keys.tenant)
             self._pin(keys)
 
-    def after_eviction(self, slot: int, keys: ReuseKeys, computed: int, evictions: int) -> None:
+    def after_eviction(
+        self, slot: int, keys: ReuseKeys, computed: int, evictions: int, repeated: Tensor | None
+    ) -> None:
         """Holds a context once it is compressed.
 
         Args:
@@ -199,9 +203,10 @@ class PrefixReuse:
             keys: of its prompt.
             computed: tokens computed.
             evictions: how often some of them have been evicted.
+            repeated: see `Prefix`.
         """
         if keys.context is not None and computed == keys.context_tokens:
-            self._kv.keep(slot, keys.context, computed, evictions)
+            self._kv.keep(slot, keys.context, computed, evictions, repeated, keys.tenant)
             self._pin(keys)
             if self._stored is not None:
                 self._stored.want_context(keys.tenant, keys.context)
@@ -229,7 +234,7 @@ class PrefixReuse:
         if self._reuse_generated and left.shareable and not left.evictions:
             size = self._kv.layout.page_size
             blocks = block_keys(tokens, size, keys.salt, ends=True)
-            self._kv.keep_blocks(slot, blocks, tokens, root_key(keys.salt))
+            self._kv.keep_blocks(slot, blocks, tokens, root_key(keys.salt), keys.tenant)
             if self._stored is not None and keys.session is not None:
                 self._stored.want_blocks(keys.tenant, blocks[: len(tokens) // size])
 
@@ -277,7 +282,7 @@ class PrefixReuse:
 
     def _restore(self, stored: StoredPrefixes, keys: ReuseKeys, prompt: Sequence[int], one: Restored) -> None:
         prefixes = self._kv.prefixes
-        prefix = stored.place(one)
+        prefix = replace(stored.place(one), tenant=keys.tenant)
         try:
             if one.state is not None and keys.session is not None:
                 key = self.sessions.key()
@@ -290,7 +295,8 @@ class PrefixReuse:
                 if all(key in prefixes for key in chain[:-1]):
                     table = prefix.table.repeat(len(chain), axis=-1)  # of those that are new, there is one
                     size = self._kv.layout.page_size
-                    prefixes.insert_blocks(chain, table, size, prompt, root_key(keys.salt))
+                    root = root_key(keys.salt)
+                    prefixes.insert_blocks(chain, table, size, prompt, root, tenant=keys.tenant)
         finally:
             self._kv.pool.release(prefix.pages)
 
@@ -314,14 +320,17 @@ class PrefixReuse:
         return self._stored.store if self._stored is not None else None
 
     def drop_prefixes(self, tenant: str) -> int:
-        """Drops what no running sequence uses, sessions aside; of a tenant, its copies on disk alone.
+        """Drops what no running sequence uses, in memory and on disk, sessions aside.
+
+        Args:
+            tenant: whose it is; "": everybody's, if nothing is a tenant's.
 
         Returns:
             Pages that went back to the pool.
         """
         if self._stored is not None:
             self._stored.forget_prefixes(tenant)
-        return 0 if tenant else self._kv.prefixes.drop(spare=self.sessions)
+        return self._kv.prefixes.drop(spare=self.sessions, tenant=tenant or None)
 
     def drop_session(self, session: SessionName, tenant: str) -> int | None:
         """Drops a session, in memory and on disk.

@@ -77,21 +77,28 @@ class Sessions:
     """What sessions can go on from; the pages lie in the prefix cache, and give way as its other pages do.
 
     A state serves a prompt that begins with its tokens, or with as many of them as there were when it was
-    last evicted from: what came behind is whole and can be cut off.
+    last evicted from: what came behind is whole and can be cut off, unless the model's layers have windows.
 
     Args:
         prefixes: holds the pages; it tells which it has dropped.
         page_size: tokens of a page.
         ttl: seconds after its last use at which a session is dropped.
+        whole: a state is gone on from as a whole or not at all.
         clock: tells seconds.
     """
 
     def __init__(
-        self, prefixes: PrefixCache, page_size: int, ttl: float, clock: Callable[[], float] = time.monotonic
+        self,
+        prefixes: PrefixCache,
+        page_size: int,
+        ttl: float,
+        whole: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._prefixes = prefixes
         self._page_size = page_size
         self._ttl = ttl
+        self._whole = whole
         self._clock = clock
         self._sessions: OrderedDict[SessionName, _Session] = OrderedDict()
         self._of: dict[Hashable, SessionName] = {}
@@ -127,7 +134,7 @@ class Sessions:
         for key, state in session.states.items():
             prefix, common = self._prefixes.get(key), common_length(state.tokens, wanted)
             whole = common == prefix.tokens
-            cuttable = prefix.evicted_at <= common and prefix.observed is None
+            cuttable = prefix.evicted_at <= common and prefix.observed is None and not self._whole
             if state.shaped_by == shaped and (whole or cuttable) and common >= (best.tokens if best else 1):
                 best, used = prefix if whole else prefix.cut(common, self._page_size), key
         if best is not None:
@@ -142,7 +149,8 @@ class Sessions:
         session = self._sessions.get(name)
         states = list(session.states.values()) if session is not None else []
         wanted = np.asarray(tokens, dtype=np.int64)
-        return max((common_length(s.tokens, wanted) for s in states if s.shaped_by == shaped), default=0)
+        lengths = [(common_length(s.tokens, wanted), len(s.tokens)) for s in states if s.shaped_by == shaped]
+        return max((common for common, length in lengths if common == length or not self._whole), default=0)
 
     def key(self) -> Hashable:
         """A key for a state to be held under."""

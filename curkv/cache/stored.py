@@ -101,6 +101,8 @@ class StoredPrefixes:
         tensors["lengths"] = torch.from_numpy(prefix.lengths.copy())
         if wanted.state is not None:
             tensors["tokens"] = torch.from_numpy(wanted.state.tokens)
+        if prefix.repeated is not None:
+            tensors["repeated"] = prefix.repeated.cpu().contiguous()
         facts = {
             "tokens": prefix.tokens,
             "evictions": prefix.evictions,
@@ -166,7 +168,9 @@ class StoredPrefixes:
         first = np.arange(table.shape[-1]) * self._kv.layout.page_size
         self.store.took(facts["tokens"])
         facts["protect"] = tuple((start, end) for start, end in facts["protect"])
-        return replace(Prefix(table, lengths, table[first < lengths[..., None]], 0), **facts)
+        repeated = tensors["repeated"].to(self._kv.device) if "repeated" in tensors else None
+        pages = table[first < lengths[..., None]]
+        return replace(Prefix(table, lengths, pages, 0, repeated=repeated), **facts)
 
 
 def _folder(tenant: str, session: SessionName) -> str:

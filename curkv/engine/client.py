@@ -193,7 +193,7 @@ class EngineClient:
         """Drops the prefixes that no running sequence uses.
 
         Args:
-            tenant: whose they are; of one alone, only those on disk are dropped.
+            tenant: whose they are; "": everybody's.
 
         Returns:
             Bytes of the cache that are free again.

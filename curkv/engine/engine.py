@@ -167,7 +167,7 @@ class Engine:
         """Drops the prefixes that no running sequence uses, but for sessions; returns the bytes freed.
 
         Args:
-            tenant: whose they are; of one alone, only those on disk are dropped.
+            tenant: whose they are; "": everybody's.
         """
         try:
             return self._reuse.drop_prefixes(tenant) * self.kv.page_bytes
@@ -396,9 +396,8 @@ class Engine:
         self._phase = "evict"
         self._evict_if_due(sequence)
         self._phase = "prefix"
+        self._after_eviction(sequence)
         progress = sequence.progress  # a new one if it had to be preempted
-        if progress.shareable:
-            self._reuse.after_eviction(slot, sequence.keys, progress.computed, progress.evictions)
         if progress.computed == len(prompt):
             progress.kept_tokens = self.kv.held_tokens(slot)
             if not sequence.observes_answer:
@@ -429,6 +428,9 @@ class Engine:
             pages_freed = evict(self.kv, sequence.slot, view, sequence.plan, indices, counts)
         except OutOfPages:
             return self.scheduler.preempt(sequence)
+        if view.repetition is not None:
+            paid = view.repetition.gather(2, indices.clamp_min(0).long())
+            progress.repeated, progress.repetition = paid.masked_fill_(indices < 0, -torch.inf), None
         progress.evictions += 1
         progress.evicted_at = progress.computed
         progress.decode_evictions += phase == "decode"
@@ -447,10 +449,18 @@ class Engine:
             )
         )
 
+    def _after_eviction(self, sequence: Sequence) -> None:
+        """Caches a context that is compressed now, if it is what others would have."""
+        progress = sequence.progress
+        if progress.shareable and sequence.slot >= 0 and not sequence.repeating:
+            evictions, repeated = progress.evictions, progress.repeated
+            self._reuse.after_eviction(sequence.slot, sequence.keys, progress.computed, evictions, repeated)
+
     def _repeat(self, sequence: Sequence) -> None:
         """Has the model repeat what is computed of a sequence, from the next step on."""
-        text = sequence.prompt[: sequence.computed]
-        sequence.progress.repetition = Repetition(text, self.info)
+        progress = sequence.progress
+        text, room = sequence.prompt[: progress.computed], self.kv.layout.max_tokens - progress.computed
+        progress.repetition = Repetition(text, self.info, room, progress.evicted_at, progress.repeated)
 
     def _repeat_next(self) -> None:
         """Repeats a piece of one text, and evicts that in the end: one per step, so that decodes go on."""
@@ -465,8 +475,7 @@ class Engine:
             sequence.peak_bytes = max(sequence.peak_bytes, self.kv.sequence_bytes(slot))
             if progress.repetition.done and not sequence.explain_plans:
                 self._evict(sequence, "prefill")
-                progress = sequence.progress  # a new one if it had to be preempted
-                self._reuse.after_eviction(slot, sequence.keys, progress.computed, progress.evictions)
+                self._after_eviction(sequence)
         except OutOfPages:
             self.scheduler.preempt(sequence)
         except Exception as error:
@@ -606,6 +615,7 @@ class Engine:
             evicted_at=progress.evicted_at,
             shareable=progress.shareable,
             protect=sequence.plan.protect,
+            repeated=progress.repeated,
             observed=observed if observed is not None and observed.needs.all_queries else None,
         )
         tokens = sequence.tokens(0, progress.computed)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from curkv.cache.observations import Needs
@@ -43,24 +44,43 @@ def _instruction(text: str, info: ModelInfo) -> list[int]:
 class Repetition:
     """A text that is repeated behind itself, a piece in each step, and forgotten again.
 
-    As in KVzip (https://arxiv.org/abs/2505.23416, section 3.2) it is repeated in parts of 2,048 tokens,
-    each after the whole text and an instruction.
+    As in KVzip (https://arxiv.org/abs/2505.23416, section 3.2) it is repeated in parts of 2,048 tokens, or as
+    many as the model's context has room for, each after the whole text and an instruction. Of a text that was
+    evicted from before, what has followed since is repeated.
 
-    The score of a token is the most attention that any token of instructions and repetition pays it, over the
-    group of query heads too: float32 [L, H, n]. Each softmax runs over everything up to its query.
+    The score of a token is the most attention that any token of instructions and repetitions has paid it,
+    over the group of query heads too: float32 [L, H, n], -inf if there was no room to repeat anything. Each
+    softmax runs over everything up to its query.
     """
 
-    def __init__(self, tokens: Sequence[int], info: ModelInfo) -> None:
-        """Takes the text's n tokens, and what tells the instructions' tokens."""
+    def __init__(
+        self,
+        tokens: Sequence[int],
+        info: ModelInfo,
+        room: int = REPEATED_TOKENS + INSTRUCTION_TOKENS,
+        evicted_at: int = 0,
+        before: Tensor | None = None,
+    ) -> None:
+        """Takes a text, of which some may be gone.
+
+        Args:
+            tokens: its tokens.
+            info: tells the instructions' tokens.
+            room: tokens that can stand behind it.
+            evicted_at: how many there were when it was last evicted from.
+            before: what those that were kept then had been paid, float32 [L, H, m], -inf past a head's.
+        """
         self._start = len(tokens)
         first, following = (_instruction(text, info) for text in (_FIRST, _NEXT))
         self._parts: list[list[int]] = []
-        for start in range(0, len(tokens), REPEATED_TOKENS):
-            lead = [*following, *tokens[start - _LEAD : start]] if start else first
+        most = min(REPEATED_TOKENS, room - INSTRUCTION_TOKENS)
+        for start in range(evicted_at, len(tokens), most) if most > 0 else ():
+            lead = [*following, *tokens[max(0, start - _LEAD) : start]] if start else first
             lead = lead[:INSTRUCTION_TOKENS]
-            self._parts.append([*lead, *tokens[start : start + REPEATED_TOKENS]])
+            self._parts.append([*lead, *tokens[start : start + most]])
         self._said = 0
         self._mark: Mark | None = None
+        self._before = before
         self._scores: Tensor | None = None
 
     @property
@@ -72,20 +92,25 @@ class Repetition:
     @property
     def done(self) -> bool:
         """Whether all is repeated, and the sequence holds what it held before."""
-        return not self._parts
+        return self._scores is not None and not self._parts
 
     def advance(self, runner: Runner, slot: int, most: int = _STEP) -> None:
         """Computes the next piece.
 
         Args:
             runner: Computes tokens.
-            slot: The sequence that holds the text, of which nothing has been evicted, and nothing else.
+            slot: The sequence that holds what is left of the text, and nothing else.
             most: Tokens of the piece, if there are so many.
 
         Raises:
             OutOfPages: There is no room for it; the sequence is to be given up.
         """
-        kv, part = runner.kv, self._parts[0]
+        kv = runner.kv
+        if not self._parts:
+            view = runner.attention.view(slot)
+            self._take(view.keys(0).new_full((*view.lengths.shape, view.width), -torch.inf))
+            return
+        part = self._parts[0]
         if self._mark is None:
             self._mark = kv.mark([slot])
             kv.observe(slot, Needs(queries=_STEP))
@@ -103,8 +128,19 @@ class Repetition:
             softcap=view.softcap,
             sinks=view.sink_rows,
         )
-        paid = paid.view(*view.lengths.shape, view.width)[..., : self._start]
-        self._scores = paid.clone() if self._scores is None else torch.maximum(self._scores, paid)
+        held = view.lengths - self._said
+        paid = paid.view(*view.lengths.shape, view.width)[..., : view.width - self._said]
+        self._take(
+            paid.masked_fill(torch.arange(paid.shape[2], device=paid.device) >= held[..., None], -torch.inf)
+        )
         if self._said == len(part):
             kv.retract(self._mark)
             self._parts, self._said, self._mark = self._parts[1:], 0, None
+
+    def _take(self, paid: Tensor) -> None:
+        """Takes note of what each stored token was paid, [L, H, n], -inf past a head's."""
+        before = self._before if self._scores is None else self._scores
+        if before is not None:
+            missing = paid.shape[2] - before.shape[2]
+            paid = torch.maximum(F.pad(before, (0, missing), value=-torch.inf), paid)
+        self._scores = paid

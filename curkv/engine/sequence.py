@@ -40,6 +40,7 @@ class Progress:
         explanations: of the plans explained so far.
         states: sum of the last hidden states of its computed tokens, [hidden], if its request asks for it.
         repetition: of what is computed, if the policy has the model repeat it.
+        repeated: what that has paid to the tokens kept at the last eviction, see `Prefix`.
     """
 
     computed: int = 0
@@ -53,6 +54,7 @@ class Progress:
     explanations: list[Explanation] = field(default_factory=list)
     states: Tensor | None = None
     repetition: Repetition | None = None
+    repeated: Tensor | None = None
 
     @classmethod
     def behind(cls, prefix: Prefix | None) -> Progress:
@@ -66,6 +68,7 @@ class Progress:
             evictions=prefix.evictions,
             evicted_at=prefix.evicted_at,
             shareable=prefix.shareable,
+            repeated=prefix.repeated,
         )
 
     def copy(self) -> Progress:

@@ -178,7 +178,7 @@ class Request:
         priority: lower runs first; equal priorities run in order of arrival.
         owner: name of the API key that it came with.
         traceparent: the span that it belongs to, as in W3C Trace Context; "" if none.
-        tenant: who alone finds on disk what is cached of it; "": everybody.
+        tenant: who alone finds what is cached of it; "": everybody with the same salt.
         context_ttl: seconds for which what is cached of its context gives way after all else.
         session: the conversation of that key that it goes on; "": none.
         arrival_time: `time.monotonic()` in seconds.

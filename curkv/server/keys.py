@@ -69,7 +69,7 @@ class Keys:
         return dict(self._digests)[name].hex() if self.several else ""
 
     def drop(self, name: str) -> None:
-        """Lets go of the prefixes of a key: they are found no more, and give way when room is needed."""
+        """Has the prefixes of a key found no more, those in use and those to come of its running requests."""
         self._drops[name] += 1
 
 

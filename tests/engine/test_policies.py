@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -156,3 +157,21 @@ def test_auto_picks_by_the_form_of_the_request_and_says_what(
     kv = parse_options({"policy": "auto", "budget": "50%", **more})
     report = report_of(make_engine(max_model_len=200), request(loaded.prompt(100), 2, kv=kv))
     assert report.policy == picked
+
+
+@pytest.mark.parametrize(
+    ("length", "more", "expected"),
+    [
+        (100, {}, "kvzip"),
+        (250, {}, "kvzip"),  # a state goes on to the end of the context
+        (100, {"context_tokens": 50}, "kvzip"),
+        (100, {"prefill": "streaming"}, "adacompactor"),
+        (100, {"decode_budget": "96"}, "snapcur"),
+    ],
+)
+def test_auto_in_a_session_reads_no_question(
+    length: int, more: dict[str, object], expected: str, make_engine: MakeEngine, loaded: Loaded
+) -> None:
+    kv = parse_options({"policy": "auto", "budget": "50%", **more})
+    item = replace(request(loaded.prompt(length), 2, kv=kv), session="chat")
+    assert make_engine(max_model_len=256).plan(item).eviction.policy.name == expected

@@ -43,9 +43,12 @@ def make_engine(
     max_prefix_pages: int = 0,
     max_step_tokens: int = 512,
     kv_dtype: str = "float16",
+    window: int | None = None,
 ) -> Engine:
+    """An engine over the small model, whose first layer may have a window."""
+    first, *others = full_attention(CONFIG.num_layers, CONFIG.num_kv_heads)
     layout = CacheLayout(
-        full_attention(CONFIG.num_layers, CONFIG.num_kv_heads),
+        (replace(first, window=window), *others),
         CONFIG.head_dim,
         PAGE,
         get_format(kv_dtype),

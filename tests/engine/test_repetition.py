@@ -59,6 +59,28 @@ def test_a_long_text_is_repeated_in_parts_that_say_where_they_start(
     assert all(len(part) <= 64 + INSTRUCTION_TOKENS for part in parts)
 
 
+def test_of_a_text_that_goes_on_what_is_new_is_repeated(make_engine: MakeEngine, loaded: Loaded) -> None:
+    """What was kept has its score of before or a better one; without any room nothing is said."""
+    text, engine, info = loaded.prompt(80), make_engine(), ModelInfo(loaded.tokenizer)
+    kv, runner = engine.kv, engine.runner
+    slot = kv.add_sequence()
+    runner.run([slot], [text], [0])
+    shape = tuple(kv.lengths[slot].shape)
+    before = torch.full((*shape, 50), 2.0)
+    before[:, 0, 30:], before[:, 1, 5] = -torch.inf, 0.0
+    goes_on = Repetition(text, info, evicted_at=50, before=before)
+    assert [part[-30:] for part in goes_on._parts] == [text[50:]] and len(goes_on._parts[0]) < 80
+    while not goes_on.done:
+        goes_on.advance(runner, slot)
+    assert goes_on.scores[:, 1, :5].eq(2).all() and 0 < goes_on.scores[:, 1, 5].max() < 1
+    assert goes_on.scores[:, 0, 30:].min() > 0 and goes_on.scores[..., 50:].max() < 1
+    silent = Repetition(text, info, room=INSTRUCTION_TOKENS, evicted_at=50, before=before)
+    silent.advance(runner, slot)
+    assert silent.done and silent.scores[..., 50:].eq(-torch.inf).all()
+    assert silent.scores[:, 1, 5].eq(0).all()
+    engine.kv.free(slot)
+
+
 def test_a_context_is_compressed_once_and_others_generate_meanwhile(
     make_engine: MakeEngine, loaded: Loaded
 ) -> None:
@@ -76,7 +98,8 @@ def test_a_context_is_compressed_once_and_others_generate_meanwhile(
     report = together["r"][-1].kv
     assert report is not None and (report.budget_tokens, report.kept_tokens) == (80, 80)
     again = run_all(engine, request(loaded.prompt(120) + loaded.prompt(9, start=900), 4, "again", kv=KVZIP))
-    assert again["again"][-1].cached_tokens == 120
+    report = again["again"][-1].kv
+    assert again["again"][-1].cached_tokens == 120 and report is not None and report.kept_tokens == 69
 
 
 def run_all(engine: Engine, *items: object) -> dict[str, list]:  # type: ignore[type-arg]

@@ -28,6 +28,8 @@ POLICIES = {
     "h2o": {"policy": "h2o", "budget": "100"},
     "expected-attention": {"policy": "expected-attention", "budget": "100"},
     "compactor": {"policy": "compactor", "budget": "100"},
+    "kvzip": {"policy": "kvzip", "budget": "99"},  # beside its last token
+    "auto": {"policy": "auto", "budget": "99"},
 }
 
 
@@ -112,12 +114,29 @@ def test_a_session_goes_on_from_what_it_held(name: str) -> None:
         [*_, last] = chat.say(said(turn))
         assert last.cached_tokens == max(0, before - 1)
         assert last.kv is not None
-        if "budget" in chat.kv and chat.kv["budget"] == "100":
+        if chat.kv.get("budget") in ("99", "100"):
             assert last.kv.kept_tokens <= 100
     [told] = engine.sessions("")
     assert told.tokens == len(chat.text) - 1 and told.states == MAX_STATES and told.answers == 8
-    if chat.kv.get("budget") == "100":
+    if chat.kv.get("budget") in ("99", "100"):
         assert told.held_tokens <= 100 + 20
+
+
+@pytest.mark.parametrize("name", ["full", "curdkv", "kvzip"])
+def test_sessions_of_models_with_windows(name: str) -> None:
+    """A state is gone on from as a whole; what a window has moved past is in none."""
+    windowed = make_exact_engine(2000, PLENTY, window=40)
+    engine = Engine(windowed.runner, windowed.info, 512, windowed.max_model_len, reuse_generated=True)
+    chat, alone = Conversation(engine, POLICIES[name]), make_exact_engine(2000, window=40)
+    for turn in range(5):
+        before = len(chat.text)
+        asked = request([*chat.text, *said(turn)], 20)
+        answer = chat.say(said(turn))
+        assert answer[-1].cached_tokens == max(0, before - 1)
+        if name == "full":
+            assert tokens(answer) == tokens(run(alone, asked)[(asked.id, 0)])
+    chat.text = chat.text[:-7]
+    assert chat.say(said(9))[-1].cached_tokens < len(chat.text) - 40
 
 
 def test_a_session_holds_what_one_long_answer_would() -> None:
@@ -295,6 +314,21 @@ def test_sessions_end_when_they_are_not_used(monkeypatch: pytest.MonkeyPatch) ->
     now[0] = 120.0
     [left] = engine.sessions("")
     assert (left.id, left.idle_seconds, left.expires_in_seconds) == ("new", 60.0, 40.0)
+
+
+def test_tenants_drop_their_own_prefixes() -> None:
+    engine = make_engine()
+    compressed = {"policy": "knorm", "budget": "50%", "context_tokens": "80"}
+    for tenant in ("anna", "bert"):
+        for name, kv in (("plain", {}), ("context", compressed)):
+            item = request(prompt(100), 4, f"{tenant}-{name}", parse_options(kv))
+            run(engine, replace(item, tenant=tenant, cache_salt=tenant))
+    held = engine.last_stats.prefix_bytes
+    assert engine.drop_prefixes("anna") == held // 2
+    engine.check_integrity()
+    for tenant, cached in (("anna", 0), ("bert", 96)):
+        item = replace(request(prompt(100), 4, tenant), tenant=tenant, cache_salt=tenant)
+        assert run(engine, item)[(tenant, 0)][-1].cached_tokens >= cached
 
 
 def test_dropping_prefixes_leaves_sessions() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from curkv.cache.allocation import ALLOCATIONS, Allocation
@@ -36,7 +37,8 @@ class KVzip(PooledPolicy):
         return Needs(repetition=True)
 
     def score_tokens(self, view: CacheView, kernels: Kernels) -> Tensor:
-        """The attention of the repetition."""
+        """The attention of the repetition; what there was no room to repeat is kept first, newest first."""
         if view.repetition is None:
             raise ValueError("the text was not repeated; see `CacheView.repetition`")
-        return view.repetition.clone()
+        newest_first = 1.0 + view.position.clamp_min(0)
+        return torch.where(view.repetition == -torch.inf, newest_first, view.repetition)

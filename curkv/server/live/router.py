@@ -43,15 +43,14 @@ async def state(request: Request) -> State:
 async def drop_prefixes(request: Request) -> DroppedPrefixes:
     """Drops what is held for repeated prompts, but for what running sequences use.
 
-    With several API keys it is what the request's own key has left: it is found no more, and gives way when
-    room is needed.
+    With several API keys it is what the request's own key has left; what its running sequences use is found
+    no more.
     """
     server = server_state(request)
     client = server.ready_client()
     if server.keys.several:
         server.keys.drop(key := server.key_of(request))
-        await client.drop_prefixes(server.keys.tenant(key))
-        return DroppedPrefixes(freed_bytes=0)
+        return DroppedPrefixes(freed_bytes=await client.drop_prefixes(server.keys.tenant(key)))
     return DroppedPrefixes(freed_bytes=await client.drop_prefixes())
 
 
