@@ -39,7 +39,7 @@ from curkv.kernels.cpu.llvm import (
     shuffle,
     splat,
 )
-from curkv.kernels.cpu.rows import by_rows, sum_four
+from curkv.kernels.cpu.rows import LARGEST_INT16, by_rows, sum_four
 
 BLOCK = 64
 """Channels of a query that are multiplied at once: the two groups of a register of codes."""
@@ -282,13 +282,19 @@ def spread_ranges(
     def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
         location, stride, count, steps, lows, group = args
         shape = ir.VectorType(I64, LANES)
-        words = ir.Constant(shape, ir.Undefined)
-        for i in range(LANES):
-            place = pointer(builder, offset(builder, location, stride, i), I64)
-            words = builder.insert_element(words, builder.load(place, align=2), I32(i))
+        slot = cgutils.alloca_once(builder, shape)
+        with builder.if_else(builder.icmp_unsigned("==", stride, I64(8))) as (neighbours, apart):
+            with neighbours:
+                builder.store(builder.load(pointer(builder, location, shape), align=8), slot)
+            with apart:
+                words = ir.Constant(shape, ir.Undefined)
+                for i in range(LANES):
+                    place = pointer(builder, offset(builder, location, stride, i), I64)
+                    words = builder.insert_element(words, builder.load(place, align=2), I32(i))
+                builder.store(words, slot)
         counts = splat(builder, count)
         there = builder.icmp_signed("<", ir.Constant(shape, list(range(LANES))), counts)
-        words = builder.select(there, words, constant(shape, 0))
+        words = builder.select(there, builder.load(slot), constant(shape, 0))
         second = [builder.add(place, group) for place in (steps, lows)]
         for i, target in enumerate((steps, lows, *second)):
             bits = builder.lshr(words, constant(shape, 16 * i))
@@ -298,3 +304,74 @@ def spread_ranges(
             builder.store(builder.fpext(halves, F32X8), pointer(builder, target, F32X8), align=4)
 
     return types.void(*[types.int64] * 6), generate
+
+
+@intrinsic
+def round_range_weights(
+    context: Any, rows: Any, weights: Any, width: Any, steps: Any, lows: Any, count: Any, groups: Any,
+    target: Any, spreads: Any,
+) -> Any:  # fmt: skip
+    """Multiply exponentials by the steps of two neighbouring groups, and round the products to int16.
+
+    Args:
+        context: Numba's.
+        rows: 1 to `MOST_ROWS`.
+        weights: Address of exponentials float32 [rows, width].
+        width: See there.
+        steps, lows: Addresses of float32 [2, width], what `spread_ranges` wrote.
+        count: Taken up to an eight, where steps and lowest values are 0.
+        groups: Of a value.
+        target: Address of int16 [rows, groups, width], from the first of the two groups on.
+        spreads: Address of float32 [rows, groups, 2], likewise: what the integers must be multiplied with,
+            and the sum of the exponentials times the lowest values.
+    """
+
+    def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
+        by_rows(builder, signature.args[0], args[0], "round_range_weights_{}", args[1:], body)
+
+    def body(builder: ir.IRBuilder, height: int, args: Args) -> None:
+        weights, width, steps, lows, count, groups, target, spreads = args
+        pairs = [(m, j) for m in range(height) for j in range(2)]
+        most, totals = ([cgutils.alloca_once(builder, F32X8) for _ in pairs] for _ in range(2))
+
+        def load(base: ir.Value, row: int, t: ir.Value) -> ir.Value:
+            place = offset(builder, offset(builder, base, width, 4 * row), t, 4)
+            return builder.load(pointer(builder, place, F32X8), align=4)
+
+        for slot in (*most, *totals):
+            builder.store(constant(F32X8, 0.0), slot)
+        with cgutils.for_range_slice(builder, count.type(0), count, count.type(LANES)) as (t, _first):
+            of_groups = [(load(steps, j, t), load(lows, j, t)) for j in range(2)]
+            of_rows = [load(weights, m, t) for m in range(height)]
+            for slot, total, (m, j) in zip(most, totals, pairs, strict=True):
+                (step, low), weight = of_groups[j], of_rows[m]
+                product, old = builder.fmul(weight, step), builder.load(slot)
+                builder.store(builder.select(builder.fcmp_ordered(">", product, old), product, old), slot)
+                builder.store(multiply_add(builder, weight, low, builder.load(total)), total)
+        factors = []
+        for slot, total, (m, j) in zip(most, totals, pairs, strict=True):
+            top = call(
+                builder, "llvm.vector.reduce.fmax.v8f32", F32, [builder.load(slot)], fastmath=("nnan",)
+            )
+            some = builder.fcmp_ordered(">", top, F32(0.0))
+            factor = builder.select(some, builder.fdiv(F32(LARGEST_INT16), top), F32(0.0))
+            factors.append(splat(builder, factor))
+            place = offset(builder, offset(builder, spreads, groups, 8 * m), 8 * j)
+            spread = builder.fdiv(top, F32(LARGEST_INT16))
+            builder.store(spread, pointer(builder, place, F32), align=4)
+            name = "llvm.vector.reduce.fadd.v8f32"
+            added = call(builder, name, F32, [F32(-0.0), builder.load(total)], fastmath=("reassoc",))
+            builder.store(added, pointer(builder, builder.add(place, I64(4)), F32), align=4)
+        short = ir.VectorType(I16, LANES)
+        with cgutils.for_range_slice(builder, count.type(0), count, count.type(LANES)) as (t, _second):
+            of_steps = [load(steps, j, t) for j in range(2)]
+            of_rows = [load(weights, m, t) for m in range(height)]
+            for factor, (m, j) in zip(factors, pairs, strict=True):
+                product = builder.fmul(of_rows[m], of_steps[j])
+                rounded = multiply_add(builder, product, factor, constant(F32X8, ROUNDER))
+                bits = builder.trunc(builder.bitcast(rounded, I32X8), short)
+                row = builder.mul(builder.add(builder.mul(groups, I64(m)), I64(j)), width)
+                place = offset(builder, target, builder.add(row, t), 2)
+                builder.store(bits, pointer(builder, place, short), align=2)
+
+    return types.void(rows, *[types.int64] * 8), generate

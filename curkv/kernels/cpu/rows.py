@@ -41,6 +41,7 @@ from curkv.kernels.cpu.llvm import (
 from curkv.kernels.cpu.tiles import float_tile
 from curkv.kernels.cpu.vectors import addresses
 
+LARGEST_INT16 = 32767
 MOST_ROWS = 3
 """Rows that are taken together if it is not said before how many: 3 x 4 accumulators fit 16 registers."""
 

@@ -15,7 +15,7 @@ import torch
 from llvmlite import ir
 
 from curkv.kernels.cpu.jit import inlined
-from curkv.kernels.cpu.lanes import absolute, add, broadcast, fma, lane_max, lane_sum, maximum, mul
+from curkv.kernels.cpu.lanes import absolute, add, broadcast, lane_max, maximum, mul
 from curkv.kernels.cpu.llvm import (
     F32,
     F32X8,
@@ -37,7 +37,6 @@ from curkv.kernels.cpu.memory import (
     load_scalar,
     prefetch,
     store,
-    store_int16,
     store_scalar,
 )
 from curkv.kernels.cpu.nibble_rows import (
@@ -45,13 +44,14 @@ from curkv.kernels.cpu.nibble_rows import (
     dot_rows_int4,
     finish_group,
     round_query_block,
+    round_range_weights,
     spread_ranges,
     store_nibbles,
     weigh_rows_int4,
 )
+from curkv.kernels.cpu.rows import LARGEST_INT16
 from curkv.kernels.cpu.vectors import Channels
 from curkv.kernels.formats.cpu.base import CPUVectors, block_rows
-from curkv.kernels.formats.cpu.int8 import LARGEST_INT16
 from curkv.kernels.formats.int4 import GROUP, LARGEST, Int4
 
 _HALF = KINDS[torch.float16]
@@ -63,35 +63,6 @@ _RANGE = 4
 def _range_bytes(dim: int) -> int:
     """Bytes of a vector's steps and lowest values."""
     return dim // GROUP * _RANGE
-
-
-@inlined
-def _weigh_group(weights: int, steps: int, lows: int, count: int, products: int, target: int) -> Any:
-    """Multiply exponentials float32 [count] by a group's steps; write int16, and zeros up to an eight.
-
-    Args:
-        weights: Address of the exponentials.
-        steps, lows: Addresses of the group's, float32 [count].
-        count: Taken up to an eight, where steps and lowest values are 0.
-        products: Address of float32 [count], written over.
-        target: Address of int16 [count].
-
-    Returns:
-        What those must be multiplied with, and the sum of the exponentials times the lowest values.
-    """
-    largest = broadcast(np.float32(0.0))
-    total = largest
-    for t in range(0, count, 8):
-        weight = load(FLOAT32, weights + 4 * t)
-        product = mul(weight, load(FLOAT32, steps + 4 * t))
-        total = fma(weight, load(FLOAT32, lows + 4 * t), total)
-        largest = maximum(product, largest)
-        store(FLOAT32, products + 4 * t, product)
-    most = lane_max(largest)
-    spread = broadcast(LARGEST_INT16 / most if most > 0 else np.float32(0.0))
-    for t in range(0, count, 8):
-        store_int16(target + 2 * t, mul(load(FLOAT32, products + 4 * t), spread))
-    return most / LARGEST_INT16, lane_sum(total)
 
 
 @dataclass(frozen=True)
@@ -106,11 +77,10 @@ class Int4Vectors(CPUVectors):
         """For queries: sums float32 [group, dim / 64, 8], spreads float32 [group], int16 [group, dim].
 
         For weights: sums int32 [group, dim], spreads and what lowest values add float32 [group, groups, 2],
-        steps, lowest values and products float32 [groups + groups + 1, width], weights int16
-        [group, groups, width].
+        steps and lowest values float32 [2, groups, width], weights int16 [group, groups, width].
         """
         groups = dim // GROUP
-        for_weights = group * (4 * dim + 8 * groups + 2 * groups * width) + 4 * (2 * groups + 1) * width
+        for_weights = group * (4 * dim + 8 * groups + 2 * groups * width) + 8 * groups * width
         return group * (dim // 2 + 4 + 2 * dim), for_weights
 
     def row(self, builder: ir.IRBuilder, store: Args, dim: ir.Value, token: ir.Value) -> Channels:
@@ -171,8 +141,8 @@ class Int4Vectors(CPUVectors):
             for d in range(0, dim, 8):
                 largest = maximum(absolute(load(FLOAT32, row + 4 * d)), largest)
             most = lane_max(largest)
-            factor = LARGEST_INT16 / most if most > 0 else np.float32(0.0)
-            store_scalar(FLOAT32, spreads + 4 * g, most / LARGEST_INT16)
+            factor = np.float32(LARGEST_INT16) / most if most > 0 else np.float32(0.0)
+            store_scalar(FLOAT32, spreads + 4 * g, most / np.float32(LARGEST_INT16))
             for d in range(0, dim, BLOCK):
                 place = g * dim + d
                 round_query_block(row + 4 * d, factor, queries + 2 * place, scratch + place // 2)
@@ -206,24 +176,25 @@ class Int4Vectors(CPUVectors):
         spreads = scratch + 4 * group * dim
         steps = spreads + 8 * group * groups
         lows = steps + 4 * groups * width
-        products = lows + 4 * groups * width
-        rounded = products + 4 * width
+        rounded = lows + 4 * groups * width
         for start in range(0, count, page_size):
             first = memory[1] + load_int32(table + 4 * (start // page_size)) * page_size * size
             for t in range(start, min(start + page_size, count), 8):
                 for j in range(0, groups, 2):
                     place, target = first + (t - start) * size + j * _RANGE, 4 * (j * width + t)
                     spread_ranges(place, size, count - t, steps + target, lows + target, 4 * width)
-        for row in range(group * groups):
-            j = row % groups
-            spread, low = _weigh_group(
-                weights + 4 * (row // groups) * width, steps + 4 * j * width, lows + 4 * j * width, count,
-                products, rounded + 2 * row * width,
-            )  # fmt: skip
-            store_scalar(FLOAT32, spreads + 8 * row, spread)
-            store_scalar(FLOAT32, spreads + 8 * row + 4, low)
-            for d in range(0, GROUP, 8):
-                store(FLOAT32, scratch + 4 * (row * GROUP + d), broadcast(np.float32(0.0)))
+        g = 0
+        while g < group:
+            rows = block_rows(group - g)
+            for j in range(0, groups, 2):
+                row, first = weights + 4 * g * width, g * groups + j
+                round_range_weights(
+                    rows, row, width, steps + 4 * j * width, lows + 4 * j * width, count, groups,
+                    rounded + 2 * first * width, spreads + 8 * first,
+                )  # fmt: skip
+            g += rows
+        for d in range(0, group * dim, 8):
+            store(FLOAT32, scratch + 4 * d, broadcast(np.float32(0.0)))
 
     @staticmethod
     def weigh_page(
@@ -233,7 +204,7 @@ class Int4Vectors(CPUVectors):
         """Adds to int32 [group, dim] in the scratch memory."""
         groups = dim // GROUP
         codes = memory[0] + token * dim // 2
-        rounded = scratch + 4 * group * dim + 8 * group * groups + 4 * (2 * groups + 1) * width + 2 * start
+        rounded = scratch + 4 * group * dim + 8 * group * groups + 8 * groups * width + 2 * start
         g = 0
         while g < group:
             rows = block_rows(group - g)

@@ -29,12 +29,11 @@ from curkv.kernels.cpu.memory import (
     store_int16,
     store_scalar,
 )
-from curkv.kernels.cpu.rows import dot_rows_int8, weigh_rows_int8
+from curkv.kernels.cpu.rows import LARGEST_INT16, dot_rows_int8, weigh_rows_int8
 from curkv.kernels.cpu.vectors import Channels
 from curkv.kernels.formats.cpu.base import CPUVectors, block_rows
 from curkv.kernels.formats.int8 import LARGEST, Int8
 
-LARGEST_INT16 = np.float32(32767)
 _KIND = numba.typeof(INT8)
 
 
@@ -45,10 +44,10 @@ def _round_row(source: int, count: int, target: int) -> Any:
     for d in range(0, count, 8):
         largest = maximum(absolute(load(FLOAT32, source + 4 * d)), largest)
     most = lane_max(largest)
-    spread = broadcast(LARGEST_INT16 / most if most > 0 else np.float32(0.0))
+    spread = broadcast(np.float32(LARGEST_INT16) / most if most > 0 else np.float32(0.0))
     for d in range(0, count, 8):
         store_int16(target + 2 * d, mul(load(FLOAT32, source + 4 * d), spread))
-    return most / LARGEST_INT16
+    return most / np.float32(LARGEST_INT16)
 
 
 @inlined
@@ -66,14 +65,14 @@ def _weigh_row(row: int, scale: int, table: int, page_size: int, count: int, tar
             weight = mul(load(FLOAT32, row + 4 * (start + t)), load(FLOAT32, scales + 4 * t))
             largest = maximum(keep_first(weight, count - start - t, zeros), largest)
     most = lane_max(largest)
-    spread = broadcast(LARGEST_INT16 / most if most > 0 else np.float32(0.0))
+    spread = broadcast(np.float32(LARGEST_INT16) / most if most > 0 else np.float32(0.0))
     for start in range(0, count, page_size):
         scales = scale + 4 * load_int32(table + 4 * (start // page_size)) * page_size
         for t in range(0, min(page_size, count - start), 8):
             weight = mul(load(FLOAT32, row + 4 * (start + t)), load(FLOAT32, scales + 4 * t))
             weight = mul(keep_first(weight, count - start - t, zeros), spread)
             store_int16(target + 2 * (start + t), weight)
-    return most / LARGEST_INT16
+    return most / np.float32(LARGEST_INT16)
 
 
 @dataclass(frozen=True)
