@@ -29,8 +29,8 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 serve: setup ## serve the default model on port 8000 (PORT=8001, ARGS='--weights int8')
 	$(BIN)/curkv serve --port $(PORT) $(ARGS)
 
-test: $(VENV)/.installed-dev ## run the test suite (ARGS='-k cache')
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.installed-dev ## run the test suite, a process for each core (ARGS='-k cache')
+	$(BIN)/python -m pytest --numprocesses auto --dist loadscope $(ARGS)
 
 lint: $(VENV)/.installed-dev ## ruff and mypy
 	$(BIN)/ruff check .

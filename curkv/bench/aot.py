@@ -105,7 +105,7 @@ class Report:
 
     Attributes:
         registers: Per thread.
-        spills: Instructions that move registers to memory or back.
+        spills: Instructions that move registers to memory or back, on NVIDIA's those in innermost loops.
         shared: Bytes of shared memory per program.
         occupancy: Share of a processor's warps that can be resident, 0 to 1, by registers and shared memory.
         wide_loads: 16-byte loads from global memory in the code.
@@ -219,8 +219,9 @@ def _record(operation: str, name: str, case: Case, workload: Workload, target: T
     _pretend(target)
     with _noting_launches() as launches:
         call.run(load(operation, "triton"))
-    splits = launches[0].grid[2] if launches and len(launches[0].grid) == 3 else 1
-    return Call(name, workload.letters(case.phase) | {"S": splits}, launches, workload.kv_dtype)
+    programs, *_, splits = (*launches[0].grid, 1, 1)[:3] if launches else (1, 1)
+    letters = workload.letters(case.phase) | {"S": splits, "p": programs}
+    return Call(name, letters, launches, workload.kv_dtype)
 
 
 _TYPES = {
@@ -280,7 +281,7 @@ def _read_cuda(compiled: Any, target: Target) -> Report:
     ptx = compiled.asm["ptx"]
     return Report(
         registers=registers,
-        spills=_count(r"\b(?:STL|LDL)\b", code),
+        spills=_count(r"\b(?:STL|LDL)\b", _hot(code)),
         shared=shared,
         occupancy=programs * warps / target.warps,
         wide_loads=_count(r"ld\.global[\w.:]*\.v4\.[buf]32|cp\.async\.c[ag]\.shared\.global[^;]*0x10,", ptx)
@@ -288,6 +289,20 @@ def _read_cuda(compiled: Any, target: Target) -> Report:
         narrow_loads=_count(r"ld\.global[\w.:]*\.[buf]16\b", ptx),
         tensor_ops=_count(r"\b(?:mma\.sync|wgmma\.mma_async)\S*\.b?f16\b|tcgen05\.mma\S*kind::f16", ptx),
     )
+
+
+def _hot(code: str) -> str:
+    """What of a disassembled kernel runs most often: its innermost loops, or all of it if it has none."""
+    lines = code.splitlines()
+    labels = {line.strip()[:-1]: at for at, line in enumerate(lines) if re.match(r"\s*\.L_x_\d+:$", line)}
+    jumps = ((at, re.search(r"\bBRA\b.*\((\.L_x_\d+)\)", line)) for at, line in enumerate(lines))
+    loops = {(labels[jump[1]], at) for at, jump in jumps if jump and labels[jump[1]] < at}
+    inner = [
+        (start, end)
+        for start, end in sorted(loops)
+        if not any(start <= a and b <= end and (a, b) != (start, end) for a, b in loops)
+    ]
+    return "\n".join("\n".join(lines[start : end + 1]) for start, end in inner or [(0, len(lines))])
 
 
 def _read_hip(compiled: Any, target: Target) -> Report:

@@ -4,7 +4,7 @@ Letters, all counts unless said otherwise:
     B sequences, T new tokens of all sequences, c new tokens of each, n stored tokens of each head, k tokens
     kept, L layers, H KV heads, Q query heads, G = Q / H, D head_dim, P page_size, w window queries, r sketch
     rank, d hidden size, I intermediate size, s bytes of a stored element, e bytes of a stored vector's scales
-    (0 if there are none), a bytes of an activation, S splits.
+    (0 if there are none), a bytes of an activation, S splits, p programs.
 
 `minimum` is what any implementation moves: inputs and outputs once. `moved` is what the kernels move between
 the device's memory and its L2 cache. What they read again out of L2 is named in `again`.

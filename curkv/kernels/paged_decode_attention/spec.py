@@ -43,7 +43,7 @@ CASES = (
         "decode",
         Cost(
             "B*H*n*(2*D*s + 2*e) + 2*B*Q*D*a",
-            "B*H*n*(2*D*s + 2*e + 4/P) + 2*B*Q*D*a + 8*B*Q*S*(D + 1)*(S > 1)",
+            "B*H*n*(2*D*s + 2*e + 4/P) + 2*B*Q*D*a + 8*(p + B*H)*G*(D + 1)",
             "4*B*Q*n*D",
         ),
         _call,
@@ -54,7 +54,7 @@ CASES = (
         "decode",
         Cost(
             "B*H*n*(2*D*s + 2*e + 8) + 2*B*Q*D*a",
-            "B*H*n*(2*D*s + 2*e + 8 + 8/P + 8*G) + 2*B*Q*D*a + 8*B*Q*S*(D + 1)*(S > 1)",
+            "B*H*n*(2*D*s + 2*e + 8 + 8/P + 8*G) + 2*B*Q*D*a + 8*(p + B*H)*G*(D + 1)",
             "4*B*Q*n*D",
         ),
         partial(_call, accumulate=True),
@@ -65,7 +65,7 @@ CASES = (
         "decode",
         Cost(
             "B*H*n*(2*D*s + 2*e) + 2*B*Q*D*a",
-            "B*H*n*(2*D*s + 2*e + 4/P) + 2*B*Q*D*a + 8*B*Q*S*(D + 1)*(S > 1)",
+            "B*H*n*(2*D*s + 2*e + 4/P) + 2*B*Q*D*a + 8*(p + B*H)*G*(D + 1)",
             "4*B*Q*n*D",
         ),
         partial(_call, masked=True),

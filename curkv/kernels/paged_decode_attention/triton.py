@@ -1,4 +1,10 @@
-"""Attention of one new token per sequence over ragged pages, with Triton; long heads are split."""
+"""Attention of one new token per sequence over ragged pages, with Triton.
+
+Heads of a batch are of all lengths, so work is divided by tokens and not by heads: the tokens of all heads
+lie in one row, and as many programs as run at once take equal shares of it. A share may end within a head,
+and may go on over several; each piece of a head gives a partial result, and those are merged. The shares are
+found on the device, so that the grid depends on shapes alone and a graph can hold it.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +25,7 @@ from curkv.kernels.pages import Pages
 from curkv.kernels.triton_util import (
     BOOKS,
     LOG2_E,
+    UNSEEN,
     dot,
     find_oldest,
     find_slots,
@@ -28,12 +35,14 @@ from curkv.kernels.triton_util import (
     softcapped,
 )
 
-MIN_SPLIT = 256
-"""Tokens that a program reads at least before a head is split further: the partial result it writes is then a
-few percent of what it reads."""
+UNIT = tl.constexpr(16)
+"""Tokens of the units by which the row is divided. A head has one more, for what it costs to begin."""
+LEAST_UNITS = tl.constexpr(16)
+"""Fewest units of a share: the partial results are a few percent of what is read."""
 
 _PROGRAMS_PER_PROCESSOR = 4
-_BLOCK_SPLITS = 16
+_BLOCK_HEADS = tl.constexpr(512)
+_BLOCK_PARTS = 16
 _MAX_BLOCK_N = 64
 _TILE_BYTES = 16384
 _BLOCK_TOKENS = 256
@@ -62,42 +71,45 @@ def paged_decode_attention(
     out = torch.empty(batch, query_heads, head_dim, dtype=q.dtype, device=q.device)
     if not batch:
         return out
+    all_heads, group = batch * heads, query_heads // heads
     per_processor = 1 if accumulate else _PROGRAMS_PER_PROCESSOR
-    splits = _num_splits(batch * heads, per_processor * num_processors(q.device), max_tokens)
-    lse = torch.empty(batch, query_heads, splits, dtype=torch.float32, device=q.device)
-    partial = out if splits == 1 else torch.empty(*lse.shape, head_dim, dtype=torch.float32, device=q.device)
-    total_lse = lse if splits == 1 else torch.empty_like(lse[..., 0])
+    programs = num_programs(all_heads, max_tokens, per_processor * num_processors(q.device))
+    lse = torch.empty(programs + all_heads, group, dtype=torch.float32, device=q.device)
+    partial = torch.empty(*lse.shape, head_dim, dtype=torch.float32, device=q.device)
+    takers = torch.empty(all_heads, 2, dtype=torch.int32, device=q.device)
+    total_lse = torch.empty(batch, query_heads, dtype=torch.float32, device=q.device)
     logits = lse
     if accumulate:
         logits = torch.empty(batch, query_heads, max_tokens, dtype=torch.float32, device=q.device)
+    masked = window is not None or softcap is not None or sinks is not None
     layout = (table, lengths, slots, *table.stride()[:2], *lengths.stride())
     masks = pages.position, window or 0
-    masked = window is not None or softcap is not None or sinks is not None
-    _attend[(batch, heads, splits)](
+    _attend[(programs,)](
         q,
         pointers(pages.k),
         pointers(pages.v),
         *layout,
         partial,
         lse,
+        takers,
         logits,
         q.stride(0),
         q.stride(1),
+        all_heads,
+        heads,
         max_tokens,
         scale * LOG2_E.value,
-        splits,
         *masks,
         (softcap or 0.0) * LOG2_E.value,
         lse if sinks is None else sinks,
         KEYS=pages.k.format.name,
         VALUES=pages.v.format.name,
-        GROUP=query_heads // heads,
+        GROUP=group,
         HEAD_DIM=head_dim,
         PAGE_SIZE=page_size,
-        BLOCK_G=max(16, power_of_two(query_heads // heads)),
+        BLOCK_G=max(16, power_of_two(group)),
         BLOCK_N=attention_block(pages.k, _MAX_BLOCK_N, _TILE_BYTES),
         BLOCK_D=power_of_two(head_dim),
-        MIN_SPLIT=MIN_SPLIT,
         KEEP_LOGITS=accumulate,
         WINDOWED=window is not None,
         SOFTCAPPED=softcap is not None,
@@ -105,22 +117,19 @@ def paged_decode_attention(
         num_warps=4,
         num_stages=2 if masked and pages.k.format.name == "int4" else 3,  # with 3 registers spill
     )
-    if splits > 1:
-        _reduce[(batch, query_heads)](
-            partial,
-            lse,
-            *layout,
-            out,
-            total_lse,
-            splits,
-            GROUP=query_heads // heads,
-            HEAD_DIM=head_dim,
-            BLOCK_D=power_of_two(head_dim),
-            BLOCK_S=power_of_two(splits),
-            BLOCK_SPLITS=_BLOCK_SPLITS,
-            MIN_SPLIT=MIN_SPLIT,
-            num_warps=4,
-        )
+    _merge[(batch, query_heads)](
+        partial,
+        lse,
+        takers,
+        slots,
+        out,
+        total_lse,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        BLOCK_D=power_of_two(head_dim),
+        BLOCK_PARTS=_BLOCK_PARTS,
+        num_warps=4,
+    )
     if accumulate:
         _accumulate[(batch, heads, triton.cdiv(max_tokens, _BLOCK_TOKENS))](
             logits,
@@ -129,7 +138,7 @@ def paged_decode_attention(
             pages.attention,
             max_tokens,
             *masks,
-            GROUP=query_heads // heads,
+            GROUP=group,
             PAGE_SIZE=page_size,
             BLOCK_N=_BLOCK_TOKENS,
             WINDOWED=window is not None,
@@ -138,18 +147,23 @@ def paged_decode_attention(
     return out
 
 
-def _num_splits(heads: int, programs: int, max_tokens: int) -> int:
-    """Splits of each of `heads` heads that make about `programs`, if a head may get as long as that."""
-    return max(1, min(-(-programs // heads), -(-max_tokens // MIN_SPLIT)))
+def num_programs(heads: int, max_tokens: int, resident: int) -> int:
+    """Programs that share the tokens of so many heads of up to `max_tokens`; `resident` ones run at once."""
+    units: int = heads * (-(-max_tokens // UNIT.value) + 1)
+    return max(1, min(resident, units // int(LEAST_UNITS.value)))
 
 
 @triton.jit
-def _split_size(length, splits, MIN_SPLIT: tl.constexpr):
-    """Tokens of each split of a head, a multiple of MIN_SPLIT."""
-    return tl.maximum(tl.cdiv(tl.cdiv(length, splits), MIN_SPLIT), 1) * MIN_SPLIT
+def _units(lengths, slots, stride_slot, stride_head, head, all_heads, heads):
+    """Units of heads [n] of the batch, counted through it; none where there is no sequence."""
+    slot = tl.load(slots + head // heads, mask=head < all_heads, other=-1).to(tl.int64)
+    length = tl.load(lengths + slot * stride_slot + head % heads * stride_head, mask=slot >= 0, other=0)
+    return tl.where(slot >= 0, tl.cdiv(length, UNIT) + 1, 0)
 
 
-@triton.jit(do_not_specialize=["splits", "max_tokens", "window"], do_not_specialize_on_alignment=BOOKS)
+@triton.jit(
+    do_not_specialize=["all_heads", "heads", "max_tokens", "window"], do_not_specialize_on_alignment=BOOKS
+)
 def _attend(
     q,
     pages_k,
@@ -163,12 +177,14 @@ def _attend(
     stride_lengths_head,
     partial,
     lse,
+    takers,
     logits,
     stride_q_sequence,
     stride_q_head,
+    all_heads,
+    heads,
     max_tokens,
     scale_log2,
-    splits,
     position,
     window,
     softcap_log2,
@@ -181,111 +197,131 @@ def _attend(
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    MIN_SPLIT: tl.constexpr,
     KEEP_LOGITS: tl.constexpr,
     WINDOWED: tl.constexpr,
     SOFTCAPPED: tl.constexpr,
     SINKS: tl.constexpr,
 ):
-    """Program (sequence, KV head, split): its group's attention over its share of the head's tokens."""
-    sequence = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    split = tl.program_id(2)
-    slot = tl.load(slots + sequence).to(tl.int64)
-    length = tl.load(
-        lengths + slot * stride_lengths_slot + head * stride_lengths_head, mask=slot >= 0, other=0
-    )
-    size = _split_size(length, splits, MIN_SPLIT)
-    start = split * size
-    end = tl.minimum(start + size, length)
-    if (start >= length) & (split > 0):
-        return
+    """A program: its share of the units, a KV head of a sequence after the other.
+
+    What it makes of a head is the partial result number program + head: from one piece to the next one of the
+    two grows. The first and the last program that take of a head are noted.
+    """
+    program = tl.program_id(0)
+    total = program * 0
+    for first in range(0, all_heads, _BLOCK_HEADS):
+        some = first + tl.arange(0, _BLOCK_HEADS)
+        total += tl.sum(
+            _units(lengths, slots, stride_lengths_slot, stride_lengths_head, some, all_heads, heads), 0
+        )
+    share = tl.maximum(tl.cdiv(total, tl.num_programs(0)), LEAST_UNITS)
+    first_unit = program * share
+    last_unit = tl.minimum(first_unit + share, total)
+    begin, first_row, last_row, before = program * 0, program * 0, program * 0, program * 0
+    for first in range(0, all_heads, _BLOCK_HEADS):
+        some = first + tl.arange(0, _BLOCK_HEADS)
+        units = _units(lengths, slots, stride_lengths_slot, stride_lengths_head, some, all_heads, heads)
+        ends = before + tl.cumsum(units, 0)
+        passed = (ends <= first_unit) & (some < all_heads)
+        first_row += tl.sum(passed.to(tl.int32), 0)
+        last_row += tl.sum(((ends < last_unit) & (some < all_heads)).to(tl.int32), 0)
+        begin += tl.sum(tl.where(passed, units, 0), 0)
+        before += tl.sum(units, 0)
+
     g = tl.arange(0, BLOCK_G)
     d = tl.arange(0, BLOCK_D)
     n = tl.arange(0, BLOCK_N)
     rows = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
-    query_head = head * GROUP + g
-    pointers = q + sequence * stride_q_sequence + query_head[:, None] * stride_q_head + d[None, :]
-    queries = narrow_queries(tl.load(pointers, mask=rows, other=0.0), pages_k, KEYS)
-    row = table + slot * stride_table_slot + head * stride_table_head
-    result = sequence * tl.num_programs(1) * GROUP + query_head
+    for later in range(0, tl.where(first_unit < last_unit, last_row + 1 - first_row, 0)):
+        row = first_row + later
+        unit = tl.maximum(begin, first_unit)
+        sequence = (row // heads).to(tl.int64)
+        head = row % heads
+        slot = tl.load(slots + sequence).to(tl.int64)
+        length = tl.load(
+            lengths + slot * stride_lengths_slot + head * stride_lengths_head, mask=slot >= 0, other=0
+        )
+        after = begin + tl.where(slot >= 0, tl.cdiv(length, UNIT) + 1, 0)
+        start = tl.maximum(unit - begin - 1, 0) * UNIT
+        end = tl.minimum((last_unit - begin - 1) * UNIT, length)
+        query_head = head * GROUP + g
+        pointers = q + sequence * stride_q_sequence + query_head[:, None] * stride_q_head + d[None, :]
+        queries = narrow_queries(tl.load(pointers, mask=rows, other=0.0), pages_k, KEYS)
+        table_row = table + slot * stride_table_slot + head * stride_table_head
+        result = row.to(tl.int64) * GROUP + g
 
-    peak = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_G], tl.float32)
-    if SINKS:
-        sink = tl.load(sinks + query_head, mask=g < GROUP, other=0.0) * LOG2_E
-        peak = tl.where(split == 0, sink, peak)
-        total += tl.where(split == 0, 1.0, 0.0)
-    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    oldest = find_oldest(position, row, length, WINDOWED, window, PAGE_SIZE)
-    for block in range(tl.maximum(start, oldest // BLOCK_N * BLOCK_N), end, BLOCK_N):
-        index = block + n
-        valid = index < end
-        place = find_slots(row, index, valid, PAGE_SIZE)
-        keys = load_operands(pages_k, place, valid, KEYS, HEAD_DIM, BLOCK_D)
-        scores = dot(queries, tl.trans(keys), tl.zeros([BLOCK_G, BLOCK_N], tl.float32))
-        scores = scaled(scores * scale_log2, pages_k, place, valid, KEYS)
-        scores = softcapped(scores, SOFTCAPPED, softcap_log2)
-        scores = tl.where((valid & (index >= oldest))[None, :], scores, float("-inf"))
-        if KEEP_LOGITS:
-            mask = (g < GROUP)[:, None] & valid[None, :]
-            tl.store(logits + result[:, None] * max_tokens + index[None, :], scores, mask=mask)
-        values = load_operands(pages_v, place, valid, VALUES, HEAD_DIM, BLOCK_D)
-        peak, total, acc = softmax_step(scores, values, pages_v, place, valid, peak, total, acc, VALUES)
+        peak = tl.full([BLOCK_G], float("-inf"), tl.float32)
+        weight = tl.zeros([BLOCK_G], tl.float32)
+        if SINKS:
+            sink = tl.load(sinks + query_head, mask=g < GROUP, other=0.0) * LOG2_E
+            peak = tl.where(unit == begin, sink, peak)
+            weight += tl.where(unit == begin, 1.0, 0.0)
+        acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+        oldest = find_oldest(position, table_row, length, WINDOWED, window, PAGE_SIZE)
+        if WINDOWED:  # a block must have a token that is seen
+            start = tl.maximum(start, oldest // UNIT * UNIT)
+        for block in range(start, end, BLOCK_N):
+            index = block + n
+            valid = index < end
+            place = find_slots(table_row, index, valid, PAGE_SIZE)
+            keys = load_operands(pages_k, place, valid, KEYS, HEAD_DIM, BLOCK_D)
+            scores = dot(queries, tl.trans(keys), tl.zeros([BLOCK_G, BLOCK_N], tl.float32))
+            scores = scaled(scores * scale_log2, pages_k, place, valid, KEYS)
+            scores = softcapped(scores, SOFTCAPPED, softcap_log2)
+            scores = tl.where((valid & (index >= oldest))[None, :], scores, float("-inf"))
+            if KEEP_LOGITS:
+                mask = (g < GROUP)[:, None] & valid[None, :]
+                tl.store(logits + result[:, None] * max_tokens + index[None, :], scores, mask=mask)
+            values = load_operands(pages_v, place, valid, VALUES, HEAD_DIM, BLOCK_D)
+            peak, weight, acc = softmax_step(scores, values, pages_v, place, valid, peak, weight, acc, VALUES)
 
-    out = result * splits + split
-    acc /= tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(partial + out[:, None] * HEAD_DIM + d[None, :], narrow(acc, partial.dtype.element_ty), mask=rows)
-    tl.store(lse + out, peak + tl.log2(total), mask=g < GROUP)
+        part = (program + row).to(tl.int64) * GROUP + g
+        acc /= tl.where(weight > 0, weight, 1.0)[:, None]
+        tl.store(partial + part[:, None] * HEAD_DIM + d[None, :], acc, mask=rows)
+        tl.store(lse + part, peak + tl.log2(weight), mask=g < GROUP)
+        tl.store(takers + 2 * row, program, mask=unit == begin)
+        tl.store(takers + 2 * row + 1, program, mask=after <= last_unit)
+        begin = after
 
 
-@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=BOOKS)
-def _reduce(
+@triton.jit
+def _merge(
     partial,
     lse,
-    table,
-    lengths,
+    takers,
     slots,
-    stride_table_slot,
-    stride_table_head,
-    stride_lengths_slot,
-    stride_lengths_head,
     out,
     total_lse,
-    splits,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-    MIN_SPLIT: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
 ):
-    """Program (sequence, query head): the weighted sum of its splits."""
+    """Program (sequence, query head): the weighted sum of a head's partial results; 0 without a sequence."""
     sequence = tl.program_id(0).to(tl.int64)
     query_head = tl.program_id(1)
-    slot = tl.load(slots + sequence).to(tl.int64)
-    length = tl.load(
-        lengths + slot * stride_lengths_slot + query_head // GROUP * stride_lengths_head,
-        mask=slot >= 0,
-        other=0,
-    )
-    count = tl.maximum(tl.cdiv(length, _split_size(length, splits, MIN_SPLIT)), 1)
-    result = sequence * tl.num_programs(1) + query_head
-    lse += result * splits
-    split = tl.arange(0, BLOCK_S)
-    all_lse = tl.load(lse + split, mask=split < count, other=float("-inf"))
-    peak = tl.max(all_lse, 0)
-    shift = tl.where(peak > float("-inf"), peak, 0.0)
-    weight = tl.sum(tl.exp2(all_lse - shift), 0)
+    row = sequence * (tl.num_programs(1) // GROUP) + query_head // GROUP
+    there = tl.load(slots + sequence) >= 0
+    first = tl.load(takers + 2 * row, mask=there, other=0)
+    last = tl.load(takers + 2 * row + 1, mask=there, other=-1)
     d = tl.arange(0, BLOCK_D)
+    peak = tl.full([], UNSEEN, tl.float32)
+    weight = tl.zeros([], tl.float32)
     total = tl.zeros([BLOCK_D], tl.float32)
-    for block in range(0, count, BLOCK_SPLITS):
-        some = block + tl.arange(0, BLOCK_SPLITS)
-        weights = tl.exp2(tl.load(lse + some, mask=some < count, other=float("-inf")) - shift)
-        pointers = partial + (result * splits + some)[:, None] * HEAD_DIM + d[None, :]
-        parts = tl.load(pointers, mask=(some < count)[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
-        total += tl.sum(parts * weights[:, None], 0)
+    for program in range(first, last + 1, BLOCK_PARTS):
+        some = program + tl.arange(0, BLOCK_PARTS)
+        part = (some + row) * GROUP + query_head % GROUP
+        weights = tl.load(lse + part, mask=some <= last, other=float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(weights, 0))
+        weights = tl.exp2(weights - new_peak)
+        pointers = partial + part[:, None] * HEAD_DIM + d[None, :]
+        parts = tl.load(pointers, mask=(some <= last)[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+        decay = tl.exp2(peak - new_peak)
+        weight = weight * decay + tl.sum(weights, 0)
+        total = total * decay + tl.sum(parts * weights[:, None], 0)
+        peak = new_peak
     total /= tl.where(weight > 0, weight, 1.0)
+    result = sequence * tl.num_programs(1) + query_head
     tl.store(out + result * HEAD_DIM + d, narrow(total, out.dtype.element_ty), mask=d < HEAD_DIM)
     tl.store(total_lse + result, peak + tl.log2(weight))
 

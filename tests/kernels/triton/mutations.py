@@ -62,9 +62,9 @@ MUTATIONS = (
     Mutation("paged_decode_attention", "mask off by one", "valid = index < end", "valid = index <= end"),
     Mutation(
         "paged_decode_attention",
-        "last split lost",
-        "(some < count)[:, None]",
-        "(some < count - 1)[:, None]",
+        "last piece of a head lost",
+        "(some <= last)[:, None]",
+        "(some < last)[:, None]",
     ),
     Mutation(
         "paged_decode_attention",

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,30 +20,32 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 @pytest.fixture(scope="module")
-def checks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
-    """A check for each chip, side by side: each takes a core for minutes."""
+def checks(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[dict[str, tuple[subprocess.Popen[bytes], Path]]]:
+    """A check for each chip and what it says, side by side: each takes a core for minutes."""
     models = ["--model", "SmolLM2-135M", "--model", "Llama-3.1-8B"]
     command = [sys.executable, "-m", "curkv.cli", "kernels", "check", "--no-table", *models]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     folder, started = tmp_path_factory.mktemp("checks"), {}
     for target in TARGETS:
         with (folder / target).open("wb") as said:
-            started[target] = subprocess.Popen(
+            process = subprocess.Popen(
                 [*command, "--target", target], env=environment, stdout=said, stderr=said
             )
+        started[target] = process, folder / target
     yield started
-    for process in started.values():
+    for process, _ in started.values():
         process.kill()
         process.wait()
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_passes_every_gate(
-    target: str, checks: dict[str, subprocess.Popen[bytes]], tmp_path_factory: pytest.TempPathFactory
+    target: str, checks: dict[str, tuple[subprocess.Popen[bytes], Path]]
 ) -> None:
-    status = checks[target].wait()
-    [said] = tmp_path_factory.getbasetemp().glob(f"checks*/{target}")
-    assert status == 0, said.read_text()[-2000:]
+    process, said = checks[target]
+    assert process.wait() == 0, said.read_text()[-2000:]
 
 
 def test_an_unknown_target_is_refused():
@@ -55,7 +58,7 @@ def test_an_unknown_target_is_refused():
 
 @pytest.mark.parametrize("name", COSTS)
 def test_formulas_evaluate(name):
-    shapes = dict.fromkeys("BTcnkLHQGDPwrdIseaS", 2)
+    shapes = dict.fromkeys("BTcnkLHQGDPwrdIseaSp", 2)
     cost = COSTS[name]
     assert evaluate(cost.moved, shapes) >= evaluate(cost.minimum, shapes) > 0
     assert evaluate(cost.flops, shapes) >= 0
@@ -77,13 +80,20 @@ def test_each_gate_breaks(monkeypatch, change, failure):
     report = aot.Report(
         registers=64, spills=0, shared=1024, occupancy=1, wide_loads=4, narrow_loads=0, tensor_ops=1
     )
-    shapes = dict.fromkeys("BTHLQdIsea", 1) | {"D": 64, "P": 64, "c": 64, "n": 4096}
+    shapes = dict.fromkeys("BTHLQGdIseap", 1) | {"D": 64, "P": 64, "c": 64, "n": 4096}
     call = aot.Call("paged_prefill_attention", shapes, [])
     launch = SimpleNamespace(name="paged_prefill_attention.attend")
     entry = Entry("model", aot.TARGETS[0], call, [(launch, replace(report, **change))])
     found = list(failures(entry))
     assert len(found) == (failure is not None)
     assert failure is None or failure in found[0]
+
+
+def test_spills_are_counted_where_they_are_paid_for_again_and_again():
+    inner = ".L_x_1:\nb\n@P0 BRA `(.L_x_1)"
+    code = f"a\n.L_x_0:\nSTL\n{inner}\nLDL\n@P0 BRA `(.L_x_0)\nSTL\nBRA `(.L_x_3)\n.L_x_3:"
+    assert aot._hot(code).splitlines() == inner.splitlines()
+    assert aot._hot("STL\nc").splitlines() == ["STL", "c"]
 
 
 def test_moving_more_than_one_must_breaks_a_gate(monkeypatch):
