@@ -117,7 +117,7 @@ class EngineOptions(Section):
         default="auto", description="Where the model runs; cuda is any GPU that torch knows, AMD's too."
     )
     kernels: KernelsName = Field(default="auto", description="Implementation of the kernels.")
-    threads: int | None = Field(default=None, ge=1, description="CPU threads; all cores if not given.")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads; one for each core that the process may use if not given.")
 
 
 class ServerOptions(Section):

@@ -17,6 +17,7 @@ from curkv.engine.engine import Engine
 from curkv.engine.replay import Replay
 from curkv.engine.runner import Runner
 from curkv.engine.warm_up import warm_up
+from curkv.kernels.cpu.cores import usable_cores
 from curkv.kernels.dispatch import get_kernels
 from curkv.models.chat_template import load_chat_template, load_eos_token
 from curkv.models.config import ModelConfig
@@ -44,8 +45,7 @@ def build_engine(options: EngineOptions) -> Engine:
         ValueError: the cache cannot hold a single page per KV head, max_model_len exceeds the model's, the
             device has no weights of the type, or heads are too odd for the cache's format.
     """
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads or min(torch.get_num_threads(), usable_cores()))
     directory = resolve_model(options.model)
     config = load_config(directory, options.text_only)
     max_model_len = _max_model_len(options.max_model_len, config)
@@ -53,9 +53,9 @@ def build_engine(options: EngineOptions) -> Engine:
     device = choose_device(options.device)
     kernels = get_kernels(options.kernels, device.torch)
     if options.threads is not None and kernels.backend.name == "cpu":
-        from numba import set_num_threads  # a GPU needs no Numba
+        from curkv.kernels.cpu.threads import THREADS  # Numba, which a GPU needs not
 
-        set_num_threads(options.threads)
+        THREADS.set(options.threads)
     form = device.weight_format(options.weights)
     model = load_decoder(directory, config, kernels, form, device.torch)
     layout = CacheLayout(

@@ -10,7 +10,6 @@ import functools
 import math
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -32,6 +31,7 @@ from curkv.kernels.cpu.positions import position_of
 from curkv.kernels.cpu.softmax import hide_first, row_exp2, row_softcap
 from curkv.kernels.cpu.tiles import STRIP, strip_tile
 from curkv.kernels.cpu.vectors import read_addresses
+from curkv.kernels.cpu.threads import THREADS
 from curkv.kernels.cpu.workers import bits_of_float, compile_worker, float_of_bits, launch, read_arguments
 from curkv.kernels.formats.base import VectorFormat
 from curkv.kernels.paged_prefill_attention.cpu import KEY_BLOCK, load_keys, load_queries
@@ -66,7 +66,7 @@ def column_sums(
     group = query_heads // heads
     block = max(1, QUERY_ROWS // group)
     rows = -(-block * group // STRIP) * STRIP
-    threads = numba.get_num_threads()
+    threads = THREADS.most
     counter = torch.zeros(1, dtype=torch.int64)
     scratch = torch.empty((threads, (rows + KEY_BLOCK) * dim + (STRIP + 1) * KEY_BLOCK))
     launch(

@@ -145,6 +145,16 @@ def load_int64(context: Any, location: Any) -> Any:
 
 
 @intrinsic
+def store_int64(context: Any, location: Any, value: Any) -> Any:
+    """Store an int64."""
+
+    def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
+        builder.store(args[1], pointer(builder, args[0], I64), align=8)
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
 def store_int32(context: Any, location: Any, value: Any) -> Any:
     """Store the low half of an int64."""
 

@@ -39,7 +39,7 @@ from curkv.kernels.cpu.llvm import (
     shuffle,
     splat,
 )
-from curkv.kernels.cpu.rows import LARGEST_INT16, by_rows, sum_four
+from curkv.kernels.cpu.rows import LARGEST_INT16, by_rows, integer_tile, sum_four
 
 BLOCK = 64
 """Channels of a query that are multiplied at once: the two groups of a register of codes."""
@@ -216,14 +216,7 @@ def weigh_rows_int4(
 
     def body(builder: ir.IRBuilder, height: int, args: Args) -> None:
         weights, weights_stride, codes, dim, values, out, out_stride, ahead = args
-        tile = [cgutils.alloca_once(builder, I32X8) for _ in range(height * _WORD)]
-        targets = [
-            pointer(builder, offset(builder, offset(builder, out, out_stride, 4 * m), 4 * LANES * k), I32X8)
-            for m in range(height)
-            for k in range(_WORD)
-        ]
-        for slot, target in zip(tile, targets, strict=True):
-            builder.store(builder.load(target, align=4), slot)
+        tile, finish = integer_tile(builder, height, _WORD, out, out_stride)
         bytes_of_value = builder.lshr(dim, dim.type(1))
         starts = [offset(builder, weights, weights_stride, 2 * m) for m in range(height)]
         eight = ir.VectorType(I16, LANES)
@@ -241,8 +234,7 @@ def weigh_rows_int4(
                     slot = tile[m * _WORD + k]
                     products = pair_products(builder, pair, channels[k])
                     builder.store(builder.add(builder.load(slot), products), slot)
-        for slot, target in zip(tile, targets, strict=True):
-            builder.store(builder.load(slot), target, align=4)
+        finish()
 
     return types.void(rows, *[types.int64] * 8), generate
 

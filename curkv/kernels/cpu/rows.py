@@ -137,6 +137,26 @@ def sum_four(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
     return add(shuffle(builder, quads, quads, [0, 1, 2, 3]), shuffle(builder, quads, quads, [4, 5, 6, 7]))
 
 
+def integer_tile(
+    builder: ir.IRBuilder, height: int, width: int, out: ir.Value, out_stride: ir.Value
+) -> tuple[list[ir.Value], Callable[[], None]]:
+    """Stack slots that start as int32 [height, 8 * width] in memory, and what emits writing them back."""
+    tile = [cgutils.alloca_once(builder, I32X8) for _ in range(height * width)]
+    targets = [
+        pointer(builder, offset(builder, offset(builder, out, out_stride, 4 * m), 4 * LANES * n), I32X8)
+        for m in range(height)
+        for n in range(width)
+    ]
+    for slot, target in zip(tile, targets, strict=True):
+        builder.store(builder.load(target, align=4), slot)
+
+    def finish() -> None:
+        for slot, target in zip(tile, targets, strict=True):
+            builder.store(builder.load(slot), target, align=4)
+
+    return tile, finish
+
+
 @intrinsic
 def dot_rows_int8(
     context: Any, rows: Any, q: Any, dim: Any, k: Any, keys: Any, out: Any, out_stride: Any, ahead: Any
@@ -217,14 +237,7 @@ def weigh_rows_int8(
 
     def body(builder: ir.IRBuilder, height: int, args: Args) -> None:
         weights, weights_stride, v, dim, values, out, out_stride, ahead = args
-        tile = [cgutils.alloca_once(builder, I32X8) for _ in range(height * width)]
-        targets = [
-            pointer(builder, offset(builder, offset(builder, out, out_stride, 4 * m), 4 * LANES * n), I32X8)
-            for m in range(height)
-            for n in range(width)
-        ]
-        for slot, target in zip(tile, targets, strict=True):
-            builder.store(builder.load(target, align=4), slot)
+        tile, finish = integer_tile(builder, height, width, out, out_stride)
         starts = [offset(builder, weights, weights_stride, 2 * m) for m in range(height)]
         with cgutils.for_range_slice(builder, values.type(0), values, values.type(2)) as (index, _count):
             first = offset(builder, v, index, dim)
@@ -248,8 +261,7 @@ def weigh_rows_int8(
                         slot = tile[m * width + n + half]
                         products = pair_products(builder, pairs[m], numbers)
                         builder.store(builder.add(builder.load(slot), products), slot)
-        for slot, target in zip(tile, targets, strict=True):
-            builder.store(builder.load(slot), target, align=4)
+        finish()
 
     return types.void(rows, vectors, *[types.int64] * 8), generate
 

@@ -1,12 +1,9 @@
-"""Running compiled workers on all threads, as they are launched or as a list that was recorded.
+"""Launching compiled workers on all threads, at once or as a list that was recorded.
 
-Numba compiles and optimises the body of a `prange` loop, and all that it calls, four times over. Here the one
-parallel loop calls function pointers instead: it is compiled once, and a kernel once per KV dtype.
+Numba compiles and optimises the body of a `prange` loop, and all that it calls, four times over. Here threads
+(`threads.py`) call function pointers instead: a kernel is compiled once per KV dtype.
 
-A worker is a function of (address of its arguments, part). A launch names how many parts its work has, and
-threads take parts from a shared counter: one that the machine runs slower, or never starts, does fewer. A
-thread goes on to the next launch of a list when all parts of this one are finished, so it only ever waits for
-parts that others have begun.
+A worker is a function of (address of its arguments, part). A launch names how many parts its work has.
 
 What a CUDA graph is to a GPU, a `Recording` is here: a decode step is some 400 launches, and Python takes
 longer to make one than most of them run.
@@ -14,7 +11,6 @@ longer to make one than most of them run.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import struct
 import time
@@ -28,66 +24,15 @@ from typing import Any
 import numba
 import torch
 from llvmlite import ir
-from numba import prange, types
+from numba import types
 from torch import Tensor
 
-from curkv.kernels.cpu.jit import intrinsic, kernel
-from curkv.kernels.cpu.llvm import I32, I64, Args
-from curkv.kernels.cpu.memory import fetch_add
+from curkv.kernels.cpu.jit import intrinsic
+from curkv.kernels.cpu.llvm import I64, Args
+from curkv.kernels.cpu.threads import THREADS, run_alone
 
-ENTRY = 16
-"""Words of a launch in a list: function, arguments, parts, and in two cache lines parts taken and ended."""
-TAKEN, FINISHED = 8 * 3, 8 * 8
-"""Bytes from a launch to its counters."""
 MOST_COUNTERS = 1 << 20
 """Most counters of a recording: 1,000 sequences of Llama-3.1-8B need a quarter."""
-SPINS = 2000
-"""How often a thread looks whether the others have finished before it lets other processes run."""
-
-# OpenMP starts a parallel region in 2 us, Numba's own pool in 60. The first one that can be loaded is taken.
-numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
-
-
-@intrinsic
-def _call_worker(context: Any, function: Any, arguments: Any, part: Any) -> Any:
-    """Call the worker at an address."""
-
-    def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
-        function_type = ir.FunctionType(ir.VoidType(), [I64, I64])
-        builder.call(builder.inttoptr(args[0], function_type.as_pointer()), args[1:])
-
-    return types.void(types.int64, types.int64, types.int64), generate
-
-
-@intrinsic
-def _call_c(context: Any, function: Any) -> Any:
-    """Call the C function at an address, which takes nothing and returns an int."""
-
-    def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
-        function_type = ir.FunctionType(I32, [])
-        builder.call(builder.inttoptr(args[0], function_type.as_pointer()), [])
-
-    return types.void(types.int64), generate
-
-
-@intrinsic
-def _read_shared(context: Any, location: Any) -> Any:
-    """An int64 that other threads write; what they wrote before it is seen afterwards."""
-
-    def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> ir.Value:
-        return builder.load_atomic(builder.inttoptr(args[0], I64.as_pointer()), "acquire", 8)
-
-    return types.int64(types.int64), generate
-
-
-@intrinsic
-def _write_word(context: Any, location: Any, value: Any) -> Any:
-    """Store an int64."""
-
-    def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
-        builder.store(args[1], builder.inttoptr(args[0], I64.as_pointer()))
-
-    return types.void(types.int64, types.int64), generate
 
 
 @intrinsic
@@ -129,42 +74,6 @@ def compile_worker(function: Callable[[int, int], None]) -> int:
 
 _compiled: dict[int, Any] = {}
 """Compiled functions by address: one that is forgotten would be freed."""
-_give_way: int = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
-
-
-@numba.njit(parallel=True, nogil=True, cache=True)
-def _run(launches: int, count: int, threads: int, cleared: int, words: int, give_way: int) -> None:
-    """Run a list of launches on several threads; `cleared` and the `words` behind it are set to 0 before."""
-    for i in range(words):
-        _write_word(cleared + 8 * i, 0)
-    for i in range(count):
-        _write_word(launches + 8 * ENTRY * i + TAKEN, 0)
-        _write_word(launches + 8 * ENTRY * i + FINISHED, 0)
-    for _ in prange(threads):
-        _work_through(launches, count, give_way)
-
-
-@kernel
-def _work_through(launches: int, count: int, give_way: int) -> None:
-    """Take parts of one launch after the other until all are finished."""
-    for i in range(count):
-        launch = launches + 8 * ENTRY * i
-        function, arguments, parts = read_arguments(launch, 3)
-        part = fetch_add(launch + TAKEN, 1)
-        while part < parts:
-            _call_worker(function, arguments, part)
-            fetch_add(launch + FINISHED, 1)
-            part = fetch_add(launch + TAKEN, 1)
-        spins = 0
-        while _read_shared(launch + FINISHED) < parts:
-            spins += 1
-            if spins > SPINS:
-                _call_c(give_way)
-
-
-@numba.njit(nogil=True, cache=True)
-def _run_alone(function: int, arguments: int) -> None:
-    _call_worker(function, arguments, 0)
 
 
 def launch(function: int, parts: int, *arguments: int) -> None:
@@ -172,13 +81,14 @@ def launch(function: int, parts: int, *arguments: int) -> None:
     started = time.perf_counter() if _clock is not None else 0.0
     packed = array("q", arguments)
     place = packed.buffer_info()[0]
-    if _recording is not None:
-        _recording.launches.append((function, parts, packed))
-    if parts == 1:
-        _run_alone(function, place)
-    elif parts:
-        entry = array("q", (function, place, parts, *(0,) * (ENTRY - 3)))
-        _run(entry.buffer_info()[0], 1, min(parts, numba.get_num_threads()), 0, 0, _give_way)
+    if parts:
+        if _recording is not None:
+            _recording.launches.append((function, parts, packed))
+        entry = array("q", (function, place, parts))
+        if parts == 1:
+            run_alone(entry.buffer_info()[0], 1, 0, 0)
+        else:
+            THREADS.run(entry.buffer_info()[0], 1)
     if _clock is not None:
         _clock(_compiled[function].__wrapped__, time.perf_counter() - started)
 
@@ -277,9 +187,9 @@ class Recording:
         """Does the recorded work."""
         if not self._list:
             for function, parts, packed in self.launches:
-                self._list.extend((function, packed.buffer_info()[0], parts, *(0,) * (ENTRY - 3)))
+                self._list.extend((function, packed.buffer_info()[0], parts))
         place, cleared = self._list.buffer_info()[0], self.memory.counters.data_ptr()
-        _run(place, len(self.launches), numba.get_num_threads(), cleared, self._counted, _give_way)
+        THREADS.run(place, len(self.launches), cleared, self._counted)
 
 
 _recording: Recording | None = None

@@ -19,7 +19,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numba import get_num_threads
 from torch import Tensor
 
 from curkv.kernels.cpu.features import MULTIPLIES_QUADS
@@ -40,6 +39,7 @@ from curkv.kernels.cpu.memory import (
 )
 from curkv.kernels.cpu.quads import BYTES, OWN_NIBBLES, QUAD_BLOCK, quad_tile
 from curkv.kernels.cpu.tiles import PANEL, TILE_ROWS, panel_tile
+from curkv.kernels.cpu.threads import THREADS
 from curkv.kernels.cpu.workers import (
     bits_of_float,
     compile_worker,
@@ -143,7 +143,7 @@ class PackedLinear(ComposedLinear):
     def _launch(self, worker: int, count: int, *x: int) -> Tensor:
         """Has threads multiply panels with `count` rows of x, which are where its addresses say."""
         out = empty(count, self._panels * PANEL)
-        parts = min(self._panels, PARTS_PER_THREAD * get_num_threads())
+        parts = min(self._panels, PARTS_PER_THREAD * THREADS.most)
         launch(
             worker, parts if count else 0,
             *x, *self._panels_at, out.data_ptr(), count, self._depth, self._panels, parts,

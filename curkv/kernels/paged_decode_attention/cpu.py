@@ -14,7 +14,6 @@ import functools
 import math
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -36,6 +35,7 @@ from curkv.kernels.cpu.positions import first_in_window, position_of
 from curkv.kernels.cpu.rows import weigh_rows
 from curkv.kernels.cpu.softmax import hide_first, row_exp2, row_max, row_softcap
 from curkv.kernels.cpu.vectors import address_of, read_addresses
+from curkv.kernels.cpu.threads import THREADS
 from curkv.kernels.cpu.workers import (
     bits_of_float,
     compile_worker,
@@ -96,7 +96,7 @@ def paged_decode_attention(
     group = query_heads // heads
     width = max(1, SPLIT_TOKENS // page_size) * page_size
     items = batch * heads * -(-table.shape[2] * page_size // width)
-    workers = min(numba.get_num_threads(), items)
+    workers = min(THREADS.most, items)
     if accumulate:
         items = _count_items(*where, batch, heads, page_size, width)
     out = empty(batch, query_heads, dim)

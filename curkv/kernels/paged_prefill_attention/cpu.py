@@ -15,7 +15,6 @@ import functools
 import math
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -41,6 +40,7 @@ from curkv.kernels.cpu.positions import first_in_window, position_of
 from curkv.kernels.cpu.softmax import hide_first, row_exp2, row_max, row_softcap
 from curkv.kernels.cpu.tiles import BFLOAT16_STRIP, strip_rows, strip_tile
 from curkv.kernels.cpu.vectors import load_channels, read_addresses
+from curkv.kernels.cpu.threads import THREADS
 from curkv.kernels.cpu.workers import bits_of_float, compile_worker, float_of_bits, launch, read_arguments
 from curkv.kernels.formats.base import VectorFormat
 from curkv.kernels.pages import Pages
@@ -76,7 +76,7 @@ def paged_prefill_attention(
     if q.stride()[1:] != (dim, 1):
         q = q.contiguous()
     group = query_heads // heads
-    threads = numba.get_num_threads()
+    threads = THREADS.most
     block = max(1, min(QUERY_ROWS // group, -(-tokens * heads // (4 * threads))))
     out = torch.empty((tokens, query_heads, dim))
     lse = torch.empty((tokens, query_heads) if return_lse else 0)

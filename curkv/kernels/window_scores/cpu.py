@@ -11,7 +11,6 @@ import functools
 import math
 from typing import Any, Literal
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -33,6 +32,7 @@ from curkv.kernels.cpu.positions import position_of
 from curkv.kernels.cpu.softmax import row_exp2, row_max, row_softcap
 from curkv.kernels.cpu.tiles import STRIP, strip_tile
 from curkv.kernels.cpu.vectors import read_addresses
+from curkv.kernels.cpu.threads import THREADS
 from curkv.kernels.cpu.workers import bits_of_float, compile_worker, float_of_bits, launch, read_arguments
 from curkv.kernels.formats.base import VectorFormat
 from curkv.kernels.paged_prefill_attention.cpu import KEY_BLOCK, load_keys, load_queries
@@ -68,7 +68,7 @@ def window_scores(
     known = None if lse is None else lse.contiguous()
     scores = torch.empty(rows, width)
     block = -(-min(window * group, BLOCK_ROWS) // STRIP) * STRIP
-    workers = min(numba.get_num_threads(), rows)
+    workers = min(THREADS.most, rows)
     counter = torch.zeros(1, dtype=torch.int64)
     scratch = torch.empty((workers, block * dim + KEY_BLOCK * dim + block * width))
     launch(
