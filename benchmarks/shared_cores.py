@@ -4,10 +4,9 @@
     python benchmarks/shared_cores.py --peer "llama.cpp=benchmarks/peers/llama.sh serve {port}" \\
         --peer "OpenVINO=benchmarks/peers/openvino.sh serve {port}"
 
-Seconds for a prompt of 1,000 tokens, and for one of 100 with 64 generated: alone on the machine; beside a busy
-process for each --busy; bound to one core while it runs, as a quota of a container would. The conditions take
-turns, and the medians are printed with their ratio to being alone; the row of one thread is what the column of
-one core is to be compared with.
+Seconds for a prompt of 1,000 tokens, and for one of 100 with 64 generated: alone on the machine; beside a
+busy process for each --busy; bound to one core while it runs. The conditions take turns, and the medians are
+printed with their ratio to being alone. The column of one core is to be compared with the row of one thread.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-import httpx
 import typer
 
+from curkv.bench.client import seconds_for
 from curkv.bench.process import curkv_serve, running
 from curkv.bench.script import Model, script
 from curkv.tables import head, line
@@ -45,8 +44,8 @@ def measure(
     curkv = curkv_serve("--model", model, "--weights", weights, "--prefix-cache-memory", "0")
     contenders = {"curkv": curkv, "curkv, one thread": [*curkv, "--threads", "1"]}
     for text in peer or ():
-        name, command = text.split("=", 1)
-        contenders[name] = shlex.split(command)
+        name, started_by = text.split("=", 1)
+        contenders[name] = shlex.split(started_by)
     print(head(["server", "tokens", "alone s", f"{busy} busy beside", "one core"]))
     for name, command in contenders.items():
         with running(command) as (url, process):
@@ -60,23 +59,14 @@ def measure(
 def conditions(url: str, pid: int, prompt: int, generated: int, busy: int, repeats: int) -> list[float]:
     """The median seconds alone, beside busy processes, and on one core."""
     found: list[list[float]] = [[], [], []]
-    asked(url, prompt, generated, 0)
+    seconds_for(url, prompt, generated, 0)
     for number in range(1, 3 * repeats, 3):
-        found[0].append(asked(url, prompt, generated, number))
+        found[0].append(seconds_for(url, prompt, generated, number))
         with neighbours(busy):
-            found[1].append(asked(url, prompt, generated, number + 1))
+            found[1].append(seconds_for(url, prompt, generated, number + 1))
         with bound(pid):
-            found[2].append(asked(url, prompt, generated, number + 2))
+            found[2].append(seconds_for(url, prompt, generated, number + 2))
     return [statistics.median(seconds) for seconds in found]
-
-
-def asked(url: str, prompt: int, generated: int, number: int) -> float:
-    """Seconds of a request whose prompt, of as many words of one token, no other request has."""
-    words = [f"{number}", *(" " + "abcdefghij"[(i * i + number) % 10] for i in range(prompt - 1))]
-    body = {"prompt": "".join(words), "max_tokens": generated, "temperature": 0, "ignore_eos": True}
-    begun = time.perf_counter()
-    httpx.post(f"{url}/v1/completions", json=body, timeout=120).raise_for_status()
-    return time.perf_counter() - begun
 
 
 @contextmanager

@@ -12,15 +12,14 @@ from typing import Annotated
 
 import torch
 import typer
-from torch import Tensor
 from tqdm import tqdm
 
-from curkv.bench.script import Model, script
+from curkv.bench.script import Model, prompt_logits, script
 from curkv.config import EngineOptions, Weights
 from curkv.engine.build import build_engine
 from curkv.engine.engine import Engine
 from curkv.evaluation.corpora import load_corpus
-from curkv.evaluation.perplexity import Logits, compare, token_windows
+from curkv.evaluation.perplexity import compare, token_windows
 from curkv.models.loading.built_in import DEFAULT_MODEL
 from curkv.tables import head, line
 
@@ -60,18 +59,6 @@ def main(
             quality = f"{found.ratio:.4f}", f"{found.kl:.4f}", f"{found.top1:.1%}"
             named = f"{kind} ({rounded.runner.model.weights})" if kind == "published" else kind
             print(line([named, f"{mebibytes:.0f}", name, *quality]), flush=True)
-
-
-def prompt_logits(engine: Engine) -> Logits:
-    """A prompt's logits, all in one chunk."""
-
-    def logits(ids: Tensor) -> Tensor:
-        slot = engine.kv.add_sequence()
-        found = engine.runner.run([slot], [ids.tolist()], [0], [len(ids)])
-        engine.kv.free(slot)
-        return found
-
-    return logits
 
 
 app = script(__doc__, main)

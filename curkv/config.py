@@ -70,7 +70,7 @@ class EngineOptions(Section):
     )
     weights: Weights = Field(
         default="auto",
-        description="Type of the linear layers' weights: float32 on CPU, bfloat16 on a GPU, if auto; "
+        description="Type of the linear layers' weights: as published on CPU, bfloat16 on a GPU, if auto; "
         "published: int4 for those published in 4 bits, int8 for others.",
     )
     kv_cache_memory: Size | None = Field(
@@ -117,7 +117,11 @@ class EngineOptions(Section):
         default="auto", description="Where the model runs; cuda is any GPU that torch knows, AMD's too."
     )
     kernels: KernelsName = Field(default="auto", description="Implementation of the kernels.")
-    threads: int | None = Field(default=None, ge=1, description="CPU threads; one for each core that the process may use if not given.")
+    threads: int | None = Field(
+        default=None,
+        ge=1,
+        description="CPU threads; one for each core that the process may use if not given.",
+    )
 
 
 class ServerOptions(Section):

@@ -55,6 +55,22 @@ def warm_up(served: Served, tokenizer: Tokenizer) -> None:
     measure(served, "", Workload(1, 128, 16), tokenizer, seed=_WARM_UP_SEED)
 
 
+def seconds_for(url: str, prompt: int, generated: int, number: int) -> float:
+    """Seconds that a server takes for one greedy request, which is answered at once.
+
+    Args:
+        url: Its base URL, without /v1.
+        prompt: Words of the prompt, of one token each in most vocabularies.
+        generated: Tokens that follow.
+        number: Of the prompt: another one begins in another way, so that no server has it cached.
+    """
+    words = [str(number), *(" " + "abcdefghij"[(i * i + number) % 10] for i in range(prompt - 1))]
+    body = {"prompt": "".join(words), "max_tokens": generated, "temperature": 0, "ignore_eos": True}
+    begun = time.perf_counter()
+    httpx.post(f"{url}/v1/completions", json=body, headers=_authorization(), timeout=300).raise_for_status()
+    return time.perf_counter() - begun
+
+
 def measure(
     served: Served,
     contender: str,

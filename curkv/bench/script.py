@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from curkv.cache.options import EvictionOptions
     from curkv.engine.engine import Engine
     from curkv.engine.types import SamplingParams
+    from curkv.evaluation.perplexity import Logits
 
 Model = Annotated[str, typer.Option(help="Built-in name, directory, Hub id or GGUF file.")]
 
@@ -38,3 +41,15 @@ def submit(
 
     request = Request(request_id, prompt, sampling, eviction)
     engine.add(engine.plan(request))
+
+
+def prompt_logits(engine: Engine) -> Logits:
+    """A function from a prompt's ids to its logits, all in one chunk."""
+
+    def logits(ids: Tensor) -> Tensor:
+        slot = engine.kv.add_sequence()
+        found = engine.runner.run([slot], [ids.tolist()], [0], [len(ids)])
+        engine.kv.free(slot)
+        return found
+
+    return logits

@@ -13,6 +13,7 @@ from curkv.kernels import KernelsName
 from curkv.kernels.column_sums.spec import ColumnSums
 from curkv.kernels.compact.spec import Compact
 from curkv.kernels.gather_rows.spec import GatherRows
+from curkv.kernels.gelu_mul.spec import GeluMul
 from curkv.kernels.leverage_scores.spec import LeverageScores
 from curkv.kernels.linear.spec import PackLinear
 from curkv.kernels.paged_decode_attention.spec import PagedDecodeAttention
@@ -72,6 +73,7 @@ class Kernels:
     gather_rows: GatherRows
     rms_norm: RmsNorm
     silu_mul: SiluMul
+    gelu_mul: GeluMul
     pack_linear: PackLinear
 
 

@@ -275,19 +275,14 @@ class Attention:
         return self._rms_norm(heads.view(len(heads), -1, len(norm)), norm, self._eps).view(heads.shape)
 
 
-def _gelu(gate: Tensor) -> Tensor:
-    return F.gelu(gate, approximate="tanh")
-
-
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_python": F.gelu,
-    "gelu_new": _gelu,
-    "gelu_fast": _gelu,
-    "gelu_pytorch_tanh": _gelu,
     "relu": F.relu,
 }
 """Activations of a gate that torch computes, so that decode steps over them are not recorded."""
+APPROXIMATE_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
+"""Names of the activation that `gelu_mul` computes."""
 
 
 class Gated:
@@ -307,10 +302,13 @@ class Down:
 
     def __init__(self, config: ModelConfig, weights: MlpWeights, pack: Packer):
         self._activation = ACTIVATIONS.get(config.activation)
+        self._gelu_mul = pack.kernels.gelu_mul if config.activation in APPROXIMATE_GELU else None
         self._linear = pack.linear("mlp", weights.down, weights.down_bias)
 
     def __call__(self, gate_up: Tensor) -> Tensor:
         """[T, hidden] from gate beside up, [T, 2 intermediate]."""
+        if self._gelu_mul is not None:
+            return self._linear(self._gelu_mul(gate_up))
         if self._activation is None:
             return self._linear.after_silu_mul(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)

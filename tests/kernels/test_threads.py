@@ -44,7 +44,9 @@ class _Launches:
     def __init__(self, function: int, parts: list[int]):
         self.counts = [torch.zeros(n, dtype=torch.int64) for n in parts]
         self._arguments = [
-            array("q", (one.data_ptr(), 0 if before is None else before.data_ptr() + 8 * (len(before) - 1), 1))
+            array(
+                "q", (one.data_ptr(), 0 if before is None else before.data_ptr() + 8 * (len(before) - 1), 1)
+            )
             for before, one in zip([None, *self.counts], self.counts, strict=False)
         ]
         words = [

@@ -29,9 +29,9 @@ from curkv.kernels.cpu.memory import (
 )
 from curkv.kernels.cpu.positions import position_of
 from curkv.kernels.cpu.softmax import hide_first, row_exp2, row_softcap
+from curkv.kernels.cpu.threads import THREADS
 from curkv.kernels.cpu.tiles import STRIP, strip_tile
 from curkv.kernels.cpu.vectors import read_addresses
-from curkv.kernels.cpu.threads import THREADS
 from curkv.kernels.cpu.workers import bits_of_float, compile_worker, float_of_bits, launch, read_arguments
 from curkv.kernels.formats.base import VectorFormat
 from curkv.kernels.paged_prefill_attention.cpu import KEY_BLOCK, load_keys, load_queries

@@ -13,5 +13,8 @@
 | `tiles` | micro-kernels of matrix products |
 | `quads` | the micro-kernel of products of bytes in fours |
 | `panels` | packing keys and values for a micro-kernel |
+| `cores` | how many cores there are for this process |
+| `waiting` | words that threads share, and sleeping until one changes |
+| `threads` | the threads that work through lists of launches |
 | `workers` | launching on all threads, and recording launches |
 """

@@ -22,7 +22,7 @@ def usable_cores(root: Path = Path("/")) -> int:
 def _quotas(root: Path) -> Iterator[float]:
     """The processor time per time of each control group above this process that has a limit.
 
-    A container sees the name that its group has outside, below a mount that begins at the group itself: groups
+    A container sees the name that its group has outside, and a mount that begins at the group itself: groups
     that are not there are passed over.
     """
     with suppress(OSError):

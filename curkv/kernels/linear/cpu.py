@@ -38,8 +38,8 @@ from curkv.kernels.cpu.memory import (
     store_scalar,
 )
 from curkv.kernels.cpu.quads import BYTES, OWN_NIBBLES, QUAD_BLOCK, quad_tile
-from curkv.kernels.cpu.tiles import PANEL, TILE_ROWS, panel_tile
 from curkv.kernels.cpu.threads import THREADS
+from curkv.kernels.cpu.tiles import PANEL, TILE_ROWS, panel_tile
 from curkv.kernels.cpu.workers import (
     bits_of_float,
     compile_worker,

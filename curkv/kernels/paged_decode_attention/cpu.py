@@ -34,8 +34,8 @@ from curkv.kernels.cpu.memory import (
 from curkv.kernels.cpu.positions import first_in_window, position_of
 from curkv.kernels.cpu.rows import weigh_rows
 from curkv.kernels.cpu.softmax import hide_first, row_exp2, row_max, row_softcap
-from curkv.kernels.cpu.vectors import address_of, read_addresses
 from curkv.kernels.cpu.threads import THREADS
+from curkv.kernels.cpu.vectors import address_of, read_addresses
 from curkv.kernels.cpu.workers import (
     bits_of_float,
     compile_worker,

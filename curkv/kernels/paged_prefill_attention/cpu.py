@@ -38,9 +38,9 @@ from curkv.kernels.cpu.memory import (
 from curkv.kernels.cpu.panels import store_panel_columns, store_panel_rows
 from curkv.kernels.cpu.positions import first_in_window, position_of
 from curkv.kernels.cpu.softmax import hide_first, row_exp2, row_max, row_softcap
+from curkv.kernels.cpu.threads import THREADS
 from curkv.kernels.cpu.tiles import BFLOAT16_STRIP, strip_rows, strip_tile
 from curkv.kernels.cpu.vectors import load_channels, read_addresses
-from curkv.kernels.cpu.threads import THREADS
 from curkv.kernels.cpu.workers import bits_of_float, compile_worker, float_of_bits, launch, read_arguments
 from curkv.kernels.formats.base import VectorFormat
 from curkv.kernels.pages import Pages
