@@ -32,10 +32,11 @@ def test_names_are_said_once() -> None:
     for names in (
         [family.model_type for family in FAMILIES],
         [name for family in FAMILIES for name in family.architectures],
-        [family.gguf_architecture for family in FAMILIES if family.gguf_architecture],
+        [(name, family.gguf_experts) for family in FAMILIES if (name := family.gguf_architecture)],
     ):
         assert len(names) == len(set(names))
     assert family_of_gguf("qwen3").model_type == "qwen3"
+    assert [family_of_gguf("llama", experts).model_type for experts in (False, True)] == ["llama", "mixtral"]
 
 
 def test_the_families_of_the_documentation_are_those_that_there_are() -> None:

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFWriter
-from transformers import Gemma2Config, PreTrainedModel
+from transformers import Gemma2Config, MixtralConfig, PreTrainedModel, Qwen2MoeConfig, Qwen3MoeConfig
 
 from curkv.models.families import family_of_gguf
 from curkv.models.loading.gguf import describe_gguf
 from tests.models.test_gguf import permute
 from tests.models.test_llama import SHAPE
-from tests.models.test_model_families import BASE, MODELS, build, random_model, text
+from tests.models.test_model_families import BASE, EXPERTS, MODELS, build, random_model, text
 from tests.models.test_tokenizer import byte_level_metadata
 
 
@@ -60,6 +60,18 @@ def caps(writer: GGUFWriter, config: Any) -> None:
     writer.add_final_logit_softcapping(config.final_logit_softcapping)
 
 
+def experts(writer: GGUFWriter, config: Any) -> None:
+    count = getattr(config, "num_local_experts", None) or config.num_experts
+    writer.add_expert_count(count)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    if hasattr(config, "moe_intermediate_size"):
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if hasattr(config, "shared_expert_intermediate_size"):
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+    if hasattr(config, "embedding_multiplier"):
+        granite(writer, config)
+
+
 CASES: dict[str, tuple[str, Callable[[GGUFWriter, Any], None] | None]] = {
     "granite-tied": ("granite", granite),
     "olmo2": ("olmo2", None),
@@ -73,21 +85,31 @@ CASES: dict[str, tuple[str, Callable[[GGUFWriter, Any], None] | None]] = {
     "gemma": ("gemma", None),
     "gemma2": ("gemma2", caps),
     "gemma3-plain": ("gemma3", window),
+    "mixtral": ("llama", experts),
+    "qwen2-moe": ("qwen2moe", experts),
+    "qwen3-moe": ("qwen3moe", experts),
+    "granite-moe": ("granitemoe", experts),
 }
-GEMMA2 = Gemma2Config(
-    **BASE,
-    head_dim=16,
-    query_pre_attn_scalar=16,
-    sliding_window=24,
-    attn_logit_softcapping=5.0,
-    final_logit_softcapping=8.0,
-)
+CONFIGS = MODELS | {
+    "gemma2": Gemma2Config(
+        **BASE,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        sliding_window=24,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=8.0,
+    ),
+    "mixtral": MixtralConfig(**BASE, num_local_experts=5),
+    "qwen2-moe": Qwen2MoeConfig(**EXPERTS),
+    "qwen3-moe": Qwen3MoeConfig(**EXPERTS, head_dim=16, norm_topk_prob=True),
+}
+"""Files say nothing of some windows, nor of layers without experts."""
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_file_is_the_model_it_came_from(name: str, tmp_path: Path) -> None:
     architecture, write = CASES[name]
-    model = random_model(GEMMA2 if name == "gemma2" else MODELS[name])
+    model = random_model(CONFIGS[name])
     write_gguf(tmp_path / "a.gguf", architecture, model, write)
     describe_gguf(tmp_path / "a.gguf", tmp_path)
     runner, ids = build(tmp_path, 64).runner, text(50, 0)
@@ -134,6 +156,17 @@ def write_gguf(
             rows = permute(rows, kind)
         if architecture.startswith("gemma") and "norm" in name:
             rows = rows + 1
+        if rows.ndim == 3:
+            stacks = {"down": rows}
+            if "down_proj" not in name and "output_linear" not in name:
+                half = rows.shape[1] // 2
+                stacks = {"gate": rows[:, :half], "up": rows[:, half:]}
+            for part, stack in stacks.items():
+                found = f"blk.{name.split('.')[2]}.ffn_{part}_exps.weight"
+                writer.add_tensor(found, np.ascontiguousarray(stack))
+            continue
+        if "shared_expert_gate" in name:
+            rows = rows[0]
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert found is not None, name
         writer.add_tensor(found, np.ascontiguousarray(rows))

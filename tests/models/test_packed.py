@@ -92,11 +92,25 @@ def test_another_model_is_packed_anew(directory: Path, cache: Path, change: Call
     assert len(set(cache.glob("[!.]*")) - before) == 1
 
 
-@pytest.mark.parametrize("file", [packed.WEIGHTS, packed.INDEX])
-def test_damaged_ones_are_packed_anew(directory: Path, cache: Path, file: str) -> None:
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flipped(path: Path) -> None:
+    contents = bytearray(path.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    path.write_bytes(contents)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"), [(name, how) for name in (packed.WEIGHTS, packed.INDEX) for how in (cut, flipped)]
+)
+def test_damaged_ones_are_packed_anew(
+    directory: Path, cache: Path, file: str, damage: Callable[[Path], None]
+) -> None:
     (kept,) = cache.glob("[!.]*")
     expected = logits(loaded(directory))
-    (kept / file).write_bytes((kept / file).read_bytes()[:-1])
+    damage(kept / file)
     assert torch.equal(logits(loaded(directory)), expected)
     assert [path.name for path in cache.glob("[!.]*")] == [kept.name]
 

@@ -148,13 +148,16 @@ def _missing(raw: Mapping[str, Any]) -> str:
     )
 
 
-def family_of_gguf(architecture: str) -> Family:
-    """Returns the family whose GGUF files name this architecture.
+def family_of_gguf(architecture: str, experts: bool = False) -> Family:
+    """Returns the family whose GGUF files name this architecture, and have experts or none if that tells.
 
     Raises:
         UnsupportedModel: There is none.
     """
-    known = {family.gguf_architecture: family for family in FAMILIES if family.gguf_architecture}
-    if architecture not in known:
-        raise unsupported("GGUF architecture (general.architecture)", architecture, tuple(map(str, known)))
-    return known[architecture]
+    named = [family for family in FAMILIES if family.gguf_architecture == architecture]
+    if not named:
+        known = dict.fromkeys(
+            str(family.gguf_architecture) for family in FAMILIES if family.gguf_architecture
+        )
+        raise unsupported("GGUF architecture (general.architecture)", architecture, tuple(known))
+    return max(named, key=lambda family: family.gguf_experts == experts)

@@ -119,6 +119,7 @@ class Family(ABC):
         gguf_tensors: GGUF names to names in safetensors, without layer and kind.
         gguf_interleaved: Rows of query and key projections lie in GGUF files in pairs that rotate together.
         gguf_settings: Keys of a GGUF file's metadata to those of `config.json`, beside what all have.
+        gguf_experts: Of families whose GGUF files name one architecture, this is the one with experts.
         gguf_windows: The family knows what to do about windows that a GGUF file names.
         gguf_norm: Key of the number that is added to the mean square in norms.
         norms: Names of a layer's norms.
@@ -132,6 +133,7 @@ class Family(ABC):
     gguf_tensors: ClassVar[Mapping[str, str]] = TENSOR_NAMES
     gguf_interleaved: ClassVar[bool] = False
     gguf_settings: ClassVar[Mapping[str, str]] = {}
+    gguf_experts: ClassVar[bool] = False
     gguf_windows: ClassVar[bool] = False
     gguf_norm: ClassVar[str] = "attention.layer_norm_rms_epsilon"
     norms: ClassVar[Norms] = Norms()
@@ -335,6 +337,8 @@ class Family(ABC):
 
     def tensor_of_gguf(self, name: str) -> str:
         """Returns the name in safetensors of a GGUF tensor, such as `blk.3.attn_q.weight`.
+
+        One that holds something of all experts has braces for an expert's number.
 
         Raises:
             UnsupportedModel: The family has no such tensor.

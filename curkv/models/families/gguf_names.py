@@ -40,6 +40,28 @@ FUSED_TENSORS = {name: tensor for name, tensor in TENSOR_NAMES.items() if name !
 }
 """Where gate and up are one tensor."""
 
+EXPERT_TENSORS = TENSOR_NAMES | {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{}.up_proj",
+    "ffn_down_exps": "mlp.experts.{}.down_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
+"""Where layers have experts; one tensor holds those of all, and their numbers stand for the braces."""
+
+ROW_TENSORS = ("ffn_gate_inp_shexp",)
+"""Vectors that are matrices of one row elsewhere."""
+
+EXPERT_SETTINGS = {
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}
+"""Keys of metadata about experts that have a size of their own."""
+
 ROPE_FREQS = "rope_freqs.weight"
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 ROPE_TENSORS = {ROPE_FREQS, LONG_FACTORS, SHORT_FACTORS}

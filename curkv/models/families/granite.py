@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from curkv.models.config import ModelConfig, read_mixture, read_number
 from curkv.models.families.base import Piece
 from curkv.models.families.experts import DOWN, GATE_UP, renamed, unstacked
+from curkv.models.families.gguf_names import EXPERT_TENSORS
 from curkv.models.families.llama import Llama
 
 DEFAULTS_OF_EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
@@ -23,7 +24,7 @@ class Granite(Llama):
     architectures = ("GraniteForCausalLM", "GraniteModel")
     gguf_architecture: ClassVar[str | None] = "granite"
     prunable = False
-    gguf_settings = {  # noqa: RUF012
+    gguf_settings: ClassVar[Mapping[str, str]] = {
         "embedding_scale": "embedding_multiplier",
         "attention.scale": "attention_multiplier",
         "residual_scale": "residual_multiplier",
@@ -48,7 +49,13 @@ class GraniteMoe(Granite):
     title = "Granite 3 with experts"
     model_type = "granitemoe"
     architectures = ("GraniteMoeForCausalLM", "GraniteMoeModel")
-    gguf_architecture = None
+    gguf_architecture = "granitemoe"
+    gguf_tensors = EXPERT_TENSORS
+    gguf_settings: ClassVar[Mapping[str, str]] = {
+        **Granite.gguf_settings,
+        "expert_count": "num_local_experts",
+        "expert_used_count": "num_experts_per_tok",
+    }
 
     def config(self, raw: Mapping[str, Any]) -> ModelConfig:
         """See `Family.config`."""

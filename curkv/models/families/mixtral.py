@@ -9,6 +9,7 @@ from typing import Any
 from curkv.models.config import LayerKind, ModelConfig, read_mixture, read_shape, read_window
 from curkv.models.families.base import Family, Piece
 from curkv.models.families.experts import DOWN, GATE_UP, renamed, unstacked
+from curkv.models.families.gguf_names import EXPERT_TENSORS
 
 DEFAULTS = {"num_local_experts": 8, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
 """What transformers assumes if config.json does not say."""
@@ -24,6 +25,14 @@ class Mixtral(Family):
     model_type = "mixtral"
     architectures = ("MixtralForCausalLM", "MixtralModel")
     prunable = False
+    gguf_architecture = "llama"
+    gguf_experts = True
+    gguf_tensors = EXPERT_TENSORS
+    gguf_interleaved = True
+    gguf_settings = {  # noqa: RUF012
+        "expert_count": "num_local_experts",
+        "expert_used_count": "num_experts_per_tok",
+    }
 
     def config(self, raw: Mapping[str, Any]) -> ModelConfig:
         """See `Family.config`."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from curkv.models.config import LayerKind, ModelConfig, read_mixture, read_shape, read_window, sliding_layers
 from curkv.models.families.base import Family, Piece
 from curkv.models.families.experts import DOWN, GATE_UP, unstacked
+from curkv.models.families.gguf_names import EXPERT_SETTINGS, EXPERT_TENSORS, GGUF
 from curkv.models.families.qwen2 import DEFAULT_FULL_LAYERS, DEFAULT_WINDOW
 from curkv.models.families.qwen3 import Qwen3
 
@@ -32,6 +33,8 @@ class QwenMoe(Family):
     """What both have in common: every which layer has experts, as said."""
 
     prunable = False
+    gguf_tensors = EXPERT_TENSORS
+    gguf_settings: ClassVar[Mapping[str, str]] = EXPERT_SETTINGS
 
     def pieces(self, found: Mapping[str, tuple[int, ...]], config: ModelConfig) -> dict[str, Piece]:
         """See `Family.pieces`; transformers 5 may write stacks."""
@@ -46,6 +49,10 @@ class Qwen2Moe(QwenMoe):
     title = "Qwen1.5-MoE, Qwen2-MoE: experts, one shared"
     model_type = "qwen2_moe"
     architectures = ("Qwen2MoeForCausalLM", "Qwen2MoeModel")
+    gguf_architecture = "qwen2moe"
+    gguf_settings = EXPERT_SETTINGS | {
+        "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    }
 
     def config(self, raw: Mapping[str, Any]) -> ModelConfig:
         """See `Family.config`; unlike in Qwen2 the last layers have no window, nor has every second."""
@@ -67,6 +74,11 @@ class Qwen3Moe(QwenMoe):
     title = "Qwen3-MoE: experts"
     model_type = "qwen3_moe"
     architectures = ("Qwen3MoeForCausalLM", "Qwen3MoeModel")
+    gguf_architecture = "qwen3moe"
+
+    def config_of_gguf(self, gguf: GGUF) -> dict[str, Any]:
+        """See `Family.config_of_gguf`; files do not say that the chosen experts' weights sum to 1."""
+        return super().config_of_gguf(gguf) | {"norm_topk_prob": True}
 
     def config(self, raw: Mapping[str, Any]) -> ModelConfig:
         """See `Family.config`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from curkv.models.config import ModelConfig
 from curkv.models.errors import ModelError, ModelNotFound, UnsupportedModel
 from curkv.models.families import family_of, family_of_gguf, read_config
-from curkv.models.families.gguf_names import FLOAT32_LIMIT, ROPE_TENSORS
+from curkv.models.families.gguf_names import FLOAT32_LIMIT, ROPE_TENSORS, ROW_TENSORS
 from curkv.models.loading.gguf_file import GGUFFile, GGUFTensor
 from curkv.models.loading.gguf_tokenizer import write_tokenizer
 from curkv.models.loading.json_file import read_json
@@ -44,7 +45,7 @@ def describe_gguf(source: Path, directory: Path) -> None:
     gguf = GGUFFile(source)
     with _naming(gguf.path):
         _refuse_what_is_no_model(gguf)
-        config = family_of_gguf(gguf.architecture).config_of_gguf(gguf)
+        config = family_of_gguf(gguf.architecture, bool(gguf.setting("expert_count"))).config_of_gguf(gguf)
         parsed = read_config(config)
         tensors = GGUFTensors(gguf.tensors.values(), parsed)
         shapes = {name: shape for name, (shape, _) in tensors.headers().items()}
@@ -107,9 +108,10 @@ class GGUFTensors:
     def __init__(self, tensors: Iterable[GGUFTensor], config: ModelConfig):
         self._config, self._family = config, family_of(config)
         self._tensors = {
-            self._family.tensor_of_gguf(tensor.name): tensor
+            name: one
             for tensor in tensors
             if tensor.name not in ROPE_TENSORS
+            for name, one in _parts(self._family.tensor_of_gguf(tensor.name), tensor)
         }
 
     @classmethod
@@ -161,6 +163,19 @@ class GGUFTensors:
         bytes_ = 4 * sum(tensor.n_elements for tensor in self._tensors.values())
         dtype = "F32" if bytes_ <= FLOAT32_LIMIT else "F16"
         return {name: (tensor.shape, dtype) for name, tensor in self._tensors.items()}
+
+
+def _parts(name: str, tensor: GGUFTensor) -> Iterator[tuple[str, GGUFTensor]]:
+    """The tensors that one of a file holds under the names that are made of `name`, which may have braces."""
+    if tensor.name.split(".")[-2] in ROW_TENSORS:
+        tensor = replace(tensor, shape=(1, *tensor.shape))
+    if "{}" not in name:
+        yield name, tensor
+        return
+    count, *shape = tensor.shape
+    for number in range(count):
+        offset = tensor.offset + number * tensor.nbytes // count
+        yield name.format(number), replace(tensor, shape=tuple(shape), offset=offset)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

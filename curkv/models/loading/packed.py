@@ -1,8 +1,8 @@
 """Packed weights in the cache directory: rounded once, mapped by every process that serves them.
 
-A directory holds `weights.bin`, the arrays one after the other, and `index.json`, which names their types,
-shapes and places in the order in which a decoder's blocks ask for them. Blocks are made of those without
-any weight being read. Only rounded weights are kept: others are as quickly made as read.
+A directory holds `weights.bin`, the arrays one after the other, and `index.json`: their checksum, types,
+shapes and places in the order in which a decoder's blocks ask for them. Blocks are made of those
+without any weight being read. Only rounded weights are kept: others are as quickly made as read.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from curkv.models.loading.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Of the files, and of what is packed: raise it when either changes, so that old ones are not used."""
 MOST_BYTES = 32 << 30
 """Of all that is kept: when more is there, what has not been used for longest is dropped."""
@@ -81,13 +81,36 @@ def keep(directory: Path, config: ModelConfig, kernels: Kernels, form: WeightFor
             pack = KeepingPacker(file, kernels, form)
             for _ in blocks(config, Checkpoint(directory, config), pack):
                 pass  # a block is gone when the next one is made
-        (new / INDEX).write_text(json.dumps([asdict(record) for record in pack.records]))
+            file.write(bytes(-file.tell() % ALIGNMENT))
+        index = {"sum": _sum(_mapped(new)), "records": [asdict(record) for record in pack.records]}
+        (new / INDEX).write_text(json.dumps(index))
 
     found = build_once(name, build, packed_directory())
+    if not _is_right(found):
+        logger.warning("%s is damaged: it is made anew", found)
+        shutil.rmtree(found, ignore_errors=True)
+        found = build_once(name, build, packed_directory())
     with suppress(OSError):  # of a cache directory that can be read only
         os.utime(found)
     _drop_unused(found)
     return found
+
+
+def _is_right(directory: Path) -> bool:
+    with suppress(ValueError, LookupError, TypeError):
+        return bool(json.loads((directory / INDEX).read_text())["sum"] == _sum(_mapped(directory)))
+    return False
+
+
+def _mapped(directory: Path) -> Tensor:
+    """The bytes of the arrays, uint8, in memory that processes share."""
+    path = directory / WEIGHTS
+    return torch.from_file(str(path), False, path.stat().st_size, dtype=torch.uint8)
+
+
+def _sum(arrays: Tensor) -> int:
+    """Of the bytes as int64, modulo 2^64: as fast as they are read, which the first token would do anyway."""
+    return int(arrays.view(torch.int64).sum())
 
 
 def kept() -> list[tuple[Path, int]]:
@@ -167,9 +190,8 @@ class KeptPacker(Packer):
 
     def __init__(self, directory: Path, kernels: Kernels, form: WeightFormat):
         super().__init__(kernels, form)
-        path = directory / WEIGHTS
-        self._bytes = torch.from_file(str(path), False, path.stat().st_size, dtype=torch.uint8)
-        self._records = iter([Record(**record) for record in json.loads((directory / INDEX).read_text())])
+        self._bytes, index = _mapped(directory), json.loads((directory / INDEX).read_text())
+        self._records = iter([Record(**record) for record in index["records"]])
 
     def linear(self, kind: str, weight: Tensor, bias: Tensor | None = None, exact: bool = False) -> Linear:
         """See `Packer.linear`."""
