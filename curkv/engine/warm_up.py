@@ -19,6 +19,8 @@ from curkv.kernels import compile_cache
 logger = logging.getLogger(__name__)
 
 _HALF = {"budget": "50%"}
+_FEW = 24
+"""Tokens of a prompt for kernels of Numba, the same for all lengths: a large model takes its time."""
 _WINDOWS = (2, 4, 8, 32, 64)
 """Of windowed leverage, beside the usual 16: Triton has a variant for each power of two."""
 _OBSERVED_ROWS = (16, 32, 64)
@@ -51,9 +53,9 @@ def warm_up(engine: Engine) -> None:
 
 def _ways(engine: Engine) -> Iterator[list[Request]]:
     """Requests that run together."""
-    usual = [_request(engine, {"policy": name} | _HALF) for name in ("curdkv", "adacurdkv")]
-    yield usual
-    if engine.kv.device.type == "cpu":  # Triton's interpreter compiles nothing
+    usual, on_cpu = ("curdkv", "adacurdkv"), engine.kv.device.type == "cpu"
+    yield [_request(engine, {"policy": name} | _HALF, length=_FEW if on_cpu else None) for name in usual]
+    if on_cpu:  # Triton's interpreter compiles nothing
         return
     for name in policy_names():
         if name != "full":
