@@ -39,8 +39,8 @@ from curkv.kernels.cpu.waiting import (
 
 ENTRY = 3
 """Words of a launch in a list: the worker's address, that of its arguments, parts."""
-SPINS = 600
-"""How often a thread looks for something to take before it sleeps: some 20 us."""
+SPINS = 2000
+"""How often a thread looks for something to take before it sleeps: 30 to 100 us, in which Python launches."""
 FOLLOWING = 1.0
 """Seconds after which the number of threads is fitted to the cores again."""
 
