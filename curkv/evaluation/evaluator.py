@@ -23,7 +23,7 @@ from curkv.engine.repetition import Repetition
 from curkv.evaluation.perplexity import agreement, token_nll
 from curkv.evaluation.records import ProtocolName, Record
 from curkv.evaluation.tasks import make_sample
-from curkv.evaluation.tasks.base import Asked, Recipe, Sample, string_match_all
+from curkv.evaluation.tasks.base import Asked, Recipe, Sample
 from curkv.evaluation.variants import FULL, Variant
 
 Wanted = Mapping[ProtocolName, Sequence[Variant]]
@@ -199,7 +199,7 @@ class Evaluator:
         asked = replace(question.asked, max_new_tokens=question.limit)
         decoded = self._decode([slots[i] for i in wrong], logits[wrong], asked, start)
         texts |= zip(wrong, map(self._text, decoded), strict=True)
-        score = {i: string_match_all(text, question.asked.answers) for i, text in texts.items()}
+        score = {i: question.asked.score(text) for i, text in texts.items()}
         return [_Judged(nll, score[i], texts[i]) for i, nll in enumerate(nlls)]
 
     def _own_answer(self, asked: _Prompt, question: _Question) -> _Question:
@@ -207,7 +207,7 @@ class Evaluator:
         fork = self._kv.fork(asked.slot)
         [tokens] = self._decode([fork], asked.logits, question.asked, len(asked.tokens))
         self._kv.free(fork)
-        right = string_match_all(self._text(tokens), question.asked.answers) == 1
+        right = question.asked.score(self._text(tokens)) == 1
         return replace(question, target=tokens if right else [], said=self._text(tokens))
 
     def _unanswered(
@@ -381,7 +381,7 @@ class Evaluator:
     def _ended(self, tokens: list[int], asked: Asked) -> bool:
         if len(tokens) >= asked.max_new_tokens or tokens[-1] in self._eos_ids:
             return True
-        return string_match_all(self._text(tokens), asked.answers) == 1
+        return asked.score(self._text(tokens)) == 1
 
     def _forward(
         self, slots: list[int], tokens: Sequence[list[int]], start: int, all_rows: bool = False

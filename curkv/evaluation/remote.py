@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from curkv.evaluation.evaluator import Wanted
 from curkv.evaluation.records import Record
 from curkv.evaluation.tasks import make_sample
-from curkv.evaluation.tasks.base import Asked, Recipe, Sample, string_match_all
+from curkv.evaluation.tasks.base import Asked, Recipe, Sample
 from curkv.evaluation.variants import Variant
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class RemoteEvaluator:
                         budget=variant.budget,
                         prompt_tokens=usage["prompt_tokens"],
                         kept_ratio=usage["kv"]["kept_ratio"] if not variant.full else 1.0,
-                        score=string_match_all(text, asked.answers),
+                        score=asked.score(text),
                         text=text,
                         depth=asked.depth,
                         question=asked.name,

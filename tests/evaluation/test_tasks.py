@@ -72,6 +72,15 @@ def test_questions_differ_in_family_and_are_answered_once_in_every_kind_of_text(
     assert len(wordings) > 16
 
 
+def test_a_date_may_be_said_with_the_month_first() -> None:
+    [date] = [
+        asked for seed in range(9) for asked in sample("questions", seed).asked if asked.name == "date"
+    ][:1]
+    day, month, year = date.answers[0].split()
+    assert date.score(f"On {day} {month} {year}.") == date.score(f"On {month} {day}, {year}.") == 1
+    assert date.score(f"In {month} {year}.") == date.score(f"On {month} {day}.") == 0
+
+
 def test_a_kind_of_text_that_there_is_not_is_refused() -> None:
     with pytest.raises(ValueError, match="no text 'nope'"):
         sample("questions", corpus="nope")

@@ -49,6 +49,7 @@ class Asked:
         max_new_tokens: Most tokens of an answer.
         depth: Where in the context the answer lies, 0 to 1, where that is a single place.
         name: Tells the questions of a sample apart.
+        also: Strings, each of which says all that `answers` do.
     """
 
     question: str
@@ -57,6 +58,12 @@ class Asked:
     max_new_tokens: int
     depth: float | None = None
     name: str = ""
+    also: tuple[str, ...] = ()
+
+    def score(self, text: str) -> float:
+        """Share of what an answer has to contain that a text contains."""
+        wordings = self.answers, *((words,) for words in self.also)
+        return max(string_match_all(text, words) for words in wordings)
 
 
 @dataclass(frozen=True)

@@ -53,4 +53,5 @@ def _asked(fact: Fact, depth: float, form: str) -> Asked:
         max_new_tokens=_NEW_TOKENS,
         depth=depth,
         name=fact.family,
+        also=fact.also,
     )

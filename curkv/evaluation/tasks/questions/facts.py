@@ -52,6 +52,7 @@ class Fact:
         value: The answer.
         statement: A sentence that says it.
         question: One that asks for it.
+        also: Other ways to write the answer.
     """
 
     family: str
@@ -60,6 +61,7 @@ class Fact:
     value: str
     statement: str
     question: str
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,14 @@ class Family:
         value: Draws the answer.
         attribute: What the answer is of the subject.
         wordings: Pairs of a statement and a question, with `{s}` and `{v}`.
+        also: Writes an answer in other ways that are as right.
     """
 
     subject: Callable[[Random], str]
     value: Callable[[Random], str]
     attribute: str
     wordings: tuple[tuple[str, str], ...]
+    also: Callable[[str], tuple[str, ...]] = lambda value: ()
 
 
 def _at_place(things: list[str]) -> Callable[[Random], str]:
@@ -89,6 +93,11 @@ def _person(random: Random) -> str:
 
 def _password(random: Random) -> str:
     return "-".join(random.sample(words("noun"), 2)).replace(" ", "")
+
+
+def _month_first(date: str) -> tuple[str, ...]:
+    day, month, year = date.split()
+    return (f"{month} {day}, {year}",)
 
 
 FAMILIES = {
@@ -182,6 +191,7 @@ FAMILIES = {
             ("The {s} was opened on {v}.", "When was the {s} opened?"),
             ("The opening date of the {s} is {v}.", "What is the opening date of the {s}?"),
         ),
+        _month_first,
     ),
 }
 
@@ -207,6 +217,7 @@ def _draw(random: Random, name: str, taken: list[str]) -> Fact:
         value=value,
         statement=_sentence(statement.format(s=subject, v=value)),
         question=_sentence(question.format(s=subject)),
+        also=family.also(value),
     )
 
 
