@@ -4,16 +4,19 @@
 
 A prompt is prefilled once for every kind of observation that policies ask for, and without any. Each policy
 then evicts forks of the prompt, to a quarter; the median of three counts. Shares are of the prefill without
-observation; that of observing is a difference of two prefills and as noisy as they are.
+observation; that of observing is a difference of two prefills and as noisy as they are. For a policy that has
+the model repeat the prompt the repetition is what observing costs.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from statistics import median
 from typing import Annotated
 
 import typer
+from torch import Tensor
 from tqdm import tqdm
 
 from curkv.bench.script import Model, script
@@ -24,9 +27,11 @@ from curkv.cache.options import EvictionOptions
 from curkv.cache.parsing import parse_options, settle
 from curkv.cache.plan import resolve
 from curkv.cache.policies import policy_names
+from curkv.cache.view import CacheView
 from curkv.config import EngineOptions
 from curkv.engine.build import build_engine
 from curkv.engine.engine import Engine
+from curkv.engine.repetition import Repetition
 from curkv.models.loading.built_in import DEFAULT_MODEL
 from curkv.tables import table
 
@@ -44,7 +49,9 @@ def main(
         EngineOptions(model=model, weights="float32", kv_cache_memory=2**31, prefix_cache_memory=0)
     )
     policies = {
-        name: parse_options({"policy": name, "budget": "25%"}) for name in policy_names() if name != "full"
+        name: parse_options({"policy": name, "budget": "25%"})
+        for name in policy_names()
+        if name not in ("full", "auto")
     }
     columns = [_measure(engine, tokens, policies) for tokens in lengths]
     names = [
@@ -70,10 +77,14 @@ def _measure(
     cells = {}
     for needs, names in tqdm(by_needs.items(), desc=f"{length} tokens", leave=False):
         slot, seconds = _prefill(engine, prompt, needs)
-        observing = "" if needs.query_agnostic else f" + {(seconds - reference) / reference:.1%}"
+        view, extra = engine.runner.attention.view(slot), seconds - reference
+        if needs.repetition:
+            scores, extra = _repeat(engine, slot, prompt)
+            view = replace(view, repetition=scores)
+        observing = "" if needs.query_agnostic else f" + {extra / reference:.1%}"
         for name in names:
-            share = median(_evict(engine, slot, prompt, policies[name]) for _ in range(EVICTIONS)) / reference
-            cells[name] = f"{share:.2%}{observing}"
+            times = (_evict(engine, slot, view, prompt, policies[name]) for _ in range(EVICTIONS))
+            cells[name] = f"{median(times) / reference:.2%}{observing}"
         engine.kv.free(slot)
     return reference, cells
 
@@ -87,9 +98,20 @@ def _prefill(engine: Engine, prompt: list[int], needs: Needs) -> tuple[int, floa
     return slot, time.perf_counter() - started
 
 
-def _evict(engine: Engine, slot: int, prompt: list[int], options: EvictionOptions) -> float:
+def _repeat(engine: Engine, slot: int, prompt: list[int]) -> tuple[Tensor, float]:
+    """What a repetition pays to the prompt's tokens, and seconds."""
+    fork, repetition = engine.kv.fork(slot, observe=False), Repetition(prompt, engine.info)
+    started = time.perf_counter()
+    while not repetition.done:
+        repetition.advance(engine.runner, fork)
+    seconds = time.perf_counter() - started
+    engine.kv.free(fork)
+    return repetition.scores, seconds
+
+
+def _evict(engine: Engine, slot: int, view: CacheView, prompt: list[int], options: EvictionOptions) -> float:
     """Seconds to score, select and move what a fork keeps to pages of its own."""
-    plan, view = resolve(options, prompt, engine.kv.layout), engine.runner.attention.view(slot)
+    plan = resolve(options, prompt, engine.kv.layout)
     fork = engine.kv.fork(slot, observe=False)
     started = time.perf_counter()
     evict(engine.kv, fork, view, plan, *select(view, plan, engine.kv.kernels))

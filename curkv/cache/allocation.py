@@ -32,10 +32,11 @@ class Allocation(Configurable, ABC):
     by_score: ClassVar[bool] = False
 
     @abstractmethod
-    def budgets(self, view: CacheView, protected: Tensor) -> tuple[Tensor, Tensor | None]:
+    def budgets(self, scores: Tensor, view: CacheView, protected: Tensor) -> tuple[Tensor, Tensor | None]:
         """Share the view's budget out.
 
         Args:
+            scores: float32 [L, H, n_max], higher is kept.
             view: The sequence; its `budget` is what is kept per head, on average.
             protected: bool [L, H, n_max], tokens that are kept in any case.
 
@@ -59,7 +60,7 @@ class Allocation(Configurable, ABC):
             indices: int32 [L, H, max(counts)], ascending indices of each head's tokens, -1 past its count.
             counts: int32 [L, H].
         """
-        keep, floor = self.budgets(view, protected)
+        keep, floor = self.budgets(scores, view, protected)
         return kernels.select(scores, view.lengths, keep, floor)
 
 
@@ -70,7 +71,7 @@ class Uniform(Allocation):
     name = "uniform"
     ragged = False
 
-    def budgets(self, view: CacheView, protected: Tensor) -> tuple[Tensor, Tensor | None]:
+    def budgets(self, scores: Tensor, view: CacheView, protected: Tensor) -> tuple[Tensor, Tensor | None]:
         """The mean for all."""
         return torch.full_like(view.lengths, view.budget), None
 
@@ -85,7 +86,7 @@ class Adaptive(Allocation):
         0.2, SHARE, "Share of the kept tokens that each head is sure of under adaptive allocation."
     )
 
-    def budgets(self, view: CacheView, protected: Tensor) -> tuple[Tensor, Tensor | None]:
+    def budgets(self, scores: Tensor, view: CacheView, protected: Tensor) -> tuple[Tensor, Tensor | None]:
         """The mean for all, of which a head is sure of alpha, and of one token at least."""
         keep = torch.full_like(view.lengths, view.budget)
         return keep, torch.maximum((self.alpha * keep).int(), torch.full_like(keep, self.alpha > 0))
@@ -101,7 +102,7 @@ class Global(Allocation):
         0.2, SHARE, "Share of the mean budget that each head is sure of under global allocation."
     )
 
-    def budgets(self, view: CacheView, protected: Tensor) -> tuple[Tensor, Tensor | None]:
+    def budgets(self, scores: Tensor, view: CacheView, protected: Tensor) -> tuple[Tensor, Tensor | None]:
         """The mean for all, of which a head is sure of a floor."""
         keep = torch.full_like(view.lengths, view.budget)
         return keep, (self.floor * keep).int()
@@ -110,7 +111,7 @@ class Global(Allocation):
         self, scores: Tensor, view: CacheView, protected: Tensor, kernels: Kernels
     ) -> tuple[Tensor, Tensor]:
         """Select the best tokens of all heads together."""
-        keep, floor = self.budgets(view, protected)
+        keep, floor = self.budgets(scores, view, protected)
         assert floor is not None
         together = (x.flatten(0, 1)[None] for x in (scores, view.lengths, keep, floor))
         indices, counts = kernels.select(*together)
@@ -126,7 +127,7 @@ class Pyramid(Allocation):
         20.0, Number(1), "Steepness of the pyramid: the last layer gets 1 / beta of the mean."
     )
 
-    def budgets(self, view: CacheView, protected: Tensor) -> tuple[Tensor, Tensor | None]:
+    def budgets(self, scores: Tensor, view: CacheView, protected: Tensor) -> tuple[Tensor, Tensor | None]:
         """Budgets that fall linearly over the layers, their mean exactly the view's budget.
 
         Beside the tokens that every layer keeps, the last layer gets 1 / beta of the mean and the first one
@@ -137,14 +138,62 @@ class Pyramid(Allocation):
         base = k if self.preset.like_kvpress else k - always
         top = max(base, min(2 * base - base / self.beta, length - always))
         bottom = 2 * base - top
-        steps = torch.linspace(top, bottom, layers, dtype=torch.float64)
-        ends = (steps.cumsum(0) + 1e-9).round().long()
-        budgets = ends.diff(prepend=ends.new_zeros(1)) + (k - base)
+        budgets = _whole(torch.linspace(top, bottom, layers, dtype=torch.float64)) + (k - base)
         by_layer = upload(budgets.int(), view.lengths.device)
         return by_layer[:, None].expand(view.lengths.shape).contiguous(), None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Entropy(Allocation):
+    """Layers whose scores are spread wide keep more (LAVa, https://arxiv.org/abs/2509.09754, section 3).
+
+    Beside the tokens that every layer keeps, a layer's budget is in proportion to the entropy of its scores,
+    as shares of what they exceed the lowest by; its heads compete for that.
+    """
+
+    name = "entropy"
+    by_score = True
+    floor: float = option(
+        0.5, SHARE, "Share of its layer's budget that each head is sure of under entropy allocation."
+    )
+
+    def budgets(self, scores: Tensor, view: CacheView, protected: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Budgets in proportion to entropies, none more than there is, their mean exactly the view's."""
+        heads = view.lengths.shape[1]
+        counts = torch.stack([protected.sum((1, 2)), view.lengths.sum(1)])
+        entropies = _entropies(scores, view.stored & ~protected)
+        weights, always, stored = torch.cat([entropies[None], counts]).cpu()
+        room, most = view.budget * heads * len(weights) - always.sum(), stored - always
+        shares, full = torch.zeros_like(weights), torch.zeros_like(weights, dtype=torch.bool)
+        while not full.all():
+            left = (room - most[full].sum()) / weights[~full].sum()
+            shares = torch.where(full, most, left * weights)
+            if not (over := ~full & (shares > most)).any():
+                break
+            full |= over
+        totals = _whole(shares) + always.long()
+        keep = totals[:, None] // heads + (torch.arange(heads) < totals[:, None] % heads)
+        keep = upload(keep.int(), view.lengths.device)
+        return keep, (self.floor * keep).int()
+
+
+def _entropies(scores: Tensor, judged: Tensor) -> Tensor:
+    """Entropy of the judged scores [L, H, n] of each layer: float64 [L], above 0."""
+    scores, judged = scores.flatten(1).double(), judged.flatten(1) & scores.isfinite().flatten(1)
+    lowest = scores.masked_fill(~judged, torch.inf).amin(1, keepdim=True)
+    shares = (scores - lowest).masked_fill(~judged, 0.0)
+    shares /= shares.sum(1, keepdim=True).clamp_min(1e-30)
+    terms: Tensor = torch.special.entr(shares)
+    return terms.sum(1).clamp_min(1e-6)
+
+
+def _whole(shares: Tensor) -> Tensor:
+    """Shares float64 [L] in whole tokens, rounded so that their sum stays."""
+    ends = (shares.cumsum(0) + 1e-9).round().long()
+    return ends.diff(prepend=ends.new_zeros(1))
+
+
 ALLOCATIONS: dict[str, Allocation] = {
-    kind.name: kind for kind in (Uniform(), Adaptive(), Global(), Pyramid())
+    kind.name: kind for kind in (Uniform(), Adaptive(), Global(), Pyramid(), Entropy())
 }
 """Every allocation with its defaults, by the name that a request gives it."""

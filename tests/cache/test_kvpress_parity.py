@@ -157,6 +157,7 @@ CASES: dict[str, tuple[Callable[[float], Any], dict[str, object]]] = {
     "tova": (lambda r: kvpress.TOVAPress(r), {}),
     "keydiff": (lambda r: kvpress.KeyDiffPress(r), {}),
     "expected-attention": (lambda r: kvpress.ExpectedAttentionPress(r), {}),
+    "capkv": (lambda r: kvpress.CapPress(r), {}),
     "criticalkv": (lambda r: kvpress.CriticalKVPress(kvpress.SnapKVPress(r)), {"observation": 64}),
 }
 

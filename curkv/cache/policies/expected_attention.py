@@ -18,7 +18,44 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpectedAttention(PooledPolicy):
+class FuturePolicy(PooledPolicy):
+    """A policy that foretells queries: the mean of those so far, turned to positions that come."""
+
+    published: Published = Published(sinks=4)
+    future: int = option(
+        512, Integer(1, 65536), "Positions after the prompt that the foretold queries are turned to."
+    )
+    factor = True
+
+    @property
+    def needs(self) -> Needs:
+        """The mean and covariance of all queries."""
+        return Needs(query_statistics=True)
+
+    def mean_rotations(self, view: CacheView) -> list[Tensor]:
+        """By layer: the mean rotary matrix of the positions to come, float32 [head_dim, head_dim]."""
+        assert view.rope is not None
+        start = int(view.position.max()) + 1
+        rotations = []
+        for rope in view.rope[: view.num_layers]:
+            cos, sin = (
+                table[start : start + self.future].mean(0).diag() for table in self._ahead(rope, start)
+            )
+            rotations.append(torch.cat([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)]))
+        return rotations
+
+    def _ahead(self, rope: tuple[Tensor, Tensor], start: int) -> tuple[Tensor, Tensor]:
+        """The rotary tables; at the end of the context their last rows stand for the future."""
+        cos, sin = rope
+        return (
+            (cos, sin)
+            if start < len(cos)
+            else (cos[-1:].expand(start + 1, -1), sin[-1:].expand(start + 1, -1))
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpectedAttention(FuturePolicy):
     """Expected Attention (https://arxiv.org/abs/2510.00636, section 3): what future queries will look at.
 
     Queries before RoPE are taken as Gaussian; their mean and covariance, rotated by the mean rotation of the
@@ -28,27 +65,14 @@ class ExpectedAttention(PooledPolicy):
 
     name: str = "expected-attention"
     description: str = "Expected Attention: tokens that Gaussian future queries would attend to, times ||v||"
-    published: Published = Published(sinks=4)
-    future: int = option(
-        512, Integer(1, 65536), "Positions after the prompt that Expected Attention averages over."
-    )
-    factor = True
-
-    @property
-    def needs(self) -> Needs:
-        """The mean and covariance of all queries."""
-        return Needs(query_statistics=True)
 
     def score_tokens(self, view: CacheView, kernels: Kernels) -> Tensor:
         """Score tokens by the expected attention times the norm of their value."""
         assert view.observations is not None
-        position = view.position
-        start = int(position.max()) + 1
-        judged = position >= self.published.sinks
+        judged = view.position >= self.published.sinks
         layers = []
-        for layer in range(view.num_layers):
+        for layer, rotation in enumerate(self.mean_rotations(view)):
             statistics = view.observations.statistics[layer]
-            rotation = self._mean_rotation(view, layer, start)
             mean = statistics.mean @ rotation.T
             covariance = rotation @ statistics.covariance @ rotation.T
             layers.append(self._expected(view, layer, mean, covariance, judged[layer]))
@@ -67,19 +91,3 @@ class ExpectedAttention(PooledPolicy):
         spread = ((keys[:, None] @ covariance) * keys[:, None]).sum(-1) * (view.scale**2 / 2)
         logits = (logits + spread).masked_fill_(~judged[:, None], -torch.inf)
         return logits.softmax(-1).nan_to_num_(0.0).mean(1)
-
-    def _mean_rotation(self, view: CacheView, layer: int, start: int) -> Tensor:
-        """The mean of a layer's rotary matrices of the positions to come, float32 [head_dim, head_dim]."""
-        assert view.rope is not None
-        tables = self._ahead(view.rope[layer], start)
-        cos, sin = (table[start : start + self.future].mean(0) for table in tables)
-        return torch.cat([torch.cat([cos.diag(), -sin.diag()], 1), torch.cat([sin.diag(), cos.diag()], 1)])
-
-    def _ahead(self, rope: tuple[Tensor, Tensor], start: int) -> tuple[Tensor, Tensor]:
-        """The rotary tables; at the end of the context their last rows stand for the future."""
-        cos, sin = rope
-        return (
-            (cos, sin)
-            if start < len(cos)
-            else (cos[-1:].expand(start + 1, -1), sin[-1:].expand(start + 1, -1))
-        )
