@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curkv.cache.allocation import ALLOCATIONS, Allocation
-from curkv.cache.declarations import SHARE, option
+from curkv.cache.declarations import SHARE, Integer, option
 from curkv.cache.policies.base import best_of_heads, pooled
 from curkv.cache.policies.chunkkv import CHUNK
 from curkv.cache.policies.curdkv import LeveragePolicy
@@ -27,12 +27,14 @@ class SnapCur(SnapKV, LeveragePolicy):
     """What the last tokens look at: passages weighed with CUR's leverage, then single tokens.
 
     A token's attention is the most that any query of the window pays it, as in DefensiveKV. The window is
-    short: in texts that repeat themselves, queries of the text before the question look at whatever is like
-    it, and take the room of what is asked for. A `first_stage` =
-    half of the budget beside the window goes to passages that all heads of a layer keep, because the head
-    that finds a passage need not be the one that has to read it: attention times leverage (CurDKV's
-    ||k||^2 ||v||^2, normalised per head), summed over the heads and averaged over `chunk` = 25 neighbours.
-    The rest goes to the tokens with the most attention, mean over 5 neighbours, heads of a layer competing.
+    short: in texts that repeat themselves, queries of the text before the question look at whatever is
+    like it, and take the room of what is asked for. A `first_stage` = half of the budget beside the
+    window goes to passages that all heads of a layer keep, because the head that finds a passage need not
+    be the one that has to read it: attention times leverage (CurDKV's, of values alone: ||v||^2,
+    normalised per head), summed over the heads and averaged over `chunk` = 25 neighbours. The first
+    `frame` = 32 tokens count for no passage: they draw attention whatever they say, as sinks and as the
+    frame of a conversation do. The rest goes to the tokens with the most attention, mean over 5
+    neighbours; heads of all layers compete.
 
     The best policy measured here for requests whose question is part of the prompt (docs/policies.md).
     """
@@ -41,12 +43,18 @@ class SnapCur(SnapKV, LeveragePolicy):
     description: str = (
         "attention, and passages by attention times leverage: recommended with the question visible"
     )
-    allocation: Allocation = ALLOCATIONS["adaptive"]
+    allocation: Allocation = ALLOCATIONS["global"]
     observation: int = 16
     reduction: Literal["mean", "max"] = "max"
     leverage: Leverage = "norm"
+    combine: Literal["product", "mean", "key", "value"] = "value"
     chunk: int = option(25, CHUNK, "Tokens of SnapCUR's passages.")
     first_stage: float = option(0.5, SHARE, "Share of the budget that SnapCUR gives to passages.")
+    frame: int = option(
+        32,
+        Integer(0, 4096),
+        "First tokens, where conversations have their frame, that count for none of SnapCUR's passages.",
+    )
     factor = False
 
     def score(self, view: CacheView, kernels: Kernels) -> Tensor:
@@ -54,7 +62,8 @@ class SnapCur(SnapKV, LeveragePolicy):
         window = view.newest(self.observing)
         judged = view.stored & ~window
         attention = self.score_tokens(view, kernels)
-        weighed = (attention * self.leverage_scores(view, kernels)).masked_fill(~judged, 0.0)
+        weighed = attention * self.leverage_scores(view, kernels)
+        weighed = weighed.masked_fill(~judged | (view.position < self.frame), 0.0)
         passages = self._passages(view, weighed).masked_fill(~judged, -torch.inf)
         room = max(0, view.budget - self.observing)
         first = torch.full_like(view.lengths, int(self.first_stage * room))
