@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi.routing import APIRoute
 from pydantic_core import from_json
+from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -31,6 +32,24 @@ class BodyRoute(APIRoute):
             return await handle(_BodyRequest(request.scope, request.receive))
 
         return handle_body
+
+
+class UntypedBodyRoute(BodyRoute):
+    """A route that reads any body as JSON, whatever type it is said to have, as Ollama's server does.
+
+    Not so what a web page sends, which says its origin: the type is what makes browsers ask whether it may.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """See `APIRoute`."""
+        handle = super().get_route_handler()
+
+        async def handle_untyped(request: Request) -> Response:
+            if "origin" not in request.headers:
+                MutableHeaders(scope=request.scope)["content-type"] = "application/json"
+            return await handle(request)
+
+        return handle_untyped
 
 
 class _BodyRequest(Request):

@@ -69,6 +69,7 @@ _TEXT = "the models served read text and write text"
 _TIERS = "there is one kind of service"
 _PLACES = "the server has one engine"
 _LABELS = "a note of the client's"
+_BILLS = "nothing is billed"
 _MEDIA = "it is about media, of which there are none"
 _SAMPLER = "this way of sampling is not built"
 _BUDGET = "reasoning has no budget of its own; `max_tokens` bounds all"
@@ -192,6 +193,7 @@ GENERATION = Undone(
 
 EMBEDDINGS = Undone(
     refused={
+        "add_special_tokens": Refused("texts get the tokens that the tokenizer begins one with", (True,)),
         "dimensions": Refused("vectors come whole: a part of one means nothing in models not trained for it"),
         "input_type": Refused("texts are read as they are"),
         "kv": Refused("texts are read with the whole cache", ({},)),
@@ -205,23 +207,33 @@ EMBEDDINGS = Undone(
 
 MESSAGES = Undone(
     refused={
+        "compaction": Refused("nothing is summarized; evict by `kv`"),
         "container": Refused("the server runs no code"),
         "context_management": Refused("conversations are sent as they are to be read; evict by `kv`", ({},)),
+        "fallbacks": Refused("one model is served", ([], "default")),
         "mcp_servers": Refused("the server calls no tools itself", ([],)),
         "speed": Refused(_TIERS, ("standard",)),
+        "thread": Refused("conversations are sent whole; what they share is found in the cache"),
     },
     harmless={
         "anthropic_beta": "headers of the client's",
+        "anthropic_version": "headers of the client's",
         "betas": "headers of the client's",
+        "billing_policy": _BILLS,
+        "diagnostics": "`usage.cache_read_input_tokens` says what was found in the cache",
+        "fallback_credit_token": _BILLS,
         "inference_geo": _TIERS,
         "metadata": _LABELS,
         "service_tier": _TIERS,
+        "user_profile_id": _LABELS,
+        "workspace_id": _LABELS,
     },
 )
 """Of /v1/messages."""
 
 RESPONSES = Undone(
     refused={
+        "access_programs": Refused("there are none"),
         "background": Refused("a response runs as long as its connection", (False,)),
         "context_management": Refused("evict by `kv`", ([],)),
         "conversation": Refused("use `previous_response_id`"),
@@ -234,7 +246,9 @@ RESPONSES = Undone(
         "prompt": Refused("there are no stored prompts"),
     },
     harmless={
+        "background_options": "of a way of running that `background` asks for",
         "client_metadata": _LABELS,
+        "image": _MEDIA,
         "prompt_cache_key": "what is cached is found",
         "prompt_cache_options": "what is cached is found",
         "prompt_cache_retention": "what is cached stays as long as there is room",
@@ -248,9 +262,12 @@ RESPONSES = Undone(
 OLLAMA = Undone(
     refused={
         "context": Refused("send the conversation to /api/chat", ([],)),
+        "height": Refused(_TEXT, (0,)),
+        "steps": Refused(_TEXT, (0,)),
         "template": Refused("a request does not bring its own template; use `raw`", ("",)),
         "shift": Refused("what does not fit is refused, not cut", (False, True)),
         "truncate": Refused("what does not fit is refused, not cut", (False, True)),
+        "width": Refused(_TEXT, (0,)),
     },
     harmless={"keep_alive": "the model stays"},
 )
@@ -258,6 +275,8 @@ OLLAMA = Undone(
 
 OLLAMA_OPTIONS = Undone(
     refused={
+        "embedding_only": Refused("use /api/embed", (False,)),
+        "logits_all": Refused("use `logprobs`", (False,)),
         "mirostat": Refused(_SAMPLER, (0,)),
         "repeat_last_n": Refused("`repeat_penalty` looks at prompt and answer", (-1,)),
         "tfs_z": Refused(_SAMPLER, (1,)),

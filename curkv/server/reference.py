@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from pydantic import BaseModel
 
 from curkv.server.chat.protocol import ChatRequest
 from curkv.server.completions.protocol import CompletionRequest
-from curkv.server.fields import GENERATION
+from curkv.server.embeddings.protocol import EmbeddingRequest
+from curkv.server.fields import EMBEDDINGS, GENERATION, MESSAGES, OLLAMA, OLLAMA_OPTIONS, RESPONSES, Undone
+from curkv.server.messages.protocol import CountRequest, MessagesRequest
+from curkv.server.ollama.protocol import (
+    EmbedRequest,
+    GenerateRequest,
+    OlderEmbedRequest,
+    OllamaChatRequest,
+    OllamaOptions,
+)
+from curkv.server.responses.protocol import ResponsesRequest
 
 _OPENAI = """
     audio best_of echo frequency_penalty function_call functions logit_bias logprobs max_completion_tokens
@@ -57,46 +68,113 @@ _LLAMA_CPP = """
     xtc_probability xtc_threshold
 """
 
-DOCUMENTED = {
-    "OpenAI": frozenset(_OPENAI.split()),
-    "vLLM": frozenset(_VLLM.split()),
-    "SGLang": frozenset(_SGLANG.split()),
-    "llama.cpp": frozenset(_LLAMA_CPP.split()),
+_RESPONSES = """
+    access_programs background background_options context_management conversation image include input
+    instructions max_output_tokens max_tool_calls metadata model moderation parallel_tool_calls
+    previous_response_id prompt prompt_cache_key prompt_cache_options prompt_cache_retention reasoning
+    safety_identifier service_tier store stream stream_options temperature text tool_choice tools
+    top_logprobs top_p truncation user
+"""
+_MESSAGES = """
+    betas billing_policy cache_control compaction container context_management diagnostics
+    fallback_credit_token fallbacks inference_geo max_tokens mcp_servers messages metadata model
+    output_config output_format service_tier speed stop_sequences stream system temperature thinking thread
+    tool_choice tools top_k top_p user_profile_id workspace_id
+"""
+_OLLAMA = """
+    context format height images keep_alive logprobs messages model options prompt raw shift steps stream
+    suffix system template think tools top_logprobs truncate width
+"""
+_OLLAMA_OPTIONS = """
+    draft_num_predict embedding_only f16_kv frequency_penalty logits_all low_vram main_gpu min_p mirostat
+    mirostat_eta mirostat_tau num_batch num_ctx num_gpu num_keep num_predict num_thread numa
+    penalize_newline presence_penalty repeat_last_n repeat_penalty seed stop temperature tfs_z top_k top_p
+    typical_p use_mlock use_mmap vocab_only
+"""
+_EMBEDDINGS = {
+    "OpenAI": "dimensions encoding_format input model user",
+    "vLLM": """
+        add_special_tokens dimensions encoding_format input messages model normalize priority request_id
+        truncate_prompt_tokens user
+    """,
+    "Ollama": "dimensions input keep_alive model options prompt truncate",
 }
-"""Fields of the bodies of chat completions and completions, by server."""
-
-_BODIES: dict[str, type[BaseModel]] = {"chat": ChatRequest, "completions": CompletionRequest}
 
 
-def done(name: str) -> list[str]:
-    """Which of the two bodies have a field."""
-    return [endpoint for endpoint, body in _BODIES.items() if name in body.model_fields]
+@dataclass(frozen=True)
+class Reference:
+    """The bodies of endpoints that belong together.
+
+    Attributes:
+        bodies: each, by the name that the docs give its endpoint.
+        undone: what is done with other fields.
+        documented: server to the fields that it documents; a mapping too where there is one.
+    """
+
+    bodies: Mapping[str, type[BaseModel]]
+    undone: Undone
+    documented: Mapping[str, str] = field(default_factory=dict)
+
+    def fields_of(self, server: str) -> frozenset[str]:
+        """Fields that a server documents."""
+        return frozenset(self.documented[server].split())
+
+    def done_by(self, name: str) -> list[str]:
+        """Which of the endpoints do a field."""
+        return [endpoint for endpoint, body in self.bodies.items() if name in body.model_fields]
+
+    def table(self) -> Iterator[str]:
+        """Every field that is documented somewhere or known here, as the lines of a Markdown table."""
+        known = frozenset().union(*(body.model_fields for body in self.bodies.values()))
+        documented = {server: self.fields_of(server) for server in self.documented}
+        undone = self.undone.refused.keys() | self.undone.harmless.keys()
+        yield "| field | of | |"
+        yield "|---|---|---|"
+        for name in sorted(known.union(undone, *documented.values())):
+            servers = [server for server, fields in documented.items() if name in fields] or ["curkv"]
+            yield f"| `{name}` | {', '.join(servers)} | {self._fate(name)} |"
+
+    def _fate(self, name: str) -> str:
+        if endpoints := self.done_by(name):
+            found = (body.model_fields.get(name) for body in self.bodies.values())
+            told = next(field.description for field in found if field is not None)
+            only = f" in {', '.join(endpoints)}" if len(endpoints) < len(self.bodies) else ""
+            return f"done{only}{f': {told}' if told else ''}"
+        if (refused := self.undone.refused.get(name)) is not None:
+            unless = " or ".join(f"`{json.dumps(value)}`" for value in refused.unless)
+            return f"refused{f' unless {unless}' if unless else ''}: {refused.why}"
+        return f"passed over: {self.undone.harmless[name]}"
 
 
-def table() -> Iterator[str]:
-    """Every field that is documented somewhere or known here, as the lines of a Markdown table."""
-    known = frozenset().union(*(body.model_fields for body in _BODIES.values()))
-    named = frozenset().union(*DOCUMENTED.values())
-    yield "| field | of | |"
-    yield "|---|---|---|"
-    for name in sorted(known | named | GENERATION.refused.keys() | GENERATION.harmless.keys()):
-        servers = [server for server, fields in DOCUMENTED.items() if name in fields] or ["curkv"]
-        yield f"| `{name}` | {', '.join(servers)} | {_fate(name)} |"
+GENERATING = Reference(
+    {"chat": ChatRequest, "completions": CompletionRequest},
+    GENERATION,
+    {"OpenAI": _OPENAI, "vLLM": _VLLM, "SGLang": _SGLANG, "llama.cpp": _LLAMA_CPP},
+)
+REFERENCES = {
+    "Chat completions and completions": GENERATING,
+    "Responses": Reference({"responses": ResponsesRequest}, RESPONSES, {"OpenAI": _RESPONSES}),
+    "Messages": Reference(
+        {"messages": MessagesRequest, "count_tokens": CountRequest}, MESSAGES, {"Anthropic": _MESSAGES}
+    ),
+    "Ollama's chat and generate": Reference(
+        {"chat": OllamaChatRequest, "generate": GenerateRequest}, OLLAMA, {"Ollama": _OLLAMA}
+    ),
+    "Ollama's options": Reference({"options": OllamaOptions}, OLLAMA_OPTIONS, {"Ollama": _OLLAMA_OPTIONS}),
+    "Embeddings": Reference(
+        {
+            "/v1/embeddings": EmbeddingRequest,
+            "/api/embed": EmbedRequest,
+            "/api/embeddings": OlderEmbedRequest,
+        },
+        EMBEDDINGS,
+        _EMBEDDINGS,
+    ),
+}
+"""All tables of docs/api.md, by their titles."""
 
 
-def _fate(name: str) -> str:
-    endpoints = done(name)
-    if endpoints:
-        told = next(text for body in _BODIES.values() if (text := _description(body, name)) is not None)
-        only = f" in {endpoints[0]}" if len(endpoints) < len(_BODIES) else ""
-        return f"done{only}{f': {told}' if told else ''}"
-    if (refused := GENERATION.refused.get(name)) is not None:
-        unless = " or ".join(f"`{json.dumps(value)}`" for value in refused.unless)
-        return f"refused{f' unless {unless}' if unless else ''}: {refused.why}"
-    return f"passed over: {GENERATION.harmless[name]}"
-
-
-def _description(body: type[BaseModel], name: str) -> str | None:
-    """What a field does, if the body has it."""
-    field = body.model_fields.get(name)
-    return None if field is None else field.description or ""
+def tables() -> Iterator[str]:
+    """The lines of all of them, in Markdown."""
+    for title, reference in REFERENCES.items():
+        yield from (f"### {title}", "", *reference.table(), "")

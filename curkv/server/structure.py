@@ -94,7 +94,7 @@ class StructuredOutputs(BaseModel):
 
 
 class StructureFields(BaseModel):
-    """Fields of a request that give its output a form; at most one may be used."""
+    """Fields of a request that give its output a form; those that are used must ask for the same."""
 
     response_format: Format | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -112,13 +112,14 @@ class StructureFields(BaseModel):
         """The form of the output, None if it is free.
 
         Raises:
-            InvalidRequest: two were asked for, or one is too large, or is no JSON.
+            InvalidRequest: two different ones were asked for, or one is too large, or is no JSON.
         """
         asked = [structure for structure in self._asked() if structure.source is not None]
-        if len(asked) > 1:
-            raise InvalidRequest(f"cannot be had together with {asked[0].param}", asked[1].param)
-        if asked and _is_longer(asked[0].source, MAX_STRUCTURE_CHARACTERS):
-            raise InvalidRequest(f"is longer than {MAX_STRUCTURE_CHARACTERS} characters", asked[0].param)
+        for structure in asked:
+            if _is_longer(structure.source, MAX_STRUCTURE_CHARACTERS):
+                raise InvalidRequest(f"is longer than {MAX_STRUCTURE_CHARACTERS} characters", structure.param)
+            if structure is not asked[0] and _compared(structure) != _compared(asked[0]):
+                raise InvalidRequest(f"asks for something else than {asked[0].param}", structure.param)
         return asked[0] if asked else None
 
     def _asked(self) -> Iterator[Structure]:
@@ -173,6 +174,12 @@ def _json(schema: Schema | None, param: str, strict: bool = False, spaces: bool 
     if spaces and isinstance(left, dict):
         left = {GUIDANCE: {"whitespace_flexible": True}, **left}
     return Structure("json", left if ignored or spaces else schema, param, ignored)
+
+
+def _compared(structure: Structure) -> tuple[str, Any]:
+    """What is equal of two structures that ask for the same: some clients send one in several spellings."""
+    read = _read(structure.source, structure.param) if structure.kind == "json" else structure.source
+    return structure.kind, read
 
 
 def _read(schema: Schema | None, param: str) -> Any:

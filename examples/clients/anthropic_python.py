@@ -12,9 +12,7 @@ ASK = [{"role": "user", "content": QUESTION}]
 
 
 def create(**options):
-    return client.messages.create(
-        **{"model": MODEL, "max_tokens": 200, "temperature": 0, "messages": ASK} | options
-    )
+    return client.messages.create(**{"model": MODEL, "max_tokens": 200, "messages": ASK} | options)
 
 
 def called(answer):

@@ -14,7 +14,17 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 
 from curkv.bench.schemas import random_schema
-from curkv.models.tools.base import Arguments, Call, Event, Parser, Reasoning, Text, Tool, ToolFormat
+from curkv.models.tools.base import (
+    MOST_CALLS,
+    Arguments,
+    Call,
+    Event,
+    Parser,
+    Reasoning,
+    Text,
+    Tool,
+    ToolFormat,
+)
 from curkv.models.tools.formats import format_of
 from curkv.models.tools.harmony import Harmony
 from curkv.models.tools.hermes import Hermes
@@ -250,6 +260,29 @@ def test_forced_calls_of_random_schemas_are_valid(
         name, arguments = said["calls"][0]
         tool = next(tool for tool in tools if tool.name == name)
         jsonschema.validate(arguments, dict(tool.parameters or {}))
+
+
+@pytest.mark.parametrize("tool_format", [Hermes, LlamaJSON, Pythonic])
+def test_forced_calls_come_to_an_end(tool_format: type[ToolFormat], vocabulary: LLTokenizer) -> None:
+    """A model that would call for ever is stopped by the grammar, and one that has called may stop itself."""
+    written, none = tool_format(), {"type": "object", "properties": {}, "additionalProperties": False}
+    tools = [Tool("now", parameters=none)]
+    grammar = LLMatcher.grammar_from_lark(written.forced(tools, parallel=True, special={}))
+    matcher = LLMatcher(vocabulary, grammar, log_level=0)
+    ids, ends = [], 0
+    while True:
+        bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
+        allowed = bits.nonzero()[0].tolist()
+        others = [token for token in allowed if token != 2]
+        ends += 2 in allowed
+        if not others:
+            break
+        on = vocabulary.tokenize_str(written.between)[0]
+        ids.append(on if on in others else others[0])
+        assert matcher.consume_token(ids[-1])
+    said = read(written.parser(["now"]), vocabulary.decode_bytes(ids).decode(), 50)
+    assert len(said["calls"]) == MOST_CALLS, said
+    assert ends == (1 if tool_format is Pythonic else MOST_CALLS)
 
 
 @pytest.mark.parametrize("tool_format", FORMATS)

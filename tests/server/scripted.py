@@ -60,7 +60,7 @@ class NoStructures:
 
 
 class WordTemplate:
-    """Writes `w1` before what the user says and `w2` before the rest, then `w3` for the answer."""
+    """Writes `w4` for each tool, `w1` before a user's text, `w2` before the rest, `w3` for the answer."""
 
     source = "words"
     special_tokens: ClassVar[dict[str, str]] = {"bos_token": "w0"}
@@ -81,7 +81,8 @@ class WordTemplate:
             ("w1" if m["role"] == "user" else "w2", m["content"].strip(), m.get("name", "")) for m in messages
         )
         answer = ("w3" if add_generation_prompt else "", variables.get("extra", ""))
-        return " ".join(word for turn in (*turns, answer) for word in turn if word)
+        told = ("w4",) * len(tools)
+        return " ".join(word for turn in (told, *turns, answer) for word in turn if word)
 
 
 @dataclass

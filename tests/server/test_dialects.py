@@ -308,6 +308,19 @@ async def test_ollama_generate(http: httpx.AsyncClient, engine: ScriptedClient) 
     assert (await http.post("/api/generate", json={"model": "words"})).json()["done_reason"] == "load"
 
 
+@pytest.mark.parametrize("path", ["/api/chat", "/api/generate", "/api/embed", "/api/embeddings", "/api/show"])
+async def test_bodies_without_a_type_are_json_to_ollama(http: httpx.AsyncClient, path: str) -> None:
+    """As curl sends them; a page of another origin has to name the type, so that browsers ask first."""
+    asked = {"/api/chat": {"messages": [{"role": "user", "content": "w1"}]}, "/api/embed": {"input": "w1"}}
+    body = json.dumps({"model": "words", **asked.get(path, {"prompt": "w1"} if path != "/api/show" else {})})
+    form = {"content-type": "application/x-www-form-urlencoded"}
+    for headers in ({}, form):
+        answer = await http.post(path, content=body, headers=headers)
+        assert answer.status_code == 200, answer.text
+        refused = await http.post(path, content=body, headers={**headers, "origin": "http://elsewhere"})
+        assert refused.status_code == 400 and "Content-Type" in refused.json()["error"]
+
+
 def test_ollama_history_and_forms() -> None:
     chat = OllamaChatRequest.model_validate(
         {

@@ -14,8 +14,7 @@ from curkv.models.loading import load_tokenizer
 from curkv.server.chat.conversation import tokenize
 from curkv.server.chat.protocol import ChatRequest, Message, Rendering
 from curkv.server.chat.tools import ToolUse
-from curkv.server.fields import GENERATION
-from curkv.server.reference import DOCUMENTED, done, table
+from curkv.server.reference import REFERENCES, tables
 from curkv.server.schemas import followed
 from curkv.server.tokenizing import Reader
 from tests.server.scripted import ScriptedClient
@@ -25,29 +24,51 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 GRAMMAR = 'root ::= "yes" | "no"'
 
 
-@pytest.mark.parametrize("server", DOCUMENTED)
-def test_every_documented_field_is_accounted_for(server: str) -> None:
-    for name in DOCUMENTED[server]:
-        assert bool(done(name)) or (name in GENERATION.refused) != (name in GENERATION.harmless), name
+@pytest.mark.parametrize(
+    ("title", "server"), [(title, server) for title, r in REFERENCES.items() for server in r.documented]
+)
+def test_every_documented_field_is_accounted_for(title: str, server: str) -> None:
+    reference = REFERENCES[title]
+    refused, harmless = reference.undone.refused, reference.undone.harmless
+    for name in reference.fields_of(server):
+        assert bool(reference.done_by(name)) or (name in refused) != (name in harmless), name
 
 
-def test_docs_have_the_table_of_fields() -> None:
-    """To renew it: python -c 'from curkv.server.reference import table; print(*table(), sep=chr(10))'."""
-    assert "\n".join(table()) in (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+def test_docs_have_the_tables_of_fields() -> None:
+    """To renew them: python -c 'from curkv.server.reference import tables; print(*tables(), sep=chr(10))'."""
+    assert "\n".join(tables()) in (Path(__file__).parents[2] / "docs" / "api.md").read_text()
 
 
+SMALLEST: dict[str, tuple[str, dict[str, Any]]] = {
+    "Chat completions and completions": ("/v1/chat/completions", {"messages": [USER], "max_tokens": 1}),
+    "Responses": ("/v1/responses", {"input": "w1", "max_output_tokens": 1}),
+    "Messages": ("/v1/messages", {"messages": [USER], "max_tokens": 1}),
+    "Ollama's chat and generate": ("/api/chat", {"messages": [USER]}),
+    "Embeddings": ("/v1/embeddings", {"input": "w1"}),
+}
+
+
+def named(answer: httpx.Response) -> str:
+    """The field that an error is about: a part of it, or of its message."""
+    error = answer.json()["error"]
+    if isinstance(error, dict) and "param" in error:
+        return str(error["param"])
+    return str(error["message"] if isinstance(error, dict) else error).split(":")[0]
+
+
+@pytest.mark.parametrize("title", SMALLEST)
 async def test_each_field_that_is_not_done_is_refused_by_name_or_harmless(
-    http: httpx.AsyncClient, engine: ScriptedClient
+    http: httpx.AsyncClient, title: str
 ) -> None:
-    body = {"messages": [USER], "max_tokens": 1}
-    for name, refused in GENERATION.refused.items():
-        answer = await http.post("/v1/chat/completions", json={**body, name: "something"})
-        assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
+    (path, body), undone = SMALLEST[title], REFERENCES[title].undone
+    for name, refused in undone.refused.items():
+        answer = await http.post(path, json={**body, name: "something"})
+        assert answer.status_code == 400 and named(answer) == name, (name, answer.text)
         for nothing in (None, *refused.unless):
-            answer = await http.post("/v1/chat/completions", json={**body, name: nothing})
+            answer = await http.post(path, json={**body, name: nothing})
             assert answer.status_code == 200, (name, nothing)
-    everything = dict.fromkeys(GENERATION.harmless, "something")
-    assert (await http.post("/v1/chat/completions", json={**body, **everything})).status_code == 200
+    everything = dict.fromkeys(undone.harmless, "something")
+    assert (await http.post(path, json={**body, **everything})).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -76,9 +97,24 @@ def test_spellings_of_structures(fields: dict[str, Any], kind: str, source: Any)
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [
+        {"guided_grammar": GRAMMAR, "structured_outputs": {"grammar": GRAMMAR}},
+        {"response_format": {"type": "json_object"}, "structured_outputs": {"json_object": True}},
+        {"guided_json": SCHEMA, "json_schema": json.dumps(SCHEMA, indent=1)},
+    ],
+)
+def test_one_structure_in_several_spellings(fields: dict[str, Any]) -> None:
+    """As guidance sends them, so that servers of any age understand one."""
+    assert ChatRequest.model_validate({"messages": [USER], **fields}).structure is not None
+
+
+@pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"regex": "a", "ebnf": GRAMMAR}, "ebnf"),
+        ({"regex": "a", "guided_regex": "b"}, "regex"),
+        ({"guided_json": SCHEMA, "json_schema": {"type": "object"}}, "json_schema"),
         ({"json_schema": "{"}, "json_schema"),
         ({"structured_outputs": {"whitespace_pattern": " "}}, "structured_outputs.whitespace_pattern"),
         (

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.scripted import MAX_MODEL_LEN
+from tests.server.scripted import MAX_MODEL_LEN, ScriptedClient
 
 USER = {"role": "user", "content": "w10"}
 
@@ -30,6 +30,24 @@ async def test_tokenize(http: httpx.AsyncClient, body: dict[str, Any], ids: list
     assert named["token_strs"] == [f"w{i}" for i in ids]
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"continue_final_message": True},
+        {"add_generation_prompt": False},
+        {"chat_template_kwargs": {"extra": "w7"}, "temperature": 0, "max_tokens": 3},
+    ],
+)
+async def test_what_a_chat_sends_is_tokenized_as_the_chat_reads_it(
+    http: httpx.AsyncClient, engine: ScriptedClient, fields: dict[str, Any]
+) -> None:
+    body = {"messages": [USER, {"role": "assistant", "content": "w11"}], **fields}
+    assert (await http.post("/v1/chat/completions", json=body)).status_code == 200
+    counted = (await http.post("/tokenize", json=body)).json()
+    assert counted["tokens"] == engine.taken[0].prompt_token_ids
+
+
 async def test_detokenize(http: httpx.AsyncClient) -> None:
     assert (await http.post("/detokenize", json={"tokens": [5, 6]})).json() == {"prompt": "w5 w6"}
 
@@ -41,6 +59,9 @@ async def test_detokenize(http: httpx.AsyncClient) -> None:
         ("/tokenize", {"prompt": "w1", "messages": [USER]}, "prompt"),
         ("/tokenize", {"prompt": 5}, "prompt"),
         ("/tokenize", {"messages": []}, "messages"),
+        ("/tokenize", {"messages": [USER], "tool": []}, "tool"),
+        ("/tokenize", {"messages": [USER], "chat_template": "x"}, "chat_template"),
+        ("/tokenize", {"messages": [USER], "truncate_prompt_tokens": 1}, "truncate_prompt_tokens"),
         ("/detokenize", {"tokens": [1000]}, "tokens"),
         ("/detokenize", {"tokens": [-1]}, "tokens"),
         ("/detokenize", {"tokens": "w1"}, "tokens"),

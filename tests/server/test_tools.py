@@ -90,6 +90,9 @@ def test_a_message_is_put_together_from_its_pieces() -> None:
     made = [(call.id, call.function.name, json.loads(call.function.arguments)) for call in spoken.calls]
     assert made == [("id1", "f", {"a": 1}), ("id2", "g", {})]
     deltas = [delta for piece in news for delta in piece.get("tool_calls", [])]
+    assert {frozenset(delta.model_dump()) for delta in deltas if not delta.id} <= {
+        frozenset(["index", "function"])
+    }
     assert [delta.id for delta in deltas if delta.id] == ["id1", "id2"]
     for piece in news:
         indices = [delta.index for delta in piece.get("tool_calls", [])]

@@ -13,6 +13,9 @@ GUIDANCE = "x-guidance"
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """No white space but a blank behind commas and colons: small models would fill it for ever."""
 
+MOST_CALLS = 16
+"""Calls in an answer that has to call: a small model, once made to begin, may go on for ever."""
+
 
 def compact(schema: Any) -> Any:
     """A schema whose JSON has no white space but behind commas and colons, unless it says otherwise."""
@@ -121,12 +124,18 @@ class ToolFormat(ABC):
 
         Args:
             tools: of which at least one is called.
-            parallel: several calls may follow each other.
+            parallel: up to `MOST_CALLS` may follow each other; the model may end the answer after each.
             special: id of each marker that is a special token of the vocabulary.
         """
         body = self.body(tools)
-        trigger, end = quoted(self.trigger, special), f" ({quoted(self.between)} trigger body)*" * parallel
-        return "\n".join([f"start: trigger body{end}", f"trigger: {trigger}", *body.rules("body", special)])
+        trigger, more = quoted(self.trigger, special), self.more(f"{quoted(self.between)} trigger body")
+        start = f"start: trigger body{more * parallel}"
+        return "\n".join([start, f"trigger: {trigger}", *body.rules("body", special)])
+
+    @staticmethod
+    def more(call: str) -> str:
+        """The calls that may follow the first of a forced answer, as part of a rule."""
+        return f" ({call}){{0,{MOST_CALLS - 1}}}"
 
     def allowed(self, tools: Sequence[Tool], parallel: bool, special: Mapping[str, int]) -> str:
         """A grammar: any text, but once a call begins it is one of these tools with arguments that fit.

@@ -35,7 +35,7 @@ class Pythonic(ToolFormat):
 
     def forced(self, tools: Sequence[Tool], parallel: bool, special: Mapping[str, int]) -> str:
         """See `ToolFormat`; the brackets are around all calls."""
-        more = f" ({quoted(self.between)} body)*" * parallel
+        more = self.more(f"{quoted(self.between)} body") * parallel
         return "\n".join([f'start: "[" body{more} "]"', *self.body(tools).rules("body", special)])
 
     def allowed(self, tools: Sequence[Tool], parallel: bool, special: Mapping[str, int]) -> str:

@@ -32,7 +32,7 @@ from curkv.server.chat.tools import (
 )
 from curkv.server.limits import MAX_LOGPROBS, MAX_MESSAGES, MAX_TOOLS
 from curkv.server.logprobs import PromptLogprobs
-from curkv.server.protocol import Chunk, GenerationFields, Text, Usage
+from curkv.server.protocol import Chunk, GenerationFields, Sparse, Text, Usage
 
 PART_SEPARATOR = "\n"
 """What stands between the text parts of a message, as in vLLM."""
@@ -169,21 +169,14 @@ class Rendering:
     reads_special_tokens: bool = False
 
 
-class ChatRequest(GenerationFields):
-    """A conversation to continue and how."""
+Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
 
-    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)] = Field(
-        description="The conversation, oldest message first.",
-        examples=[[{"role": "user", "content": "What is the capital of France?"}]],
-    )
-    max_tokens: int | None = Field(None, ge=1, lt=2**31, description="Older name of max_completion_tokens.")
-    max_completion_tokens: int | None = Field(
-        None, ge=1, lt=2**31, description="null: as many as the context has room for."
-    )
-    logprobs: bool | None = Field(False, description="Report the probability of each generated token.")
-    top_logprobs: int | None = Field(
-        None, ge=0, le=MAX_LOGPROBS, description="Likeliest alternatives of each; needs logprobs: true."
-    )
+
+class ConversationFields(BaseModel):
+    """How a conversation is written out as a prompt, tools included."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="Further variables of the chat template.", examples=[{"enable_thinking": False}]
     )
@@ -216,13 +209,6 @@ class ChatRequest(GenerationFields):
     function_call: Literal["none", "auto"] | NamedFunction | None = Field(
         None, description="Older form of tool_choice."
     )
-
-    @field_validator("top_logprobs")
-    @classmethod
-    def _only_with_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if value and not info.data.get("logprobs"):
-            raise ValueError("is only allowed with logprobs: true")
-        return value
 
     @property
     def tool_use(self) -> ToolUse:
@@ -269,6 +255,30 @@ class ChatRequest(GenerationFields):
             special_tokens=bool(self.add_special_tokens),
             reads_special_tokens=bool(self.read_special_tokens),
         )
+
+
+class ChatRequest(GenerationFields, ConversationFields):
+    """A conversation to continue and how."""
+
+    messages: Messages = Field(
+        description="The conversation, oldest message first.",
+        examples=[[{"role": "user", "content": "What is the capital of France?"}]],
+    )
+    max_tokens: int | None = Field(None, ge=1, lt=2**31, description="Older name of max_completion_tokens.")
+    max_completion_tokens: int | None = Field(
+        None, ge=1, lt=2**31, description="null: as many as the context has room for."
+    )
+    logprobs: bool | None = Field(False, description="Report the probability of each generated token.")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="Likeliest alternatives of each; needs logprobs: true."
+    )
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _only_with_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value and not info.data.get("logprobs"):
+            raise ValueError("is only allowed with logprobs: true")
+        return value
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -346,7 +356,7 @@ class ChatResponse(BaseModel):
     prompt_logprobs: PromptLogprobs | None = None
 
 
-class Delta(BaseModel):
+class Delta(Sparse):
     """What is new of a message; what is not new is left out."""
 
     role: Literal["assistant"] | None = None
@@ -354,10 +364,6 @@ class Delta(BaseModel):
     reasoning_content: str | None = None
     tool_calls: list[ToolCallDelta] | None = None
     function_call: FunctionDelta | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in handler(self).items() if value is not None}
 
 
 class ChatChunkChoice(BaseModel):

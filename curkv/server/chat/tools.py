@@ -14,6 +14,7 @@ from curkv.models.chat_template import ChatTemplate
 from curkv.models.tools.base import Arguments, Call, Event, Parser, Reasoning, Text, Tool, compact
 from curkv.models.tools.thinking import ThinkingParser
 from curkv.server.limits import MAX_STRUCTURE_CHARACTERS, MAX_TOOLS
+from curkv.server.protocol import Sparse
 
 _STRICT = ConfigDict(strict=True)
 
@@ -97,14 +98,14 @@ class ToolCall(BaseModel):
     function: CalledFunction
 
 
-class FunctionDelta(BaseModel):
+class FunctionDelta(Sparse):
     """A piece of a call: its name first, then its arguments."""
 
     name: str | None = None
     arguments: str | None = None
 
 
-class ToolCallDelta(BaseModel):
+class ToolCallDelta(Sparse):
     """A piece of a call in a stream; id, type and name come with its first."""
 
     index: int

@@ -1,1 +1,1 @@
-"""POST /v1/embeddings, and Ollama's /api/embed and /api/embeddings."""
+"""POST /v1/embeddings."""

@@ -1,20 +1,19 @@
-"""Bodies of POST /v1/embeddings, and of Ollama's /api/embed and /api/embeddings."""
+"""Bodies of POST /v1/embeddings."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
 from curkv.server.completions.protocol import Prompt, check_prompt, prompts_of
 from curkv.server.fields import EMBEDDINGS
-from curkv.server.protocol import Text
 
 Input = Annotated[Prompt, PlainValidator(check_prompt, json_schema_input_type=Prompt)]
 
 
 class EmbeddingFields(BaseModel):
-    """Fields of all three bodies; others are kept aside, see `check_others`."""
+    """Fields of this body and of Ollama's; others are kept aside, see `check_others`."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
@@ -71,34 +70,3 @@ class EmbeddingResponse(BaseModel):
     data: list[Embedding]
     model: str
     usage: EmbeddingUsage
-
-
-class EmbedRequest(EmbeddingFields):
-    """What to embed, as Ollama has it."""
-
-    input: Text | list[Text] = Field(examples=["The tide turned."])
-    truncate: bool | None = Field(True, description="Read only what the context has room for.")
-    options: dict[str, Any] | None = Field(None, description="Accepted without effect: nothing is sampled.")
-
-
-class EmbedResponse(BaseModel):
-    """The vectors, in the order of the texts."""
-
-    model: str
-    embeddings: list[list[float]]
-    total_duration: int
-    load_duration: int = 0
-    prompt_eval_count: int
-
-
-class OlderEmbedRequest(EmbeddingFields):
-    """What to embed, as Ollama had it."""
-
-    prompt: Text
-    options: dict[str, Any] | None = Field(None, description="Accepted without effect: nothing is sampled.")
-
-
-class OlderEmbedResponse(BaseModel):
-    """The vector."""
-
-    embedding: list[float]

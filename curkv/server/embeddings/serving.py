@@ -6,15 +6,18 @@ import uuid
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel
 from starlette.requests import Request as HTTPRequest
 
 from curkv.cache.options import EvictionOptions
 from curkv.engine.types import InvalidRequest, Planned, Request, SamplingParams
+from curkv.server import limits
 from curkv.server.embeddings.protocol import EmbeddingFields
+from curkv.server.errors import error_responses
 from curkv.server.limits import read_limits
 from curkv.server.queue import Place
 from curkv.server.state import ServerState
@@ -119,3 +122,15 @@ async def _run(
     vectors = np.array([rows[index] for index in range(len(planned))], dtype=np.float32)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return (vectors / np.where(lengths > 0, lengths, 1)).astype(np.float32)
+
+
+def documented(errors: type[BaseModel]) -> dict[str, Any]:
+    """Arguments of a route that embeds, which describe it in the OpenAPI document.
+
+    Args:
+        errors: shape of its errors.
+    """
+    return {
+        "responses": error_responses(400, 404, 408, 413, 429, 500, 503, shape=errors),
+        "openapi_extra": {"parameters": limits.OPENAPI_PARAMETERS},
+    }

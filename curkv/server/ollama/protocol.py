@@ -5,14 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-)
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from curkv.engine.types import InvalidRequest
 from curkv.server.chat.protocol import (
@@ -25,9 +18,10 @@ from curkv.server.chat.protocol import (
 )
 from curkv.server.chat.tools import FunctionName, ToolSpec
 from curkv.server.dialects import DialectRequest, assistant, continues
+from curkv.server.embeddings.protocol import EmbeddingFields
 from curkv.server.fields import OLLAMA, OLLAMA_OPTIONS, Undone
 from curkv.server.limits import MAX_LOGPROBS, MAX_MESSAGES, MAX_TOOLS
-from curkv.server.protocol import Int64, KVUsage, StopString, StopStrings, Text
+from curkv.server.protocol import Int64, KVUsage, Sparse, StopString, StopStrings, Text
 
 _STRICT = ConfigDict(strict=True)
 _FOREVER = (-1, -2)
@@ -218,14 +212,6 @@ class AnsweredCall(BaseModel):
     function: OllamaFunction
 
 
-class Sparse(BaseModel):
-    """What is None is left out."""
-
-    @model_serializer(mode="wrap")
-    def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in handler(self).items() if value is not None}
-
-
 class OllamaMessage(Sparse):
     """A message, or what is new of it."""
 
@@ -253,6 +239,37 @@ class OllamaResponse(Sparse):
     eval_count: int | None = None
     eval_duration: int | None = None
     kv: KVUsage | None = None
+
+
+class EmbedRequest(EmbeddingFields):
+    """What to embed, as Ollama has it."""
+
+    input: Text | list[Text] = Field(examples=["The tide turned."])
+    truncate: bool | None = Field(True, description="Read only what the context has room for.")
+    options: dict[str, Any] | None = Field(None, description="Accepted without effect: nothing is sampled.")
+
+
+class EmbedResponse(BaseModel):
+    """The vectors, in the order of the texts."""
+
+    model: str
+    embeddings: list[list[float]]
+    total_duration: int
+    load_duration: int = 0
+    prompt_eval_count: int
+
+
+class OlderEmbedRequest(EmbeddingFields):
+    """What to embed, as Ollama had it."""
+
+    prompt: Text
+    options: dict[str, Any] | None = Field(None, description="Accepted without effect: nothing is sampled.")
+
+
+class OlderEmbedResponse(BaseModel):
+    """The vector."""
+
+    embedding: list[float]
 
 
 class ModelDetails(BaseModel):

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Request, Response
 
-from curkv.server.bodies import BodyRoute
+from curkv.server.bodies import UntypedBodyRoute
 from curkv.server.chat.conversation import converse
+from curkv.server.embeddings import serving as embeddings
 from curkv.server.errors import OllamaError, error_responses
 from curkv.server.generation import Prompt, documented, respond
 from curkv.server.ollama.protocol import (
+    EmbedRequest,
+    EmbedResponse,
     GenerateRequest,
     ModelDetails,
+    OlderEmbedRequest,
+    OlderEmbedResponse,
     OllamaChatRequest,
     OllamaResponse,
     OllamaVersion,
@@ -22,11 +28,11 @@ from curkv.server.ollama.protocol import (
     TaggedModel,
     Tags,
 )
-from curkv.server.ollama.serving import JSON_LINES, OllamaAnswer, loaded, timestamp
+from curkv.server.ollama.serving import JSON_LINES, OllamaAnswer, loaded, nanoseconds, timestamp
 from curkv.server.state import ServerState, server_state
 from curkv.server.tokenizing import Reader
 
-router = APIRouter(tags=["dialects"], route_class=BodyRoute)
+router = APIRouter(tags=["dialects"], route_class=UntypedBodyRoute)
 
 API_VERSION = "0.12.6"
 """Of Ollama's API as it is spoken here; clients refuse servers that are older than what they need."""
@@ -72,6 +78,34 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
     prompts = partial(_raw, body.prompt) if body.raw else None
     conversation = await converse(body.whole_chat, request, state, "ollama", prompts)
     return await respond(OllamaAnswer(conversation, plain=True), request)
+
+
+@router.post("/api/embed", summary="Ollama: vectors of texts", **embeddings.documented(OllamaError))
+async def embed(body: EmbedRequest, request: Request) -> EmbedResponse:
+    """Gives the vectors that /v1/embeddings gives."""
+    began, state = time.monotonic(), server_state(request)
+    body.model = state.untagged(body.model)
+    texts = [body.input] if isinstance(body.input, str) else body.input
+    found = await embeddings.embed(body, texts, -1 if body.truncate is not False else None, request, state)
+    return EmbedResponse(
+        model=found.model,
+        embeddings=found.vectors.tolist(),
+        total_duration=nanoseconds(time.monotonic() - began),
+        prompt_eval_count=found.tokens,
+    )
+
+
+@router.post(
+    "/api/embeddings",
+    summary="Ollama: the vector of a text, older form",
+    **embeddings.documented(OllamaError),
+)
+async def older_embed(body: OlderEmbedRequest, request: Request) -> OlderEmbedResponse:
+    """The same of one text."""
+    state = server_state(request)
+    body.model = state.untagged(body.model)
+    found = await embeddings.embed(body, [body.prompt], -1, request, state)
+    return OlderEmbedResponse(embedding=found.vectors[0].tolist())
 
 
 @router.get("/api/tags", summary="Ollama: list models", responses=error_responses(503, shape=OllamaError))

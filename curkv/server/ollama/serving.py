@@ -97,12 +97,12 @@ class OllamaAnswer(BlockAnswer):
         return {
             "done": True,
             "done_reason": "length" if self.last.finish_reason == "length" else "stop",
-            "total_duration": _nanoseconds(now - self._began),
+            "total_duration": nanoseconds(now - self._began),
             "load_duration": 0,
             "prompt_eval_count": usage.prompt_tokens,
-            "prompt_eval_duration": _nanoseconds(first - self._began),
+            "prompt_eval_duration": nanoseconds(first - self._began),
             "eval_count": usage.completion_tokens,
-            "eval_duration": _nanoseconds(now - first),
+            "eval_duration": nanoseconds(now - first),
             "kv": usage.kv,
         }
 
@@ -120,7 +120,8 @@ def timestamp(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
 
 
-def _nanoseconds(seconds: float) -> int:
+def nanoseconds(seconds: float) -> int:
+    """A duration as Ollama writes them."""
     return int(seconds * _NANOSECONDS)
 
 

@@ -13,9 +13,6 @@ from curkv.server.protocol import Int64
 class TokenizeRequest(PromptFields):
     """What to tokenize."""
 
-    add_special_tokens: bool | None = Field(
-        True, description="Whether a text gets the tokens that the tokenizer begins a text with."
-    )
     return_token_strs: bool | None = Field(
         False, description="Add each token's name in the vocabulary; null for one that has none."
     )
