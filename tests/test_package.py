@@ -48,6 +48,7 @@ def test_the_wheel_runs_where_no_checkout_is(wheel: Path, tmp_path: Path) -> Non
     run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", packages, wheel, cwd=tmp_path)
     (packages / "others.pth").write_text(sysconfig.get_paths()["purelib"])
     where = run(python, "-c", "import curkv.server.page.router as r; print(r.FOLDER)", cwd=tmp_path)
-    assert Path(where.strip()).is_relative_to(packages) and (Path(where.strip()) / "index.html").exists()
+    folder = Path(where.strip())
+    assert folder.is_relative_to(packages) and (folder / "pages/index.html").exists()
     assert run(python, "-m", "curkv.cli", "--version", cwd=tmp_path) == f"curkv {curkv.__version__}\n"
     assert "No broken requirements" in run(python, "-m", "pip", "check", cwd=tmp_path)

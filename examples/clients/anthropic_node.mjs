@@ -4,7 +4,7 @@ import { check, checkCall, main, MODEL, PLACE, QUESTION, URL_ } from "./cases.mj
 
 const client = new Anthropic({ baseURL: URL_, apiKey: "none", maxRetries: 0 });
 const tools = [{ name: "get_weather", description: "The weather in a city", input_schema: PLACE }];
-const fixed = { model: MODEL, max_tokens: 200, temperature: 0, messages: [{ role: "user", content: QUESTION }] };
+const fixed = { model: MODEL, max_tokens: 200, messages: [{ role: "user", content: QUESTION }] };
 const called = ({ content }) => content.filter(({ type }) => type === "tool_use");
 
 main("anthropic (Node)", "@anthropic-ai/sdk", {

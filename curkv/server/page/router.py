@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastapi import APIRouter
-from fastapi.responses import FileResponse
+from fastapi.responses import HTMLResponse
 from fastapi.staticfiles import StaticFiles
+from jinja2 import Environment, FileSystemLoader
 
-FOLDER = Path(__file__).parent / "static"
+FOLDER = Path(__file__).parent
 
 # Everything comes from this server, and nothing else can be loaded or embed it.
 SECURITY_HEADERS = {
@@ -18,20 +19,27 @@ SECURITY_HEADERS = {
     "Cache-Control": "no-cache",
 }
 
+_PAGES = Environment(loader=FileSystemLoader(FOLDER / "pages"), autoescape=True, keep_trailing_newline=True)
+
 router = APIRouter(include_in_schema=False)
 
 
 @router.get("/")
-async def page() -> FileResponse:
+async def page() -> HTMLResponse:
     """The page."""
-    return FileResponse(FOLDER / "index.html", headers=SECURITY_HEADERS)
+    return _page("index.html")
 
 
 @router.get("/conversation")
-async def conversation() -> FileResponse:
+async def conversation() -> HTMLResponse:
     """The page of a conversation."""
-    return FileResponse(FOLDER / "conversation.html", headers=SECURITY_HEADERS)
+    return _page("conversation.html")
 
 
-files = StaticFiles(directory=FOLDER)
+def _page(name: str) -> HTMLResponse:
+    """A page within the frame that both have."""
+    return HTMLResponse(_PAGES.get_template(name).render(), headers=SECURITY_HEADERS)
+
+
+files = StaticFiles(directory=FOLDER / "static")
 """Served below /page."""
