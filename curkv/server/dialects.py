@@ -64,6 +64,24 @@ def assistant(
     )
 
 
+def function_tool(
+    name: str, description: str | None, parameters: dict[str, Any] | None, strict: bool | None
+) -> dict[str, Any]:
+    """A function that the model may call, in the form of chat completions."""
+    function = {"name": name, "description": description, "parameters": parameters, "strict": strict or None}
+    return {"type": "function", "function": {k: value for k, value in function.items() if value is not None}}
+
+
+def named_tool(name: str) -> dict[str, Any]:
+    """A function by its name, likewise."""
+    return {"type": "function", "function": {"name": name}}
+
+
+def schema_format(schema: dict[str, Any], strict: bool | None = None) -> dict[str, Any]:
+    """JSON that follows a schema, likewise."""
+    return {"type": "json_schema", "json_schema": {"name": "output", "schema": schema, "strict": strict}}
+
+
 def continues(messages: Sequence[Message]) -> bool:
     """Whether the last message is the beginning of the answer, as Anthropic and Ollama take it."""
     return bool(messages) and messages[-1].role == "assistant" and not messages[-1].called

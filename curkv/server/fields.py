@@ -237,10 +237,6 @@ RESPONSES = Undone(
         "background": Refused("a response runs as long as its connection", (False,)),
         "context_management": Refused("evict by `kv`", ([],)),
         "conversation": Refused("use `previous_response_id`"),
-        "include": Refused(
-            "nothing further can be included",
-            ([], ["reasoning.encrypted_content"], ["message.output_text.logprobs"]),
-        ),
         "max_tool_calls": Refused("it is about tools that the server would call; use `parallel_tool_calls`"),
         "moderation": Refused("nothing is moderated"),
         "prompt": Refused("there are no stored prompts"),

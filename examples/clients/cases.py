@@ -84,8 +84,14 @@ def check_call(name: str | None, arguments: str | dict[str, Any]) -> None:
     check(name == "get_weather" and isinstance(given.get("city"), str), f"{name}({arguments})")
 
 
-def main(client: str, package: str, cases: dict[str, Callable[[], Any]]) -> None:
-    """Runs the cases of a client; those of `CASES` that are not given are not its own."""
+def main(client: str, package: str | None, cases: dict[str, Callable[[], Any]]) -> None:
+    """Runs the cases of a client; those of `CASES` that are not given are not its own.
+
+    Args:
+        client: its name, with its version if no package here has it.
+        package: the package whose version is told.
+        cases: what to run.
+    """
     warnings.simplefilter("ignore")
     loop = asyncio.Runner()  # one for all cases: clients keep connections
     for case, run in cases.items():
@@ -107,7 +113,7 @@ def main(client: str, package: str, cases: dict[str, Callable[[], Any]]) -> None
         reason = " ".join(reason.split())[:300]
         line = {
             "client": client,
-            "version": version(package),
+            "version": version(package) if package is not None else "",
             "case": case,
             "result": result,
             "reason": reason,

@@ -180,6 +180,23 @@ async def test_responses(http: httpx.AsyncClient, engine: ScriptedClient) -> Non
     assert kept.json() == answer
 
 
+async def test_responses_with_probabilities(http: httpx.AsyncClient) -> None:
+    answer = (await respond(http, include=["message.output_text.logprobs"])).json()
+    assert [entry["logprob"] for entry in answer["output"][0]["content"][0]["logprobs"]] == [-0.5] * 3
+
+
+def test_strict_schemas_of_responses_are_followed_whole() -> None:
+    """As in chat: what cannot be followed is refused later, not left out."""
+    schema = {"type": "array", "uniqueItems": True}
+    form = {"type": "json_schema", "name": "x", "schema": schema}
+    for strict, ignored in ((True, ()), (False, ("uniqueItems",))):
+        body = ResponsesRequest.model_validate(
+            {"input": "go", "text": {"format": {**form, "strict": strict}}}
+        )
+        structure = body.chat(body.messages([])).structure
+        assert structure is not None and structure.ignored == ignored
+
+
 async def test_a_response_goes_on_with_another(http: httpx.AsyncClient, engine: ScriptedClient) -> None:
     first = (await respond(http, instructions="w9")).json()["id"]
     second = (await respond(http, input="w11", previous_response_id=first, stream=True)).text
@@ -272,6 +289,7 @@ def test_the_store_is_bounded_and_each_key_sees_its_own() -> None:
         ({"truncation": "auto"}, "truncation"),
         ({"background": True}, "background"),
         ({"conversation": "c"}, "conversation"),
+        ({"include": ["file_search_call.results"]}, "include"),
         ({"wings": 2}, "wings"),
     ],
 )

@@ -179,6 +179,9 @@ def talk(page: Any, url: str) -> Any:
 def test_a_conversation_goes_on_in_one_session_and_shows_what_each_turn_cost(
     talk: Any, engine: ScriptedClient
 ) -> None:
+    assert talk.evaluate(
+        "({scrollHeight, clientHeight}) => scrollHeight <= clientHeight", talk.query_selector("#say")
+    )
     for turn, said in enumerate(("w7", "w8"), 1):
         talk.fill("#say", said)
         talk.keyboard.press("Enter")

@@ -50,6 +50,7 @@ async def embed(
     keep: int | None,
     http: HTTPRequest,
     state: ServerState,
+    param: str = "input",
 ) -> Embedded:
     """Computes texts, with the whole cache, and pools what the model's head would read of their tokens.
 
@@ -59,6 +60,7 @@ async def embed(
         keep: most last tokens of a text that are read, -1: as many as the context has room for; None: all.
         http: for its headers, and to see whether the client goes away.
         state: the server's.
+        param: the field that has the texts.
 
     Raises:
         APIError: another model was asked for, the server takes no requests, or the queue is full.
@@ -86,7 +88,7 @@ async def embed(
 
     def plan() -> list[Planned]:
         reader = Reader(client, place, client.max_model_len if keep == -1 else keep)
-        read = [_tokens(prompt, reader) for prompt in prompts]
+        read = [_tokens(prompt, param, reader) for prompt in prompts]
         named = (replace(shared, id=f"{shared.id}-{i}", prompt_token_ids=ids) for i, ids in enumerate(read))
         return [client.plan(request) for request in named]
 
@@ -94,7 +96,7 @@ async def embed(
         planned = await in_worker(plan)
     except InvalidRequest as error:
         place.leave()
-        raise error.of("input") from error  # there is nothing else that the engine could not do
+        raise error.of(param) from error  # there is nothing else that the engine could not do
     except BaseException:
         place.leave()
         raise
@@ -108,8 +110,8 @@ async def embed(
     return Embedded(model, vectors, sum(lengths))
 
 
-def _tokens(prompt: str | list[int], reader: Reader) -> list[int]:
-    return reader.tokens(prompt, "input") if isinstance(prompt, str) else reader.count(prompt)
+def _tokens(prompt: str | list[int], param: str, reader: Reader) -> list[int]:
+    return reader.tokens(prompt, param) if isinstance(prompt, str) else reader.count(prompt)
 
 
 async def _run(

@@ -18,7 +18,14 @@ from curkv.server.chat.protocol import (
     TextPart,
 )
 from curkv.server.chat.tools import FunctionName
-from curkv.server.dialects import DialectRequest, assistant, continues
+from curkv.server.dialects import (
+    DialectRequest,
+    assistant,
+    continues,
+    function_tool,
+    named_tool,
+    schema_format,
+)
 from curkv.server.fields import MESSAGES, Undone
 from curkv.server.limits import MAX_MESSAGES, MAX_TOOLS
 from curkv.server.protocol import KVUsage, StopStrings, Text
@@ -188,32 +195,23 @@ class PromptOfMessages(DialectRequest):
         form = wanted or self.output_format
         return self.translated(
             messages,
-            tools=[_tool(tool) for tool in self.tools] if self.tools else None,
+            tools=[function_tool(t.name, t.description, t.input_schema, t.strict) for t in self.tools or ()]
+            or None,
             tool_choice=_choice(choice) if self.tool_choice else None,
             parallel_tool_calls=not choice.disable_parallel_tool_use,
-            response_format=_format(form) if form else None,
+            response_format=schema_format(form.schema_) if form else None,
             chat_template_kwargs=_thinking(self.thinking) if self.thinking else None,
             continue_final_message=continues(messages),
             **fields,
         )
 
 
-def _tool(tool: MessagesTool) -> dict[str, Any]:
-    function = {"name": tool.name, "description": tool.description, "parameters": tool.input_schema}
-    given = {name: value for name, value in function.items() if value is not None}
-    return {"type": "function", "function": {**given, **({"strict": True} if tool.strict else {})}}
-
-
 def _choice(choice: ToolChoice) -> str | dict[str, Any]:
     if choice.type == "tool":
         if choice.name is None:
             raise InvalidRequest("needs the name of a tool", "tool_choice.name")
-        return {"type": "function", "function": {"name": choice.name}}
+        return named_tool(choice.name)
     return "required" if choice.type == "any" else choice.type
-
-
-def _format(form: OutputFormat) -> dict[str, Any]:
-    return {"type": "json_schema", "json_schema": {"name": "output", "schema": form.schema_}}
 
 
 def _thinking(thinking: Thinking) -> dict[str, Any]:

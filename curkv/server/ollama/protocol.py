@@ -17,7 +17,7 @@ from curkv.server.chat.protocol import (
     TextPart,
 )
 from curkv.server.chat.tools import FunctionName, ToolSpec
-from curkv.server.dialects import DialectRequest, assistant, continues
+from curkv.server.dialects import DialectRequest, assistant, continues, schema_format
 from curkv.server.embeddings.protocol import EmbeddingFields
 from curkv.server.fields import OLLAMA, OLLAMA_OPTIONS, Undone
 from curkv.server.limits import MAX_LOGPROBS, MAX_MESSAGES, MAX_TOOLS
@@ -150,7 +150,7 @@ class OllamaRequest(DialectRequest):
 
 def _format(wanted: str | dict[str, Any] | None) -> dict[str, Any] | None:
     if isinstance(wanted, dict):
-        return {"type": "json_schema", "json_schema": {"name": "output", "schema": wanted}}
+        return schema_format(wanted)
     return {"type": "json_object"} if wanted == "json" else None
 
 

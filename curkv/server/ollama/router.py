@@ -104,7 +104,7 @@ async def older_embed(body: OlderEmbedRequest, request: Request) -> OlderEmbedRe
     """The same of one text."""
     state = server_state(request)
     body.model = state.untagged(body.model)
-    found = await embeddings.embed(body, [body.prompt], -1, request, state)
+    found = await embeddings.embed(body, [body.prompt], -1, request, state, "prompt")
     return OlderEmbedResponse(embedding=found.vectors[0].tolist())
 
 

@@ -15,7 +15,7 @@ from curkv.server.chat.protocol import (
     TextPart,
 )
 from curkv.server.chat.tools import FunctionName
-from curkv.server.dialects import DialectRequest, assistant
+from curkv.server.dialects import DialectRequest, assistant, function_tool, named_tool, schema_format
 from curkv.server.fields import RESPONSES, Undone
 from curkv.server.limits import MAX_LOGPROBS, MAX_MESSAGES, MAX_TOOLS
 from curkv.server.protocol import KVUsage, Text
@@ -188,6 +188,10 @@ class ResponsesRequest(DialectRequest):
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, gt=0, le=1)
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = Field(
+        None,
+        description="`message.output_text.logprobs` adds them to the text; reasoning is never encrypted.",
+    )
     stream: bool | None = False
     stream_options: ResponsesStreamOptions | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
@@ -222,6 +226,11 @@ class ResponsesRequest(DialectRequest):
             return [*earlier, Message(role="user", content=self.input)]
         return [*earlier, *as_messages(self.input)]
 
+    @property
+    def reports_logprobs(self) -> bool:
+        """Whether the probabilities of the answer's tokens are wanted."""
+        return bool(self.top_logprobs) or "message.output_text.logprobs" in (self.include or ())
+
     def chat(self, conversation: list[Message]) -> ChatRequest:
         """The same request as chat completions word it.
 
@@ -238,9 +247,10 @@ class ResponsesRequest(DialectRequest):
             temperature=self.temperature,
             top_p=self.top_p,
             stream=self.stream,
-            logprobs=True if self.top_logprobs else None,
+            logprobs=self.reports_logprobs or None,
             top_logprobs=self.top_logprobs or None,
-            tools=[_tool(tool) for tool in self.tools] if self.tools else None,
+            tools=[function_tool(t.name, t.description, t.parameters, t.strict) for t in self.tools or ()]
+            or None,
             tool_choice=_choice(self.tool_choice),
             parallel_tool_calls=self.parallel_tool_calls,
             response_format=_format(form),
@@ -290,28 +300,18 @@ def _parts(content: str | list[TextItem]) -> list[TextPart]:
     return [item.part() for item in content]
 
 
-def _tool(tool: FunctionTool) -> dict[str, Any]:
-    function = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
-    given = {name: value for name, value in function.items() if value is not None}
-    return {"type": "function", "function": {**given, **({"strict": True} if tool.strict else {})}}
-
-
 def _choice(choice: str | NamedFunction | AllowedTools | None) -> str | dict[str, Any] | None:
     if isinstance(choice, NamedFunction):
-        return _named(choice)
+        return named_tool(choice.name)
     if isinstance(choice, AllowedTools):
-        allowed = {"mode": choice.mode, "tools": [_named(tool) for tool in choice.tools]}
+        allowed = {"mode": choice.mode, "tools": [named_tool(tool.name) for tool in choice.tools]}
         return {"type": "allowed_tools", "allowed_tools": allowed}
     return choice
 
 
-def _named(function: NamedFunction) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": function.name}}
-
-
 def _format(form: PlainFormat | SchemaFormat | None) -> dict[str, Any] | None:
     if isinstance(form, SchemaFormat):
-        return {"type": "json_schema", "json_schema": {"name": form.name, "schema": form.schema_}}
+        return schema_format(form.schema_, form.strict)
     return {"type": form.type} if form is not None else None
 
 

@@ -106,7 +106,7 @@ class ResponsesAnswer(BlockAnswer):
         return self._event("response.failed", response=answer)
 
     def _take(self, output: Output) -> list[Change]:
-        if self._body.top_logprobs:
+        if self._body.reports_logprobs:
             worded = worded_logprobs(self.generation.client.vocabulary, output.logprobs or ())
             self._logprobs += [OutputLogprob.model_validate(entry.model_dump()) for entry in worded]
         return super()._take(output)

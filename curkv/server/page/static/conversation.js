@@ -3,6 +3,7 @@
 import { get, remove, setKey, stream } from "./api.js";
 import { draw } from "./chart.js";
 import { bytes, count, seconds } from "./format.js";
+import { grow } from "./grow.js";
 import { RECOMMENDED, SAMPLES } from "./samples.js";
 import * as theme from "./theme.js";
 import { words } from "./words.js";
@@ -33,6 +34,11 @@ function headers() {
   };
 }
 
+function say(text) {
+  $("say").value = text;
+  grow($("say"));
+}
+
 // A turn's two entries: what was said, and where its answer goes.
 function entry(kind, text) {
   const item = document.createElement("li");
@@ -55,7 +61,7 @@ async function send() {
   try {
     const answer = await listen(asked, items[1]);
     messages = [...asked, { role: "assistant", content: answer }];
-    $("say").value = "";
+    say("");
   } catch (error) {
     for (const item of items) item.remove();
     if (!controller.signal.aborted) problem(words(error));
@@ -141,6 +147,7 @@ $("settings").addEventListener("submit", (event) => event.preventDefault());
 $("send").addEventListener("submit", (event) => { event.preventDefault(); send(); });
 $("anew").addEventListener("click", () => { controller?.abort(); anew(); busy(false); });
 $("stop").addEventListener("click", () => controller?.abort());
+$("say").addEventListener("input", () => grow($("say")));
 $("key").addEventListener("input", () => setKey($("key").value));
 addEventListener("keydown", (event) => {
   if (event.key === "Escape") controller?.abort();
@@ -151,7 +158,7 @@ addEventListener("keydown", (event) => {
 
 theme.start();
 $("document").value = SAMPLES[0].text;
-$("say").value = SAMPLES[0].question;
+say(SAMPLES[0].question);
 anew();
 try {
   const { data } = await get("/v1/kv/policies");

@@ -1,6 +1,7 @@
 // The playground: what is asked, twice, and what the page shows of it.
 
 import { get, post, setKey } from "./api.js";
+import { grow } from "./grow.js";
 import * as heatmap from "./heatmap.js";
 import * as live from "./live.js";
 import { Pane } from "./pane.js";
@@ -29,14 +30,8 @@ function fill(sample) {
 // What follows from a text, a question or a format that is not the one before.
 function changed() {
   problem("");
-  grow();
+  grow($("question"));
   measureSoon(countable, answerTokens);
-}
-
-function grow() {
-  const { style } = $("question");
-  style.height = "auto";
-  style.height = `${$("question").scrollHeight + 2}px`;
 }
 
 $("sample").append(...SAMPLES.map(({ name }, i) => new Option(name, i)));
