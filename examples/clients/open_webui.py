@@ -3,64 +3,32 @@
 # ///
 """Open WebUI through its own API, in front of /v1 and of /api.
 
-OPEN_WEBUI names its executable: `pip install open-webui` takes some gigabytes and is left to who runs this.
+It is started beforehand, with WEBUI_AUTH=False, OPENAI_API_BASE_URL=http://127.0.0.1:8000/v1,
+OPENAI_API_KEY=none and OLLAMA_BASE_URL=http://127.0.0.1:8000; RAG_EMBEDDING_ENGINE=openai keeps it from
+fetching a model of its own. OPEN_WEBUI says where it is: http://127.0.0.1:8080.
 """
 
 import json
 import os
-import subprocess
 import sys
-import tempfile
-import time
 import urllib.request
 
-PORT = int(os.environ.get("OPEN_WEBUI_PORT", "8399"))
-HERE = f"http://127.0.0.1:{PORT}"
-START_SECONDS = 300
+from cases import HISTORY, MODEL, QUESTION, TOOL, check, check_call, main
 
-if "OPEN_WEBUI" not in os.environ:
-    sys.exit("OPEN_WEBUI is not set: the path of an executable `open-webui`")
-
-from cases import BASE, HISTORY, MODEL, QUESTION, TOOL, URL, check, check_call, main  # noqa: E402
-
-TOKEN = ""
 ASK = [{"role": "user", "content": QUESTION}]
+OPEN_WEBUI = os.environ.get("OPEN_WEBUI") or sys.exit("OPEN_WEBUI is not set: where an Open WebUI runs")
 
 
 def call(path, body=None):
     data = None if body is None else json.dumps(body).encode()
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {TOKEN}"}
-    with urllib.request.urlopen(urllib.request.Request(HERE + path, data, headers), timeout=100) as answer:
+    request = urllib.request.Request(OPEN_WEBUI + path, data, headers)
+    with urllib.request.urlopen(request, timeout=100) as answer:
         return answer.read().decode()
 
 
-def start(folder):
-    environment = {
-        **os.environ,
-        "DATA_DIR": folder,
-        "WEBUI_SECRET_KEY": "none",
-        "WEBUI_AUTH": "False",
-        "OPENAI_API_BASE_URL": BASE,
-        "OPENAI_API_KEY": "none",
-        "OLLAMA_BASE_URL": URL,
-        "RAG_EMBEDDING_ENGINE": "openai",
-        "RAG_OPENAI_API_BASE_URL": BASE,
-        "HF_HUB_OFFLINE": "1",
-        "OFFLINE_MODE": "True",
-    }
-    serve = [os.environ["OPEN_WEBUI"], "serve", "--host", "127.0.0.1", "--port", str(PORT)]
-    with open(os.path.join(folder, "log"), "w") as log:
-        server = subprocess.Popen(serve, env=environment, stdout=log, stderr=log, cwd=folder)
-    until = time.monotonic() + START_SECONDS
-    while time.monotonic() < until and server.poll() is None:
-        try:
-            call("/health")
-            return server
-        except OSError:
-            time.sleep(1)
-    server.kill()
-    with open(os.path.join(folder, "log")) as log:
-        sys.exit(f"Open WebUI does not start: {log.read()[-2000:]}")
+TOKEN = "none"
+TOKEN = json.loads(call("/api/v1/auths/signin", {"email": "", "password": ""}))["token"]
 
 
 def create(**options):
@@ -93,21 +61,14 @@ def embeddings():
     check(len(answer["data"]) == 2, "not two vectors")
 
 
-with tempfile.TemporaryDirectory() as folder:
-    server = start(folder)
-    try:
-        TOKEN = json.loads(call("/api/v1/auths/signin", {"email": "", "password": ""}))["token"]
-        main(
-            f"Open WebUI {json.loads(call('/api/version'))['version']}",
-            None,
-            {
-                "chat": chat,
-                "stream": stream,
-                "tools required": tools_required,
-                "tool history": lambda: check(message(messages=HISTORY, tools=[TOOL]), "no answer"),
-                "embeddings": embeddings,
-            },
-        )
-    finally:
-        server.terminate()
-        server.wait()
+main(
+    f"Open WebUI {json.loads(call('/api/version'))['version']}",
+    None,
+    {
+        "chat": chat,
+        "stream": stream,
+        "tools required": tools_required,
+        "tool history": lambda: check(message(messages=HISTORY, tools=[TOOL]), "no answer"),
+        "embeddings": embeddings,
+    },
+)
