@@ -29,13 +29,18 @@ def list_models() -> None:
 
 
 @app.command("fetch")
-def fetch_model(model: Annotated[str, typer.Argument(help="Built-in name, Hub id or GGUF file.")]) -> None:
+def fetch_model(
+    model: Annotated[
+        str | None, typer.Argument(help="Built-in name, Hub id or GGUF file; absent: the default model.")
+    ] = None,
+) -> None:
     """Fetch and convert a model, so that serving it later needs no network."""
     from curkv.models.errors import ModelError
     from curkv.models.loading import resolve_model
+    from curkv.models.loading.built_in import DEFAULT_MODEL
 
     try:
-        typer.echo(resolve_model(model))
+        typer.echo(resolve_model(model or DEFAULT_MODEL))
     except ModelError as error:
         fail(str(error))
 
