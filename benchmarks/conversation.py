@@ -25,6 +25,7 @@ import json
 import random
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -167,6 +168,7 @@ def served(
     told, text = tokens // count - answer, tokenizer.encode(documentation_text()[: 8 * tokens]).ids
     body: dict[str, Any] = {"max_tokens": answer, "temperature": 0, "ignore_eos": True, "stream": True}
     body |= {"stream_options": {"include_usage": True}, **({"kv": json.loads(kv)} if kv else {})}
+    body["cache_salt"] = uuid.uuid4().hex  # nothing is reused of another run
     grown: list[int] = []
     with output.open("a") as file, httpx.Client(base_url=url, timeout=None) as http:
         body["model"] = http.get("/v1/models").json()["data"][0]["id"]
@@ -205,7 +207,8 @@ def table(
         for name, costs in ways.items():
             values = [costs[turn][key] / unit if turn in costs else float("nan") for turn in shown]
             cells = [f"{value:.3g}" if key != "computed" else f"{value:.0f}" for value in values]
-            print(line([name, *cells, f"{values[-1] / values[1]:.2f}"]))
+            if any(values):  # of other servers it is not known what they hold
+                print(line([name, *cells, f"{values[-1] / values[1]:.2f}"]))
         print()
     for name, costs in ways.items():
         if costs[last]["sessions"]:
