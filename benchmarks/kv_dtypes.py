@@ -1,18 +1,23 @@
 """What formats of the KV cache cost in quality, with the full cache and with a part of it, at how many bytes.
 
-    python benchmarks/kv_dtypes.py measure results.jsonl [--windows 6] [--length 1024] [--decoded 128]
+    python benchmarks/kv_dtypes.py measure results.jsonl [--model gemma-3-270m] [--windows 6]
     python benchmarks/kv_dtypes.py report results.jsonl [--plot frontier.png]
+    python benchmarks/kv_dtypes.py entropy
 
-A window of text is computed in chunks of 512 over a cache of each format, all but the tokens at its end, that
-are then predicted with the full cache and with what each policy keeps at each share. What has no kernels is
-simulated: its numbers are rounded as it would round them, over a float32 cache. Everything is held against a
-float32 cache that keeps all tokens. `measure` adds what `results.jsonl` does not have yet.
+A window of text is computed in chunks over a cache of each format, all but the tokens at its end, that are
+then predicted with the full cache and with what each policy keeps at each share. What has no kernels is
+simulated: its numbers are rounded as it would round them, over a float32 cache. Schemes that compress a
+prompt once it is computed round what is kept of it but for its newest 32 tokens, whose bytes are not counted,
+as those of new tokens are not. Everything is held against a float32 cache that keeps all tokens. `measure`
+adds what `results.jsonl` does not have yet.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,13 +35,14 @@ from curkv.cache.layout import CacheLayout, full_attention
 from curkv.cache.page_manager import PageManager
 from curkv.cache.parsing import parse_options, settle
 from curkv.cache.plan import EvictionPlan, resolve
+from curkv.cache.transfer import copy_out
 from curkv.engine.runner import Runner
 from curkv.evaluation.corpora import load_corpus
 from curkv.evaluation.perplexity import agreement, token_nll, token_windows
 from curkv.kernels.dispatch import Kernels, get_kernels
 from curkv.kernels.formats import KV_FORMATS, get_format
 from curkv.kernels.formats.base import VectorFormat
-from curkv.kernels.formats.int4 import Int4
+from curkv.kernels.formats.int4 import GROUP, Int4
 from curkv.kernels.formats.int8 import Int8
 from curkv.kernels.pages import SIDE_BYTES, Pages
 from curkv.models.decoder import Decoder
@@ -51,9 +57,11 @@ POLICIES: dict[str, dict[str, Any]] = {
     "snapcur": {"policy": "snapcur"},
     "compactor": {"policy": "compactor", "allocation": "adaptive"},
 }
-SHARES = (0.5, 0.25, 0.125)
+SHARES = (0.5, 0.25)
 MIXES = (0.0, 0.25, 0.5)
 """Of a mixed cache's bytes, what tokens of 8 bits take."""
+DENSE = 32
+"""Newest tokens of a prompt that is compressed once it is computed, which stay as they are."""
 
 Rounding = Callable[[Tensor], Tensor]
 """Rounds new keys, or values, of a chunk: float32 [tokens, heads, head_dim] to the same."""
@@ -68,7 +76,7 @@ class Contender:
         format: Of the cache that it is run over.
         bytes: Of a token in a head, side arrays included.
         keys, values: What a simulated one rounds with.
-        evicts: Whether it is measured with a part of the cache too.
+        after: Whether it rounds what is kept of a prompt once that is computed, not each chunk.
     """
 
     name: str
@@ -76,7 +84,7 @@ class Contender:
     bytes: float
     keys: Rounding | None = None
     values: Rounding | None = None
-    evicts: bool = True
+    after: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ class Result:
 
     Attributes:
         corpus, window, contender: What.
-        policy, share: What was kept of the prompt; "" and 1 for everything.
+        policy, share: What was kept of the prompt; "" for all tokens of a window, none of which went.
         bytes: Per token of the prompt and head.
         tokens: Predicted.
         nll, exact_nll, kl, top1: Sums.
@@ -122,8 +130,22 @@ def rotated(rounding: Rounding) -> Rounding:
     return rounded
 
 
+def grid(bits: int) -> Rounding:
+    """Rounds groups of 32 channels to evenly spaced values, as `Int4` does with 4 bits."""
+
+    def rounded(x: Tensor) -> Tensor:
+        groups = x.reshape(*x.shape[:-1], -1, GROUP)
+        low, high = groups.aminmax(dim=-1, keepdim=True)
+        step, low = ((high - low) / (2**bits - 1)).half().float(), low.half().float()
+        codes = ((groups - low) / step.where(step > 0, 1.0)).round().clamp(0, 2**bits - 1)
+        vectors: Tensor = (codes * step + low).reshape(x.shape)
+        return vectors
+
+    return rounded
+
+
 def sparse(share: float) -> Rounding:
-    """Mustafar (2505.22913): the largest magnitudes of each vector as float16; the newest tokens too."""
+    """Mustafar (2505.22913): the largest magnitudes of each vector as float16."""
 
     def rounded(x: Tensor) -> Tensor:
         count = round(share * x.shape[-1])
@@ -133,56 +155,59 @@ def sparse(share: float) -> Rounding:
     return rounded
 
 
-def gear(rank: int, outliers: float, rounding: Rounding) -> Rounding:
-    """GEAR (2403.05527): outliers apart, the rest rounded, and what that loses as a product of low rank.
-
-    Of chunks of more than 64 tokens; others are as they are, as in its buffer.
-    """
+def gear(rank: int, outliers: float, bits: int) -> Rounding:
+    """GEAR (2403.05527): outliers apart, the rest rounded, and what that loses as a product of low rank."""
 
     def rounded(x: Tensor) -> Tensor:
-        if len(x) <= 64:
-            return x.half().float()
         count = max(1, round(outliers * x.shape[-1] / 2))
         extreme = torch.zeros_like(x, dtype=torch.bool)
         for largest in (False, True):
             extreme.scatter_(-1, x.topk(count, -1, largest=largest).indices, True)
         rest = torch.where(extreme, x.mean(-1, keepdim=True), x)
-        base = rounding(rest)
-        u, s, v = torch.linalg.svd((rest - base).transpose(0, 1), full_matrices=False)
+        base = grid(bits)(rest)
+        u, s, v = torch.linalg.svd(rest - base, full_matrices=False)
         residual = (u[..., :rank] * s[..., None, :rank]).half().float() @ v[..., :rank, :].half().float()
-        return torch.where(extreme, x.half().float(), base + residual.transpose(0, 1))
+        return torch.where(extreme, x.half().float(), base + residual)
 
     return rounded
 
 
 def contenders(head_dim: int) -> list[Contender]:
     """Every format, then what is simulated."""
-    real = [Contender(n, n, get_format(n).token_bytes(head_dim) + SIDE_BYTES) for n in KV_FORMATS]
-    int4, int8 = through(Int4()), through(Int8())
-    four, eight = (f.token_bytes(head_dim) for f in (Int4(), Int8()))
+    names = [name for name in KV_FORMATS if name != "float32"]
+    real = [Contender(n, n, get_format(n).token_bytes(head_dim) + SIDE_BYTES) for n in names]
+    int4, four = through(Int4()), Int4().token_bytes(head_dim)
 
-    def sparse_bytes(share: float) -> float:
+    def after(name: str, keys: Rounding, values: Rounding, vector: float) -> Contender:
+        return Contender(name, "float32", 2 * vector + SIDE_BYTES, keys, values, True)
+
+    def mustafar(share: float) -> Contender:
         """A bitmap, and float16 values padded to eights."""
-        return head_dim / 8 + 2 * (-(-round(share * head_dim) // 8) * 8)
+        vector = head_dim / 8 + 2 * (-(-round(share * head_dim) // 8) * 8)
+        return after(f"Mustafar {1 - share:.0%}", sparse(share), sparse(share), vector)
 
-    def simulated(
-        name: str, keys: Rounding, values: Rounding, vectors: float, evicts: bool = False
-    ) -> Contender:
-        return Contender(name, "float32", vectors + SIDE_BYTES, keys, values, evicts)
+    def low_rank(bits: int) -> Contender:
+        """Codes, ranges, two factors in float16, and the value and place of each outlier."""
+        outliers = 2 * max(1, round(0.02 * head_dim / 2))
+        vector = head_dim * bits / 8 + head_dim / GROUP * 4 + 2 * 4 * (1 + head_dim / CHUNK) + 3 * outliers
+        return after(f"GEAR {bits} bits", gear(4, 0.02, bits), gear(4, 0.02, bits), vector)
 
-    low_rank = 2 * 4 * (1 + head_dim / CHUNK) + 3 * 2 * max(1, round(0.02 * head_dim / 2))
+    def grouped(x: Tensor) -> Tensor:
+        """As int8, with a scale for 64 channels."""
+        return through(Int8())(x.reshape(*x.shape[:-1], -1, 64)).reshape(x.shape)
+
+    groups = 2 * (head_dim + head_dim // 16) + SIDE_BYTES
+    rotated_keys = Contender("int4, keys rotated", "float32", 2 * four + SIDE_BYTES, rotated(int4), int4)
     return [
-        *(one for one in real if one.name != "float32"),
-        simulated("int4, keys rotated", rotated(int4), int4, 2 * four, True),
-        simulated("int4, both rotated", rotated(int4), rotated(int4), 2 * four),
-        simulated("k8v4, values rotated", int8, rotated(int4), eight + four),
-        simulated("k4v8, keys rotated", rotated(int4), int8, eight + four),
-        simulated("Mustafar 50 %", sparse(0.5), sparse(0.5), 2 * sparse_bytes(0.5)),
-        simulated("Mustafar 70 %", sparse(0.3), sparse(0.3), 2 * sparse_bytes(0.3)),
-        simulated("int8 keys, Mustafar 50 % values", int8, sparse(0.5), eight + sparse_bytes(0.5)),
-        simulated("GEAR 4 bits", gear(4, 0.02, int4), gear(4, 0.02, int4), 2 * (four + low_rank)),
-        simulated("int8 keys, GEAR values", int8, gear(4, 0.02, int4), eight + four + low_rank),
-    ]  # fmt: skip
+        *real,
+        *([Contender("int8, groups of 64", "float32", groups, grouped, grouped)] if head_dim > 64 else []),
+        rotated_keys,
+        after("int4, keys rotated, after the prompt", rotated(int4), int4, four),
+        mustafar(0.5),
+        mustafar(0.3),
+        low_rank(4),
+        low_rank(2),
+    ]
 
 
 class Lab:
@@ -198,17 +223,17 @@ class Lab:
         self.rope = rope_tables(self.config, self.config.max_positions)
 
     def runner(self, one: Contender, tokens: int) -> Runner:
-        """An empty cache that holds a few sequences of so many tokens."""
+        """An empty cache that holds eight sequences of so many tokens."""
         config = self.config
         layers = full_attention(config.num_layers, config.num_kv_heads)
-        layout = CacheLayout(layers, config.head_dim, 64, get_format(one.format), 4, config.max_positions)
-        kv = PageManager(layout, 4 * layout.sequence_pages(tokens), rounding_kernels(self.kernels, one))
+        layout = CacheLayout(layers, config.head_dim, 64, get_format(one.format), 8, config.max_positions)
+        kv = PageManager(layout, 8 * layout.sequence_pages(tokens), rounding_kernels(self.kernels, one))
         return Runner(self.model, PagedAttention(kv, self.rope))
 
 
 def rounding_kernels(kernels: Kernels, one: Contender) -> Kernels:
     """Kernels that round new keys, after RoPE, and values."""
-    if one.keys is None or one.values is None:
+    if one.keys is None or one.values is None or one.after:
         return kernels
     round_keys, round_values = one.keys, one.values
 
@@ -243,15 +268,24 @@ def feed(runner: Runner, slot: int, ids: list[int], start: int) -> Tensor:
     return torch.cat(rows)
 
 
-def demote(runner: Runner, slot: int, best: Tensor) -> None:
-    """Rounds the tokens of a sequence whose positions are not among the best [L, H, n] to 4 bits."""
-    view, four = runner.attention.view(slot), through(Int4())
-    keys_four = rotated(four)
+def compress(
+    runner: Runner, slot: int, keys: Rounding, values: Rounding, exempt: Callable[[int, Tensor], Tensor]
+) -> None:
+    """Rounds what is stored of a sequence but for the tokens that are exempt.
+
+    Args:
+        runner: Over the cache.
+        slot: The sequence, which shares no page.
+        keys, values: Round float32 [H, n, head_dim].
+        exempt: Of a layer and the positions of its tokens, int [H, n]; bool [H, n].
+    """
+    view = runner.attention.view(slot)
     for layer in range(view.num_layers):
         position = view.position[layer]
-        kept = (position[..., None] == best[layer][:, None]).any(-1)[..., None]
-        k, v = view.keys(layer), view.values(layer)
-        runner.kv.overwrite(slot, layer, torch.where(kept, k, keys_four(k)), torch.where(kept, v, four(v)))
+        there = (torch.arange(position.shape[-1]) < view.lengths[layer][:, None])[..., None]
+        as_is = exempt(layer, position)[..., None]
+        k, v = (x.where(there, 0.0) for x in (view.keys(layer), view.values(layer)))
+        runner.kv.overwrite(slot, layer, torch.where(as_is, k, keys(k)), torch.where(as_is, v, values(v)))
 
 
 def kept_positions(runner: Runner, slot: int, plan: EvictionPlan) -> Tensor:
@@ -262,26 +296,17 @@ def kept_positions(runner: Runner, slot: int, plan: EvictionPlan) -> Tensor:
 
 
 def measure_window(
-    lab: Lab, one: Contender, ids: list[int], decoded: int, exact: Tensor
-) -> Iterator[tuple[str, float, float, Tensor, Tensor]]:
-    """Policy, share, bytes per token of the prompt and head, logits and where they begin.
-
-    `exact` are the logits of a float32 cache, float32 [n, vocab].
-    """
+    lab: Lab, one: Contender, ids: list[int], decoded: int, policies: dict[str, dict[str, Any]]
+) -> Iterator[tuple[str, float, float, Tensor]]:
+    """Policy, share, bytes per token of the prompt and head, and the logits of the last tokens, or of all."""
     runner, kv = (found := lab.runner(one, len(ids))), found.kv
     prompt, tail = ids[:-decoded], ids[-decoded:]
     needs = None
-    for options in POLICIES.values():
+    for options in policies.values():
         more = settle(parse_options({**options, "budget": "50%"})).policy.needs
         needs = more if needs is None else needs | more
     slot = kv.add_sequence(needs)
     first = feed(runner, slot, prompt, 0)
-    whole = kv.fork(slot, observe=False)
-    yield "", 1.0, one.bytes, torch.cat([first, feed(runner, whole, tail, len(prompt))]), exact
-    kv.free(whole)
-    after = exact[len(prompt) :]
-    if not one.evicts:
-        return
 
     def planned(options: dict[str, Any], share: float) -> EvictionPlan:
         budget = parse_options({**options, "budget": f"{100 * share:.6g}%"})
@@ -293,25 +318,39 @@ def measure_window(
         kv.evict(fork, *select(runner.attention.view(slot), plan, kv.kernels))
         return fork
 
-    for policy, options in POLICIES.items():
+    def rounded(slot: int) -> int:
+        if one.after and one.keys is not None and one.values is not None:
+            compress(runner, slot, one.keys, one.values, lambda _, p: p >= len(prompt) - DENSE)
+        return slot
+
+    def mixed(options: dict[str, Any], share: float, mix: float, high: float) -> int:
+        """As many bytes as without, `mix` of them for tokens of 8 bits that take `high` each."""
+        low = 2 * Int4().token_bytes(lab.config.head_dim) + SIDE_BYTES
+        high_share = mix * share * one.bytes / high
+        low_share = (1 - mix) * share * one.bytes / low
+        fork = evicted(options, min(1.0, high_share + low_share))
+        best = torch.full((len(kv.layout.evicted_rows), kv.layout.num_kv_heads, 1), -1)
+        if mix:
+            best = kept_positions(runner, slot, planned(options, high_share))
+        four = through(Int4())
+        compress(runner, fork, rotated(four), four, lambda i, p: (p[..., None] == best[i][:, None]).any(-1))
+        return fork
+
+    for policy, options in policies.items():
         for share in SHARES:
-            fork = evicted(options, share)
-            yield policy, share, share * one.bytes, feed(runner, fork, tail, len(prompt)), after
-            kv.free(fork)
-            if one.name != "int8":
-                continue
-            low = 2 * Int4().token_bytes(lab.config.head_dim) + SIDE_BYTES
-            for mix in MIXES:  # as many bytes as int8 at this share
-                high_share = mix * share
-                low_share = (1 - mix) * share * one.bytes / low
-                fork = evicted(options, min(1.0, high_share + low_share))
-                best = torch.full((len(kv.layout.evicted_rows), kv.layout.num_kv_heads, 1), -1)
-                if mix:
-                    best = kept_positions(runner, slot, planned(options, high_share))
-                demote(runner, fork, best)
-                logits = feed(runner, fork, tail, len(prompt))
-                yield f"{policy}, {mix:.0%} of the bytes in 8 bits", share, share * one.bytes, logits, after
+            forks = {policy: rounded(evicted(options, share))}
+            if one.name == "int8":
+                two_pages = 2 * (2 * Int4().token_bytes(lab.config.head_dim) + SIDE_BYTES)
+                named = f"{policy}, {{:.0%}} of the bytes in 8 bits"
+                forks |= {named.format(mix): mixed(options, share, mix, one.bytes) for mix in MIXES}
+                forks[f"{named.format(0.25)} of two pages"] = mixed(options, share, 0.25, two_pages)
+            for name, fork in forks.items():
+                yield name, share, share * one.bytes, feed(runner, fork, tail, len(prompt))
                 kv.free(fork)
+    last = feed(runner, rounded(slot), tail, len(prompt))
+    yield "full", 1.0, one.bytes, last
+    if not one.after:
+        yield "", 1.0, one.bytes, torch.cat([first, last])
 
 
 @torch.inference_mode()
@@ -320,9 +359,10 @@ def measure(
     model: Model = DEFAULT_MODEL,
     corpus: Annotated[list[str] | None, typer.Option(help="[default: documentation, mansfield-park]")] = None,
     windows: int = 6,
-    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
-    decoded: Annotated[int, typer.Option(help="Of them predicted after an eviction.")] = 128,
+    length: Annotated[int, typer.Option(help="Tokens of a window, all of which layers attend to.")] = 512,
+    decoded: Annotated[int, typer.Option(help="Of them predicted after an eviction.")] = 64,
     only: Annotated[list[str] | None, typer.Option(help="Contenders, all if not given.")] = None,
+    evict: Annotated[bool, typer.Option(help="With a part of the cache too.")] = True,
 ) -> None:
     """Measures every contender on windows of text."""
     lab = Lab(model)
@@ -334,22 +374,62 @@ def measure(
         for name in corpus or ["documentation", "mansfield-park"]
         for ids in [token_windows(lab.tokenizer, load_corpus(name), length, windows)[i].tolist()]
     ]
-    for name, i, ids in tqdm(texts, disable=None):
+    begin = lab.tokenizer.encode("").ids  # some models predict little without the token that texts begin with
+    for name, i, window in tqdm(texts, disable=None):
+        ids = (begin + window)[:length]
         runner = lab.runner(Contender("float32", "float32", 0), length)
         exact = feed(runner, runner.kv.add_sequence(), ids, 0)
         for one in chosen:
             if (name, i, one.name) in done:
                 continue
             found = []
-            for policy, share, size, logits, reference in measure_window(lab, one, ids, decoded, exact):
-                targets = torch.tensor(ids[-len(reference) + 1 :])
-                a = agreement(reference[:-1], logits[:-1], targets)
-                sums = (
-                    float(x.double().sum()) for x in (a.nll, token_nll(reference[:-1], targets), a.kl, a.top1)
-                )
-                found.append(Result(name, i, one.name, policy, share, size, len(targets), *sums))
+            for policy, share, size, logits in measure_window(
+                lab, one, ids, decoded, POLICIES if evict else {}
+            ):
+                sums = compared(exact[-len(logits) :], logits, torch.tensor(ids[-len(logits) + 1 :]))
+                found.append(Result(name, i, one.name, policy, share, size, len(logits) - 1, *sums))
             with results.open("a") as file:
                 file.writelines(json.dumps(asdict(result)) + "\n" for result in found)
+
+
+@torch.inference_mode()
+def entropy(
+    model: Model = DEFAULT_MODEL, length: Annotated[int, typer.Option(help="Tokens.")] = 1024
+) -> None:
+    """Prints what DEFLATE makes of the pages of a text, bytes of like significance together."""
+    lab = Lab(model)
+    ids = token_windows(lab.tokenizer, load_corpus("documentation"), length, 1)[0].tolist()
+    cells = []
+    for name in KV_FORMATS:
+        runner = lab.runner(Contender(name, name, 0), length)
+        slot = runner.kv.add_sequence()
+        feed(runner, slot, ids, 0)
+        contents = runner.kv.contents(slot, length)
+        arrays = copy_out(runner.kv, contents.table, contents.lengths).values()
+        planes = [array.view(torch.uint8).view(-1, array.element_size()).T.contiguous() for array in arrays]
+        started = time.process_time()
+        packed = [zlib.compress(plane.numpy().tobytes(), 1) for plane in planes]
+        written = time.process_time()
+        for one in packed:
+            zlib.decompress(one)
+        read = time.process_time()
+        size = sum(plane.nbytes for plane in planes)
+        rates = (f"{size / 1e6 / seconds:.0f} MB/s" for seconds in (written - started, read - written))
+        cells.append([name, f"{size / 1e6:.1f}", f"{sum(map(len, packed)) / size:.3f}", *rates])
+    print(table(["format", "MB", "DEFLATE", "packed", "unpacked"], cells))
+
+
+def compared(exact: Tensor, logits: Tensor, targets: Tensor) -> tuple[float, float, float, float]:
+    """Sums of NLL, NLL of the exact ones, KL and agreement, a few rows at a time: vocabularies are large."""
+    total = torch.zeros(4, dtype=torch.float64)
+    for start in range(0, len(targets), 64):
+        part = slice(start, min(start + 64, len(targets)))
+        reference, found, target = exact[part], logits[part], targets[part]
+        a = agreement(reference, found, target)
+        parts = a.nll, token_nll(reference, target), a.kl, a.top1
+        total += torch.stack([x.double().sum() for x in parts])
+    nll, exact_nll, kl, top1 = total.tolist()
+    return nll, exact_nll, kl, top1
 
 
 def read(path: Path) -> list[Result]:
@@ -430,13 +510,14 @@ def report(
     ]
     print(table(["format", "policy", "kept", "bytes", "perplexity ratio", "KL", "top-1"], cells))
     if plot is not None:
-        draw(rows([r for r in found if not r.policy]), tails, plot)
+        draw(tails, plot)
 
 
-def draw(full: list[Row], tails: list[Row], path: Path) -> None:
+def draw(tails: list[Row], path: Path) -> None:
     """A panel per policy: KL over bytes, a line per format from the full cache down, and the frontier."""
     from matplotlib.figure import Figure
 
+    full = [r for r in tails if r.policy == "full"]
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     for axis, policy in zip(figure.subplots(1, len(POLICIES), sharey=True), POLICIES, strict=True):
         of_policy = [r for r in tails if r.policy.split(",")[0] == policy]
@@ -470,7 +551,7 @@ def draw(full: list[Row], tails: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-app = script(__doc__, measure, report)
+app = script(__doc__, measure, report, entropy)
 
 if __name__ == "__main__":
     app()
