@@ -57,7 +57,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "snapcur": {"policy": "snapcur"},
     "compactor": {"policy": "compactor", "allocation": "adaptive"},
 }
-SHARES = (0.5, 0.25)
+SHARES = (0.5, 0.25, 0.125)
 MIXES = (0.0, 0.25, 0.5)
 """Of a mixed cache's bytes, what tokens of 8 bits take."""
 DENSE = 32
