@@ -60,6 +60,17 @@ def caps(writer: GGUFWriter, config: Any) -> None:
     writer.add_final_logit_softcapping(config.final_logit_softcapping)
 
 
+def clamped(writer: GGUFWriter, config: Any) -> None:
+    window(writer, config)
+    writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(config.rope_parameters["factor"])
+    writer.add_rope_scaling_orig_ctx_len(config.rope_parameters["original_max_position_embeddings"])
+    writer.add_expert_count(config.num_local_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_expert_feed_forward_length(config.intermediate_size)
+
+
 def experts(writer: GGUFWriter, config: Any) -> None:
     count = getattr(config, "num_local_experts", None) or config.num_experts
     writer.add_expert_count(count)
@@ -89,6 +100,7 @@ CASES: dict[str, tuple[str, Callable[[GGUFWriter, Any], None] | None]] = {
     "qwen2-moe": ("qwen2moe", experts),
     "qwen3-moe": ("qwen3moe", experts),
     "granite-moe": ("granitemoe", experts),
+    "gpt-oss": ("gpt-oss", clamped),
 }
 CONFIGS = MODELS | {
     "gemma2": Gemma2Config(
@@ -156,21 +168,31 @@ def write_gguf(
             rows = permute(rows, kind)
         if architecture.startswith("gemma") and "norm" in name:
             rows = rows + 1
-        if rows.ndim == 3:
-            stacks = {"down": rows}
-            if "down_proj" not in name and "output_linear" not in name:
-                half = rows.shape[1] // 2
-                stacks = {"gate": rows[:, :half], "up": rows[:, half:]}
-            for part, stack in stacks.items():
-                found = f"blk.{name.split('.')[2]}.ffn_{part}_exps.weight"
+        if ".experts." in name or ".block_sparse_moe.input" in name or ".block_sparse_moe.output" in name:
+            for part, stack in stacks(name, rows, turned=architecture == "gpt-oss").items():
+                found = f"blk.{name.split('.')[2]}.ffn_{part}"
                 writer.add_tensor(found, np.ascontiguousarray(stack))
             continue
         if "shared_expert_gate" in name:
             rows = rows[0]
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert found is not None, name
+        if found.endswith("attn_sinks"):
+            found += ".weight"
         writer.add_tensor(found, np.ascontiguousarray(rows))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def stacks(name: str, rows: Any, turned: bool) -> dict[str, Any]:
+    """What files hold of a stack of experts; those of gpt-oss are turned, and gate and up take turns."""
+    kind = "bias" if name.endswith("_bias") else "weight"
+    if turned and kind == "weight":
+        rows = rows.swapaxes(1, 2)
+    if "down_proj" in name or "output_linear" in name:
+        return {f"down_exps.{kind}": rows}
+    half = rows.shape[1] // 2
+    gate, up = (rows[:, ::2], rows[:, 1::2]) if turned else (rows[:, :half], rows[:, half:])
+    return {f"gate_exps.{kind}": gate, f"up_exps.{kind}": up}

@@ -345,7 +345,7 @@ class Family(ABC):
         """
         stem, _, kind = name.rpartition(".")
         prefix = ""
-        if stem.startswith("blk."):
+        if stem.startswith("blk.") and stem.count(".") > 1:
             _, layer, stem = stem.split(".", 2)
             prefix = f"model.layers.{layer}."
         if stem not in self.gguf_tensors:

@@ -13,6 +13,7 @@ from torch import Tensor
 from curkv.models.blocks import Feed, LayerWeights, MixtureWeights, MlpWeights, Packer
 from curkv.models.config import LayerKind, ModelConfig, read_mixture, read_shape, read_window, sliding_layers
 from curkv.models.families.base import Family, Piece, Read
+from curkv.models.families.gguf_names import EXPERT_TENSORS, GGUF
 from curkv.models.mixture import Mixture
 
 DEFAULTS = {
@@ -42,6 +43,18 @@ class GptOss(Family):
     model_type = "gpt_oss"
     architectures = ("GptOssForCausalLM", "GptOssModel")
     prunable = False
+    gguf_architecture = "gpt-oss"
+    gguf_windows = True
+    gguf_tensors = {name: tensor for name, tensor in EXPERT_TENSORS.items() if name != "ffn_norm"} | {
+        "post_attention_norm": "post_attention_layernorm",
+        "attn_sinks": "self_attn.sinks",
+        "ffn_gate_inp": "mlp.router",
+    }
+    gguf_settings = {  # noqa: RUF012
+        "expert_count": "num_local_experts",
+        "expert_used_count": "num_experts_per_tok",
+        "expert_feed_forward_length": "intermediate_size",
+    }
 
     def config(self, raw: Mapping[str, Any]) -> ModelConfig:
         """See `Family.config`."""
@@ -62,6 +75,17 @@ class GptOss(Family):
             layers=tuple(kinds[slides] for slides in sliding),
             mixture=read_mixture(raw),
         )
+
+    def tensor_of_gguf(self, name: str) -> str:
+        """See `Family.tensor_of_gguf`."""
+        return super().tensor_of_gguf(name).replace(".sinks.weight", ".sinks")
+
+    def config_of_gguf(self, gguf: GGUF) -> dict[str, Any]:
+        """See `Family.config_of_gguf`; YaRN's range of frequencies is not rounded."""
+        config = super().config_of_gguf(gguf)
+        if config["rope_scaling"]:
+            config["rope_scaling"]["truncate"] = False
+        return config
 
     def mixture(self, read: Read, config: ModelConfig, prefix: str) -> MixtureWeights:
         """See `Family.mixture`."""
@@ -84,8 +108,13 @@ class GptOss(Family):
         return Mixture(config, weights.feed, pack, ClampedExpert)
 
     def pieces(self, found: Mapping[str, tuple[int, ...]], config: ModelConfig) -> dict[str, Piece]:
-        """See `Family.pieces`: stacks of experts, whose rows of gate and up take turns."""
+        """See `Family.pieces`; experts in stacks, whose rows of gate and up take turns; GGUF's of either."""
         pieces: dict[str, Piece] = {}
+        for name, (rows, *columns) in found.items():
+            if ".experts." in name and ".gate_proj." in name:
+                halves = name, name.replace(".gate_proj.", ".up_proj.")
+                both = name.replace(".gate_proj.", ".gate_up_proj.")
+                pieces[both] = Piece(halves, (2 * rows, *columns), _stacked)
         for name, shape in found.items():
             prefix, _, ending = name.partition(".experts.")
             part = next((part for part in ("gate_up_proj", "down_proj") if ending.startswith(part)), "")
@@ -135,6 +164,10 @@ def _of_expert(take: Callable[..., Tensor], expert: int, halved: bool, *stacks: 
     """What an expert has of stacks; of gate and up, whose rows take turns, gate above up."""
     rows = take(*(stack[expert] for stack in stacks))
     return torch.cat([rows[::2], rows[1::2]]) if halved else rows
+
+
+def _stacked(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.cat([gate, up])
 
 
 def _transposed(rows: Tensor) -> Tensor:

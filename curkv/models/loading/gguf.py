@@ -24,6 +24,7 @@ from curkv.models.families.gguf_names import FLOAT32_LIMIT, ROPE_TENSORS, ROW_TE
 from curkv.models.loading.gguf_file import GGUFFile, GGUFTensor
 from curkv.models.loading.gguf_tokenizer import write_tokenizer
 from curkv.models.loading.json_file import read_json
+from curkv.models.loading.pieces import PieceFiles
 from curkv.models.loading.tensors import check_shapes
 
 TABLE = "gguf.json"
@@ -48,7 +49,7 @@ def describe_gguf(source: Path, directory: Path) -> None:
         config = family_of_gguf(gguf.architecture, bool(gguf.setting("expert_count"))).config_of_gguf(gguf)
         parsed = read_config(config)
         tensors = GGUFTensors(gguf.tensors.values(), parsed)
-        shapes = {name: shape for name, (shape, _) in tensors.headers().items()}
+        shapes = {name: shape for name, (shape, _) in PieceFiles(tensors, parsed).headers().items()}
         check_shapes(shapes, family_of(parsed).tensors(parsed), tensors.place)
         write_tokenizer(gguf.get, directory, parsed.max_positions)
         words = len(gguf.get("tokenizer.ggml.tokens"))
