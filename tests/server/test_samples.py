@@ -15,7 +15,7 @@ from curkv.server.page.router import FOLDER
 from curkv.server.run import build_client
 from tests.server.scripted import running
 
-PAGE = json.loads((FOLDER / "samples.json").read_text())
+PAGE = json.loads((FOLDER / "static/samples.json").read_text())
 SAMPLES = [pytest.param(sample, id=sample["name"]) for sample in PAGE["samples"]]
 STEPS = [pytest.param(step, id=step["name"]) for step in PAGE["next"]]
 
