@@ -633,6 +633,6 @@ class Engine:
     def _tell(self, report: StepReport, schedule: Schedule, seconds: float) -> None:
         self.last_stats = report.bare_stats(self.scheduler, seconds)  # lest those before are told again
         self.last_stats = stats = report.stats(self.kv, self._reuse, self.scheduler, schedule, seconds)
-        if stats.generation_tokens:  # the host has waited for the device
-            decodes = sum(schedule.chunks) - stats.prompt_tokens
-            self.scheduler.pace.observe(decodes, stats.prompt_tokens, seconds)
+        decodes = sum(schedule.chunks) - stats.prompt_tokens
+        sampled = stats.generation_tokens > 0
+        self.scheduler.pace.observe(decodes, stats.prompt_tokens, seconds, sampled)

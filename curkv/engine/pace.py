@@ -14,7 +14,9 @@ class Pace:
     """Sizes the prefill of steps that also decode, so that they keep to a target inter-token latency.
 
     A step is taken to cost what a step of decodes costs, and so much for each prompt token. Both are learned
-    from the steps before; until a prompt has been computed nobody can be waiting for a second token.
+    from the steps before; until a prompt has been computed nobody can be waiting for a second token. The host
+    does not wait for a device at the end of a step that samples nothing, so what that took shows in the next
+    one that does: they are learned from together.
 
     Args:
         max_itl: Seconds that a step with decodes may take; None sets no limit.
@@ -37,9 +39,17 @@ class Pace:
         """Drops what was learned, from steps that compiled kernels for one."""
         self._decode_seconds = 0.0
         self._token_seconds = 0.0
+        self._unsampled = (0, 0.0)
 
-    def observe(self, decodes: int, prompt_tokens: int, seconds: float) -> None:
+    def observe(self, decodes: int, prompt_tokens: int, seconds: float, sampled: bool = True) -> None:
         """Learns from a step that took so long for so many decodes and prompt tokens."""
+        if not decodes and not prompt_tokens:
+            return
+        earlier_tokens, earlier_seconds = self._unsampled
+        prompt_tokens, seconds = prompt_tokens + earlier_tokens, seconds + earlier_seconds
+        self._unsampled = (0, 0.0) if sampled else (prompt_tokens, seconds)
+        if not sampled:
+            return
         if not prompt_tokens:
             self._decode_seconds = _blend(self._decode_seconds, seconds)
             return

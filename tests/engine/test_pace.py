@@ -43,6 +43,14 @@ def test_a_prefill_goes_on_however_slow_it_is() -> None:
     assert learned(0.01, 0.1).tokens(8) == 8 + LEAST_TOKENS
 
 
+def test_what_the_host_did_not_wait_for_is_counted_where_it_did() -> None:
+    waited, ran_ahead = Pace(0.5, 512), Pace(0.5, 512)
+    waited.observe(0, 300, 0.6)
+    for seconds, sampled in ((0.001, False), (0.001, False), (0.598, True)):
+        ran_ahead.observe(0, 100, seconds, sampled)
+    assert ran_ahead.tokens(1) == waited.tokens(1) < 512
+
+
 def test_what_compilation_cost_is_forgotten() -> None:
     pace = Pace(0.1, 512)
     pace.observe(0, 512, 120.0)
