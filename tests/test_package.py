@@ -47,7 +47,9 @@ def test_the_wheel_runs_where_no_checkout_is(wheel: Path, tmp_path: Path) -> Non
     packages = Path(paths["purelib"])
     run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", packages, wheel, cwd=tmp_path)
     (packages / "others.pth").write_text(sysconfig.get_paths()["purelib"])
-    where = run(python, "-c", "import curkv.server.page.router as r; print(r.FOLDER)", cwd=tmp_path)
+    pages = "asyncio.run(r.page()), asyncio.run(r.conversation())"
+    script = f"import asyncio, curkv.server.page.router as r; {pages}; print(r.FOLDER)"
+    where = run(python, "-c", script, cwd=tmp_path)
     folder = Path(where.strip())
     assert folder.is_relative_to(packages) and (folder / "pages/index.html").exists()
     assert run(python, "-m", "curkv.cli", "--version", cwd=tmp_path) == f"curkv {curkv.__version__}\n"

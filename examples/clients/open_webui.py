@@ -52,7 +52,9 @@ def stream():
 
 
 def tools_required():
-    (made, *_) = message(tools=[TOOL], tool_choice="required")["tool_calls"]
+    body = {"model": MODEL, "messages": ASK, "max_tokens": 200, "tools": [TOOL], "tool_choice": "required"}
+    answer = json.loads(call("/openai/chat/completions", body))  # Ollama's API has no tool_choice
+    (made, *_) = answer["choices"][0]["message"]["tool_calls"]
     check_call(made["function"]["name"], made["function"]["arguments"])
 
 

@@ -304,6 +304,12 @@ def test_free_text_is_allowed_but_a_call_once_begun_must_fit(
     assert not takes(f"{written.trigger}rm -rf")
 
 
+@pytest.mark.parametrize("cut", ["", "\n", "\n</", "\n</tool_call"])
+def test_an_answer_cut_off_behind_a_call_says_nothing_more(cut: str) -> None:
+    said = read(Hermes().parser(["f"]), '<tool_call>\n{"name": "f", "arguments": {"a": 1}}' + cut, 3)
+    assert said == {"calls": [("f", {"a": 1})], "text": "", "reasoning": ""}
+
+
 def test_templates_say_their_format() -> None:
     assert format_of("... <tool_call>\n{{ call | tojson }}</tool_call>").name == "hermes"
     assert format_of("{{ '[TOOL_CALLS] [' }}").name == "mistral"

@@ -48,7 +48,9 @@ class JSONCalls:
         left, self._buffer = self._buffer, ""
         if self._arguments is not None or self._closing is not None:
             return []
-        left = left if left.strip(_BETWEEN) or self.index == self._first else ""
+        rest = left.strip(_BETWEEN)
+        if self.index > self._first and (self._end or "").startswith(rest):
+            return []  # the answer was cut off behind a call, maybe within the end marker
         return self._said(left)
 
     def _said(self, text: str) -> list[Event]:
