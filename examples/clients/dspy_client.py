@@ -18,21 +18,22 @@ lm = dspy.LM(
 )
 
 
+def predict():
+    try:
+        return dspy.Predict("question -> answer")(question="What is the capital of France?")
+    except AdapterParseError as error:
+        raise NotOurs(f"the model does not keep the layout that is asked for in words: {error}") from error
+
+
 def chat():
     dspy.configure(lm=lm)
     check(lm("What is the capital of France?"), "no text")
-    try:
-        dspy.Predict("question -> answer")(question="What is the capital of France?")
-    except AdapterParseError as error:
-        raise NotOurs(f"the model does not follow the adapter's layout: {error}") from error
+    predict()
 
 
 def json_schema():
     dspy.configure(lm=lm, adapter=dspy.JSONAdapter())
-    check(
-        dspy.Predict("question -> answer")(question="What is the capital of France?").answer is not None,
-        "none",
-    )
+    check(predict().answer is not None, "none")
 
 
 main("dspy", "dspy", {"chat": chat, "json schema": json_schema})
