@@ -19,7 +19,7 @@ from curkv.kernels import compile_cache
 logger = logging.getLogger(__name__)
 
 _HALF = {"budget": "50%"}
-_FEW = 24
+_FEW = 12
 """Tokens of a prompt for kernels of Numba, the same for all lengths: a large model takes its time."""
 _WINDOWS = (2, 4, 8, 32, 64)
 """Of windowed leverage, beside the usual 16: Triton has a variant for each power of two."""
@@ -30,7 +30,7 @@ _OBSERVED_ROWS = (16, 32, 64)
 def warm_up(engine: Engine) -> None:
     """Runs what the backend compiles variants for, and forgets all that came of it.
 
-    Numba compiles a kernel once for all arguments, so that two policies run every one. Triton compiles anew
+    Numba compiles a kernel once for all arguments, so that few policies run every one. Triton compiles anew
     for other constants, types and alignments: each policy and each way of an eviction has its own.
 
     Raises:
@@ -53,9 +53,9 @@ def warm_up(engine: Engine) -> None:
 
 def _ways(engine: Engine) -> Iterator[list[Request]]:
     """Requests that run together."""
-    usual, on_cpu = ("curdkv", "adacurdkv"), engine.kv.device.type == "cpu"
-    yield [_request(engine, {"policy": name} | _HALF, length=_FEW if on_cpu else None) for name in usual]
-    if on_cpu:  # Triton's interpreter compiles nothing
+    if engine.kv.device.type == "cpu":  # Triton's interpreter compiles nothing
+        usual = ("curdkv", "adacurdkv", "snapkv", "h2o")
+        yield [_request(engine, {"policy": name} | _HALF, length=_FEW) for name in usual]
         return
     for name in policy_names():
         if name != "full":
