@@ -63,7 +63,7 @@ def times(workload: Workload, layers: int, device: str) -> Iterator[Row]:
         for inputs.layer in range(layers):
             calls.append(case.call(inputs))
         ms = median_ms(partial(_run, calls, kernel), layers, device)
-        letters = workload.letters(case.phase) | {"S": 1}
+        letters = workload.letters(case.phase) | {"S": 1, "p": 1}
         moved, flops = (evaluate(formula, letters) for formula in (case.cost.moved, case.cost.flops))
         yield _timing(name, ms, moved, flops)
     yield from rivals(workload, layers, device)

@@ -1,6 +1,6 @@
 """How evenly decode attention divides ragged heads among the programs of a GPU; needs none.
 
-python benchmarks/gpu/balance.py
+    python benchmarks/gpu/balance.py
 
 Prints the share of perfectly balanced that a launch reaches: tokens of all heads by the time of the longest
 program, where a token takes a unit of time and each piece of a head a fixed number of them. Programs that
@@ -92,8 +92,7 @@ def main(
         print(line([name, *(f"{cell:.2f}" for cell in cells)]))
 
 
-app = script(__doc__)
-app.command()(main)
+app = script(__doc__, main)
 
 if __name__ == "__main__":
     app()
