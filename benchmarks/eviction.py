@@ -39,7 +39,7 @@ def main(
 ) -> None:
     """Runs the three measurements and prints their tables."""
     engine = build_engine(
-        EngineOptions(model=model, weights="float32", kv_cache_memory=2**31, prefix_cache_memory=0)
+        EngineOptions(model=model, kv_cache_memory=2**31, prefix_cache_memory=0)
     )
     print(f"8 requests of {prompt_tokens} + {new_tokens} tokens, {engine.kv.layout.format.name} cache\n")
     print(head(["policy", "peak MiB", "after prefill MiB", "share of full", "eviction / prefill time"]))
@@ -57,7 +57,7 @@ def main(
     layout = engine.kv.layout
     three = 3 * layout.sequence_pages(prompt_tokens + new_tokens) * layout.page_bytes
     small = build_engine(
-        EngineOptions(model=model, weights="float32", kv_cache_memory=three, prefix_cache_memory=0)
+        EngineOptions(model=model, kv_cache_memory=three, prefix_cache_memory=0)
     )
     print(f"\nTwelve requests in a pool for three full ones ({three / MIB:.0f} MiB)\n")
     print(head(["policy", "most at once", "preemptions", "seconds"]))

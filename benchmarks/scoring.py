@@ -46,7 +46,7 @@ def main(
     """Runs the measurement and prints its table."""
     lengths = length or [2000, 4000, 8000]
     engine = build_engine(
-        EngineOptions(model=model, weights="float32", kv_cache_memory=2**31, prefix_cache_memory=0)
+        EngineOptions(model=model, kv_cache_memory=2**31, prefix_cache_memory=0)
     )
     policies = {
         name: parse_options({"policy": name, "budget": "25%"})
