@@ -38,9 +38,7 @@ def main(
     plot: Annotated[Path | None, typer.Option(help="Draw the pool over time into this file.")] = None,
 ) -> None:
     """Runs the three measurements and prints their tables."""
-    engine = build_engine(
-        EngineOptions(model=model, kv_cache_memory=2**31, prefix_cache_memory=0)
-    )
+    engine = build_engine(EngineOptions(model=model, kv_cache_memory=2**31, prefix_cache_memory=0))
     print(f"8 requests of {prompt_tokens} + {new_tokens} tokens, {engine.kv.layout.format.name} cache\n")
     print(head(["policy", "peak MiB", "after prefill MiB", "share of full", "eviction / prefill time"]))
     full, histories = 0, {}
@@ -56,9 +54,7 @@ def main(
         _plot(histories, plot, prompt_tokens)
     layout = engine.kv.layout
     three = 3 * layout.sequence_pages(prompt_tokens + new_tokens) * layout.page_bytes
-    small = build_engine(
-        EngineOptions(model=model, kv_cache_memory=three, prefix_cache_memory=0)
-    )
+    small = build_engine(EngineOptions(model=model, kv_cache_memory=three, prefix_cache_memory=0))
     print(f"\nTwelve requests in a pool for three full ones ({three / MIB:.0f} MiB)\n")
     print(head(["policy", "most at once", "preemptions", "seconds"]))
     for name, options in CHOICES.items():

@@ -45,9 +45,7 @@ def main(
 ) -> None:
     """Runs the measurement and prints its table."""
     lengths = length or [2000, 4000, 8000]
-    engine = build_engine(
-        EngineOptions(model=model, kv_cache_memory=2**31, prefix_cache_memory=0)
-    )
+    engine = build_engine(EngineOptions(model=model, kv_cache_memory=2**31, prefix_cache_memory=0))
     policies = {
         name: parse_options({"policy": name, "budget": "25%"})
         for name in policy_names()
