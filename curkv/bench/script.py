@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from curkv.cache.options import EvictionOptions
     from curkv.engine.engine import Engine
     from curkv.engine.types import SamplingParams
-    from curkv.evaluation.perplexity import Logits
 
 Model = Annotated[str, typer.Option(help="Built-in name, directory, Hub id or GGUF file.")]
 
@@ -43,8 +42,8 @@ def submit(
     engine.add(engine.plan(request))
 
 
-def prompt_logits(engine: Engine) -> Logits:
-    """A function from a prompt's ids to its logits, all in one chunk."""
+def prompt_logits(engine: Engine) -> Callable[[Tensor], Tensor]:
+    """A function from a prompt's ids, int64 [T], to its logits, float32 [T, vocab_size], all in one chunk."""
 
     def logits(ids: Tensor) -> Tensor:
         slot = engine.kv.add_sequence()
