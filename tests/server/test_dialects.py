@@ -128,6 +128,7 @@ async def test_tokens_are_counted(http: httpx.AsyncClient, engine: ScriptedClien
     [
         ({"max_tokens": 0}, 400, "invalid_request_error"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, 400, "invalid_request_error"),
+        ({"messages": [{"role": "user", "content": [{"type": {}}]}]}, 400, "invalid_request_error"),
         ({"tool_choice": {"type": "tool"}}, 400, "invalid_request_error"),
         ({"model": "other"}, 404, "not_found_error"),
         ({"kv": {"policy": "curdkv", "budget": 0}}, 400, "invalid_request_error"),
@@ -285,6 +286,8 @@ def test_the_store_is_bounded_and_each_key_sees_its_own() -> None:
     [
         ({"input": []}, "input"),
         ({"input": [{"type": "computer_call"}]}, "input"),
+        ({"input": [{"type": {}}]}, "input"),
+        ({"input": [{"type": []}]}, "input"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"truncation": "auto"}, "truncation"),
         ({"background": True}, "background"),

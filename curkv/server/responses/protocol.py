@@ -92,7 +92,7 @@ class ReasoningItem(BaseModel):
 
 
 Item = MessageItem | CallItem | ResultItem | ReasoningItem
-_KINDS = {"message", "function_call", "function_call_output", "reasoning"}
+_KINDS = ("function_call", "function_call_output", "message", "reasoning")
 
 
 class FunctionTool(BaseModel):
@@ -209,8 +209,7 @@ class ResponsesRequest(DialectRequest):
             return value
         for item in value:
             if isinstance(item, dict) and (kind := item.get("type", "message")) not in _KINDS:
-                known = ", ".join(sorted(_KINDS))
-                raise ValueError(f"items of type {kind!r:.40} are not understood, only {known}")
+                raise ValueError(f"items of type {kind!r:.40} are not understood, only {', '.join(_KINDS)}")
         return value
 
     @field_validator("truncation")
