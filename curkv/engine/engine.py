@@ -324,6 +324,8 @@ class Engine:
     def _run(self, schedule: Schedule) -> tuple[Schedule, Tensor]:
         """Computes the step's tokens; if that raises, those of each sequence alone.
 
+        One for which there are no pages after all is computed anew when there are, unless it is alone.
+
         Returns:
             The step as far as it was computed, and the logits that its `wanted` counts.
         """
@@ -332,8 +334,10 @@ class Engine:
         try:
             return schedule, self._forward(schedule)
         except Exception as error:
-            self._faults.note(self._phase, error)
             self.kv.retract(mark)
+            short = isinstance(error, OutOfPages)  # of which nobody is guilty
+            if not short:
+                self._faults.note(self._phase, error)
         computed, logits = [], []
         for index, sequence in enumerate(schedule.sequences):
             mark = self.kv.mark([sequence.slot])
@@ -342,8 +346,11 @@ class Engine:
                 computed.append(index)
             except Exception as error:
                 self.kv.retract(mark)
-                self._blame(sequence, error, again=False)
-        self._faults.unexplained |= len(computed) == len(schedule.sequences)
+                if isinstance(error, OutOfPages) and len(self.scheduler.running) > 1:
+                    self.scheduler.preempt(sequence)
+                else:
+                    self._blame(sequence, error, again=False)
+        self._faults.unexplained |= not short and len(computed) == len(schedule.sequences)
         return schedule.only(computed), torch.cat(logits) if logits else torch.empty(0)
 
     def _forward(self, schedule: Schedule) -> Tensor:

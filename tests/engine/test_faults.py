@@ -16,6 +16,7 @@ from curkv.cache.attention import PagedAttention
 from curkv.cache.batch import Batch
 from curkv.cache.layout import CacheLayout, full_attention
 from curkv.cache.page_manager import PageManager
+from curkv.cache.page_pool import OutOfPages
 from curkv.cache.parsing import parse_options
 from curkv.engine import engine as engine_module
 from curkv.engine.client import EngineClient, EngineUnavailable
@@ -389,6 +390,22 @@ def test_lack_of_memory_ends_who_needs_it(monkeypatch: pytest.MonkeyPatch) -> No
     ended = {id for id, _ in served.faults}
     assert ended >= {"snapcur", "curdkv"} and ended.isdisjoint({"structured", "judged"})
     assert_untouched(served)
+    assert_nothing_is_left(engine)
+
+
+def test_who_finds_no_pages_after_all_waits_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, run, short = make_engine(), Runner.run, [0]
+
+    def sometimes(self: Runner, *arguments: Any) -> torch.Tensor:
+        short[0] += 1
+        if 3 <= short[0] <= 5 and len(engine.scheduler.running) > 1:
+            raise OutOfPages(8, 6)
+        return run(self, *arguments)
+
+    monkeypatch.setattr(Runner, "run", sometimes)
+    served = Served(engine, requests())
+    assert short[0] > 5 and not served.broken and not served.faults
+    assert served.told == alone()
     assert_nothing_is_left(engine)
 
 
