@@ -6,25 +6,20 @@ import functools
 from typing import Any
 
 import numpy as np
-import torch
 from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
-from curkv.kernels.cpu.memory import address, floats
-from curkv.kernels.cpu.workers import compile_worker, empty, launch, read_arguments
-from curkv.kernels.silu_mul.cpu import PART_SIZE, exp
+from curkv.kernels.cpu.memory import floats
+from curkv.kernels.cpu.workers import compile_worker, read_arguments
+from curkv.kernels.silu_mul.cpu import exp, launch_gated
 
 _SLOPE, _CUBIC, _ONE = np.float32(np.sqrt(8 / np.pi)), np.float32(0.044715), np.float32(1)
 
 
 def gelu_mul(gate_up: Tensor) -> Tensor:
     """See `reference.gelu_mul`; float32, contiguous."""
-    tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
-    out = empty(tokens, size)
-    rows = max(1, PART_SIZE // max(size, 1))
-    launch(_worker(), -(-tokens // rows), tokens, rows, size, address(gate_up, torch.float32), out.data_ptr())
-    return out
+    return launch_gated(_worker(), gate_up)
 
 
 @functools.cache

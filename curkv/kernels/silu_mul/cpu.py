@@ -24,10 +24,15 @@ PART_SIZE = 1 << 12
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """See `reference.silu_mul`; float32, contiguous."""
+    return launch_gated(_worker(), gate_up)
+
+
+def launch_gated(worker: int, gate_up: Tensor) -> Tensor:
+    """Has a worker make float32 [T, I] of gate beside up, [T, 2 I], in parts of some rows."""
     tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = empty(tokens, size)
     rows = max(1, PART_SIZE // max(size, 1))
-    launch(_worker(), -(-tokens // rows), tokens, rows, size, address(gate_up, torch.float32), out.data_ptr())
+    launch(worker, -(-tokens // rows), tokens, rows, size, address(gate_up, torch.float32), out.data_ptr())
     return out
 
 
