@@ -79,6 +79,11 @@ class CacheLayout:
         return None not in self.windows
 
     @cached_property
+    def _uneven(self) -> bool:
+        """Whether layers that policies evict from are cut to different lengths by their windows."""
+        return self.evicts_from_windows and len(set(self.windows)) > 1
+
+    @cached_property
     def num_layers(self) -> int:
         """Layers that have KV heads."""
         return len(self.cached_layers)
@@ -128,7 +133,7 @@ class CacheLayout:
         seen = tokens if seen is None else seen
         heads, size = len(self.evicted_rows) * self.num_kv_heads, self.page_size
         pages = heads * -(-seen // size)
-        if ragged:
+        if ragged or self._uneven:
             pages = min(pages, heads * (tokens + size - 1) // size)
         else:
             pages = min(pages, heads * -(-tokens // size))
@@ -150,7 +155,7 @@ class CacheLayout:
             return self.max_tokens
         left = pages if self.evicts_from_windows else pages - windows
         layer_pages, size = left // len(self.evicted_rows), self.page_size
-        if ragged:
+        if ragged or self._uneven:
             return layer_pages * size // self.num_kv_heads - (size - 1)
         return layer_pages // self.num_kv_heads * size
 

@@ -279,10 +279,7 @@ class PageManager:
             OutOfPages: the partial pages cannot be copied; nothing is changed.
             OutOfSlots: no slot is free; nothing is changed.
         """
-        shared = prefix.lengths // self.layout.page_size
-        if needs is not None and needs.column_sums:  # every step writes to all pages
-            shared = np.zeros_like(shared)
-        slot = self._start_from(prefix.table, prefix.lengths, shared, needs)
+        slot = self._start_from(prefix.table, prefix.lengths, self._shareable(prefix, needs), needs)
         if not prefix.evictions:
             self._trimmed[slot] = (prefix.tokens - prefix.lengths) // self.layout.page_size
         elif self.layout.evicts_from_windows:
@@ -355,7 +352,7 @@ class PageManager:
         """Most pages that a sequence takes until its prompt and some tokens behind it are stored.
 
         Pages of its prefix that running sequences own are not taken again, but an eviction of the prompt
-        copies what it keeps of them.
+        copies what it keeps of them. To begin with, the prefix's last pages are there twice, see `adopt`.
 
         Args:
             plan: of its request.
@@ -386,7 +383,19 @@ class PageManager:
         shared = int((self.pool.owners[pages] > self.pool.held[pages]).sum())
         evicts = plan.evicts_prompt and prefix.tokens < plan.context_tokens
         copied = self.layout.sequence_pages(plan.budget_tokens) if shared and evicts else 0
-        return needed - shared + copied
+        return max(needed - shared + copied, self._pages_to_adopt(prefix, plan.observed))
+
+    def _shareable(self, prefix: Prefix, needs: Needs | None) -> NDArray[np.int32]:
+        """int32 [L, H], pages of each head of a prefix that a sequence need not copy."""
+        if needs is not None and needs.column_sums:  # every step writes to all pages
+            return np.zeros_like(prefix.lengths)
+        return prefix.lengths // self.layout.page_size
+
+    def _pages_to_adopt(self, prefix: Prefix, needs: Needs) -> int:
+        """Pages that `adopt` takes from the free ones while it copies what is not shared."""
+        idle = int(np.count_nonzero(self.pool.owners[prefix.pages] == self.pool.held[prefix.pages]))
+        copies = self._pages_of(prefix.lengths) - self._shareable(prefix, needs)
+        return idle + int(copies.sum())
 
     def held_pages(self, plan: EvictionPlan, generated: int) -> int:
         """Most pages that a sequence holds from the last eviction of its prompt on; see `footprint`."""

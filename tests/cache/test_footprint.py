@@ -112,3 +112,23 @@ def test_tokens_for_pages_is_the_inverse_of_pages_for_tokens(
     tokens = layout.sequence_tokens(pages, ragged=ragged)
     if tokens >= 1:
         assert layout.sequence_pages(tokens, ragged=ragged, seen=120) <= pages
+
+
+@pytest.mark.parametrize("summed", [False, True], ids=["partial pages copied", "all pages copied"])
+def test_a_prefix_can_be_taken_over_where_its_footprint_fits(summed: bool) -> None:
+    """While its last pages are copied they are there twice, which is more than the sequence needs later."""
+    cache = make_cache(16, layers=full_attention(1, 2), max_prefix_pages=8)
+    slot = cache.add_sequence()
+    cache.extend([slot], [6])
+    cache.keep(slot, "context", tokens=6, evictions=1)
+    cache.free(slot)
+    prefix = cache.prefixes.find("context")
+    assert prefix is not None and cache.used_pages == 0
+    options = {"policy": "h2o" if summed else "knorm", "decode_budget": 8, "budget": 6, "context_tokens": 6}
+    plan = resolve(parse_options({**options, "recent_tokens": 0, "sink_tokens": 0}), range(8), cache.layout)
+    needed = cache.footprint(plan, 0, prefix)
+    assert needed == (8 if summed else 6) > cache.layout.sequence_pages(8)
+    other = cache.add_sequence()
+    cache.extend([other], [4 * ((16 - needed) // 2)])
+    assert cache.free_pages == needed
+    assert cache.page_counts[cache.adopt(prefix, plan.observed)].sum() == 4
