@@ -3,10 +3,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from . import device  # noqa: F401, isort: skip, before anything imports triton
 from curkv.models.loading import packed
 from curkv.models.loading.built_in import DEFAULT_MODEL, ensure_built_in
+
+# The same examples every time: what passes here passes elsewhere. --hypothesis-profile default tries others.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,6 @@ from tests.server.scripted import ScriptedClient, running
 FAST = settings(
     max_examples=200,
     deadline=None,
-    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/kv/explain", "/tokenize")
