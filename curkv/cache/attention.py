@@ -63,6 +63,7 @@ class PagedAttention:
         self._kernels = kv.kernels
         self._scale = layout.head_dim**-0.5
         self._prefill_dtype = prefill_dtype
+        self._grams: dict[int, Tensor] = {}
         self.softcap = softcap
         self.sinks = tuple(sink.to(kv.device, torch.float32) for sink in sinks)
         self._masks: dict[int, Masks] = {
@@ -95,6 +96,7 @@ class PagedAttention:
             observations=kv.observed.get(slot),
             rope=tuple(self.rope[layout.cached_layers[row]] for row in layout.evicted_rows),
             output_projection=None if projection is None else self._projection,
+            output_gram=None if projection is None else self._gram,
             softcap=self.softcap,
             sinks=tuple(self.sinks[layout.cached_layers[row]] for row in layout.evicted_rows if self.sinks),
         )
@@ -129,7 +131,7 @@ class PagedAttention:
         if decodes:
             parts.append(self._decode(q[:decodes], table, lengths, batch, observed, masks))
         if decodes < batch.slots.shape[0]:
-            parts.append(self._prefill(q[decodes:], table, lengths, batch, observed, masks))
+            parts.append(self._prefill(index, q[decodes:], table, lengths, batch, observed, masks))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _projection(self, index: int) -> Tensor:
@@ -137,6 +139,13 @@ class PagedAttention:
         assert self.output_projection is not None
         layout = self.kv.layout
         return self.output_projection(layout.cached_layers[layout.evicted_rows[index]])
+
+    def _gram(self, index: int) -> Tensor:
+        """W_o W_o^T of one of these, by query head; made once."""
+        if index not in self._grams:
+            weight = self._projection(index).float()
+            self._grams[index] = weight @ weight.transpose(1, 2)
+        return self._grams[index]
 
     def _observe(
         self, index: int, one: Observed, q: Tensor, k: Tensor, batch: Batch, rope: tuple[Tensor, Tensor]
@@ -158,23 +167,19 @@ class PagedAttention:
     ) -> Tensor:
         """Attention of single tokens; the probabilities are added up for those sequences that need it."""
         attend, slots, pages = self._kernels.paged_decode_attention, batch.decode_slots, self.kv.pages
-        summed = [one for one in observed if one.column_sums and one.index < batch.num_decodes]
-        if not summed:
-            return attend(q, pages, table, lengths, slots, self._scale, False, **masks)
-        # What is kept of each token of a head, until all are known, is as wide as the table.
-        filled = table[..., : max(int(self.kv.page_counts[one.slot].max()) for one in summed)]
-        if len(summed) == len(slots):
-            return attend(q, pages, filled, lengths, slots, self._scale, True, **masks)
+        summed = [one.index for one in observed if one.column_sums and one.index < batch.num_decodes]
+        if not summed or len(summed) == len(slots):
+            return attend(q, pages, table, lengths, slots, self._scale, bool(summed), **masks)
         out = torch.empty_like(q)
-        chosen = {one.index for one in summed}
-        others = [index for index in range(len(slots)) if index not in chosen]
-        for indices, place, accumulate in ((sorted(chosen), filled, True), (others, table, False)):
-            rows = upload_list(indices, q.device)
-            out[rows] = attend(q[rows], pages, place, lengths, slots[rows], self._scale, accumulate, **masks)
+        others = sorted(set(range(len(slots))) - set(summed))
+        for chosen, accumulate in ((summed, True), (others, False)):
+            rows = upload_list(chosen, q.device)
+            out[rows] = attend(q[rows], pages, table, lengths, slots[rows], self._scale, accumulate, **masks)
         return out
 
     def _prefill(
         self,
+        index: int,
         q: Tensor,
         table: Tensor,
         lengths: Tensor,
@@ -182,21 +187,26 @@ class PagedAttention:
         observed: tuple[Observed, ...],
         masks: Masks,
     ) -> Tensor:
-        """Attention of chunks; what each token receives is added up for those sequences that need it."""
+        """Attention of chunks; what each token receives is added up, or told from, where that is needed."""
         heads = self.kv.pages, table, lengths
         place = *heads, batch.prefill_slots, batch.prefill_query_start, self._scale
-        summed = [one for one in observed if one.column_sums and one.index >= batch.num_decodes]
+        chunks = [one for one in observed if one.index >= batch.num_decodes]
+        summed = [one for one in chunks if one.column_sums]
+        told = [one for one in chunks if one.chunk]
         queries = q if self._prefill_dtype is None else q.to(self._prefill_dtype)
-        if not summed:
+        if not (summed or told):
             out: Tensor = self._kernels.paged_prefill_attention(queries, *place, **masks)
             return out
         out, lse = self._kernels.paged_prefill_attention(queries, *place, return_lse=True, **masks)
+        for one in told:
+            rows = slice(one.start - batch.num_decodes, one.end - batch.num_decodes)
+            one.observations.see_attended(index, queries[rows], lse[rows])
         for one in summed:
             rows = slice(one.start - batch.num_decodes, one.end - batch.num_decodes)
-            index = slice(one.index, one.index + 1)
+            slots = batch.slots[one.index : one.index + 1]
             count = upload_list((0, one.end - one.start), q.device, torch.int32)
             self._kernels.column_sums(
-                q[rows], lse[rows], *heads, batch.slots[index], count, self._scale,
+                q[rows], lse[rows], *heads, slots, count, self._scale,
                 masks["window"], masks["softcap"],
             )  # fmt: skip
         return out

@@ -20,7 +20,6 @@ class Observed:
 
     Attributes:
         observations: what is gathered of its queries.
-        slot: the sequence's slot in the cache.
         index: place of the sequence in the batch.
         start: its first token.
         end: one past its last token.
@@ -28,7 +27,6 @@ class Observed:
     """
 
     observations: Observations
-    slot: int
     index: int
     start: int
     end: int
@@ -38,6 +36,11 @@ class Observed:
     def column_sums(self) -> bool:
         """Whether the attention that its tokens receive is summed up."""
         return self.observations.needs.column_sums
+
+    @property
+    def chunk(self) -> bool:
+        """Whether its chunk's queries are kept as attention takes them."""
+        return self.observations.needs.chunk
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ class Batch:
             num_decodes=sum(1 for _ in takewhile(lambda count: count == 1, counts)),
             logit_rows=upload(rows, torch.int64),
             observed=tuple(
-                Observed(observed[slot], slot, index, ends[index] - counts[index], ends[index], starts[index])
+                Observed(observed[slot], index, ends[index] - counts[index], ends[index], starts[index])
                 for index, slot in enumerate(slots)
                 if slot in observed
             )

@@ -25,6 +25,7 @@ class Needs:
         query_statistics: Mean and covariance of all queries before RoPE.
         block: Attention inside blocks of that many tokens, not causal; 0: none.
         repetition: The attention that tokens receive while the model repeats the text.
+        chunk: Queries of the newest chunk, of two tokens or more, and their log-sum-exp.
     """
 
     queries: int = 0
@@ -32,6 +33,7 @@ class Needs:
     query_statistics: bool = False
     block: int = 0
     repetition: bool = False
+    chunk: bool = False
 
     def __or__(self, other: Needs) -> Needs:
         """What two policies need together; of two sizes of blocks the larger is taken."""
@@ -41,6 +43,7 @@ class Needs:
             self.query_statistics or other.query_statistics,
             max(self.block, other.block),
             self.repetition or other.repetition,
+            self.chunk or other.chunk,
         )
 
     @property
@@ -150,6 +153,8 @@ class Observations:
         queries: By layer: float32 [up to w, Hq, head_dim], the last queries after RoPE, oldest first.
         statistics: By layer: of all queries before RoPE.
         blocks: By layer: attention inside blocks.
+        chunk: By layer: the newest chunk's queries as attention took them, [T, Hq, head_dim], and the
+            log-sum-exp of their scores, float32 [T, Hq].
     """
 
     def __init__(self, needs: Needs) -> None:
@@ -157,12 +162,13 @@ class Observations:
         self.queries: dict[int, Tensor] = {}
         self.statistics: dict[int, QueryStatistics] = {}
         self.blocks: dict[int, BlockAttention] = {}
+        self.chunk: dict[int, tuple[Tensor, Tensor]] = {}
 
     def fork(self) -> Observations:
         """The same observations, to be continued apart."""
         fork = copy.copy(self)
-        fork.queries, fork.statistics, fork.blocks = (
-            dict(self.queries), dict(self.statistics), dict(self.blocks)
+        fork.queries, fork.statistics, fork.blocks, fork.chunk = (
+            dict(self.queries), dict(self.statistics), dict(self.blocks), dict(self.chunk)
         )  # fmt: skip
         return fork
 
@@ -182,3 +188,7 @@ class Observations:
             q, k = q[max(0, BLOCK_SKIP - start) :], k[max(0, BLOCK_SKIP - start) :]
             blocks = self.blocks.get(layer) or BlockAttention.empty(self.needs.block, q, k)
             self.blocks[layer] = blocks.extended(q, k)
+
+    def see_attended(self, layer: int, q: Tensor, lse: Tensor) -> None:
+        """Takes a chunk's queries [T, Hq, head_dim] as attention took them, and their log-sum-exp [T, Hq]."""
+        self.chunk[layer] = q.clone(), lse.clone()

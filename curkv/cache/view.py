@@ -33,6 +33,7 @@ class CacheView:
         observations: Of the sequence's queries, if its policy needs them.
         rope: By layer: cos and sin, float32 [positions, head_dim / 2] each.
         output_projection: Gives a layer's W_o, float32 [Hq, head_dim, hidden].
+        output_gram: Gives a layer's W_o W_o^T by query head, float32 [Hq, head_dim, head_dim].
         softcap: Scaled scores x become softcap tanh(x / softcap); None: they do not.
         sinks: By layer: float32 [Hq], the score of one more token whose value is 0; empty: there are none.
         repetition: If its policy needs that, the most attention that each stored token received while the
@@ -50,6 +51,7 @@ class CacheView:
     observations: Observations | None = None
     rope: Sequence[tuple[Tensor, Tensor]] | None = None
     output_projection: Callable[[int], Tensor] | None = None
+    output_gram: Callable[[int], Tensor] | None = None
     softcap: float | None = None
     sinks: Sequence[Tensor] = ()
     repetition: Tensor | None = None
@@ -107,7 +109,7 @@ class CacheView:
         pages = self.table[layer, :, :used].clamp(0, len(self.pages.position) - 1)
         past = torch.arange(self.width, device=pages.device) >= self.lengths[layer, :, None]
         tokens = store.read(pages.flatten()).view(len(pages), -1, store.head_dim)[:, : self.width]
-        return tokens.masked_fill_(past[..., None], 0.0)
+        return blank(tokens, past)
 
     def newest(self, count: int) -> Tensor:
         """Tell the tokens of the newest `count` positions: bool [L, H, n_max]."""
@@ -129,6 +131,20 @@ class CacheView:
         by_head = layers.view(*layers.shape[:2], heads, -1, dim).transpose(1, 2)
         return by_head.flatten(0, 1).contiguous()
 
+    def chunk(self) -> tuple[Tensor, Tensor]:
+        """The newest chunk's queries as attention took them, by KV head, and their log-sum-exp.
+
+        Returns:
+            [L * H, T, group, head_dim] and float32 [L * H, T, group].
+        """
+        observed, heads = self._observed.chunk, self.lengths.shape[1]
+        queries, lse = (
+            torch.stack(layers) for layers in zip(*(observed[i] for i in range(self.num_layers)), strict=True)
+        )
+        by_head = *lse.shape[:2], heads, lse.shape[2] // heads
+        queries, lse = queries.view(*by_head, -1), lse.view(by_head)
+        return queries.transpose(1, 2).flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
+
     @property
     def sink_rows(self) -> Tensor | None:
         """Sinks by KV head, as `window_scores` takes them: float32 [L * H, group]; None: there are none."""
@@ -143,6 +159,15 @@ class CacheView:
     def generator(self) -> torch.Generator:
         """A random generator for this request and round, on the CPU: it draws the same for every device."""
         return torch.Generator().manual_seed(mix(self.seed, self.round))
+
+
+def blank(vectors: Tensor, gone: Tensor) -> Tensor:
+    """Write zeros over float32 [..., d] where bool [...] says so, whatever is there.
+
+    By bits, which processors do several times faster than `masked_fill_` with a mask for whole rows.
+    """
+    vectors.view(torch.int32).bitwise_and_(gone.int()[..., None] - 1)
+    return vectors
 
 
 def mix(seed: int, round: int) -> int:

@@ -26,8 +26,8 @@ _MARK = "\ue000"
 _LEAD = 8
 """Tokens before a part that say where it starts."""
 
-_STEP = 256
-"""Tokens that a step computes, so that others do not wait for long; the queries of so many are held."""
+_STEP = 512
+"""Tokens that a step computes, as a chunk of a prompt has; the queries of so many are held."""
 
 
 def _instruction(text: str, info: ModelInfo) -> list[int]:
@@ -94,16 +94,13 @@ class Repetition:
         """Whether all is repeated, and the sequence holds what it held before."""
         return self._scores is not None and not self._parts
 
-    def advance(self, runner: Runner, slot: int, most: int = _STEP) -> int:
+    def advance(self, runner: Runner, slot: int, most: int = _STEP) -> None:
         """Computes the next piece.
 
         Args:
             runner: Computes tokens.
             slot: The sequence that holds what is left of the text, and nothing else.
             most: Tokens of the piece, if there are so many.
-
-        Returns:
-            How many they were.
 
         Raises:
             OutOfPages: There is no room for it; the sequence is to be given up.
@@ -112,34 +109,26 @@ class Repetition:
         if not self._parts:
             view = runner.attention.view(slot)
             self._take(view.keys(0).new_full((*view.lengths.shape, view.width), -torch.inf))
-            return 0
+            return
         part = self._parts[0]
         if self._mark is None:
             self._mark = kv.mark([slot])
-            kv.observe(slot, Needs(queries=_STEP))
-        piece = part[self._said : self._said + min(most, _STEP)]
-        runner.run([slot], [piece], [self._start + self._said])
-        self._said += len(piece)
+            kv.observe(slot, Needs(chunk=True))
+        size, left = max(2, min(most, _STEP)), len(part) - self._said
+        if left - size == 1:  # which would be a decode
+            size = left
+        runner.run([slot], [part[self._said : self._said + size]], [self._start + self._said])
+        self._said += min(size, left)
         view = runner.attention.view(slot)
+        (table, lengths), (queries, lse) = view.rows, view.chunk()
         paid = kv.kernels.window_scores(
-            view.queries(len(piece)),
-            view.pages,
-            *view.rows,
-            view.scale,
-            "max",
-            width=view.width,
-            softcap=view.softcap,
-            sinks=view.sink_rows,
-        )
-        held = view.lengths - self._said
-        paid = paid.view(*view.lengths.shape, view.width)[..., : view.width - self._said]
-        self._take(
-            paid.masked_fill(torch.arange(paid.shape[2], device=paid.device) >= held[..., None], -torch.inf)
-        )
+            queries, view.pages, table, lengths - self._said, view.scale, "max", lse,
+            width=view.width - self._said, softcap=view.softcap,
+        )  # fmt: skip
+        self._take(paid.view(*view.lengths.shape, -1))
         if self._said == len(part):
             kv.retract(self._mark)
             self._parts, self._said, self._mark = self._parts[1:], 0, None
-        return len(piece)
 
     def _take(self, paid: Tensor) -> None:
         """Takes note of what each stored token was paid, [L, H, n], -inf past a head's."""

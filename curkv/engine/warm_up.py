@@ -54,7 +54,7 @@ def warm_up(engine: Engine) -> None:
 def _ways(engine: Engine) -> Iterator[list[Request]]:
     """Requests that run together."""
     if engine.kv.device.type == "cpu":  # Triton's interpreter compiles nothing
-        usual = ("curdkv", "adacurdkv", "snapkv", "h2o")
+        usual = ("curdkv", "adacurdkv", "snapkv", "h2o", "kvzip")
         yield [_request(engine, {"policy": name} | _HALF, length=_FEW) for name in usual]
         return
     for name in policy_names():

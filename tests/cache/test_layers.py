@@ -99,13 +99,14 @@ def test_policies_see_the_layers_that_attend_to_everything() -> None:
     assert view.position.tolist() == [[list(range(10))] * HEADS]
 
 
-def test_an_output_projection_is_asked_for_by_the_layer_of_the_model() -> None:
+def test_an_output_projection_is_asked_for_by_the_layer_of_the_model_and_once() -> None:
     cache = windowed_cache()
-    attention, asked = attention_over(cache), []
-    attention.output_projection = lambda layer: asked.append(layer) or torch.ones(1)  # type: ignore[func-returns-value]
+    attention, asked, weight = attention_over(cache), [], torch.rand(3, 2, 5)
+    attention.output_projection = lambda layer: asked.append(layer) or weight  # type: ignore[func-returns-value]
     view = attention.view(cache.add_sequence())
-    assert view.output_projection is not None
-    view.output_projection(0)
+    assert view.output_gram is not None
+    view.output_gram(0)
+    torch.testing.assert_close(view.output_gram(0), torch.einsum("hdc,hec->hde", weight, weight))
     assert asked == [2]
 
 

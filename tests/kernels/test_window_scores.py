@@ -41,12 +41,19 @@ def test_queries_read_no_newer_position_even_where_tokens_were_evicted():
     assert float(scores[0, :19].sum()) > 0.8, "only the last query may read the last token"
 
 
-def test_a_known_log_sum_exp_saves_a_pass():
-    pool = make_pool([[70, 20]])
+@pytest.mark.parametrize("reduction", ["mean", "max"])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "tolerance"),
+    [(torch.float32, 64, 3e-6), (torch.bfloat16, 64, 1e-2), (torch.bfloat16, 72, 3e-6)],
+)
+def test_a_chunk_behind_the_row_reads_all_of_it(dtype, head_dim, tolerance, softcap, reduction):
+    """Queries of bfloat16 are multiplied in that where the machine can and channels come by 16."""
+    pool = make_pool([[300, 0, 20]], head_dim=head_dim)
     table, counts = rows_of(pool)
-    queries = torch.randn(2, 8, 2, 64)
-    arguments = queries, pool.pages, table, counts, 0.125, "mean", 3 + torch.rand(2, 8, 2)
-    assert_close(cpu.window_scores(*arguments), reference.window_scores(*arguments), 3e-6)
+    queries, lse = torch.randn(3, 9, 3, head_dim).to(dtype), 3 + torch.rand(3, 9, 3)
+    arguments = queries, pool.pages, table, counts, 0.125, reduction, lse, None, softcap
+    assert_close(cpu.window_scores(*arguments), reference.window_scores(*arguments), tolerance)
 
 
 def test_no_rows():

@@ -2,7 +2,8 @@
 
 A worker takes a row and goes through its queries in blocks: products with all stored keys, one block of keys
 at a time, the softmax of every query over what it may read, then its probabilities are added to (or maximised
-into) the row.
+into) the row. Where the log-sum-exp is known, it takes a block of a row's keys, and all queries pass by; of
+the largest probability it looks for the exponent alone.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from curkv.kernels.cpu.features import MULTIPLIES_BFLOAT16
 from curkv.kernels.cpu.jit import inlined
 from curkv.kernels.cpu.lanes import broadcast, fma, maximum, mul
 from curkv.kernels.cpu.memory import (
     FLOAT32,
+    KINDS,
     address,
     fetch_add,
     load,
@@ -29,9 +33,9 @@ from curkv.kernels.cpu.memory import (
     store_scalar,
 )
 from curkv.kernels.cpu.positions import position_of
-from curkv.kernels.cpu.softmax import row_exp2, row_max, row_softcap
+from curkv.kernels.cpu.softmax import exp2, row_exp2, row_max, row_softcap
 from curkv.kernels.cpu.threads import THREADS
-from curkv.kernels.cpu.tiles import STRIP, strip_tile
+from curkv.kernels.cpu.tiles import BFLOAT16_STRIP, STRIP, strip_rows, strip_tile
 from curkv.kernels.cpu.vectors import read_addresses
 from curkv.kernels.cpu.workers import bits_of_float, compile_worker, float_of_bits, launch, read_arguments
 from curkv.kernels.formats.base import VectorFormat
@@ -64,8 +68,11 @@ def window_scores(
     most = longest(lengths) if width is None else width
     # Rows end on whole blocks of keys, which the products reach beyond the last token.
     width = -(-most // KEY_BLOCK) * KEY_BLOCK
-    queries, lengths = queries.contiguous(), lengths.contiguous()
-    known = None if lse is None else lse.contiguous()
+    lengths = lengths.contiguous()
+    if lse is not None:
+        heads = pages, table, lengths
+        return _scores_of_later(queries, *heads, scale, reduction, lse, width, softcap)[:, :most]
+    queries = queries.float().contiguous()
     scores = torch.empty(rows, width)
     block = -(-min(window * group, BLOCK_ROWS) // STRIP) * STRIP
     workers = min(THREADS.most, rows)
@@ -76,7 +83,7 @@ def window_scores(
         address(queries, torch.float32), address(pages.k.addresses, torch.int64),
         address(pages.position, torch.int32), row_address(table, torch.int32), table.stride(0),
         address(lengths, torch.int32),
-        address(known, torch.float32) if known is not None else 0, scores.data_ptr(),
+        scores.data_ptr(),
         rows, window, group, dim, page_size, width, block, bits_of_float(scale * math.log2(math.e)),
         reduction == "max", counter.data_ptr(), scratch.data_ptr(), 4 * scratch.stride(0),
         bits_of_float(softcap / scale if softcap else 0.0),
@@ -85,12 +92,57 @@ def window_scores(
     return scores[:, :most]
 
 
+def _scores_of_later(
+    queries: Tensor,
+    pages: Pages,
+    table: Tensor,
+    lengths: Tensor,
+    scale: float,
+    reduction: Literal["mean", "max"],
+    lse: Tensor,
+    width: int,
+    softcap: float | None,
+) -> Tensor:
+    """Score tokens by queries that all read them, float32 [N, width]; `width` is of whole blocks of keys."""
+    rows, dim = len(queries), queries.shape[3]
+    if not (queries.dtype == torch.bfloat16 and MULTIPLIES_BFLOAT16 and dim % 16 == 0):
+        queries = queries.float()
+    strip = BFLOAT16_STRIP if queries.dtype == torch.bfloat16 else STRIP
+    pairs = lse[0].numel() if rows else 0
+    missing = -pairs % strip  # to whole strips, by queries that pay nothing
+    q = F.pad(queries.reshape(rows, pairs, dim), (0, 0, 0, missing))
+    known = F.pad(lse.reshape(rows, pairs), (0, missing), value=math.inf)
+    scores = torch.full((rows, width), -math.inf)
+    workers = min(THREADS.most, max(1, rows * (width // KEY_BLOCK)))
+    counter = torch.zeros(1, dtype=torch.int64)
+    scratch = torch.empty(workers, (dim + strip + 1) * KEY_BLOCK)
+    launch(
+        _worker_of_later(pages.k.format, q.dtype), workers,
+        address(q, q.dtype), address(known, torch.float32), address(pages.k.addresses, torch.int64),
+        row_address(table, torch.int32), table.stride(0), address(lengths, torch.int32), scores.data_ptr(),
+        rows, pairs, pairs + missing, dim, pages.page_size, width, bits_of_float(scale * math.log2(math.e)),
+        reduction == "max", bits_of_float(softcap / scale if softcap else 0.0), counter.data_ptr(),
+        scratch.data_ptr(), 4 * scratch.stride(0),
+    )  # fmt: skip
+    return scores
+
+
 @functools.cache
 def _worker(format: VectorFormat) -> int:
     vectors = format.on_cpu()
 
     def work(arguments: int, worker: int) -> None:
         _work(vectors, arguments, worker)
+
+    return compile_worker(work)
+
+
+@functools.cache
+def _worker_of_later(format: VectorFormat, operands: torch.dtype) -> int:
+    vectors, operand = format.on_cpu(), KINDS[operands]
+
+    def work(arguments: int, worker: int) -> None:
+        _work_of_later(vectors, operand, arguments, worker)
 
     return compile_worker(work)
 
@@ -104,7 +156,6 @@ def _work(vectors: Any, arguments: int, worker: int) -> None:
         k, position: The store of the keys, and the pages of positions.
         table: The rows' pages, `table_stride` entries per row.
         lengths: int32 [N].
-        known: float32 [N, window, group], log-sum-exp of each query, or 0.
         scores: float32 [N, width], written.
         rows, window, group, dim, page_size, width: Numbers: N, ...
         block: Number of (query, query head) pairs that go through the keys together, whole strips.
@@ -117,9 +168,9 @@ def _work(vectors: Any, arguments: int, worker: int) -> None:
         sinks: float32 [N, group], or 0.
     """
     (
-        queries, k, position, table, table_stride, lengths, known, scores, rows, window, group, dim,
-        page_size, width, block, factor_bits, largest, counter, scratch, scratch_bytes, ceiling_bits, sinks,
-    ) = read_arguments(arguments, 22)  # fmt: skip
+        queries, k, position, table, table_stride, lengths, scores, rows, window, group, dim, page_size,
+        width, block, factor_bits, largest, counter, scratch, scratch_bytes, ceiling_bits, sinks,
+    ) = read_arguments(arguments, 21)  # fmt: skip
     factor, ceiling = float_of_bits(factor_bits), float_of_bits(ceiling_bits)
     pairs, keys = window * group, read_addresses(vectors, k)
     own = scratch + worker * scratch_bytes
@@ -149,16 +200,12 @@ def _work(vectors: Any, arguments: int, worker: int) -> None:
                     padded = (read + 7) // 8 * 8
                     if ceiling > 0:
                         row_softcap(line, read, ceiling)
-                    if known:
-                        natural = load_scalar(FLOAT32, known + 4 * (row * pairs + first + i))
-                        row_exp2(FLOAT32, line, read, padded, factor, natural * math.log2(math.e) / factor)
-                    else:
-                        top = row_max(line, read)
-                        total = np.float64(row_exp2(FLOAT32, line, read, padded, factor, top))
-                        if sinks:
-                            sink = load_scalar(FLOAT32, sinks + 4 * (row * group + (first + i) % group))
-                            total += np.exp2(math.log2(math.e) * sink - factor * top)
-                        share /= total
+                    top = row_max(line, read)
+                    total = np.float64(row_exp2(FLOAT32, line, read, padded, factor, top))
+                    if sinks:
+                        sink = load_scalar(FLOAT32, sinks + 4 * (row * group + (first + i) % group))
+                        total += np.exp2(math.log2(math.e) * sink - factor * top)
+                    share /= total
                     _gather(line, read, share, largest, target)
         for j in range(length, width):
             store_scalar(FLOAT32, target + 4 * j, np.float32(-np.inf))
@@ -211,3 +258,70 @@ def _gather(line: int, count: int, share: float, largest: int, scores: int) -> N
         paid = load(FLOAT32, line + 4 * j)
         new = maximum(mul(spread, paid), old) if largest else fma(spread, paid, old)
         store(FLOAT32, scores + 4 * j, new)
+
+
+@inlined
+def _work_of_later(vectors: Any, operand: Any, arguments: int, worker: int) -> None:
+    """Take blocks of keys until none is left.
+
+    The arguments, addresses unless stated otherwise:
+        queries: [N, padded, dim] of the kind `operand`.
+        known: float32 [N, padded], log-sum-exp of each query, inf behind the last one.
+        k: The store of the keys.
+        table: The rows' pages, `table_stride` entries per row.
+        lengths: int32 [N].
+        scores: float32 [N, width], written up to a row's length.
+        rows, pairs, padded, dim, page_size, width: Numbers: N, a row's queries, these in whole strips, ...
+        factor: scale * log2(e), as bits.
+        largest: 1 to take the largest probability, 0 for the mean.
+        ceiling: softcap / scale as bits, or those of 0.
+        counter: int64, blocks taken.
+        scratch: `scratch_bytes` for each worker: a block of keys, products of a strip, a block of scores.
+    """
+    (
+        queries, known, k, table, table_stride, lengths, scores, rows, pairs, padded, dim, page_size, width,
+        factor_bits, largest, ceiling_bits, counter, scratch, scratch_bytes,
+    ) = read_arguments(arguments, 19)  # fmt: skip
+    blocks, strip = width // KEY_BLOCK, strip_rows(operand)
+    keys = scratch + worker * scratch_bytes
+    products = keys + 4 * dim * KEY_BLOCK
+    block = products + 4 * strip * KEY_BLOCK
+    factor = broadcast(np.float32(float_of_bits(factor_bits)))
+    lowest = broadcast(np.float32(-np.inf if largest else 0.0))
+    share = broadcast(np.float32(1.0 / pairs))
+    ceiling = float_of_bits(ceiling_bits)
+    while True:
+        item = fetch_add(counter, 1)
+        if item >= rows * blocks:
+            break
+        row, first = item // blocks, item % blocks * KEY_BLOCK
+        tokens = min(KEY_BLOCK, load_int32(lengths + 4 * row) - first)
+        if tokens > 0:
+            load_keys(
+                vectors, operand, dim, read_addresses(vectors, k), table + 4 * row * table_stride, page_size,
+                first, tokens, keys,
+            )  # fmt: skip
+            for j in range(0, tokens, 8):
+                store(FLOAT32, block + 4 * j, lowest)
+            for query in range(0, padded, strip):
+                for t in range(0, tokens, 16):
+                    strip_tile(
+                        operand, 1, queries + operand.itemsize * (row * padded + query) * dim, dim,
+                        keys + operand.itemsize * t * dim, dim, products + 4 * t, KEY_BLOCK,
+                        16 * operand.itemsize * dim,
+                    )  # fmt: skip
+                for i in range(strip):
+                    line = products + 4 * i * KEY_BLOCK
+                    natural = load_scalar(FLOAT32, known + 4 * (row * padded + query + i))
+                    shift = broadcast(np.float32(-math.log2(math.e) * natural))
+                    if ceiling > 0:
+                        row_softcap(line, tokens, ceiling)
+                    for j in range(0, tokens, 8):
+                        old = load(FLOAT32, block + 4 * j)
+                        power = fma(load(FLOAT32, line + 4 * j), factor, shift)
+                        new = maximum(power, old) if largest else fma(share, exp2(FLOAT32, power), old)
+                        store(FLOAT32, block + 4 * j, new)
+            for j in range(tokens):
+                value = load_scalar(FLOAT32, block + 4 * j)
+                paid = np.float32(np.exp2(value)) if largest else value
+                store_scalar(FLOAT32, scores + 4 * (row * width + first + j), paid)

@@ -35,17 +35,19 @@ def window_scores(
     probabilities are averaged over the window and the group ("max": their largest, as in DefensiveKV,
     https://arxiv.org/abs/2510.13334). The last token stored in a row is the last query's own, and the queries
     are consecutive: query i of the window reads tokens up to position `position[last] - (w - 1) + i`. A query
-    that may read none pays nothing.
+    that may read none pays nothing. With `lse` the queries are those of a chunk behind the row, so that each
+    reads all of it.
 
     Args:
-        queries: float32 [N, w, group, head_dim], after RoPE, of the group of each row's KV head.
+        queries: [N, w, group, head_dim], after RoPE, of the group of each row's KV head; float32, or with
+            `lse` as attention took them.
         pages: The page pool.
         table: int32 [N, max_pages], pages of each row; a row is one (layer, KV head) of a sequence.
-        lengths: int32 [N], tokens of each row, those of the window included.
+        lengths: int32 [N], tokens of each row, those of the window included, those of a chunk not.
         scale: Factor of the attention scores, usually head_dim ** -0.5.
         reduction: Over window and group, "mean" or "max".
-        lse: float32 [N, w, group], log-sum-exp of each query's scaled scores, sinks included, if it is known,
-            as from `paged_prefill_attention`: K is then read once, not twice.
+        lse: float32 [N, w, group], log-sum-exp of each query's scaled scores, of tokens that are not in the
+            row and sinks too, as from `paged_prefill_attention`.
         width: Tokens of the longest row if they are known; else the device is asked.
         softcap: As attention was told.
         sinks: float32 [N, group], as attention was told.
@@ -62,7 +64,8 @@ def window_scores(
             position = gather_tokens(pages.position, table[row], length)
             newest = position[-1] - torch.arange(window - 1, -1, -1, device=position.device)
             logits = softcapped(scale * torch.einsum("wgd,nd->wgn", queries[row].float(), keys), softcap)
-            logits.masked_fill_(position > newest[:, None, None], -torch.inf)
+            if lse is None:
+                logits.masked_fill_(position > newest[:, None, None], -torch.inf)
             extra = None if sinks is None else sinks[row]
             whole = with_sinks(logits, extra).logsumexp(-1) if lse is None else lse[row]
             paid = (logits - whole[..., None]).exp().nan_to_num(0.0).flatten(0, 1)

@@ -59,8 +59,8 @@ CASES = (
         "lse given",
         "evict",
         Cost(
-            "L*H*n*(D*s + e + 8) + L*Q*w*(D*a + 4)",
-            "L*H*n*(D*s + e + 8 + 4/P) + L*Q*w*(D*a + 4)",
+            "L*H*n*(D*s + e + 4) + L*Q*w*(D*a + 4)",
+            "L*H*n*(D*s + e + 4 + 4/P) + L*Q*w*(D*a + 4)",
             "2*L*Q*w*n*D",
             "queries for each block of keys",
         ),

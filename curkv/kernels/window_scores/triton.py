@@ -63,6 +63,7 @@ def window_scores(
     )
     constants = {
         "SOFTCAPPED": softcap is not None,
+        "CAUSAL": lse is None,
         "KEYS": pages.k.format.name,
         "GROUP": group,
         "HEAD_DIM": head_dim,
@@ -105,6 +106,7 @@ def _logits(
     window,
     softcap_log2,
     SOFTCAPPED: tl.constexpr,
+    CAUSAL: tl.constexpr,
     KEYS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -118,13 +120,15 @@ def _logits(
     valid = index < length
     place = find_slots(table, index, valid, PAGE_SIZE)
     keys = load_operands(pages_k, place, valid, KEYS, HEAD_DIM, BLOCK_D)
-    position = tl.load(pages_position + place, mask=valid, other=2147483647)
-    newest = tl.load(pages_position + find_slots(table, length - 1, length > 0, PAGE_SIZE))
     r = first + tl.arange(0, BLOCK_M)
-    own = newest - (window - 1) + r // GROUP
     tile = load_tokens(queries, row * (window * GROUP) + r, r < window * GROUP, HEAD_DIM, BLOCK_D)
     scores = dot(narrow(tile, keys.dtype), tl.trans(keys), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-    read = (r < window * GROUP)[:, None] & valid[None, :] & (position[None, :] <= own[:, None])
+    read = (r < window * GROUP)[:, None] & valid[None, :]
+    if CAUSAL:
+        position = tl.load(pages_position + place, mask=valid, other=2147483647)
+        newest = tl.load(pages_position + find_slots(table, length - 1, length > 0, PAGE_SIZE))
+        own = newest - (window - 1) + r // GROUP
+        read = read & (position[None, :] <= own[:, None])
     scores = softcapped(scaled(scores * scale_log2, pages_k, place, valid, KEYS), SOFTCAPPED, softcap_log2)
     return tl.where(read, scores, float("-inf"))
 
@@ -144,6 +148,7 @@ def _normalisers(
     every,
     size,
     SOFTCAPPED: tl.constexpr,
+    CAUSAL: tl.constexpr,
     KEYS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -165,7 +170,7 @@ def _normalisers(
     for block in range(split * size, tl.minimum((split + 1) * size, length), BLOCK_N):
         scores = _logits(
             row, first, block, length, queries, pages_k, pages_position, table + row * stride_table,
-            scale_log2, window, softcap_log2, SOFTCAPPED,
+            scale_log2, window, softcap_log2, SOFTCAPPED, CAUSAL,
             KEYS, GROUP, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         new_peak = tl.maximum(peak, tl.max(scores, 1))
@@ -194,6 +199,7 @@ def _sum_probabilities(
     width,
     MEAN: tl.constexpr,
     SOFTCAPPED: tl.constexpr,
+    CAUSAL: tl.constexpr,
     KEYS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -223,7 +229,7 @@ def _sum_probabilities(
             whole = tl.where(total > 0, peak + tl.log2(total), 0.0)
             logits = _logits(
                 row, first, block, length, queries, pages_k, pages_position,
-                table + row * stride_table, scale_log2, window, softcap_log2, SOFTCAPPED,
+                table + row * stride_table, scale_log2, window, softcap_log2, SOFTCAPPED, CAUSAL,
                 KEYS, GROUP, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
             paid = tl.exp2(logits - whole[:, None])

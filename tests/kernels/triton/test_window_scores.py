@@ -41,11 +41,12 @@ def test_queries_read_no_newer_position_even_where_tokens_were_evicted(close):
     assert float(scores[0, :19].sum()) > 0.8, "only the last query may read the last token"
 
 
-def test_a_known_log_sum_exp_saves_a_pass(close):
-    pool = make_pool([[70, 20]])
+@pytest.mark.parametrize("reduction", ["mean", "max"])
+def test_a_chunk_behind_the_row_reads_all_of_it(close, reduction):
+    pool = make_pool([[70, 0, 20]])
     table, counts = rows_of(pool)
-    queries = torch.randn(2, 8, 2, 64)
-    arguments = queries, pool.pages, table, counts, 0.125, "mean", 3 + torch.rand(2, 8, 2)
+    queries, lse = torch.randn(3, 8, 2, 64), 3 + torch.rand(3, 8, 2)
+    arguments = queries, pool.pages, table, counts, 0.125, reduction, lse
     close(triton.window_scores(*arguments), reference.window_scores(*arguments))
 
 
