@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import Tensor
 
 from curkv.cache.allocation import Global
 from curkv.cache.observations import Needs, Observations
 from curkv.cache.policies.defensivekv import LAYER_DEFENSIVEKV, DefensiveKV
+from curkv.cache.presets import PRESETS
 from curkv.cache.view import CacheView
 from curkv.kernels.select import cpu as select_cpu
 from curkv.kernels.select import reference as select_reference
@@ -31,12 +33,15 @@ def observed_view() -> tuple[CacheView, Tensor, Tensor]:
         make_view(keys, values),
         observations=observations,
         output_projection=weights.__getitem__,
+        output_gram=lambda layer: weights[layer] @ weights[layer].transpose(1, 2),
         budget=BUDGET,
     )
     return view, queries, weights
 
 
-def published_risk(view: CacheView, queries: Tensor, weights: Tensor, layer: int, head: int) -> list[float]:
+def published_risk(
+    view: CacheView, queries: Tensor, weights: Tensor, layer: int, head: int, order: int
+) -> list[float]:
     """Scores of the tokens before the window, by the steps of the paper's released code."""
     prefix = N - WINDOW
     keys, values = view.keys(layer), view.values(layer)
@@ -53,7 +58,7 @@ def published_risk(view: CacheView, queries: Tensor, weights: Tensor, layer: int
     risk = risk.maximum(risk.mean())
     norms = torch.stack(
         [
-            sum((values[h, :prefix] @ weights[layer, h * GROUP + m]).abs().sum(-1) for m in range(GROUP))
+            sum((values[h, :prefix] @ weights[layer, h * GROUP + m]).norm(order, -1) for m in range(GROUP))
             / GROUP
             for h in range(HEADS)
         ]
@@ -68,13 +73,16 @@ def published_risk(view: CacheView, queries: Tensor, weights: Tensor, layer: int
     return risk.tolist()
 
 
-def test_scores_are_those_of_the_published_steps() -> None:
+@pytest.mark.parametrize(("preset", "order"), [("authors", 1), ("serving", 2)])
+def test_scores_are_those_of_the_published_steps(preset: str, order: int) -> None:
+    """As served with another norm of the projected values."""
     view, queries, weights = observed_view()
-    scores = DefensiveKV(observation=WINDOW).score(view, SimpleNamespace())  # type: ignore[arg-type]
+    policy = DefensiveKV(observation=WINDOW, preset=PRESETS[preset])
+    scores = policy.score(view, SimpleNamespace())  # type: ignore[arg-type]
     assert (scores[..., -WINDOW:] == torch.inf).all()
     for layer in range(LAYERS):
         for head in range(HEADS):
-            expected = torch.tensor(published_risk(view, queries, weights, layer, head))
+            expected = torch.tensor(published_risk(view, queries, weights, layer, head, order))
             torch.testing.assert_close(scores[layer, head, :-WINDOW], expected, rtol=1e-4, atol=1e-7)
 
 

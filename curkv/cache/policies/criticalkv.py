@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -25,8 +25,8 @@ class CriticalKV(SnapKV):
     """CriticalKV (https://arxiv.org/abs/2502.03805, algorithm 1) over SnapKV: attention, then what it moves.
 
     The first stage keeps the `first_stage` = half of a head's budget with the most attention. The second
-    ranks the others by (attention + 1e-4) times ||v W_o||_1, the value's part of the layer's output, mean
-    over the group. Where heads compete, their budgets come from attention alone (section 4.3), so that the
+    ranks the others by (attention + 1e-4) times ||v W_o||, the value's part of the layer's output, mean over
+    the group. Where heads compete, their budgets come from attention alone (section 4.3), so that the
     policy chooses each head's tokens itself.
     """
 
@@ -47,22 +47,35 @@ class CriticalKV(SnapKV):
             nothing = torch.zeros_like(scores, dtype=torch.bool)
             counts = self.allocation.select(scores, view, nothing, kernels)[1]
         first = best_of_heads(scores, (counts * self.first_stage).int(), view, kernels)
-        weighted = (scores + _EPSILON) * projected_norms(view)
+        weighted = (scores + _EPSILON) * projected_norms(view, self.preset.norm_order)
         weighted.masked_fill_(~view.stored, -torch.inf).masked_fill_(first, torch.inf)
         return Scored(weighted, best_of_heads(weighted, counts, view, kernels) if competing else None)
 
 
-def projected_norms(view: CacheView) -> Tensor:
-    """||v W_o||_1 of every stored token, mean over the query heads of its group: float32 [L, H, n]."""
-    if view.output_projection is None:
+def projected_norms(view: CacheView, order: Literal[1, 2]) -> Tensor:
+    """||v W_o|| of every stored token, mean over the query heads of its group.
+
+    Args:
+        view: The sequence.
+        order: Of the norm: 1 as published, which has to make every projection; 2 is v^T (W_o W_o^T) v, a form
+            of the value itself.
+
+    Returns:
+        float32 [L, H, n].
+    """
+    if view.output_projection is None or view.output_gram is None:
         raise ValueError("the attention was given no output projection; see `PagedAttention`")
     layers = []
     for layer in range(view.num_layers):
-        weights = view.output_projection(layer)
-        values = view.values(layer).to(weights.dtype)
-        group = len(weights) // len(values)
+        values = view.values(layer)
+        weights = view.output_projection(layer) if order == 1 else view.output_gram(layer)
+        members = weights.float().view(len(values), -1, *weights.shape[1:]).unbind(1)
         norms = torch.zeros(values.shape[:2], device=values.device)
-        for member in range(group):
-            norms += (values @ weights[member::group]).abs_().sum(-1, dtype=torch.float32)
-        layers.append(norms / group)
+        for weight in members:
+            moved = values @ weight
+            if order == 1:
+                norms += moved.abs_().sum(-1)
+            else:
+                norms += moved.mul_(values).sum(-1).clamp_min_(0.0).sqrt_()
+        layers.append(norms / len(members))
     return torch.stack(layers)

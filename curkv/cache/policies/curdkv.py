@@ -14,7 +14,7 @@ from curkv.cache.declarations import Choice, Integer, option, when
 from curkv.cache.policies.base import Policy, PooledPolicy, Published
 from curkv.cache.presets import Leverage
 from curkv.cache.upload import upload
-from curkv.cache.view import CacheView
+from curkv.cache.view import CacheView, blank
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels
@@ -131,13 +131,15 @@ def leverage(x: Tensor, lengths: Tensor) -> Tensor:
     Returns:
         float32 [H, n], 0 past a head's length; a head's sum to the rank of X.
     """
-    stored = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
-    mean = x.sum(1) / lengths.clamp_min(1)[:, None]
-    x = (x - mean[:, None]).masked_fill_(~stored[..., None], 0.0)
+    past = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
+    x = blank(x - x.sum(1, keepdim=True) / lengths.clamp_min(1)[:, None, None], past)
     gram = x.transpose(1, 2) @ x
     # Fewer tokens than channels leave the Gram matrix singular.
     ridge = 1e-6 * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
     gram.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
-    factor, _ = torch.linalg.cholesky_ex(gram)
-    white: Tensor = torch.linalg.solve_triangular(factor, x.transpose(1, 2), upper=False)
-    return white.square().sum(1)
+    return quadratic_form(x, torch.cholesky_inverse(torch.linalg.cholesky_ex(gram)[0]))
+
+
+def quadratic_form(x: Tensor, matrix: Tensor) -> Tensor:
+    """x^T M x of the last dimension: [..., n, d] and [..., d, d] give [..., n]."""
+    return (x @ matrix).mul_(x).sum(-1)

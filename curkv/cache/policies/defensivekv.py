@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from curkv.cache.allocation import ALLOCATIONS, Allocation, Global
@@ -28,7 +27,7 @@ class DefensiveKV(SnapKV):
 
     Each query's attention is pooled over 5 neighbours and scaled to the sum that it had. A token's risk is
     the most that any query of the window pays it, over the group too, and at least the mean risk of its head;
-    times ||v W_o||_1 as a share of all heads'. The tokens with the most mean attention, up to 90 % of it, are
+    times ||v W_o|| as a share of all heads'. The tokens with the most mean attention, up to 90 % of it, are
     kept.
     """
 
@@ -44,7 +43,7 @@ class DefensiveKV(SnapKV):
         window = view.newest(self.observing)
         judged = view.stored & ~window
         room = max(0, view.budget - self.observing)
-        weights = _shares(projected_norms(view), view)
+        weights = _shares(projected_norms(view, self.preset.norm_order), view)
         layers = [
             self._risks(paid, judged[layer], weights[layer], room)
             for layer, paid in enumerate(self._paid(view))
@@ -62,22 +61,21 @@ class DefensiveKV(SnapKV):
         layers = []
         for layer in range(view.num_layers):
             keys = view.keys(layer)
-            logits = torch.einsum("hwgd,hnd->hwgn", queries[layer], keys) * view.scale
-            logits = softcapped(logits, view.softcap).masked_fill(hidden[layer][:, :, None], -torch.inf)
+            asked = queries[layer].flatten(1, 2) * view.scale
+            logits = softcapped(asked @ keys.transpose(1, 2), view.softcap)
+            logits = logits.view(heads, count, -1, keys.shape[1])
+            logits.masked_fill_(hidden[layer][:, :, None], -torch.inf)
             if view.sinks:
                 logits = with_sinks(logits, view.sinks[layer].view(heads, 1, -1))
-            paid = logits.softmax(-1)[..., : keys.shape[1]].nan_to_num(0.0)
+            paid = logits.softmax(-1)[..., : keys.shape[1]].nan_to_num_(0.0)
             layers.append(paid.flatten(1, 2))
         return layers
 
     def _risks(self, paid: Tensor, judged: Tensor, weights: Tensor, room: int) -> Tensor:
         """Scores of one layer [H, n] from what is paid [H, q, n]; `room` tokens of a head may be sure."""
-        paid = paid.masked_fill(~judged[:, None], 0.0)
-        sums = paid.sum(-1, keepdim=True)
-        smooth = F.avg_pool1d(paid, self.pool, stride=1, padding=self.pool // 2).masked_fill_(
-            ~judged[:, None], 0.0
-        )
-        smooth *= sums / smooth.sum(-1, keepdim=True).clamp_min(1e-30)
+        paid *= judged[:, None]
+        smooth = _neighbourhoods(paid, self.pool).mul_(judged[:, None])
+        smooth *= paid.sum(-1, keepdim=True) / smooth.sum(-1, keepdim=True).clamp_min(1e-30)
         risk = smooth.amax(1) if self.reduction == "max" else smooth.mean(1)
         risk = risk.maximum(risk.sum(-1, keepdim=True) / judged.sum(-1, keepdim=True).clamp_min(1))
         risk *= weights
@@ -102,3 +100,12 @@ def _shares(norms: Tensor, view: CacheView) -> Tensor:
     norms = norms.masked_fill(~view.stored, 0.0)
     text = norms.new_zeros(len(norms), int(position.max()) + 1).scatter_add_(1, position, norms.flatten(1))
     return norms / text.gather(1, position).view_as(norms).clamp_min(1e-30)
+
+
+def _neighbourhoods(x: Tensor, size: int) -> Tensor:
+    """Sums over `size` neighbours along the last dimension, zeros outside."""
+    sums = x.clone()
+    for apart in range(1, size // 2 + 1):
+        sums[..., apart:] += x[..., :-apart]
+        sums[..., :-apart] += x[..., apart:]
+    return sums
