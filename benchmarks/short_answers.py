@@ -155,13 +155,13 @@ def answered(model: str, weights: str, words: int) -> list[bool]:
 @contextmanager
 def rounding(name: str) -> Iterator[None]:
     """Weights that are packed inside are rounded as those of a type first."""
-    pack, form = Packer.linear, WEIGHT_CHOICES[name]
+    pack, form = Packer.linear, next(form for form in WEIGHT_CHOICES if form.name == name)
 
     def rounded(
         self: Packer, kind: str, weight: Tensor, bias: Tensor | None = None, exact: bool = False
     ) -> Linear:
         stored, scales = Packer(self.kernels, form).form_of(kind, weight, exact).encode(weight)
-        return pack(self, kind, stored if scales is None else stored * scales[:, None], bias, exact)
+        return pack(self, kind, stored if scales is None else stored.float() * scales[:, None], bias, exact)
 
     Packer.linear = rounded  # type: ignore[method-assign]
     try:

@@ -71,7 +71,7 @@ class EngineOptions(Section):
     weights: Weights = Field(
         default="auto",
         description="Type of the linear layers' weights: as published on CPU, bfloat16 on a GPU, if auto; "
-        "published: int4 for those published in 4 bits, int8 for others.",
+        "published: int4 for those published in 4 bits, int8 for others; fp8, int8: on a GPU, of products.",
     )
     kv_cache_memory: Size | None = Field(
         default=None,
@@ -98,7 +98,8 @@ class EngineOptions(Section):
     )
     kv_dtype: KVDtype = Field(
         default="auto",
-        description="Type of cached K, V; k8v4: int8 keys, values of 4 bits in groups of 32; int4: both.",
+        description="Type of cached K, V; k8v4: int8 keys, values of 4 bits in groups of 32; int4: both; "
+        "fp8: on GPUs that have it.",
     )
     page_size: int = Field(default=64, ge=8, le=256, description="Tokens of one KV head per page.")
     max_step_tokens: int = Field(

@@ -58,8 +58,10 @@ TARGETS = (
 )
 
 
-KV_DTYPES = ("bfloat16", "int8", "int4")
+KV_DTYPES = ("bfloat16", "fp8", "int8", "int4")
 """Formats of the cache that kernels are compiled for; what concerns no keys or values only for the first."""
+WITHOUT_FP8 = ("sm_80",)
+"""Chips that have no 8-bit floats."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class Report:
 def calls(model: ModelShape, target: Target) -> list[Call]:
     """Call every operation with a model's shapes; page size 64, bfloat16.
 
-    Those that read or write keys or values are called with caches of all `KV_DTYPES`.
+    Those that read or write keys or values are called with caches of all `KV_DTYPES` that the chip has.
     Decode: 32 sequences with 4,096 tokens each, and one with 32,768; prefill: a chunk of 2,048 tokens of
     8,192; eviction: one sequence, 8,192 tokens down to 2,048.
     """
@@ -137,6 +139,7 @@ def calls(model: ModelShape, target: Target) -> list[Call]:
     found = [
         _record(operation, name, case, replace(workload, kv_dtype=kv_dtype), target)
         for kv_dtype in KV_DTYPES
+        if kv_dtype != "fp8" or target.name not in WITHOUT_FP8
         for operation, name, case in cases()
         if case.reads_vectors or kv_dtype == "bfloat16"
         for workload in workloads[case.phase][: 1 if case.label else None]
@@ -228,6 +231,7 @@ _TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "fp8e4nv",
     torch.int8: "i8",
     torch.uint8: "u8",
     torch.int32: "i32",

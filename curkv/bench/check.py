@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 COSTS = {name: case.cost for _, name, case in cases()}
 """Cost of every case of every operation, by its name."""
 
-MAX_OVERHEAD = {"bfloat16": 1.1, "int8": 1.2, "int4": 1.35}
+MAX_OVERHEAD = {"bfloat16": 1.1, "fp8": 1.2, "int8": 1.2, "int4": 1.35}
 """Bytes moved, as a multiple of the fewest possible, by the cache's format.
 
 What is written beside the pages, float32 logits and energies, weighs more where these are small.

@@ -33,7 +33,7 @@ LINEAR = (  # [out, in] of a layer: qkv, o, gate and up, down
     (HIDDEN, INTERMEDIATE),
 )
 LONG = 8 * (4000,)
-WEIGHTS = [form for form in WEIGHT_FORMATS.values() if form.device == "cpu"]
+WEIGHTS = list(WEIGHT_FORMATS.values())
 READ, MATMUL = "streaming read", "matmul"
 
 
@@ -277,8 +277,9 @@ def run(rounds: int = 15) -> list[Timing]:
     """
     kernels = get_kernels("cpu")
     cases = [*limits(), *(case for weights in WEIGHTS for case in linear(kernels, weights))]
+    stored = [name for name in KV_FORMATS if "cpu" in get_format(name).devices]
     for make in (decode, prefill, store, evict):
-        cases += [case for kv_dtype in KV_FORMATS for case in make(kernels, kv_dtype)]
+        cases += [case for kv_dtype in stored for case in make(kernels, kv_dtype)]
     best = [float("inf")] * len(cases)
     for _ in range(rounds + 1):  # the first run of each compiles and warms up
         for i, case in enumerate(cases):

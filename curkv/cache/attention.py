@@ -167,14 +167,19 @@ class PagedAttention:
     ) -> Tensor:
         """Attention of single tokens; the probabilities are added up for those sequences that need it."""
         attend, slots, pages = self._kernels.paged_decode_attention, batch.decode_slots, self.kv.pages
-        summed = [one.index for one in observed if one.column_sums and one.index < batch.num_decodes]
-        if not summed or len(summed) == len(slots):
-            return attend(q, pages, table, lengths, slots, self._scale, bool(summed), **masks)
+        summed = [one for one in observed if one.column_sums and one.index < batch.num_decodes]
+        if not summed:
+            return attend(q, pages, table, lengths, slots, self._scale, False, **masks)
+        # What is kept of each token of a head, until all are known, is as wide as the table.
+        filled = table[..., : max(int(self.kv.page_counts[one.slot].max()) for one in summed)]
+        if len(summed) == len(slots):
+            return attend(q, pages, filled, lengths, slots, self._scale, True, **masks)
         out = torch.empty_like(q)
-        others = sorted(set(range(len(slots))) - set(summed))
-        for chosen, accumulate in ((summed, True), (others, False)):
-            rows = upload_list(chosen, q.device)
-            out[rows] = attend(q[rows], pages, table, lengths, slots[rows], self._scale, accumulate, **masks)
+        chosen = {one.index for one in summed}
+        others = [index for index in range(len(slots)) if index not in chosen]
+        for indices, place, accumulate in ((sorted(chosen), filled, True), (others, table, False)):
+            rows = upload_list(indices, q.device)
+            out[rows] = attend(q[rows], pages, place, lengths, slots[rows], self._scale, accumulate, **masks)
         return out
 
     def _prefill(

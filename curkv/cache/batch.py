@@ -20,6 +20,7 @@ class Observed:
 
     Attributes:
         observations: what is gathered of its queries.
+        slot: the sequence's slot in the cache.
         index: place of the sequence in the batch.
         start: its first token.
         end: one past its last token.
@@ -27,6 +28,7 @@ class Observed:
     """
 
     observations: Observations
+    slot: int
     index: int
     start: int
     end: int
@@ -107,7 +109,7 @@ class Batch:
             num_decodes=sum(1 for _ in takewhile(lambda count: count == 1, counts)),
             logit_rows=upload(rows, torch.int64),
             observed=tuple(
-                Observed(observed[slot], index, ends[index] - counts[index], ends[index], starts[index])
+                Observed(observed[slot], slot, index, ends[index] - counts[index], ends[index], starts[index])
                 for index, slot in enumerate(slots)
                 if slot in observed
             )

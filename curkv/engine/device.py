@@ -9,7 +9,7 @@ import torch
 
 from curkv.cache.sizing import free_memory
 from curkv.config import DeviceName
-from curkv.kernels.formats import get_format
+from curkv.kernels.formats import KV_FORMATS, get_format
 from curkv.kernels.formats.base import KVFormat
 from curkv.kernels.linear.formats import AS_PUBLISHED, BFLOAT16, WEIGHT_CHOICES, WeightFormat
 
@@ -25,6 +25,9 @@ GPU_MEMORY_SHARE = 0.9
 
 The rest is for activations and logits of the largest step and for CUDA graphs. A GPU is rarely shared.
 """
+
+WITH_FP8 = (8, 9)
+"""First compute capability with 8-bit floats."""
 
 _CALLED = {"cpu": "the CPU", "cuda": "a GPU"}
 
@@ -67,24 +70,38 @@ class Device:
         """The weight format of a name, or the preferred one for "auto".
 
         Raises:
-            ValueError: another kind of device has it.
+            ValueError: another kind of device has it, or this GPU has not.
         """
-        form = self.weights if wanted == "auto" else WEIGHT_CHOICES[wanted]
-        if form.device != self.kind:
-            there = [name for name, other in WEIGHT_CHOICES.items() if other.device == self.kind]
+        if wanted == "auto":
+            return self.weights
+        there = {form.name: form for form in WEIGHT_CHOICES if form.device == self.kind}
+        if wanted not in there:
+            other = next(form.device for form in WEIGHT_CHOICES if form.name == wanted)
             raise ValueError(
-                f"--weights {wanted} is for {_CALLED[form.device]}; "
+                f"--weights {wanted} is for {_CALLED[other]}; "
                 f"weights on {_CALLED[self.kind]} are {', '.join(there)}"
             )
-        return form
+        if wanted == "fp8":
+            if torch.version.hip:
+                raise ValueError("--weights fp8 is for NVIDIA's GPUs; on AMD's there are bfloat16 and int8")
+            _require_fp8("--weights fp8")
+        return there[wanted]
 
     def kv_format(self, wanted: str, head_dim: int) -> KVFormat:
         """The KV format of a name, or the preferred one for "auto".
 
         Raises:
-            ValueError: it cannot hold heads of this many channels.
+            ValueError: it cannot hold heads of this many channels, or the device does not have it.
         """
         form = get_format(self.kv_dtype if wanted == "auto" else wanted)
+        if self.kind not in form.devices:
+            there = ", ".join(name for name in KV_FORMATS if self.kind in get_format(name).devices)
+            called = " and ".join(_CALLED[kind] for kind in form.devices)
+            raise ValueError(
+                f"--kv-dtype {wanted} is for {called}; on {_CALLED[self.kind]} there are {there}"
+            )
+        if form.name == "fp8" and not torch.version.hip:  # AMD's make it of several instructions
+            _require_fp8(f"--kv-dtype {wanted}")
         if head_dim % form.multiple:
             raise ValueError(
                 f"--kv-dtype {wanted} needs heads of a multiple of {form.multiple} channels; "
@@ -99,6 +116,19 @@ float32, eight times the precision of bfloat16 (docs/benchmarks.md)."""
 
 GPU = Device("cuda", BFLOAT16, "bfloat16", GPU_MEMORY_SHARE)
 """bfloat16: the type of the weights, of which every key and value is a product."""
+
+
+def _require_fp8(option: str) -> None:
+    """Checks that an NVIDIA GPU has instructions for 8-bit floats.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if torch.cuda.get_device_capability() < WITH_FP8:
+        name = torch.cuda.get_device_name()
+        raise ValueError(
+            f"{option} needs 8-bit floats, which GPUs have from Ada and Hopper on; {name} has none"
+        )
 
 
 def choose_device(wanted: DeviceName) -> Device:

@@ -478,7 +478,8 @@ class Engine:
         progress, slot = sequence.progress, sequence.slot
         assert progress.repetition is not None
         try:
-            progress.repetition.advance(self.runner, slot, self.scheduler.step_tokens())
+            most = self.scheduler.step_tokens()
+            progress.repeated_tokens += progress.repetition.advance(self.runner, slot, most)
             sequence.peak_bytes = max(sequence.peak_bytes, self.kv.sequence_bytes(slot))
             if progress.repetition.done and not sequence.explain_plans:
                 self._evict(sequence, "prefill")

@@ -94,13 +94,16 @@ class Repetition:
         """Whether all is repeated, and the sequence holds what it held before."""
         return self._scores is not None and not self._parts
 
-    def advance(self, runner: Runner, slot: int, most: int = _STEP) -> None:
+    def advance(self, runner: Runner, slot: int, most: int = _STEP) -> int:
         """Computes the next piece.
 
         Args:
             runner: Computes tokens.
             slot: The sequence that holds what is left of the text, and nothing else.
             most: Tokens of the piece, if there are so many.
+
+        Returns:
+            How many they were.
 
         Raises:
             OutOfPages: There is no room for it; the sequence is to be given up.
@@ -109,7 +112,7 @@ class Repetition:
         if not self._parts:
             view = runner.attention.view(slot)
             self._take(view.keys(0).new_full((*view.lengths.shape, view.width), -torch.inf))
-            return
+            return 0
         part = self._parts[0]
         if self._mark is None:
             self._mark = kv.mark([slot])
@@ -129,6 +132,7 @@ class Repetition:
         if self._said == len(part):
             kv.retract(self._mark)
             self._parts, self._said, self._mark = self._parts[1:], 0, None
+        return len(piece)
 
     def _take(self, paid: Tensor) -> None:
         """Takes note of what each stored token was paid, [L, H, n], -inf past a head's."""

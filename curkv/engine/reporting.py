@@ -100,6 +100,7 @@ def kv_report(kv: PageManager, sequence: Sequence) -> KVReport | None:
         bytes=held,
         peak_bytes=max(sequence.peak_bytes, held),
         decode_evictions=progress.decode_evictions,
+        repeated_tokens=progress.repeated_tokens,
         window_layers=kv.layout.num_layers - len(kv.layout.evicted_rows),
     )
 

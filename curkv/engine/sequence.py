@@ -40,6 +40,7 @@ class Progress:
         explanations: of the plans explained so far.
         states: sum of the last hidden states of its computed tokens, [hidden], if its request asks for it.
         repetition: of what is computed, if the policy has the model repeat it.
+        repeated_tokens: tokens computed for that, instructions included.
         repeated: what that has paid to the tokens kept at the last eviction, see `Prefix`.
     """
 
@@ -54,6 +55,7 @@ class Progress:
     explanations: list[Explanation] = field(default_factory=list)
     states: Tensor | None = None
     repetition: Repetition | None = None
+    repeated_tokens: int = 0
     repeated: Tensor | None = None
 
     @classmethod
@@ -72,8 +74,9 @@ class Progress:
         )
 
     def copy(self) -> Progress:
-        """The same, to go on apart."""
-        return replace(self, prompt_logprobs=list(self.prompt_logprobs), explanations=list(self.explanations))
+        """The same, to go on apart; what was computed for both is told by one."""
+        prompt_logprobs, explanations = list(self.prompt_logprobs), list(self.explanations)
+        return replace(self, prompt_logprobs=prompt_logprobs, explanations=explanations, repeated_tokens=0)
 
 
 @dataclass(frozen=True)

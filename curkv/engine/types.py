@@ -235,6 +235,7 @@ class KVReport:
         bytes: pages held when the choice ended, in bytes.
         peak_bytes: most bytes of pages held at any time.
         decode_evictions: rounds of eviction while generating.
+        repeated_tokens: computed besides the prompt for a policy that has the model repeat it.
         window_layers: layers that hold what their window reaches, and are not counted above but in bytes.
     """
 
@@ -246,6 +247,7 @@ class KVReport:
     bytes: int
     peak_bytes: int
     decode_evictions: int
+    repeated_tokens: int = 0
     window_layers: int = 0
 
 

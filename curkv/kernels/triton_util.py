@@ -17,6 +17,8 @@ FLOAT32_DOT = tl.constexpr("ieee" if INTERPRETED.value or torch.version.hip else
 BOOKS = ("table", "lengths", "slots", "query_start", "positions", "lse")
 """Arguments that are slices, of one number each: where they start says nothing for which to compile anew."""
 
+_LARGEST_FP8 = tl.constexpr(float(torch.finfo(torch.float8_e4m3fn).max))
+
 UNSEEN = tl.constexpr(-1e30)
 """Highest logit of a query that has seen none: finite, lest a block in which it sees none makes NaN."""
 
@@ -69,8 +71,18 @@ def dot(a, b, acc):
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """Round float32 numbers to a dtype; Triton's interpreter would cut bfloat16 off."""
-    if INTERPRETED and dtype == tl.bfloat16 and x.dtype == tl.float32:
+    """Round float32 numbers to a dtype, too large ones to the largest that float8e4nv has.
+
+    Triton's interpreter would cut bfloat16 off, and rounds float8e4nv wrongly where that carries.
+    """
+    if dtype == tl.float8e4nv:
+        x = tl.minimum(tl.maximum(x.to(tl.float32), -_LARGEST_FP8), _LARGEST_FP8)
+        if INTERPRETED:  # by adding what leaves three bits of a normal number to the right of the point
+            power = (x.to(tl.uint32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+            shift = tl.maximum(power, 0.015625) * 1572864.0
+            x = (x + shift) - shift
+        rounded = x.to(dtype)
+    elif INTERPRETED and dtype == tl.bfloat16 and x.dtype == tl.float32:
         bits = x.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
         rounded = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)

@@ -252,6 +252,7 @@ class KVUsage(BaseModel):
         bytes: bytes of KV cache held when the choices ended.
         peak_bytes: most bytes held at any time.
         decode_evictions: rounds of eviction while generating.
+        repeated_tokens: tokens computed besides the prompt to have the model repeat it.
         window_layers: layers that hold what their window reaches; only bytes count them.
     """
 
@@ -263,6 +264,7 @@ class KVUsage(BaseModel):
     bytes: int
     peak_bytes: int
     decode_evictions: int
+    repeated_tokens: int
     window_layers: int
 
     @classmethod
@@ -279,6 +281,7 @@ class KVUsage(BaseModel):
             bytes=sum(r.bytes for r in reports),
             peak_bytes=sum(r.peak_bytes for r in reports),
             decode_evictions=sum(r.decode_evictions for r in reports),
+            repeated_tokens=sum(r.repeated_tokens for r in reports),
             window_layers=reports[0].window_layers,
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -110,6 +112,22 @@ def test_only_those_who_ask_are_observed_in_mixed_batches():
         torch.testing.assert_close(sums, expected_sums(q, k, 40), rtol=1e-4, atol=1e-5)
     assert PagedAttention(cache, ROPE).view(plain).gather(cache.pages.attention, 0.0).eq(0).all()
     assert PagedAttention(cache, ROPE).view(plain).observations is None
+
+
+def test_sums_while_decoding_keep_a_number_for_the_tokens_that_heads_hold_and_not_for_all_they_may():
+    cache, tokens, widths = make_cache(), make_tokens(), []
+    attend = cache.kernels.paged_decode_attention
+
+    def noted(q, pages, table, lengths, slots, scale, accumulate, **masks):
+        widths.append((table.shape[2] * 8, accumulate))
+        return attend(q, pages, table, lengths, slots, scale, accumulate, **masks)
+
+    cache.kernels = replace(cache.kernels, paged_decode_attention=noted)
+    seen, other = cache.add_sequence(EVERYTHING), cache.add_sequence()
+    feed(cache, {seen: (0, 20), other: (0, 33)}, tokens)
+    feed(cache, {seen: (20, 21)}, tokens)
+    feed(cache, {seen: (21, 22), other: (33, 34)}, tokens)
+    assert widths == [(24, True)] * 2 + [(24, True), (128, False)] * 2
 
 
 def test_forks_go_on_apart_and_leave_nothing_behind():

@@ -85,7 +85,7 @@ def poison(cache: PageManager) -> None:
         *head, token = (index < torch.from_numpy(prefix.lengths)[..., None]).nonzero(as_tuple=True)
         unused[held[(*head, token // size)], token % size] = False
     for memory in cache.pages.arrays.values():
-        memory[unused] = torch.nan if memory.dtype.is_floating_point else -1
+        memory[unused.nonzero(as_tuple=True)] = torch.nan if memory.dtype.is_floating_point else -1
 
 
 def head_tokens(cache: PageManager, slot: int, layer: int, head: int) -> dict[str, Tensor]:

@@ -41,13 +41,13 @@ def test_rounded_weights_predict_as_float32_ones_do(loaded: Loaded, weights: Wei
         )
 
 
-@pytest.mark.parametrize("weights", ["float32", "int8", "int4"])
-def test_weights_are_not_chosen_on_a_gpu(
+@pytest.mark.parametrize("weights", ["float32", "published", "int4"])
+def test_weights_of_a_cpu_are_refused_on_a_gpu(
     default_model_dir: Path, monkeypatch: pytest.MonkeyPatch, weights: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     options = EngineOptions(model=str(default_model_dir), weights=weights, device="cuda", kernels="reference")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="weights on a GPU are bfloat16"):
+    with pytest.raises(ValueError, match="weights on a GPU are bfloat16, fp8, int8"):
         build_engine(options)
 
 

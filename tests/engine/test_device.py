@@ -38,5 +38,16 @@ def test_formats_are_preferred_or_refused() -> None:
         CPU.kv_format("k8v4", 80)
 
 
+def test_8_bit_floats_are_refused_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="fp8 is for a GPU; on the CPU there are float32, bfloat16"):
+        CPU.kv_format("fp8", 64)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    with pytest.raises(ValueError, match="from Ada and Hopper on; A100 has none"):
+        GPU.kv_format("fp8", 64)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert GPU.kv_format("fp8", 64).name == "fp8"
+
+
 def test_the_command_line_offers_every_weight_format() -> None:
-    assert tuple(WEIGHT_CHOICES) == WEIGHTS
+    assert {form.name for form in WEIGHT_CHOICES} == set(WEIGHTS)

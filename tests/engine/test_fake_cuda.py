@@ -23,7 +23,7 @@ from curkv.engine.runner import Runner
 from curkv.engine.types import Request, Structure
 from curkv.kernels.dispatch import get_kernels
 from curkv.kernels.formats import get_format
-from curkv.kernels.linear.formats import BFLOAT16
+from curkv.kernels.linear.formats import BFLOAT16, FP8, GPU_INT8, WeightFormat
 from curkv.models.decoder import Decoder
 from curkv.models.info import ModelInfo
 from curkv.models.rope import rope_tables
@@ -81,12 +81,17 @@ def cuda(guard: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
 
 
 def make_engine(
-    cuda: FakeCuda, kv_dtype: str = "bfloat16", pages: int = 500, prefix_pages: int = 0, layers: int = 2
+    cuda: FakeCuda,
+    kv_dtype: str = "bfloat16",
+    pages: int = 500,
+    prefix_pages: int = 0,
+    layers: int = 2,
+    form: WeightFormat = BFLOAT16,
 ) -> Engine:
     """An engine as it is built for a GPU, but for the graphs, which are not captured."""
     config = replace(CONFIG, num_layers=layers)
     kernels = get_kernels("triton", DEVICE)
-    model = Decoder(config, random_checkpoint(DEVICE, torch.bfloat16, layers), kernels, BFLOAT16)
+    model = Decoder(config, random_checkpoint(DEVICE, torch.bfloat16, layers), kernels, form)
     layout = CacheLayout(
         full_attention(layers, config.num_kv_heads), config.head_dim, 16, get_format(kv_dtype), 4, 256
     )
@@ -179,9 +184,19 @@ def test_a_prompt_evicted_while_it_is_computed(cuda: FakeCuda) -> None:
     assert cuda.waits == waits(*[EVICTION] * evictions, *[TOKEN] * 3)
 
 
+@pytest.mark.parametrize("kv_dtype", ["fp8", "int8"])
 @pytest.mark.parametrize("policy", ["curdkv", "snapkv", "h2o", "compactor", "expected-attention"])
-def test_int8_cache(cuda: FakeCuda, policy: str) -> None:
-    assert run(make_engine(cuda, "int8"), ask({"policy": policy, "budget": "50%"})) == 1
+def test_rounded_cache(cuda: FakeCuda, policy: str, kv_dtype: str) -> None:
+    assert run(make_engine(cuda, kv_dtype), ask({"policy": policy, "budget": "50%"})) == 1
+
+
+@pytest.mark.parametrize("form", [FP8, GPU_INT8], ids=lambda form: form.name)
+def test_rounded_weights_wait_for_nothing(cuda: FakeCuda, form: WeightFormat) -> None:
+    engine = make_engine(cuda, form=form)
+    assert engine.runner.model.weights == form.name
+    run(engine, ask({"policy": "full"}))
+    assert cuda.waits == waits(*[TOKEN] * 3)
+    assert run(engine, ask({"policy": "criticalkv", "budget": "50%"})) == 1  # which looks at W_o
 
 
 @pytest.mark.parametrize("kv", [{"policy": "full"}, HALF], ids=str)

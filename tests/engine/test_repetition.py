@@ -97,9 +97,12 @@ def test_a_context_is_compressed_once_and_others_generate_meanwhile(
     assert {id: tokens(outputs) for id, outputs in together.items()} == alone
     report = together["r"][-1].kv
     assert report is not None and (report.budget_tokens, report.kept_tokens) == (80, 80)
+    said = loaded.tokenizer.encode("\n\nRepeat the previous context exactly.\n\n").ids
+    assert report.repeated_tokens == 120 + len(said)
     again = run_all(engine, request(loaded.prompt(120) + loaded.prompt(9, start=900), 4, "again", kv=KVZIP))
     report = again["again"][-1].kv
     assert again["again"][-1].cached_tokens == 120 and report is not None and report.kept_tokens == 69
+    assert report.repeated_tokens == 0
 
 
 def run_all(engine: Engine, *items: object) -> dict[str, list]:  # type: ignore[type-arg]

@@ -23,6 +23,7 @@ from curkv.engine.replay import Replay
 from curkv.engine.runner import Runner
 from curkv.kernels.dispatch import get_kernels
 from curkv.kernels.formats import get_format
+from curkv.kernels.linear.formats import BFLOAT16, FLOAT32, FP8, GPU_INT8, WeightFormat
 from curkv.models.decoder import Decoder
 from curkv.models.info import ModelInfo
 from curkv.models.rope import rope_tables
@@ -45,15 +46,22 @@ class Trace:
     preemptions: int = 0
 
 
-def engine_over(kernels_name: str, num_pages: int, graphs: bool = False, apart: bool = False) -> Engine:
-    device = "cpu" if kernels_name == "cpu" else TEST_DEVICE
+def engine_over(
+    kernels_name: str,
+    num_pages: int,
+    graphs: bool = False,
+    apart: bool = False,
+    kv_dtype: str = "float32",
+    form: WeightFormat = FLOAT32,
+) -> Engine:
+    device = TEST_DEVICE if kernels_name == "triton" else "cpu"
     kernels = get_kernels(kernels_name, device)
-    model = Decoder(CONFIG, random_checkpoint(device), kernels)
+    model = Decoder(CONFIG, random_checkpoint(device, form.dtype), kernels, form)
     layout = CacheLayout(
         full_attention(CONFIG.num_layers, CONFIG.num_kv_heads),
         CONFIG.head_dim,
         16,
-        get_format("float32"),
+        get_format(kv_dtype),
         4,
         256,
     )
@@ -116,6 +124,36 @@ def test_triton_and_cpu_kernels_give_the_same_tokens_kept_sets_and_pages(expecte
     assert {phase for phase, *_ in wanted.evictions} == {"prefill", "decode"}
     assert (wanted.preemptions > 0) == (num_pages < 100)
     assert_same(trace(engine_over("triton", num_pages)), wanted)
+
+
+def test_a_cache_of_8_bit_floats_keeps_and_answers_what_it_does_over_the_reference_kernels() -> None:
+    found = []
+    for name in ("triton", "reference"):
+        engine = engine_over(name, 40, kv_dtype="fp8")
+        options = parse_options({"policy": "snapkv", "budget": 12, "merge": "nearest"})
+        engine.add(engine.plan(request(list(range(17)), 2, kv=options, n=2)))
+        answers: dict[int, list[int]] = {}
+        kept: list[Tensor] = []
+        while engine.has_work:
+            for output in engine.step():
+                answers.setdefault(output.index, []).extend(tokens([output]))
+            kept += kept_positions(engine)
+            engine.check_integrity()
+        found.append((answers, kept))
+    (ours, kept), (wanted, expected) = found
+    assert ours == wanted and len(wanted[1]) == 2
+    assert all(torch.equal(a, b) for a, b in zip(kept, expected, strict=True))
+
+
+def test_products_of_8_bits_give_the_logits_of_those_of_16_but_for_rounding() -> None:
+    logits = {}
+    for form in (BFLOAT16, FP8, GPU_INT8):
+        runner = engine_over("triton", 4, kv_dtype="bfloat16", form=form).runner
+        logits[form.name] = runner.run([runner.kv.add_sequence()], [[5, 6, 7]], [0], [3])
+    exact = logits["bfloat16"]
+    for name, most in (("fp8", 0.1), ("int8", 0.05)):
+        assert logits[name].dtype == torch.float32
+        assert 0 < (logits[name] - exact).norm() < most * exact.norm()
 
 
 def test_padded_decode_steps_over_a_table_of_their_own_give_the_same() -> None:

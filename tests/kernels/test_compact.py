@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from curkv.kernels.compact import cpu, reference
-from curkv.kernels.formats import KV_FORMATS
 from curkv.kernels.pages import Pages
-from tests.kernels.util import Pool, fitting, make_pool, map_arrays
+from tests.kernels.util import CPU_FORMATS, Pool, fitting, make_pool, map_arrays
 
 IMPLEMENTATIONS = [reference, cpu]
 RAGGED = [[0, 1, 15], [16, 17, 100], [333, 64, 31]]
@@ -51,7 +50,7 @@ def check(before: Pages, after: Pages, source, target, indices, counts) -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("kv_dtype", KV_FORMATS)
+@pytest.mark.parametrize("kv_dtype", CPU_FORMATS)
 @pytest.mark.parametrize(("head_dim", "page_size"), [(64, 16), (96, 48), (128, 128)])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_in_place(implementation, kv_dtype, head_dim, page_size, share):

@@ -99,6 +99,10 @@ TOY = KVFormat("toy", Toy(), Toy())
 MIXED = KVFormat("mixed", Int8(), Plain(torch.float16))
 
 
+LOST = {"int4": 0.1, "fp8": 0.03}
+"""Relative RMS error of rounding, where it is not small."""
+
+
 @pytest.mark.parametrize("name", KV_FORMATS)
 def test_a_format_gives_back_what_it_took_as_far_as_it_rounds(name: str) -> None:
     format, x = get_format(name), torch.randn(5, 3, 64)
@@ -110,7 +114,7 @@ def test_a_format_gives_back_what_it_took_as_far_as_it_rounds(name: str) -> None
         assert all(entries[n].shape == (5, 3, *a.shape) for n, a in arrays.items())
         assert all(entries[n].dtype == a.dtype for n, a in arrays.items())
         assert vectors.decode(entries).dtype == torch.float32
-        assert relative_rms(vectors.decode(entries), x) < (0.1 if vectors.name == "int4" else 0.01)
+        assert relative_rms(vectors.decode(entries), x) < LOST.get(vectors.name, 0.01)
         assert vectors.decode(vectors.encode(torch.zeros(2, 64))).eq(0).all()
 
 
@@ -123,9 +127,16 @@ def test_bytes_are_those_of_the_arrays_and_tokens_are_whole_words(format: KVForm
 
 def test_an_unknown_format_is_refused_with_those_that_there_are() -> None:
     with pytest.raises(
-        ValueError, match=r"no KV format 'int3'.*float32, bfloat16, float16, int8, k8v4, int4"
+        ValueError, match=r"no KV format 'int3'.*float32, bfloat16, float16, fp8, int8, k8v4, int4"
     ):
         get_format("int3")
+
+
+def test_8_bit_floats_are_the_nearest_ones_and_end_at_448() -> None:
+    x = torch.tensor([0.0, 1.0625, 1.1875, -3.9, 300.0, 464.0, 1e30, -1e30, 2.0**-10, 1.5 * 2.0**-9])
+    vectors = get_format("fp8").keys
+    found = vectors.decode(vectors.encode(x)).tolist()
+    assert found == [0.0, 1.0, 1.25, -4.0, 288.0, 448.0, 448.0, -448.0, 0.0, 2.0**-8]
 
 
 def test_memory_that_is_not_what_the_format_says_is_refused() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from curkv.kernels.formats import KV_FORMATS
 from curkv.kernels.paged_decode_attention import cpu, reference
 from tests.kernels.util import (
+    CPU_FORMATS,
     MASKS,
     assert_close,
     fitting,
@@ -39,7 +39,7 @@ def check(lengths: list[list[int]], group: int, accumulate: bool = False, **opti
     assert_close(mine.pages.attention, theirs.pages.attention, tolerance)
 
 
-@pytest.mark.parametrize("kv_dtype", KV_FORMATS)
+@pytest.mark.parametrize("kv_dtype", CPU_FORMATS)
 @pytest.mark.parametrize(
     ("head_dim", "page_size", "group"),
     [

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from curkv.kernels.formats import KV_FORMATS
 from curkv.kernels.paged_prefill_attention import cpu, reference
 from tests.kernels.util import (
+    CPU_FORMATS,
     MASKS,
     UNMIXED,
     assert_close,
@@ -64,7 +64,7 @@ def test_ragged_heads_and_chunks(kv_dtype: str, head_dim: int, page_size: int, g
     check(lengths, [1, 77, 9, 17], group, head_dim=head_dim, page_size=page_size, kv_dtype=kv_dtype)
 
 
-@pytest.mark.parametrize("kv_dtype", [name for name in KV_FORMATS if name != "int4"])
+@pytest.mark.parametrize("kv_dtype", [name for name in CPU_FORMATS if name != "int4"])
 @pytest.mark.parametrize(
     ("head_dim", "page_size", "group"), [(64, 64, 3), (96, 24, 2), (256, 16, 5), (72, 8, 1)]
 )

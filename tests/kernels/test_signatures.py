@@ -32,7 +32,7 @@ def test_an_implementation_has_the_signature_of_its_spec(operation: str, backend
 
 
 @pytest.mark.parametrize("backend", BACKEND_NAMES)
-@pytest.mark.parametrize("form", [form for form in WEIGHT_FORMATS.values() if form.device == "cpu"])
+@pytest.mark.parametrize("form", list(WEIGHT_FORMATS.values()))
 def test_a_packed_layer_has_the_methods_of_a_linear_layer(form: WeightFormat, backend: str) -> None:
     if backend == "triton":
         pytest.importorskip("triton")

@@ -5,10 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from curkv.kernels.formats import KV_FORMATS
 from curkv.kernels.pages import Pages
 from curkv.kernels.store_kv import cpu, reference
-from tests.kernels.util import Pool, assert_close, fitting, make_pool, query_start, rope_tables
+from tests.kernels.util import (
+    CPU_FORMATS,
+    Pool,
+    assert_close,
+    fitting,
+    make_pool,
+    query_start,
+    rope_tables,
+)
 
 # A fused multiply-add may round a few rotated keys to the neighbouring 16-bit value.
 TOLERANCE = {"float32": 1e-6, "float16": 1e-4, "bfloat16": 1e-3, "int8": 1e-3, "int4": 2e-2}
@@ -41,7 +48,7 @@ def check(lengths: list[list[int]], new_tokens: list[int], **options: object) ->
     assert_close(actual.v_sq, expected.v_sq, 1e-6)
 
 
-@pytest.mark.parametrize("kv_dtype", [name for name in KV_FORMATS if name != "int4"])
+@pytest.mark.parametrize("kv_dtype", [name for name in CPU_FORMATS if name != "int4"])
 @pytest.mark.parametrize(
     ("head_dim", "page_size"), [(64, 16), (96, 64), (128, 128), (256, 8), (72, 24), (8, 16)]
 )

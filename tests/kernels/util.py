@@ -14,7 +14,9 @@ from curkv.kernels.formats.base import KVFormat
 from curkv.kernels.pages import SIDES, Pages, allocate
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-UNMIXED = tuple(name for name in KV_FORMATS if get_format(name).keys == get_format(name).values)
+CPU_FORMATS = tuple(name for name in KV_FORMATS if "cpu" in get_format(name).devices)
+"""Formats that the CPU's kernels read and write."""
+UNMIXED = tuple(name for name in CPU_FORMATS if get_format(name).keys == get_format(name).values)
 """Formats whose keys and values lie alike: a mixture reads each like one of these."""
 
 

@@ -16,6 +16,7 @@ _MODULES = {
     "float32": "plain",
     "bfloat16": "plain",
     "float16": "plain",
+    "fp8": "fp8",
     "int8": "int8",
     "k8v4": "int4",
     "int4": "int4",

@@ -46,10 +46,12 @@ class VectorFormat(ABC):
     Attributes:
         name: Of the format of a cache whose keys and values both lie like this.
         multiple: head_dim must be a multiple of this.
+        devices: Kinds of devices whose kernels read and write it.
     """
 
     name: str
     multiple: int = 1
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     @abstractmethod
     def arrays(self, head_dim: int) -> dict[str, Array]:
@@ -148,6 +150,11 @@ class KVFormat:
     def multiple(self) -> int:
         """head_dim must be a multiple of this."""
         return math.lcm(self.keys.multiple, self.values.multiple)
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Kinds of devices whose kernels read and write it."""
+        return tuple(kind for kind in self.keys.devices if kind in self.values.devices)
 
     def token_bytes(self, head_dim: int) -> int:
         """Bytes of a key and a value."""

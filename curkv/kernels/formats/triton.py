@@ -39,6 +39,9 @@ _OPERANDS = {
     "float32": Operands(torch.float32),
     "bfloat16": Operands(torch.bfloat16),
     "float16": Operands(torch.float16),
+    "fp8": Operands(
+        torch.float16, widened=True
+    ),  # which has all of its numbers, as an instruction makes them
     "int8": Operands(torch.bfloat16, widened=True),  # which has all of its numbers
     "int4": Operands(torch.float16, widened=True),  # the type of its steps and lowest values
 }
@@ -94,6 +97,8 @@ def load_operands(store, place, mask, FORMAT: tl.constexpr, HEAD_DIM: tl.constex
         vectors = load_tokens(store[0], place, mask, HEAD_DIM, BLOCK_D)
     if FORMAT == "int8":
         vectors = narrow(vectors.to(tl.float32), tl.bfloat16)
+    elif FORMAT == "fp8":
+        vectors = vectors.to(tl.float16)
     return vectors
 
 
@@ -115,7 +120,7 @@ def narrow_queries(queries, store, FORMAT: tl.constexpr):
     """Round queries to the type in which a dot takes the store's vectors."""
     if FORMAT == "int8":
         queries = narrow(queries, tl.bfloat16)
-    elif FORMAT == "int4":
+    elif FORMAT == "int4" or FORMAT == "fp8":
         queries = narrow(queries, tl.float16)
     else:
         queries = narrow(queries, store[0].dtype.element_ty)
@@ -165,8 +170,8 @@ def write(first, second, store, place, valid, mask, i, FORMAT: tl.constexpr, HEA
         largest = tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1))
         tl.store(store[1] + place, largest / _LARGEST, mask=valid)
         factor = tl.where(largest > 0, _LARGEST / tl.where(largest > 0, largest, 1.0), 0.0)[:, None]
-        tl.store(targets, _nearest(first * factor).to(tl.int8), mask=mask)
-        tl.store(targets + HALF, _nearest(second * factor).to(tl.int8), mask=mask)
+        tl.store(targets, nearest(first * factor).to(tl.int8), mask=mask)
+        tl.store(targets + HALF, nearest(second * factor).to(tl.int8), mask=mask)
     elif FORMAT == "int4":
         _write_nibbles(first, store, place, valid, 0, HEAD_DIM)
         _write_nibbles(second, store, place, valid, HALF, HEAD_DIM)
@@ -191,7 +196,7 @@ def _write_nibbles(x, store, place, valid, FIRST: tl.constexpr, HEAD_DIM: tl.con
     tl.store(target, word, mask=valid[:, None] & (g < HEAD_DIM // 2 // _GROUP)[None, :])
     step = step.to(tl.float32)
     factor = tl.where(step > 0, 1.0 / tl.where(step > 0, step, 1.0), 0.0)
-    codes = _nearest((groups - low.to(tl.float32)[:, :, None]) * factor[:, :, None])
+    codes = nearest((groups - low.to(tl.float32)[:, :, None]) * factor[:, :, None])
     codes = tl.minimum(tl.maximum(codes, 0.0), _LARGEST_CODE).to(tl.uint8)
     even, odd = tl.split(tl.reshape(codes, [HEADS, GROUPS * _GROUP // 2, 2]))
     i = tl.arange(0, GROUPS * _GROUP // 2)
@@ -200,7 +205,7 @@ def _write_nibbles(x, store, place, valid, FIRST: tl.constexpr, HEAD_DIM: tl.con
 
 
 @triton.jit
-def _nearest(x):
+def nearest(x):
     """Round to an integer, to even where two are as near."""
     low = tl.floor(x)
     fraction = x - low

@@ -20,6 +20,8 @@ NEGLIGIBLE = 0.02
 """Squared error of a group, in squares of its step, that float16's rounding of a grid leaves."""
 ON_GRID = 1e-5
 """Share of a weight's squares that rounding it to 4 bits may cost if it has been rounded to them before."""
+LARGEST_FP8 = 448.0
+"""Largest 8-bit float of four bits of exponent and three of mantissa."""
 LOOKED_AT = 64
 """Rows of a weight that say whether it has been."""
 
@@ -37,8 +39,10 @@ class WeightFormat:
         encode: Weight [N, K] to what it becomes, [N, K], and a scale for each of its rows or None: what the
             format means, whatever memory it takes.
         rounds: Products round what goes into them too; then nothing around them needs to be more exact.
-        head: Name of the format of the embedding and of the projection to the vocabulary, if it is another.
+        head: Format of the embedding and of the projection to the vocabulary, if it is another.
         published: Weights that have been rounded to 4 bits before are stored in them; encode is for the rest.
+        multiple: Weights whose N or K is no multiple of this stay as they are.
+        product: Type of the products, if it is not that of x.
     """
 
     name: str
@@ -46,11 +50,15 @@ class WeightFormat:
     dtype: torch.dtype
     encode: Encode
     rounds: bool = False
-    head: str | None = None
+    head: WeightFormat | None = None
     published: bool = False
+    multiple: int = 1
+    product: torch.dtype | None = None
 
     def of(self, weight: Tensor) -> WeightFormat:
         """The format of a weight [N, K] in a layer."""
+        if any(size % self.multiple for size in weight.shape):
+            return BFLOAT16
         if not self.published:
             return self
         return INT4 if on_int4_grid(weight) else INT8
@@ -58,7 +66,7 @@ class WeightFormat:
     @property
     def of_head(self) -> WeightFormat:
         """The format of the embedding and of the projection to the vocabulary."""
-        return self if self.head is None else WEIGHT_FORMATS[self.head]
+        return self if self.head is None else self.head
 
 
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,6 +82,21 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     scales = weight.abs().amax(dim=1).float() / 127
     steps = torch.where(scales > 0, scales, 1)[:, None]
     return (weight / steps).round().to(torch.int8), scales
+
+
+def quantise_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds each row to 8-bit floats, after its largest value has become their largest one, 448.
+
+    Args:
+        weight: [N, K].
+
+    Returns:
+        floats: float8_e4m3fn [N, K].
+        scales: float32 [N]; a row is about its floats times its scale.
+    """
+    scales = weight.abs().amax(dim=1).float() / LARGEST_FP8
+    steps = torch.where(scales > 0, scales, 1)[:, None]
+    return (weight / steps).clamp(-LARGEST_FP8, LARGEST_FP8).to(torch.float8_e4m3fn), scales
 
 
 def quantise_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,16 +158,23 @@ def _rounded_to_int4(weight: Tensor) -> tuple[Tensor, None]:
 
 
 FLOAT32 = WeightFormat("float32", "cpu", torch.float32, _as_given)
-BFLOAT16 = WeightFormat("bfloat16", "cuda", torch.bfloat16, _as_given)
 INT8 = WeightFormat("int8", "cpu", torch.float32, quantise, rounds=True)
-INT4 = WeightFormat("int4", "cpu", torch.float32, _rounded_to_int4, rounds=True, head="int8")
+INT4 = WeightFormat("int4", "cpu", torch.float32, _rounded_to_int4, rounds=True, head=INT8)
+
+BFLOAT16_HEAD = WeightFormat("bfloat16", "cuda", torch.bfloat16, _as_given, product=torch.float32)
+"""Logits are not rounded to bfloat16, which has eight numbers between 16 and 17: equal ones are ties."""
+BFLOAT16 = WeightFormat("bfloat16", "cuda", torch.bfloat16, _as_given, head=BFLOAT16_HEAD)
+FP8 = WeightFormat("fp8", "cuda", torch.bfloat16, quantise_fp8, rounds=True, head=BFLOAT16_HEAD, multiple=16)
+GPU_INT8 = WeightFormat(
+    "int8", "cuda", torch.bfloat16, quantise, rounds=True, head=BFLOAT16_HEAD, multiple=16
+)
 
 AS_PUBLISHED = WeightFormat(
-    "published", "cpu", torch.float32, quantise, rounds=True, head="int8", published=True
+    "published", "cpu", torch.float32, quantise, rounds=True, head=INT8, published=True
 )
 """4 bits for what was published in 4 bits, which loses nothing by it, 8 for the rest."""
 
-WEIGHT_FORMATS = {form.name: form for form in (FLOAT32, BFLOAT16, INT8, INT4)}
-"""Those that a weight may be stored in."""
-WEIGHT_CHOICES = WEIGHT_FORMATS | {AS_PUBLISHED.name: AS_PUBLISHED}
+WEIGHT_FORMATS = {form.name: form for form in (FLOAT32, INT8, INT4)}
+"""Those that a weight may be stored in on a CPU, by name."""
+WEIGHT_CHOICES = (*WEIGHT_FORMATS.values(), AS_PUBLISHED, BFLOAT16, FP8, GPU_INT8)
 """Those that a model's weights may be asked for in."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -67,10 +68,11 @@ class ReferenceLinear(ComposedLinear):
     """A linear layer.
 
     Attributes:
-        weight: [N, K], of the type of x, or int8.
+        weight: [N, K], of the type of x, or of 8 bits.
         bias: [N].
-        scales: float32 [N] of an int8 weight, by which its rows are multiplied.
+        scales: float32 [N] of a weight of 8 bits, by which its rows are multiplied.
         given: [N, K], the weight if it is held as it was given.
+        product: Type of the product, if it is not that of x.
         rms_norm, silu_mul: What may go before.
     """
 
@@ -78,6 +80,7 @@ class ReferenceLinear(ComposedLinear):
     bias: Tensor | None = None
     scales: Tensor | None = None
     given: Tensor | None = None
+    product: torch.dtype | None = None
     rms_norm: Callable[..., Any] = rms_norm
     silu_mul: Callable[[Tensor], Tensor] = silu_mul
 
@@ -90,15 +93,26 @@ class ReferenceLinear(ComposedLinear):
         """See `ComposedLinear.rows`."""
         found = self.weight[ids]
         if self.scales is not None:
-            found = found * self.scales[ids][:, None]
+            found = found.to(self.scales.dtype) * self.scales[ids][:, None]
         return found if factor == 1 else found * factor
 
     def __call__(self, x: Tensor) -> Tensor:
         """x W^T + b, [T, N] from [T, K]."""
         if self.scales is None:
+            if self.product not in (None, x.dtype):
+                return _widened(x, self.weight, self.bias)
             return linear(x, self.weight, self.bias)
         out = linear(x, self.weight.to(x.dtype)) * self.scales.to(x.dtype)
         return out if self.bias is None else out + self.bias
+
+
+def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b in float32, of which nothing is rounded."""
+    if x.is_cuda and not torch.version.hip:
+        out = torch.mm(x, weight.t(), out_dtype=torch.float32)
+    else:
+        out = x.float() @ weight.t().float()
+    return out if bias is None else out + bias
 
 
 def pack_linear(
@@ -116,4 +130,5 @@ def pack_linear(
     """
     assert not isinstance(weight, Packed), "nothing is packed here"
     stored, scales = form.encode(weight)
-    return ReferenceLinear(stored, bias, scales, stored if stored is weight else None)
+    given = stored if stored is weight else None
+    return ReferenceLinear(stored, bias, scales, given, form.product)

@@ -46,7 +46,7 @@ class Linear(Protocol):
 
     @property
     def given(self) -> Tensor | None:
-        """[N, K], its weight as it was given, if it is held so; None: it is packed or rounded."""
+        """[N, K], its weight as it was given, or as rounded as it is held; None: it lies in another order."""
 
     @property
     def packed(self) -> Packed | None:

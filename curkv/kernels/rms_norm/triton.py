@@ -64,13 +64,23 @@ def _normalise_rows(
     mask = i < SIZE
     values = tl.load(x + row * stride_x + i, mask=mask, other=0.0)
     if RESIDUAL:
-        values = values.to(tl.float32) + tl.load(
-            residual + row * stride_residual + i, mask=mask, other=0.0
-        ).to(tl.float32)
-        values = narrow(values, x.dtype.element_ty)
+        values = added(values, residual + row * stride_residual + i, mask)
         tl.store(total + row * SIZE + i, values, mask=mask)
+    w = tl.load(weight + i, mask=mask, other=0.0).to(tl.float32)
+    values = normalised(values, SIZE, eps) * w
+    tl.store(out + row * SIZE + i, narrow(values, out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def added(values, residual, mask):
+    """Add a row of the residual, whose elements `residual` points to; rounded to the dtype of the values."""
+    total = values.to(tl.float32) + tl.load(residual, mask=mask, other=0.0).to(tl.float32)
+    return narrow(total, values.dtype)
+
+
+@triton.jit
+def normalised(values, SIZE: tl.constexpr, eps):
+    """Divide a row by its root mean square; float32, rounded to the dtype of the values."""
     exact = values.to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(exact * exact, 0) / SIZE + eps)
-    normalised = narrow(exact * scale, x.dtype.element_ty).to(tl.float32)
-    w = tl.load(weight + i, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + row * SIZE + i, narrow(normalised * w, out.dtype.element_ty), mask=mask)
+    return narrow(exact * scale, values.dtype).to(tl.float32)

@@ -29,6 +29,13 @@ def _silu_mul_rows(gate_up, out, stride, SIZE: tl.constexpr, BLOCK: tl.constexpr
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = i < SIZE
-    gate = tl.load(gate_up + row * stride + i, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * stride + SIZE + i, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + row * SIZE + i, narrow(gate / (1.0 + tl.exp(-gate)) * up, out.dtype.element_ty), mask=mask)
+    gate = tl.load(gate_up + row * stride + i, mask=mask, other=0.0)
+    up = tl.load(gate_up + row * stride + SIZE + i, mask=mask, other=0.0)
+    tl.store(out + row * SIZE + i, narrow(gated(gate, up), out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gated(gate, up):
+    """silu(gate) * up in float32."""
+    gate = gate.to(tl.float32)
+    return gate / (1.0 + tl.exp(-gate)) * up.to(tl.float32)

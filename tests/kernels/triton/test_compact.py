@@ -34,6 +34,7 @@ def assert_same(pages, expected):
         (96, 32, "float16"),
         (256, 128, "bfloat16"),
         (64, 64, "int8"),
+        (64, 64, "fp8"),
         (64, 64, "k8v4"),
     ],
 )

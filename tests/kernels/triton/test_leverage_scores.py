@@ -45,6 +45,7 @@ def test_zero_energies_score_zero():
         (96, 64, "float16", 16),
         (128, 128, "bfloat16", 20),
         (256, 32, "bfloat16", 1),
+        (64, 64, "fp8", 20),
         (64, 64, "int8", 20),
         (192, 64, "int4", 20),
     ],

@@ -25,6 +25,7 @@ def store(kernel, pool, new_tokens, head_dim, slots=None, activations=torch.floa
         ([[9, 64], [65, 128]], [9, 2], 128, 64, "bfloat16"),
         ([[130, 7]], [6], 256, 128, "bfloat16"),
         ([[19, 40, 18], [1, 1, 65]], [18, 1], 96, 32, "int8"),
+        ([[19, 40, 18], [1, 1, 65]], [18, 1], 96, 32, "fp8"),
         ([[19, 40, 18], [1, 1, 65]], [18, 1], 64, 32, "k8v4"),
         ([[19, 40, 18], [1, 1, 65]], [18, 1], 192, 32, "int4"),
         ([[n % 40 + 1] for n in range(64)], [1] * 64, 64, 16, "float32"),
@@ -41,6 +42,21 @@ def test_writes_what_the_reference_writes_and_nothing_else(
     store(triton, pool, new_tokens, head_dim)
     for field in pool.pages.arrays:
         close(pool.pages.arrays[field], expected.pages.arrays[field], kv_dtype)
+
+
+def test_8_bit_floats_are_rounded_as_in_the_reference_small_and_large_ones_too():
+    spread = 2.0 ** torch.linspace(-16, 16, 128).view(2, 1, 64)
+    found = []
+    for kernel in (triton, reference):
+        pool = make_pool([[2]], new_tokens=[2], kv_dtype="fp8")
+        k = torch.randn(2, 1, 64, generator=generator(1)) * spread
+        still = torch.ones(2, 32), torch.zeros(2, 32), torch.arange(2, dtype=torch.int32)
+        where = pool.table, pool.lengths, pool.slots, query_start([2])
+        kernel.store_kv(pool.pages, k, k, *still, *where)
+        found.append([store.arrays["vectors"].float().nan_to_num() for store in (pool.pages.k, pool.pages.v)])
+    for ours, wanted in zip(*found, strict=True):
+        assert torch.equal(ours, wanted)
+    assert wanted.abs().max() == 448
 
 
 def test_a_slot_below_zero_is_not_written():
