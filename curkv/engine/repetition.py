@@ -120,8 +120,9 @@ class Repetition:
         size, left = max(2, min(most, _STEP)), len(part) - self._said
         if left - size == 1:  # which would be a decode
             size = left
-        runner.run([slot], [part[self._said : self._said + size]], [self._start + self._said])
-        self._said += min(size, left)
+        piece = part[self._said : self._said + size]
+        runner.run([slot], [piece], [self._start + self._said])
+        self._said += len(piece)
         view = runner.attention.view(slot)
         (table, lengths), (queries, lse) = view.rows, view.chunk()
         paid = kv.kernels.window_scores(
