@@ -102,15 +102,24 @@ class EngineOptions(Section):
         "fp8: on GPUs that have it.",
     )
     page_size: int = Field(default=64, ge=8, le=256, description="Tokens of one KV head per page.")
-    max_step_tokens: int = Field(
-        default=512, ge=16, description="Most tokens per step; longer prompts go in chunks."
+    max_step_tokens: int | None = Field(
+        default=None,
+        ge=16,
+        description="Most tokens per step, longer prompts go in chunks; 512 on CPU, 2048 on a GPU if not "
+        "given.",
     )
     max_itl: float | None = Field(
         default=None,
         gt=0,
         description="Seconds that a step with running requests may take; prompt chunks are sized to it.",
     )
-    max_sequences: int = Field(default=64, ge=1, le=4096, description="Most sequences in flight at once.")
+    max_sequences: int | None = Field(
+        default=None,
+        ge=1,
+        le=4096,
+        description="Most sequences in flight at once; 64 if not given, on a GPU up to 256 if its cache "
+        "holds 2,048 tokens of each.",
+    )
     max_model_len: int | None = Field(
         default=None, ge=16, description="Most tokens of prompt + output; the model's."
     )

@@ -7,8 +7,9 @@ from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
-from curkv.cache.batch import Batch, Observed
+from curkv.cache.batch import Batch, Begun, Observed
 from curkv.cache.page_manager import PageManager
 from curkv.cache.upload import upload_list
 from curkv.cache.view import CacheView
@@ -33,6 +34,8 @@ class PagedAttention:
         softcap: scaled scores x become softcap tanh(x / softcap); None: they do not.
         sinks: by layer of the model, float32 [query heads], the score of one more token whose value is 0;
             empty: there are none.
+        dense_prompts: long chunks that begin a text attend to their keys and values where they have been
+            computed, and read no page. Those are not rounded to the cache's format.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class PagedAttention:
         prefill_dtype: torch.dtype | None = None,
         softcap: float | None = None,
         sinks: Sequence[Tensor] = (),
+        dense_prompts: bool = False,
     ) -> None:
         """Takes a cache and what a model's attention needs beside it.
 
@@ -54,6 +58,7 @@ class PagedAttention:
             prefill_dtype: what queries are rounded to before chunks attend; None: not at all.
             softcap: of scores; None: they are not capped.
             sinks: by layer of the model, float32 [query heads]; empty: there are none.
+            dense_prompts: whether long chunks that begin a text read no page.
         """
         layout = kv.layout
         self.kv = kv
@@ -65,6 +70,7 @@ class PagedAttention:
         self._prefill_dtype = prefill_dtype
         self._grams: dict[int, Tensor] = {}
         self.softcap = softcap
+        self.dense_prompts = dense_prompts
         self.sinks = tuple(sink.to(kv.device, torch.float32) for sink in sinks)
         self._masks: dict[int, Masks] = {
             layer: {"window": window, "softcap": softcap, "sinks": self.sinks[layer] if sinks else None}
@@ -131,7 +137,8 @@ class PagedAttention:
         if decodes:
             parts.append(self._decode(q[:decodes], table, lengths, batch, observed, masks))
         if decodes < batch.slots.shape[0]:
-            parts.append(self._prefill(index, q[decodes:], table, lengths, batch, observed, masks))
+            new = q[decodes:], k[decodes:], v[decodes:]
+            parts.append(self._prefill(index, *new, table, lengths, batch, observed, masks, (cos, sin)))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _projection(self, index: int) -> Tensor:
@@ -186,21 +193,35 @@ class PagedAttention:
         self,
         index: int,
         q: Tensor,
+        k: Tensor,
+        v: Tensor,
         table: Tensor,
         lengths: Tensor,
         batch: Batch,
         observed: tuple[Observed, ...],
         masks: Masks,
+        rope: tuple[Tensor, Tensor],
     ) -> Tensor:
         """Attention of chunks; what each token receives is added up, or told from, where that is needed."""
-        heads = self.kv.pages, table, lengths
-        place = *heads, batch.prefill_slots, batch.prefill_query_start, self._scale
+        heads, starts = (self.kv.pages, table, lengths), batch.prefill_query_start
+        place = *heads, batch.prefill_slots, starts, self._scale
         chunks = [one for one in observed if one.index >= batch.num_decodes]
         summed = [one for one in chunks if one.column_sums]
         told = [one for one in chunks if one.chunk]
         queries = q if self._prefill_dtype is None else q.to(self._prefill_dtype)
         if not (summed or told):
-            out: Tensor = self._kernels.paged_prefill_attention(queries, *place, **masks)
+            begun = batch.begun if self.dense_prompts and _only_causal(masks, batch.begun) else ()
+            if not begun:
+                return self._kernels.paged_prefill_attention(queries, *place, **masks)
+            out = torch.empty_like(queries)
+            if len(begun) < len(batch.prefill_slots):
+                place = *heads, batch.continued_slots, starts, self._scale
+                out = self._kernels.paged_prefill_attention(queries, *place, **masks)
+            for chunk in begun:
+                rows = slice(chunk.start - batch.num_decodes, chunk.end - batch.num_decodes)
+                keys = k[rows].clone()
+                self._kernels.rope(keys, *rope, batch.positions[chunk.start : chunk.end])
+                out[rows] = self._attend_densely(queries[rows], keys, v[rows])
             return out
         out, lse = self._kernels.paged_prefill_attention(queries, *place, return_lse=True, **masks)
         for one in told:
@@ -215,3 +236,16 @@ class PagedAttention:
                 masks["window"], masks["softcap"],
             )  # fmt: skip
         return out
+
+    def _attend_densely(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention of a chunk to itself, [T, query heads, head_dim], by torch's fastest kernel."""
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k.to(q.dtype), v.to(q.dtype)))
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self._scale, enable_gqa=True)
+        return out[0].transpose(0, 1)
+
+
+def _only_causal(masks: Masks, begun: Sequence[Begun]) -> bool:
+    """Whether nothing but causality keeps these chunks from seeing all of themselves."""
+    window = masks["window"]
+    within = window is None or all(one.end - one.start <= window for one in begun)
+    return within and masks["softcap"] is None and masks["sinks"] is None

@@ -13,6 +13,24 @@ from torch import Tensor
 from curkv.cache.observations import Observations
 from curkv.cache.upload import upload_list
 
+LONG_CHUNK = 256
+"""Fewest tokens of a chunk for which a launch of its own is worth it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A sequence of a batch whose text begins with a long chunk: there is nothing before that to attend to.
+
+    Attributes:
+        index: place of the sequence in the batch.
+        start: its first token.
+        end: one past its last token.
+    """
+
+    index: int
+    start: int
+    end: int
+
 
 @dataclass(frozen=True, slots=True)
 class Observed:
@@ -57,6 +75,7 @@ class Batch:
         num_decodes: the first `num_decodes` sequences have exactly one token and use decode attention.
         logit_rows: int64 [R], the tokens whose logits are wanted.
         observed: sequences whose queries are observed, in their order.
+        begun: sequences whose texts begin with long chunks, in their order.
     """
 
     token_ids: Tensor
@@ -66,6 +85,7 @@ class Batch:
     num_decodes: int
     logit_rows: Tensor
     observed: tuple[Observed, ...] = ()
+    begun: tuple[Begun, ...] = ()
 
     @classmethod
     def build(
@@ -115,6 +135,11 @@ class Batch:
             )
             if observed
             else (),
+            begun=tuple(
+                Begun(index, ends[index] - counts[index], ends[index])
+                for index, start in enumerate(starts)
+                if not start and counts[index] >= LONG_CHUNK
+            ),
         )
 
     @property
@@ -131,6 +156,14 @@ class Batch:
     def prefill_slots(self) -> Tensor:
         """int32 [B - num_decodes], slots of the other sequences."""
         return self.slots[self.num_decodes :]
+
+    @cached_property
+    def continued_slots(self) -> Tensor:
+        """int32 [B - num_decodes], those slots, and -1 for sequences that have begun."""
+        slots = self.prefill_slots.clone()
+        for one in self.begun:
+            slots.narrow(0, one.index - self.num_decodes, 1).fill_(-1)
+        return slots
 
     @cached_property
     def prefill_query_start(self) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 import curkv
@@ -57,21 +59,26 @@ def build_engine(options: EngineOptions) -> Engine:
 
         THREADS.set(options.threads)
     form = device.weight_format(options.weights)
+    max_step_tokens = options.max_step_tokens or device.max_step_tokens
     model = load_decoder(directory, config, kernels, form, device.torch)
     layout = CacheLayout(
         layers=_layers(config, max_model_len),
         head_dim=config.padded_head_dim,
         page_size=options.page_size,
         format=device.kv_format(options.kv_dtype, config.padded_head_dim),
-        max_sequences=options.max_sequences,
+        max_sequences=options.max_sequences or device.most_sequences,
         max_tokens=max_model_len,
-        max_step_tokens=options.max_step_tokens,
+        max_step_tokens=max_step_tokens,
     )
-    num_bytes = options.kv_cache_memory if options.kv_cache_memory is not None else device.cache_bytes
+    num_bytes = options.kv_cache_memory
+    if num_bytes is None:
+        num_bytes = min(device.cache_bytes, device.free_memory - _peak_bytes(config, layout, max_step_tokens))
     prefix_bytes = options.prefix_cache_memory
     if prefix_bytes is None:
         prefix_bytes = int(num_bytes * PREFIX_SHARE)
     num_pages, prefix_pages = num_pages_for(num_bytes, layout), prefix_bytes // layout.page_bytes
+    if options.max_sequences is None:
+        layout = replace(layout, max_sequences=device.sequences(num_pages, layout))
     prefill_dtype = torch.bfloat16 if form.rounds else None
     try:
         kv = PageManager(layout, num_pages, kernels, device.torch, prefix_pages)
@@ -79,8 +86,9 @@ def build_engine(options: EngineOptions) -> Engine:
         message = f"a KV cache of {format_size(num_bytes)} is more than the memory: lower --kv-cache-memory"
         raise MemoryError(message) from error
     attention = PagedAttention(
-        kv, rope, model.output_projection, prefill_dtype, config.attention_softcap, model.sinks
-    )
+        kv, rope, model.output_projection, prefill_dtype, config.attention_softcap, model.sinks,
+        device.dense_prompts,
+    )  # fmt: skip
     replay = _replay(model, attention)
     engine = Engine(
         Runner(model, attention, replay),
@@ -90,7 +98,7 @@ def build_engine(options: EngineOptions) -> Engine:
             load_pruning(directory),
             load_eos_token(directory),
         ),
-        options.max_step_tokens,
+        max_step_tokens,
         max_model_len,
         options.max_itl,
         reuse_generated=options.prefix_cache == "generated",
@@ -128,6 +136,19 @@ def _layers(config: ModelConfig, max_model_len: int) -> tuple[LayerSpec, ...]:
         LayerSpec(config.num_kv_heads, None if window is None or window >= max_model_len else window)
         for window in windows
     )
+
+
+def _peak_bytes(config: ModelConfig, layout: CacheLayout, step_tokens: int) -> int:
+    """Memory that the largest step takes beside weights and cache, by the largest of what lives at once.
+
+    That is a layer's activations, in 2 bytes; float32 logits, adjusted and sorted; or the scores of an
+    eviction from the longest text, combined and pooled.
+    """
+    wide = max(config.intermediate_size * 3, config.q_size + 2 * config.kv_size)
+    activations = 2 * step_tokens * (wide + 4 * config.hidden_size)
+    logits = 3 * 4 * layout.max_sequences * config.vocab_size
+    scores = 4 * 4 * layout.num_heads * layout.max_tokens
+    return activations + max(logits, scores)
 
 
 def _max_model_len(asked: int | None, config: ModelConfig) -> int:

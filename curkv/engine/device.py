@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from curkv.cache.layout import CacheLayout
 from curkv.cache.sizing import free_memory
 from curkv.config import DeviceName
 from curkv.kernels.formats import KV_FORMATS, get_format
@@ -26,6 +27,12 @@ GPU_MEMORY_SHARE = 0.9
 The rest is for activations and logits of the largest step and for CUDA graphs. A GPU is rarely shared.
 """
 
+FEWEST_SEQUENCES = 64
+"""Sequences in flight, if nobody says otherwise, however small the cache is."""
+
+USUAL_TOKENS = 2048
+"""Tokens that a sequence is taken to hold: a prompt of 8,192, of which a quarter is kept."""
+
 WITH_FP8 = (8, 9)
 """First compute capability with 8-bit floats."""
 
@@ -41,12 +48,18 @@ class Device:
         weights: the weight format that it prefers.
         kv_dtype: name of the KV format that it prefers.
         memory_share: of the memory that is free after loading, what the KV cache takes.
+        max_step_tokens: tokens of a step that it prefers.
+        most_sequences: sequences in flight for which it prefers to have places at most.
+        dense_prompts: see `PagedAttention`.
     """
 
     kind: Literal["cpu", "cuda"]
     weights: WeightFormat
     kv_dtype: str
     memory_share: float
+    max_step_tokens: int
+    most_sequences: int
+    dense_prompts: bool
 
     @property
     def torch(self) -> torch.device:
@@ -65,6 +78,12 @@ class Device:
     def cache_bytes(self) -> int:
         """Bytes of the KV cache if nobody says; to be asked after the weights are loaded."""
         return int(self.free_memory * self.memory_share)
+
+    def sequences(self, num_pages: int, layout: CacheLayout) -> int:
+        """Sequences in flight if nobody says: as many as the cache holds at their usual size, in bounds."""
+        tokens = min(USUAL_TOKENS, layout.max_tokens)
+        held = num_pages // layout.sequence_pages(tokens)
+        return max(FEWEST_SEQUENCES, min(self.most_sequences, held))
 
     def weight_format(self, wanted: str) -> WeightFormat:
         """The weight format of a name, or the preferred one for "auto".
@@ -110,12 +129,13 @@ class Device:
         return form
 
 
-CPU = Device("cpu", AS_PUBLISHED, "float16", MEMORY_SHARE)
+CPU = Device("cpu", AS_PUBLISHED, "float16", MEMORY_SHARE, 512, FEWEST_SEQUENCES, dense_prompts=False)
 """Weights as published: the fastest ones that cost less than 1 % of perplexity. float16: half the bytes of
 float32, eight times the precision of bfloat16 (docs/benchmarks.md)."""
 
-GPU = Device("cuda", BFLOAT16, "bfloat16", GPU_MEMORY_SHARE)
-"""bfloat16: the type of the weights, of which every key and value is a product."""
+GPU = Device("cuda", BFLOAT16, "bfloat16", GPU_MEMORY_SHARE, 2048, 256, dense_prompts=True)
+"""bfloat16: the type of the weights, of which every key and value is a product. For the size of steps see
+docs/benchmarks.md, "On a GPU"."""
 
 
 def _require_fp8(option: str) -> None:

@@ -140,7 +140,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
     monkeypatch.setattr(torch, "tensor", counted_tensor)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: cuda.wait())
     monkeypatch.setattr("curkv.cache.page_manager.PageManager._mirrored", True)
-    for kernel in ("paged_decode_attention", "window_scores"):
+    for kernel in ("paged_decode_attention", "paged_prefill_attention", "window_scores"):
         monkeypatch.setattr(f"curkv.kernels.{kernel}.triton.num_processors", lambda _: 132)
     if triton.knobs.runtime.interpret:
         monkeypatch.setattr("triton.runtime.interpreter.GridExecutor.__call__", cuda.launch)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from curkv.cache.layout import CacheLayout, full_attention
 from curkv.engine import device
 from curkv.engine.device import CPU, GPU, choose_device
+from curkv.kernels.formats import get_format
 from curkv.kernels.linear import WEIGHTS
 from curkv.kernels.linear.formats import WEIGHT_CHOICES
 
@@ -15,6 +19,15 @@ def test_the_cache_takes_a_share_of_the_free_memory(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(device, "free_memory", lambda: 1000)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2000, 4000))
     assert (CPU.cache_bytes, GPU.cache_bytes) == (500, 1800)
+
+
+def test_there_are_places_for_what_the_cache_of_a_gpu_holds() -> None:
+    layout = CacheLayout(full_attention(32, 8), 128, 64, get_format("bfloat16"), 256, 131_072)
+    pages = {gib: (gib << 30) // layout.page_bytes for gib in (2, 57, 120)}
+    assert [GPU.sequences(count, layout) for count in pages.values()] == [64, 221, 256]
+    assert [CPU.sequences(count, layout) for count in pages.values()] == [64, 64, 64]
+    short = replace(layout, max_tokens=512)
+    assert GPU.sequences(pages[57] // 4, short) == 221
 
 
 def test_a_gpu_is_taken_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

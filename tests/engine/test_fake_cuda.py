@@ -96,7 +96,7 @@ def make_engine(
         full_attention(layers, config.num_kv_heads), config.head_dim, 16, get_format(kv_dtype), 4, 256
     )
     kv = PageManager(layout, pages, kernels, DEVICE, prefix_pages)
-    attention = PagedAttention(kv, rope_tables(config, 256), model.output_projection)
+    attention = PagedAttention(kv, rope_tables(config, 256), model.output_projection, dense_prompts=True)
     runner = Runner(model, attention, Replay(model, attention, CudaGraphs()))
     engine = Engine(runner, ModelInfo(letters()), 32, 256)
     cuda.waits.clear()
@@ -188,6 +188,15 @@ def test_a_prompt_evicted_while_it_is_computed(cuda: FakeCuda) -> None:
 @pytest.mark.parametrize("policy", ["curdkv", "snapkv", "h2o", "compactor", "expected-attention"])
 def test_rounded_cache(cuda: FakeCuda, policy: str, kv_dtype: str) -> None:
     assert run(make_engine(cuda, kv_dtype), ask({"policy": policy, "budget": "50%"})) == 1
+
+
+def test_prompts_that_begin_attend_densely_and_wait_for_nothing(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("curkv.cache.batch.LONG_CHUNK", 16)
+    run(make_engine(cuda), ask({"policy": "full"}, 5, "a", 20), ask({"policy": "full"}, 5, "b", 70))
+    assert set(cuda.waits) == set(TOKEN)
+    assert run(make_engine(cuda), ask({"policy": "h2o", "budget": "50%"})) == 1
 
 
 @pytest.mark.parametrize("form", [FP8, GPU_INT8], ids=lambda form: form.name)

@@ -39,7 +39,8 @@ def paged_prefill_attention(
         pages: The page pool.
         table: int32 [max_sequences, H, max_pages], page of each (sequence, head, page index).
         lengths: int32 [max_sequences, H], tokens of each head, the chunk included.
-        slots: int32 [B], row of `table` of each sequence in the batch.
+        slots: int32 [B], row of `table` of each sequence in the batch. Below 0, which the CPU's kernel takes
+            not, it stands for no sequence: its rows may be anything.
         query_start: int32 [B + 1], cumulative count of queries.
         scale: Factor of the scores, usually head_dim ** -0.5.
         return_lse: Return the log-sum-exp of the scaled scores too, sinks included.
@@ -57,7 +58,7 @@ def paged_prefill_attention(
     lse = torch.zeros(q.shape[:2], dtype=torch.float32, device=q.device)
     starts = query_start.tolist()
     for slot, start, end in zip(slots.tolist(), starts, starts[1:], strict=False):
-        for head in range(num_heads):
+        for head in range(num_heads if slot >= 0 else 0):
             length, row = int(lengths[slot, head]), table[slot, head]
             keys = gather_vectors(pages.k, row, length)
             values = gather_vectors(pages.v, row, length)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Literal, Protocol, overload
 
+import torch
 from torch import Tensor
 
 from curkv.kernels.costs import Cost
@@ -61,9 +62,14 @@ class PagedPrefillAttention(Protocol):
     ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
-def _call(x: Inputs, masked: bool = False) -> Call:
-    _, query_start = x.new_tokens()
-    arguments = x.qkv(x.workload.chunk)[0], x.pages, *x.attended(1), query_start, x.scale
+QUESTION = 64
+"""Tokens of a question behind a text."""
+
+
+def _call(x: Inputs, masked: bool = False, tokens: int | None = None) -> Call:
+    tokens = x.workload.chunk if tokens is None else min(tokens, x.workload.chunk)
+    query_start = torch.tensor([0, tokens], dtype=torch.int32, device=x.device)
+    arguments = x.qkv(tokens)[0], x.pages, *x.attended(1), query_start, x.scale
     return Call(arguments, x.masks() if masked else {})
 
 
@@ -90,6 +96,18 @@ CASES = (
             "K and V for each tile of queries",
         ),
         partial(_call, masked=True),
+        reads_vectors=True,
+    ),
+    Case(
+        "a question",
+        "prefill",
+        Cost(
+            f"B*H*n*(2*D*s + 2*e) + 2*{QUESTION}*Q*D*a",
+            f"B*H*n*(2*D*s + 2*e + 4/P) + {QUESTION}*Q*(2*D*a + 4)",
+            f"4*B*Q*D*{QUESTION}*n",
+            "partial results",
+        ),
+        partial(_call, tokens=QUESTION),
         reads_vectors=True,
     ),
 )

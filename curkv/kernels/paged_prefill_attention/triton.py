@@ -1,4 +1,8 @@
-"""Attention of chunks of new tokens over ragged pages, with Triton: a tile holds some tokens' whole group."""
+"""Attention of chunks of new tokens over ragged pages, with Triton: a tile holds some tokens' whole group.
+
+A short chunk behind a long text has few tiles. Each is then computed by several programs, which take equal
+shares of the tokens that it sees, and their partial results are merged.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +34,7 @@ from curkv.kernels.triton_util import (
     find_slots,
     is_older_cuda,
     narrow,
+    num_processors,
     power_of_two,
     sequence_block,
     softcapped,
@@ -39,6 +44,7 @@ _MAX_BLOCK_N = 64
 _TILE_BYTES = 16384
 _SMALL_TILE_BYTES = 8192
 """Before Hopper the products' operands lie in registers: larger tiles of keys would spill."""
+_MOST_SPLITS = 16
 
 
 def paged_prefill_attention(
@@ -60,6 +66,8 @@ def paged_prefill_attention(
     group = query_heads // heads
     out = torch.empty(tokens, query_heads, head_dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(tokens, query_heads, dtype=torch.float32, device=q.device)
+    if not tokens:
+        return (out, lse) if return_lse else out
     block_m = query_rows(pages.k)
     tile = block_m // group
     masked = window is not None or softcap is not None or sinks is not None
@@ -67,44 +75,68 @@ def paged_prefill_attention(
     most, tile_bytes = (_MAX_BLOCK_N // 2, _SMALL_TILE_BYTES) if masked else (_MAX_BLOCK_N, _TILE_BYTES)
     if is_older_cuda():
         tile_bytes = _SMALL_TILE_BYTES
-    if tokens:
-        _attend[(tokens // tile + len(slots), heads)](
-            q,
-            pointers(pages.k),
-            pointers(pages.v),
-            table,
-            lengths,
-            slots,
-            query_start,
+    tiles = tokens // tile + len(slots)
+    splits = num_splits(tiles * heads, num_processors(q.device))
+    partial, partial_lse = out, lse
+    if splits > 1:
+        partial_lse = torch.empty(splits, *lse.shape, dtype=torch.float32, device=q.device)
+        partial = torch.empty(splits, *out.shape, dtype=torch.float32, device=q.device)
+    _attend[(tiles, heads, splits)](
+        q,
+        pointers(pages.k),
+        pointers(pages.v),
+        table,
+        lengths,
+        slots,
+        query_start,
+        partial,
+        partial_lse,
+        tokens * query_heads,
+        q.stride(0),
+        q.stride(1),
+        *table.stride()[:2],
+        *lengths.stride(),
+        len(slots),
+        scale * LOG2_E.value,
+        pages.position,
+        window or 0,
+        (softcap or 0.0) * LOG2_E.value,
+        lse if sinks is None else sinks,
+        KEYS=pages.k.format.name,
+        VALUES=pages.v.format.name,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        PAGE_SIZE=pages.page_size,
+        TILE=tile,
+        BLOCK_M=block_m,
+        BLOCK_N=attention_block(pages.k, most, tile_bytes),
+        BLOCK_D=power_of_two(head_dim),
+        BLOCK_B=sequence_block(len(slots)),
+        WINDOWED=window is not None,
+        SOFTCAPPED=softcap is not None,
+        SINKS=sinks is not None,
+        SPLIT=splits > 1,
+        num_warps=8 if block_m == 128 else 4,
+        num_stages=2,
+    )
+    if splits > 1:
+        _merge[(tokens, query_heads)](
+            partial,
+            partial_lse,
             out,
             lse,
-            q.stride(0),
-            q.stride(1),
-            *table.stride()[:2],
-            *lengths.stride(),
-            len(slots),
-            scale * LOG2_E.value,
-            pages.position,
-            window or 0,
-            (softcap or 0.0) * LOG2_E.value,
-            lse if sinks is None else sinks,
-            KEYS=pages.k.format.name,
-            VALUES=pages.v.format.name,
-            GROUP=group,
+            splits,
             HEAD_DIM=head_dim,
-            PAGE_SIZE=pages.page_size,
-            TILE=tile,
-            BLOCK_M=block_m,
-            BLOCK_N=attention_block(pages.k, most, tile_bytes),
             BLOCK_D=power_of_two(head_dim),
-            BLOCK_B=sequence_block(len(slots)),
-            WINDOWED=window is not None,
-            SOFTCAPPED=softcap is not None,
-            SINKS=sinks is not None,
-            num_warps=8 if block_m == 128 else 4,
-            num_stages=2,
+            BLOCK_SPLITS=_MOST_SPLITS,
+            num_warps=4,
         )
     return (out, lse) if return_lse else out
+
+
+def num_splits(programs: int, processors: int) -> int:
+    """Programs that share the tokens that a tile sees, where so many of one each would not fill a GPU."""
+    return max(1, min(_MOST_SPLITS, processors // programs))
 
 
 def query_rows(keys: Store) -> int:
@@ -170,7 +202,7 @@ def _attend_block(
     return softmax_step(scores, values, pages_v, place, valid, peak, total, acc, VALUES)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "window"], do_not_specialize_on_alignment=BOOKS)
+@triton.jit(do_not_specialize=["rows", "num_sequences", "window"], do_not_specialize_on_alignment=BOOKS)
 def _attend(
     q,
     pages_k,
@@ -181,6 +213,7 @@ def _attend(
     query_start,
     out,
     lse,
+    rows,
     stride_q_token,
     stride_q_head,
     stride_table_slot,
@@ -206,13 +239,19 @@ def _attend(
     WINDOWED: tl.constexpr,
     SOFTCAPPED: tl.constexpr,
     SINKS: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
-    """Program (tile of TILE tokens, KV head); row r of a tile is token r // GROUP, head r % GROUP."""
+    """Program (tile of TILE tokens, KV head, split); row r of a tile is token r // GROUP, head r % GROUP.
+
+    The last tiles of a sequence see most, and begin first. With SPLIT `out` and `lse` are partial results,
+    `rows` of each split, float32 and in powers of two.
+    """
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
-    sequence = find_sequence(query_start, tl.program_id(0), num_sequences, TILE, BLOCK_B)
+    sequence = find_sequence(query_start, tile, num_sequences, TILE, BLOCK_B)
     start = tl.load(query_start + sequence)
     chunk = tl.load(query_start + sequence + 1) - start
-    first = (tl.program_id(0) - start // TILE - sequence) * TILE
+    first = (tile - start // TILE - sequence) * TILE
     slot = tl.load(slots + sequence).to(tl.int64)
     if (first >= chunk) | (slot < 0):
         return
@@ -230,8 +269,9 @@ def _attend(
     peak = tl.full([BLOCK_M], UNSEEN, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if SINKS:
-        peak = tl.load(sinks + query_head) * LOG2_E
-        total += 1.0
+        sink = tl.load(sinks + query_head) * LOG2_E
+        peak = tl.where(tl.program_id(2) == 0, sink, peak)
+        total += tl.where(tl.program_id(2) == 0, 1.0, 0.0)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     end = length - chunk + tl.minimum(first + TILE, chunk)
     seen_by_all = (length - chunk + first + 1) // BLOCK_N * BLOCK_N
@@ -241,7 +281,11 @@ def _attend(
         seen = length - chunk + first + 1
         begin = find_oldest(position, row, seen, WINDOWED, window, PAGE_SIZE) // BLOCK_N * BLOCK_N
         oldest += tl.load(position + find_slots(row, seen - 1, seen > 0, PAGE_SIZE)) - first - window + 1
-    for block in range(begin, seen_by_all, BLOCK_N):
+    if SPLIT:
+        share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), tl.num_programs(2)) * BLOCK_N
+        begin += tl.program_id(2) * share
+        end = tl.minimum(begin + share, end)
+    for block in range(begin, tl.minimum(seen_by_all, end), BLOCK_N):
         peak, total, acc = _attend_block(
             block, queries, last, end, pages_k, pages_v, row, scale_log2, position, oldest, softcap_log2,
             peak, total, acc,
@@ -256,7 +300,40 @@ def _attend(
 
     d = tl.arange(0, BLOCK_D)
     result = token.to(tl.int64) * (tl.num_programs(1) * GROUP) + query_head
+    if SPLIT:
+        result += tl.program_id(2).to(tl.int64) * rows
     mask = valid[:, None] & (d < HEAD_DIM)[None, :]
-    acc = narrow(acc / total[:, None], out.dtype.element_ty)
-    tl.store(out + result[:, None] * HEAD_DIM + d[None, :], acc, mask=mask)
-    tl.store(lse + result, (peak + tl.log2(total)) * LN_2, mask=valid)
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(out + result[:, None] * HEAD_DIM + d[None, :], narrow(acc, out.dtype.element_ty), mask=mask)
+    logarithm = peak + tl.log2(total)
+    if not SPLIT:
+        logarithm *= LN_2
+    tl.store(lse + result, logarithm, mask=valid)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _merge(
+    partial,
+    partial_lse,
+    out,
+    lse,
+    splits,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+):
+    """Program (token, query head): the weighted sum of its partial results."""
+    row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    rows = tl.num_programs(0) * tl.num_programs(1)
+    split = tl.arange(0, BLOCK_SPLITS)
+    part = split.to(tl.int64) * rows + row
+    weights = tl.load(partial_lse + part, mask=split < splits, other=float("-inf"))
+    peak = tl.max(weights, 0)
+    weights = tl.exp2(weights - peak)
+    weight = tl.sum(weights, 0)
+    d = tl.arange(0, BLOCK_D)
+    mask = (split < splits)[:, None] & (d < HEAD_DIM)[None, :]
+    parts = tl.load(partial + part[:, None] * HEAD_DIM + d[None, :], mask=mask, other=0.0)
+    total = tl.sum(parts * weights[:, None], 0) / weight
+    tl.store(out + row * HEAD_DIM + d, narrow(total, out.dtype.element_ty), mask=d < HEAD_DIM)
+    tl.store(lse + row, (peak + tl.log2(weight)) * LN_2)

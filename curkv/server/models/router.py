@@ -38,7 +38,7 @@ async def props(request: Request) -> Props:
     special = template.special_tokens if template is not None else {}
     return Props(
         default_generation_settings={"n_ctx": client.max_model_len},
-        total_slots=state.settings.engine.max_sequences,
+        total_slots=client.cache_layout.max_sequences,
         model_path=state.settings.engine.model,
         chat_template=template.source if template is not None else "",
         bos_token=special.get("bos_token", ""),

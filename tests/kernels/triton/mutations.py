@@ -99,6 +99,10 @@ MUTATIONS = (
         "+ first + 1) // BLOCK_N * BLOCK_N",
         "+ first + BLOCK_N) // BLOCK_N * BLOCK_N",
     ),
+    Mutation("paged_prefill_attention", "shares overlap", "tl.minimum(begin + share, end)", "end"),
+    Mutation(
+        "paged_prefill_attention", "last split lost", "mask = (split < splits)", "mask = (split < splits - 1)"
+    ),
     Mutation(
         "paged_prefill_attention",
         "causal limit of another query",

@@ -79,3 +79,22 @@ def test_windows_caps_and_sinks(close, kv_dtype, mask):
     expected, expected_lse = reference.paged_prefill_attention(*rest, **masks)
     close(out, expected, kv_dtype)
     close(lse, expected_lse, kv_dtype)
+
+
+@pytest.mark.parametrize("processors", [1, 6, 100])
+def test_programs_that_share_a_tile_give_what_one_gives(close, monkeypatch, processors):
+    """One program a tile; three, of which the last have nothing to do for short texts; sixteen."""
+    monkeypatch.setattr(triton, "num_processors", lambda _: processors)
+    lengths, new_tokens = [[300, 77], [17, 430]], [9, 1]
+    pool = scatter_positions(make_pool(lengths), new_tokens)
+    q = torch.randn(sum(new_tokens), 6, 64, generator=generator(1))
+    rest = q, pool.pages, pool.table, pool.lengths, pool.slots, query_start(new_tokens), 0.4, True
+    for mask in ({}, {"window": 200, "sinks": 1.0}):
+        masks = mask_arguments(mask, 6)
+        found = triton.paged_prefill_attention(*rest, **masks)
+        for actual, expected in zip(found, reference.paged_prefill_attention(*rest, **masks), strict=True):
+            close(actual, expected)
+
+
+def test_a_chunk_that_fills_the_device_is_not_split():
+    assert [triton.num_splits(programs, 132) for programs in (8, 24, 67, 132, 1000)] == [16, 5, 1, 1, 1]
