@@ -58,12 +58,15 @@ def test_ragged_heads(kv_dtype: str, head_dim: int, page_size: int) -> None:
     check(lengths, [1, 41, 7], head_dim=head_dim, page_size=page_size, kv_dtype=kv_dtype)
 
 
-def test_int8_is_within_half_a_step_of_the_vector_and_zeros_stay_zeros() -> None:
-    pool = make_pool([[40, 7]], new_tokens=[7], kv_dtype="int8")
+@pytest.mark.parametrize(("head_dim", "count"), [(64, 1), (96, 1), (256, 8)])
+def test_int8_is_within_half_a_step_of_the_vector_and_zeros_stay_zeros(head_dim: int, count: int) -> None:
+    """Wide vectors have a step for every 32 channels."""
+    pool = make_pool([[40, 7]], new_tokens=[7], kv_dtype="int8", head_dim=head_dim)
     heads, tokens = 2, 7
-    k, v = torch.randn(2, tokens, heads, 64, generator=torch.Generator().manual_seed(2))
+    k, v = torch.randn(2, tokens, heads, head_dim, generator=torch.Generator().manual_seed(2))
+    k[..., 40] *= 100
     v[3] = 0
-    still = torch.ones(9, 32), torch.zeros(9, 32)
+    still = torch.ones(9, head_dim // 2), torch.zeros(9, head_dim // 2)
     starts, positions = query_start([tokens]), torch.arange(tokens, dtype=torch.int32)
     for kernel in (cpu, reference):
         pages = pool.copy().pages
@@ -73,9 +76,9 @@ def test_int8_is_within_half_a_step_of_the_vector_and_zeros_stay_zeros() -> None
             where = pool.table[pool.slots[0], head][index // 16].long(), index % 16
             for store, x in ((pages.k, k), (pages.v, v)):
                 scales = store.arrays["scales"][where]
-                error = (store.read(*where) - x[:, head]).abs()
-                assert (error <= 0.5001 * scales[:, None]).all()
-                assert torch.allclose(127 * scales, x[:, head].abs().amax(-1))
+                error = (store.read(*where) - x[:, head]).abs().unflatten(-1, (count, -1))
+                assert (error <= 0.5001 * scales[..., None]).all()
+                assert torch.allclose(127 * scales, x[:, head].abs().unflatten(-1, (count, -1)).amax(-1))
             assert torch.equal(pages.v_sq[where], v[:, head].square().sum(-1)) or kernel is cpu
 
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from curkv.kernels.formats.triton import attention_block, load_operands, pointers, scaled
+from curkv.kernels.formats.triton import attention_block, layout_of, load_operands, pointers, scaled
 from curkv.kernels.paged_prefill_attention.triton import load_queries, query_rows
 from curkv.kernels.pages import Pages
 from curkv.kernels.triton_util import BOOKS, LOG2_E, dot, find_slots, narrow, power_of_two, softcapped
@@ -52,7 +52,7 @@ def column_sums(
         pages.position,
         window or 0,
         (softcap or 0.0) * LOG2_E.value,
-        KEYS=pages.k.format.name,
+        KEYS=layout_of(pages.k),
         GROUP=group,
         HEAD_DIM=head_dim,
         PAGE_SIZE=page_size,

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 
 from curkv.kernels.cpu.jit import inlined, intrinsic
 from curkv.kernels.cpu.lanes import float32x8
@@ -35,11 +36,13 @@ from curkv.kernels.cpu.llvm import (
     I32X8,
     I64,
     L2,
+    LANES,
     ROUNDER,
     Args,
     constant,
     like,
     narrow,
+    offset,
     pointer,
     prefetch_line,
     widen,
@@ -92,6 +95,27 @@ def load(context: Any, kind: Any, location: Any) -> Any:
         return widen(builder, signature.args[0], args[1], F32X8)
 
     return float32x8(kind, types.int64), generate
+
+
+@intrinsic
+def load_apart(context: Any, location: Any, stride: Any) -> Any:
+    """Load eight float32 that lie `stride` bytes apart as float32x8."""
+
+    def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> ir.Value:
+        location, stride = args
+        slot = cgutils.alloca_once(builder, F32X8)
+        with builder.if_else(builder.icmp_unsigned("==", stride, I64(4))) as (neighbours, apart):
+            with neighbours:
+                builder.store(builder.load(pointer(builder, location, F32X8), align=4), slot)
+            with apart:
+                floats = ir.Constant(F32X8, ir.Undefined)
+                for i in range(LANES):
+                    one = builder.load(pointer(builder, offset(builder, location, stride, i), F32), align=4)
+                    floats = builder.insert_element(floats, one, I32(i))
+                builder.store(floats, slot)
+        return builder.load(slot)
+
+    return float32x8(types.int64, types.int64), generate
 
 
 @intrinsic

@@ -159,55 +159,77 @@ def integer_tile(
 
 @intrinsic
 def dot_rows_int8(
-    context: Any, rows: Any, q: Any, dim: Any, k: Any, keys: Any, out: Any, out_stride: Any, ahead: Any
-) -> Any:
-    """`dot_rows` for int16 queries and int8 keys: the products as they are, without any scale.
+    context: Any, rows: Any, q: Any, spreads: Any, dim: Any, k: Any, scales: Any, groups: Any, keys: Any,
+    out: Any, out_stride: Any, ahead: Any,
+) -> Any:  # fmt: skip
+    """`dot_rows` for int16 queries and int8 keys, whose products are summed as integers in each group.
 
     Args:
         context: Numba's.
         rows: 1 to `MOST_ROWS`.
         q: Address of int16 [rows, dim].
-        dim: Multiple of 16, at most 512, so that no sum exceeds an int32.
+        spreads: Address of float32 [rows], what the integers must be multiplied with.
+        dim: Channels.
         k: Address of int8 [keys, dim].
+        scales: Address of float32 [keys, groups].
+        groups: Of a key's channels, a multiple of 16 and at most 512 each, so that no sum exceeds an int32.
         keys: As in `dot_rows`.
         out: Address of float32 [rows, keys], written.
         out_stride: Floats from one row of `out` to the next.
         ahead: As in `dot_rows`.
     """
     block = 4
+    four_floats = ir.VectorType(F32, block)
 
     def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
         by_rows(builder, signature.args[0], args[0], "dot_rows_int8_{}", args[1:], body)
 
     def body(builder: ir.IRBuilder, count: int, args: Args) -> None:
-        q, dim, k, keys, out, out_stride, ahead = args
+        q, spreads, dim, k, scales, groups, keys, out, out_stride, ahead = args
         sums = [cgutils.alloca_once(builder, I32X8) for _ in range(count * block)]
+        totals = [cgutils.alloca_once(builder, four_floats) for _ in range(count)]
+        places = [pointer(builder, offset(builder, spreads, 4 * m), F32) for m in range(count)]
+        of_rows = [splat(builder, builder.load(place, align=4), block) for place in places]
+        channels = builder.udiv(dim, groups)
         with cgutils.for_range_slice(builder, keys.type(0), keys, keys.type(block)) as (key, _first):
-            for slot in sums:
-                builder.store(constant(I32X8, 0), slot)
+            for slot in totals:
+                builder.store(constant(four_floats, 0.0), slot)
             starts = [offset(builder, k, builder.add(key, key.type(t)), dim) for t in range(block)]
-            with cgutils.for_range_slice(builder, dim.type(0), dim, dim.type(2 * LANES)) as (d, _second):
-                places = [offset(builder, offset(builder, q, dim, 2 * m), d, 2) for m in range(count)]
-                queries = [builder.load(pointer(builder, place, I16X16), align=2) for place in places]
+            with cgutils.for_range_slice(builder, dim.type(0), dim, channels) as (first, j):
+                for slot in sums:
+                    builder.store(constant(I32X8, 0), slot)
+                end = builder.add(first, channels)
+                with cgutils.for_range_slice(builder, first, end, dim.type(2 * LANES)) as (d, _second):
+                    places = [offset(builder, offset(builder, q, dim, 2 * m), d, 2) for m in range(count)]
+                    queries = [builder.load(pointer(builder, place, I16X16), align=2) for place in places]
+                    for t in range(block):
+                        loaded = int16s(builder, builder.add(starts[t], d))
+                        for m in range(count):
+                            slot = sums[m * block + t]
+                            products = pair_products(builder, queries[m], loaded)
+                            builder.store(builder.add(builder.load(slot), products), slot)
+                factors = ir.Constant(four_floats, ir.Undefined)
                 for t in range(block):
-                    loaded = int16s(builder, builder.add(starts[t], d))
-                    for m in range(count):
-                        slot = sums[m * block + t]
-                        products = pair_products(builder, queries[m], loaded)
-                        builder.store(builder.add(builder.load(slot), products), slot)
+                    number = builder.add(builder.mul(builder.add(key, key.type(t)), groups), j)
+                    scale = builder.load(pointer(builder, offset(builder, scales, number, 4), F32), align=4)
+                    factors = builder.insert_element(factors, scale, I32(t))
+                for m, total in enumerate(totals):
+                    slots = sums[m * block : (m + 1) * block]
+                    four = sum_four(builder, [builder.load(slot) for slot in slots])
+                    floats = builder.sitofp(four, four_floats)
+                    builder.store(multiply_add(builder, floats, factors, builder.load(total)), total)
             next_block, block_bytes = builder.add(starts[0], ahead), builder.mul(dim, dim.type(block))
             with cgutils.for_range_slice(builder, dim.type(0), block_bytes, dim.type(LINE)) as (
                 line,
                 _third,
             ):
                 prefetch_line(builder, builder.add(next_block, line), L2)
-            for m in range(count):
-                four = sum_four(builder, [builder.load(slot) for slot in sums[m * block : (m + 1) * block]])
-                value = builder.sitofp(four, ir.VectorType(F32, block))
+            for m, total in enumerate(totals):
+                value = builder.fmul(builder.load(total), of_rows[m])
                 place = offset(builder, offset(builder, out, out_stride, 4 * m), key, 4)
                 builder.store(value, pointer(builder, place, value.type), align=4)
 
-    return types.void(rows, *[types.int64] * 7), generate
+    return types.void(rows, *[types.int64] * 10), generate
 
 
 @intrinsic

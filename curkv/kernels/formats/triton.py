@@ -1,6 +1,7 @@
 """How Triton kernels read and write keys and values of each format.
 
-A store is a tuple of pointers, those of the format's arrays; its FORMAT is a constant of the kernel.
+A store is a tuple of pointers, those of the format's arrays; its FORMAT, of `layout_of`, is a constant of the
+kernel.
 """
 
 from __future__ import annotations
@@ -11,15 +12,14 @@ import torch
 import triton
 import triton.language as tl
 
+from curkv.kernels.formats import int4, int8
 from curkv.kernels.formats.base import Store
-from curkv.kernels.formats.int4 import GROUP
-from curkv.kernels.formats.int4 import LARGEST as LARGEST_CODE
-from curkv.kernels.formats.int8 import LARGEST
 from curkv.kernels.triton_util import dot, narrow, power_of_two
 
-_LARGEST = tl.constexpr(float(LARGEST))
-_LARGEST_CODE = tl.constexpr(float(LARGEST_CODE))
-_GROUP = tl.constexpr(GROUP)
+_LARGEST = tl.constexpr(float(int8.LARGEST))
+_LARGEST_CODE = tl.constexpr(float(int4.LARGEST))
+_GROUP = tl.constexpr(int4.GROUP)
+_SCALED = tl.constexpr(int8.GROUP)
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,15 @@ _OPERANDS = {
         torch.float16, widened=True
     ),  # which has all of its numbers, as an instruction makes them
     "int8": Operands(torch.bfloat16, widened=True),  # which has all of its numbers
+    "int8 in groups": Operands(torch.float16, widened=True),  # times their scales
     "int4": Operands(torch.float16, widened=True),  # the type of its steps and lowest values
 }
+
+
+def layout_of(store: Store) -> str:
+    """What kernels tell apart: a format, or one of the two that vectors of int8 have."""
+    grouped = store.format.name == "int8" and int8.scales_of(store.head_dim) > 1
+    return "int8 in groups" if grouped else store.format.name
 
 
 def operands_of(store: Store) -> Operands:
@@ -53,9 +60,9 @@ def operands_of(store: Store) -> Operands:
     Raises:
         ValueError: Triton's kernels do not know the format.
     """
-    if store.format.name not in _OPERANDS:
+    if layout_of(store) not in _OPERANDS:
         raise ValueError(f"Triton's kernels do not know the KV format {store.format.name!r}")
-    return _OPERANDS[store.format.name]
+    return _OPERANDS[layout_of(store)]
 
 
 def operand_bytes(store: Store) -> int:
@@ -93,6 +100,8 @@ def load_operands(store, place, mask, FORMAT: tl.constexpr, HEAD_DIM: tl.constex
     """Read keys or values [tokens, BLOCK_D] as a dot takes them, not yet `scaled`."""
     if FORMAT == "int4":
         vectors = _load_nibbles(store, place, mask, HEAD_DIM, BLOCK_D)
+    elif FORMAT == "int8 in groups":
+        vectors = _load_bytes(store, place, mask, HEAD_DIM, BLOCK_D)
     else:
         vectors = load_tokens(store[0], place, mask, HEAD_DIM, BLOCK_D)
     if FORMAT == "int8":
@@ -100,6 +109,15 @@ def load_operands(store, place, mask, FORMAT: tl.constexpr, HEAD_DIM: tl.constex
     elif FORMAT == "fp8":
         vectors = vectors.to(tl.float16)
     return vectors
+
+
+@triton.jit
+def _load_bytes(store, place, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Read integers, times their groups' scales."""
+    integers = load_tokens(store[0], place, mask, HEAD_DIM, BLOCK_D).to(tl.float32)
+    scales = load_tokens(store[1], place, mask, HEAD_DIM // _SCALED, BLOCK_D // _SCALED)
+    groups = tl.reshape(integers, [integers.shape[0], BLOCK_D // _SCALED, _SCALED]) * scales[:, :, None]
+    return tl.reshape(groups, [integers.shape[0], BLOCK_D]).to(tl.float16)
 
 
 @triton.jit
@@ -120,7 +138,7 @@ def narrow_queries(queries, store, FORMAT: tl.constexpr):
     """Round queries to the type in which a dot takes the store's vectors."""
     if FORMAT == "int8":
         queries = narrow(queries, tl.bfloat16)
-    elif FORMAT == "int4" or FORMAT == "fp8":
+    elif FORMAT == "int8 in groups" or FORMAT == "int4" or FORMAT == "fp8":
         queries = narrow(queries, tl.float16)
     else:
         queries = narrow(queries, store[0].dtype.element_ty)
@@ -169,15 +187,34 @@ def write(first, second, store, place, valid, mask, i, FORMAT: tl.constexpr, HEA
     if FORMAT == "int8":
         largest = tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1))
         tl.store(store[1] + place, largest / _LARGEST, mask=valid)
-        factor = tl.where(largest > 0, _LARGEST / tl.where(largest > 0, largest, 1.0), 0.0)[:, None]
+        factor = _share(_LARGEST, largest)[:, None]
         tl.store(targets, nearest(first * factor).to(tl.int8), mask=mask)
         tl.store(targets + HALF, nearest(second * factor).to(tl.int8), mask=mask)
+    elif FORMAT == "int8 in groups":
+        _write_bytes(first, store, place, valid, 0, HEAD_DIM)
+        _write_bytes(second, store, place, valid, HALF, HEAD_DIM)
     elif FORMAT == "int4":
         _write_nibbles(first, store, place, valid, 0, HEAD_DIM)
         _write_nibbles(second, store, place, valid, HALF, HEAD_DIM)
     else:
         tl.store(targets, narrow(first, targets.dtype.element_ty), mask=mask)
         tl.store(targets + HALF, narrow(second, targets.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _write_bytes(x, store, place, valid, FIRST: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Write half of the channels [heads, HALF] of vectors, from FIRST on, in whole groups."""
+    HEADS: tl.constexpr = x.shape[0]
+    GROUPS: tl.constexpr = x.shape[1] // _SCALED
+    groups = tl.reshape(x, [HEADS, GROUPS, _SCALED])
+    largest = tl.max(tl.abs(groups), 2)
+    g = tl.arange(0, GROUPS)
+    target = store[1] + place[:, None] * (HEAD_DIM // _SCALED) + (g + FIRST // _SCALED)[None, :]
+    tl.store(target, largest / _LARGEST, mask=valid[:, None] & (g < HEAD_DIM // 2 // _SCALED)[None, :])
+    integers = tl.reshape(nearest(groups * _share(_LARGEST, largest)[:, :, None]), [HEADS, GROUPS * _SCALED])
+    i = tl.arange(0, GROUPS * _SCALED)
+    target = store[0] + place[:, None] * HEAD_DIM + (i + FIRST)[None, :]
+    tl.store(target, integers.to(tl.int8), mask=valid[:, None] & (i < HEAD_DIM // 2)[None, :])
 
 
 @triton.jit
@@ -195,13 +232,19 @@ def _write_nibbles(x, store, place, valid, FIRST: tl.constexpr, HEAD_DIM: tl.con
     target = store[1] + place[:, None] * (HEAD_DIM // _GROUP) + (g + FIRST // _GROUP)[None, :]
     tl.store(target, word, mask=valid[:, None] & (g < HEAD_DIM // 2 // _GROUP)[None, :])
     step = step.to(tl.float32)
-    factor = tl.where(step > 0, 1.0 / tl.where(step > 0, step, 1.0), 0.0)
+    factor = _share(1.0, step)
     codes = nearest((groups - low.to(tl.float32)[:, :, None]) * factor[:, :, None])
     codes = tl.minimum(tl.maximum(codes, 0.0), _LARGEST_CODE).to(tl.uint8)
     even, odd = tl.split(tl.reshape(codes, [HEADS, GROUPS * _GROUP // 2, 2]))
     i = tl.arange(0, GROUPS * _GROUP // 2)
     target = store[0] + place[:, None] * (HEAD_DIM // 2) + (i + FIRST // 2)[None, :]
     tl.store(target, even | (odd << 4), mask=valid[:, None] & (i < HEAD_DIM // 4)[None, :])
+
+
+@triton.jit
+def _share(part, whole):
+    """Divide, with 0 where the whole is 0."""
+    return tl.where(whole > 0, part / tl.where(whole > 0, whole, 1.0), 0.0)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from curkv.kernels.formats.triton import (
     attention_block,
+    layout_of,
     load_operands,
     operands_of,
     pointers,
@@ -86,8 +87,8 @@ def _sketch(
         value,
         table.stride(0),
         width,
-        KEYS=pages.k.format.name,
-        VALUES=pages.v.format.name,
+        KEYS=layout_of(pages.k),
+        VALUES=layout_of(pages.v),
         KEY_PARTS=_num_parts(operands[0].dtype),
         VALUE_PARTS=_num_parts(operands[1].dtype),
         HEAD_DIM=pages.head_dim,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from curkv.kernels.formats.triton import (
     attention_block,
+    layout_of,
     load_operands,
     narrow_queries,
     pointers,
@@ -102,8 +103,8 @@ def paged_decode_attention(
         *masks,
         (softcap or 0.0) * LOG2_E.value,
         lse if sinks is None else sinks,
-        KEYS=pages.k.format.name,
-        VALUES=pages.v.format.name,
+        KEYS=layout_of(pages.k),
+        VALUES=layout_of(pages.v),
         GROUP=group,
         HEAD_DIM=head_dim,
         PAGE_SIZE=page_size,
@@ -115,7 +116,7 @@ def paged_decode_attention(
         SOFTCAPPED=softcap is not None,
         SINKS=sinks is not None,
         num_warps=4,
-        num_stages=2 if masked and pages.k.format.name == "int4" else 3,  # with 3 registers spill
+        num_stages=2 if masked and layout_of(pages.k) == "int4" else 3,  # with 3 registers spill
     )
     _merge[(batch, query_heads)](
         partial,

@@ -14,6 +14,7 @@ from torch import Tensor
 from curkv.kernels.formats.base import Store
 from curkv.kernels.formats.triton import (
     attention_block,
+    layout_of,
     load_operands,
     narrow_queries,
     operand_bytes,
@@ -102,8 +103,8 @@ def paged_prefill_attention(
         window or 0,
         (softcap or 0.0) * LOG2_E.value,
         lse if sinks is None else sinks,
-        KEYS=pages.k.format.name,
-        VALUES=pages.v.format.name,
+        KEYS=layout_of(pages.k),
+        VALUES=layout_of(pages.v),
         GROUP=group,
         HEAD_DIM=head_dim,
         PAGE_SIZE=pages.page_size,

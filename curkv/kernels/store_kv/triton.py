@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from curkv.kernels.formats.triton import pointers, write
+from curkv.kernels.formats.triton import layout_of, pointers, write
 from curkv.kernels.pages import Pages
 from curkv.kernels.rope.triton import rotate
 from curkv.kernels.triton_util import BOOKS, find_slots, power_of_two, sequence_block
@@ -58,8 +58,8 @@ def store_kv(
         *lengths.stride(),
         len(slots),
         heads,
-        KEYS=pages.k.format.name,
-        VALUES=pages.v.format.name,
+        KEYS=layout_of(pages.k),
+        VALUES=layout_of(pages.v),
         HEAD_DIM=head_dim,
         PAGE_SIZE=pages.page_size,
         BLOCK_H=block_h,

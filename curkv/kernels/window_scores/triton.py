@@ -9,7 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from curkv.kernels.formats.triton import attention_block, load_operands, load_tokens, pointers, scaled
+from curkv.kernels.formats.triton import (
+    attention_block,
+    layout_of,
+    load_operands,
+    load_tokens,
+    pointers,
+    scaled,
+)
 from curkv.kernels.pages import Pages, longest
 from curkv.kernels.triton_util import (
     LOG2_E,
@@ -64,7 +71,7 @@ def window_scores(
     constants = {
         "SOFTCAPPED": softcap is not None,
         "CAUSAL": lse is None,
-        "KEYS": pages.k.format.name,
+        "KEYS": layout_of(pages.k),
         "GROUP": group,
         "HEAD_DIM": head_dim,
         "PAGE_SIZE": pages.page_size,
