@@ -2,6 +2,8 @@
 
     python benchmarks/kv_dtypes.py measure results.jsonl [--model gemma-3-270m] [--windows 6]
     python benchmarks/kv_dtypes.py report results.jsonl [--plot frontier.png]
+    python benchmarks/kv_dtypes.py demoted answers.jsonl [--protocol hidden --policy kvzip]
+    python benchmarks/kv_dtypes.py speed [--model gemma-3-270m]
     python benchmarks/kv_dtypes.py entropy
 
 A window of text is computed in chunks over a cache of each format, all but the tokens at its end, that are
@@ -9,13 +11,16 @@ then predicted with the full cache and with what each policy keeps at each share
 simulated: its numbers are rounded as it would round them, over a float32 cache. Schemes that compress a
 prompt once it is computed round what is kept of it but for its newest 32 tokens, whose bytes are not counted,
 as those of new tokens are not. Everything is held against a float32 cache that keeps all tokens. `measure`
-adds what `results.jsonl` does not have yet.
+adds what `results.jsonl` does not have yet. `demoted` asks questions: an eviction of an int8 cache keeps a
+share of the tokens, or more of them in fewer bits and as many bytes. `speed` serves the same prompts over a
+cache of each format, in turns step by step, so that formats meet the same machine.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import statistics
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -28,7 +33,8 @@ import typer
 from torch import Tensor
 from tqdm import tqdm
 
-from curkv.bench.script import Model, script
+from curkv.bench.script import Model, script, submit
+from curkv.bench.text import token_spans
 from curkv.cache.attention import PagedAttention
 from curkv.cache.eviction import select
 from curkv.cache.layout import CacheLayout, full_attention
@@ -36,14 +42,22 @@ from curkv.cache.page_manager import PageManager
 from curkv.cache.parsing import parse_options, settle
 from curkv.cache.plan import EvictionPlan, resolve
 from curkv.cache.transfer import copy_out
+from curkv.config import EngineOptions
+from curkv.engine.build import build_engine
+from curkv.engine.engine import Engine
 from curkv.engine.runner import Runner
+from curkv.engine.types import SamplingParams
 from curkv.evaluation.corpora import load_corpus
+from curkv.evaluation.evaluator import Evaluator
 from curkv.evaluation.perplexity import agreement, token_nll, token_windows
+from curkv.evaluation.records import Journal, ProtocolName, read_records
+from curkv.evaluation.run import Plan
+from curkv.evaluation.tasks import TASKS
+from curkv.evaluation.variants import Variant, cross
 from curkv.kernels.dispatch import Kernels, get_kernels
 from curkv.kernels.formats import KV_FORMATS, get_format
 from curkv.kernels.formats.base import VectorFormat
 from curkv.kernels.formats.int4 import GROUP, Int4
-from curkv.kernels.formats.int8 import Int8
 from curkv.kernels.pages import SIDE_BYTES, Pages
 from curkv.models.decoder import Decoder
 from curkv.models.loading import load_config, load_tokenizer, resolve_model
@@ -52,6 +66,7 @@ from curkv.models.loading.checkpoint import Checkpoint
 from curkv.models.rope import rope_tables
 from curkv.tables import table
 
+BUILT = [name for name in KV_FORMATS if "cpu" in get_format(name).devices]
 CHUNK = 512
 POLICIES: dict[str, dict[str, Any]] = {
     "snapcur": {"policy": "snapcur"},
@@ -174,8 +189,8 @@ def gear(rank: int, outliers: float, bits: int) -> Rounding:
 
 def contenders(head_dim: int) -> list[Contender]:
     """Every format, then what is simulated."""
-    names = [name for name in KV_FORMATS if name != "float32"]
-    real = [Contender(n, n, get_format(n).token_bytes(head_dim) + SIDE_BYTES) for n in names]
+    built = [name for name in BUILT if name != "float32"]
+    real = [Contender(n, n, get_format(n).token_bytes(head_dim) + SIDE_BYTES) for n in built]
     int4, four = through(Int4()), Int4().token_bytes(head_dim)
 
     def after(name: str, keys: Rounding, values: Rounding, vector: float) -> Contender:
@@ -192,15 +207,9 @@ def contenders(head_dim: int) -> list[Contender]:
         vector = head_dim * bits / 8 + head_dim / GROUP * 4 + 2 * 4 * (1 + head_dim / CHUNK) + 3 * outliers
         return after(f"GEAR {bits} bits", gear(4, 0.02, bits), gear(4, 0.02, bits), vector)
 
-    def grouped(x: Tensor) -> Tensor:
-        """As int8, with a scale for 64 channels."""
-        return through(Int8())(x.reshape(*x.shape[:-1], -1, 64)).reshape(x.shape)
-
-    groups = 2 * (head_dim + head_dim // 16) + SIDE_BYTES
     rotated_keys = Contender("int4, keys rotated", "float32", 2 * four + SIDE_BYTES, rotated(int4), int4)
     return [
         *real,
-        *([Contender("int8, groups of 64", "float32", groups, grouped, grouped)] if head_dim > 64 else []),
         rotated_keys,
         after("int4, keys rotated, after the prompt", rotated(int4), int4, four),
         mustafar(0.5),
@@ -392,6 +401,102 @@ def measure(
                 file.writelines(json.dumps(asdict(result)) + "\n" for result in found)
 
 
+class Demoting(Evaluator):
+    """Rounds what an eviction keeps, at the budgets that are for that.
+
+    Args:
+        engine: Whose cache is int8.
+        source: What records name as their source.
+        rounding: Of keys and of values, by the budget.
+    """
+
+    def __init__(self, engine: Engine, source: str, rounding: dict[str, tuple[Rounding, Rounding]]) -> None:
+        super().__init__(engine, source)
+        self._rounding = rounding
+
+    def _branch(self, prompt: Any, variant: Variant, plan: EvictionPlan) -> Any:
+        branch = super()._branch(prompt, variant, plan)
+        if variant.budget in self._rounding:
+            keys, values = self._rounding[variant.budget]
+            compress(self._runner, branch.slot, keys, values, lambda _, p: torch.zeros_like(p).bool())
+        return branch
+
+
+@torch.inference_mode()
+def demoted(
+    results: Annotated[Path, typer.Argument(help="JSON lines, added to.")],
+    model: Model = DEFAULT_MODEL,
+    policy: str = "snapcur",
+    protocol: ProtocolName = "visible",
+    samples: Annotated[int, typer.Option(help="Texts of each kind.")] = 4,
+) -> None:
+    """Prints what is answered of what the int8 cache answers that keeps everything."""
+    engine = build_engine(EngineOptions(model=model, weights="int8", kv_dtype="int8", prefix_cache_memory=0))
+    dim, four = engine.kv.layout.head_dim, through(Int4())
+    high, names, rounding = get_format("int8").token_bytes(dim) + SIDE_BYTES, {}, {}
+    for share in SHARES[1:]:
+        names[f"{100 * share:.4g}%"] = "int8"
+        for name, keys in (("k8v4", lambda x: x), ("int4", rotated(four))):
+            more = share * high / (get_format(name).token_bytes(dim) + SIDE_BYTES)
+            budget = f"{100 * more:.4g}%"
+            names[budget], rounding[budget] = name, (keys, four)
+    seeds, kinds = range(10000, 10000 + samples), TASKS["questions"].corpora
+    plan = Plan(["questions"], [1000], seeds, kinds, [protocol], cross([policy], names))
+    evaluator = Demoting(engine, f"{model}, weights int8, KV int8", rounding)
+    results.touch()
+    with Journal.open(results) as journal:
+        for job in tqdm(plan.jobs(evaluator.source, read_records(results)), disable=None):
+            journal.append(evaluator.evaluate(job.recipe, job.wanted))
+    found = [r for r in read_records(results) if r.nll is not None and r.policy == policy]
+    cells = []
+    for budget, name in names.items():
+        of_budget = [r for r in found if r.budget == budget]
+        right, nll = (
+            sum(x) / len(of_budget) for x in zip(*((r.score, r.nll) for r in of_budget), strict=True)
+        )
+        cells.append([budget, name, f"{len(of_budget)}", f"{right:.1%}", f"{nll:.4f}"])
+    print(table(["kept", "as", "questions", "answered", "NLL of the right answer"], cells))
+
+
+def speed(
+    model: Model = DEFAULT_MODEL,
+    kv_dtype: Annotated[
+        list[str] | None, typer.Option(help="The first is what others are held against. [float16, int8]")
+    ] = None,
+    requests: Annotated[int, typer.Option(help="At once.")] = 8,
+    prompt: Annotated[int, typer.Option(help="Tokens of each.")] = 2000,
+    new_tokens: int = 64,
+    budget: Annotated[str | None, typer.Option(help="What snapcur keeps, if not everything.")] = None,
+) -> None:
+    """Prints how long steps take, those that compute prompts and those that only decode."""
+    kv = parse_options({"policy": "full"} if budget is None else {"policy": "snapcur", "budget": budget})
+    sampling = SamplingParams(new_tokens, temperature=0.0, ignore_eos=True)
+    engines = {}
+    for name in kv_dtype or ["float16", "int8"]:
+        options = {"model": model, "kv_dtype": name, "kv_cache_memory": "2GiB", "prefix_cache_memory": 0}
+        engine = engines[name] = build_engine(EngineOptions.model_validate(options))
+        for i, ids in enumerate(token_spans(engine.info.tokenizer, requests, prompt, seed=0)):
+            submit(engine, str(i), ids, sampling, kv)
+    seconds = {name: {True: list[float](), False: list[float]()} for name in engines}
+    while any(engine.has_work for engine in engines.values()):
+        for name, engine in engines.items():
+            started = time.perf_counter()
+            engine.step()
+            prefills = any(s.prefilling for s in engine.scheduler.running) or engine.scheduler.num_waiting > 0
+            seconds[name][prefills].append(time.perf_counter() - started)
+    first, *_ = engines
+    cells = []
+    for name, of_phases in seconds.items():
+        row = [name]
+        for phase, times in of_phases.items():
+            ratio = statistics.median(
+                own / other for own, other in zip(times, seconds[first][phase], strict=True)
+            )
+            row += [f"{1e3 * statistics.median(times):.2f}", f"{ratio:.3f}"]
+        cells.append(row)
+    print(table(["cache", "prompt step, ms", "ratio", "decode step, ms", "ratio"], cells))
+
+
 @torch.inference_mode()
 def entropy(
     model: Model = DEFAULT_MODEL, length: Annotated[int, typer.Option(help="Tokens.")] = 1024
@@ -400,7 +505,7 @@ def entropy(
     lab = Lab(model)
     ids = token_windows(lab.tokenizer, load_corpus("documentation"), length, 1)[0].tolist()
     cells = []
-    for name in KV_FORMATS:
+    for name in BUILT:
         runner = lab.runner(Contender(name, name, 0), length)
         slot = runner.kv.add_sequence()
         feed(runner, slot, ids, 0)
@@ -527,7 +632,7 @@ def draw(tails: list[Row], path: Path) -> None:
                 [*whole, *(r for r in of_policy if r.contender == name and r.policy == policy)],
                 key=lambda r: r.bytes,
             )
-            simulated = name not in KV_FORMATS
+            simulated = name not in BUILT
             axis.plot(
                 [r.bytes for r in line],
                 [r.kl for r in line],
@@ -551,7 +656,7 @@ def draw(tails: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-app = script(__doc__, measure, report, entropy)
+app = script(__doc__, measure, report, demoted, speed, entropy)
 
 if __name__ == "__main__":
     app()

@@ -17,7 +17,7 @@ policies=(
     h2o tova dapq expected-attention compactor adacompactor
     keydiff knorm streaming-llm lacache random
 )
-chosen=(--weights float32 --budget 75% --budget 50% --budget 25% --budget 12.5% --workers "$(nproc)")
+chosen=(--weights float32 --kv-dtype float16 --budget 75% --budget 50% --budget 25% --budget 12.5% --workers "$(nproc)")
 for policy in "${policies[@]}"; do chosen+=(--policy "$policy"); done
 mkdir -p "$directory"
 export OMP_NUM_THREADS=1

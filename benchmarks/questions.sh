@@ -9,7 +9,7 @@
 set -euo pipefail
 directory=${1:-questions} samples=${2:-20} first=${3:-10000}
 export OMP_NUM_THREADS=1
-common=(--task questions --weights int8 --length 1000 --budget 50% --budget 25% --budget 12.5%)
+common=(--task questions --weights int8 --kv-dtype float16 --length 1000 --budget 50% --budget 25% --budget 12.5%)
 for kind in licences documentation log records code chat; do common+=(--corpus "$kind"); done
 measure() { # PROTOCOL SEED POLICY...
     local protocol=$1 seed=$2 chosen=()

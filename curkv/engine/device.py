@@ -46,7 +46,7 @@ class Device:
     Attributes:
         kind: as torch names it; "cuda" is any GPU that torch knows, AMD's included.
         weights: the weight format that it prefers.
-        kv_dtype: name of the KV format that it prefers.
+        kv_dtypes: names of the KV formats that it prefers, of which the first is taken that holds the heads.
         memory_share: of the memory that is free after loading, what the KV cache takes.
         max_step_tokens: tokens of a step that it prefers.
         most_sequences: sequences in flight for which it prefers to have places at most.
@@ -55,7 +55,7 @@ class Device:
 
     kind: Literal["cpu", "cuda"]
     weights: WeightFormat
-    kv_dtype: str
+    kv_dtypes: tuple[str, ...]
     memory_share: float
     max_step_tokens: int
     most_sequences: int
@@ -107,12 +107,15 @@ class Device:
         return there[wanted]
 
     def kv_format(self, wanted: str, head_dim: int) -> KVFormat:
-        """The KV format of a name, or the preferred one for "auto".
+        """The KV format of a name, or the one preferred for heads of this many channels for "auto".
 
         Raises:
             ValueError: it cannot hold heads of this many channels, or the device does not have it.
         """
-        form = get_format(self.kv_dtype if wanted == "auto" else wanted)
+        if wanted == "auto":
+            preferred = map(get_format, self.kv_dtypes)
+            return next(form for form in preferred if head_dim % form.multiple == 0)
+        form = get_format(wanted)
         if self.kind not in form.devices:
             there = ", ".join(name for name in KV_FORMATS if self.kind in get_format(name).devices)
             called = " and ".join(_CALLED[kind] for kind in form.devices)
@@ -129,11 +132,14 @@ class Device:
         return form
 
 
-CPU = Device("cpu", AS_PUBLISHED, "float16", MEMORY_SHARE, 512, FEWEST_SEQUENCES, dense_prompts=False)
-"""Weights as published: the fastest ones that cost less than 1 % of perplexity. float16: half the bytes of
-float32, eight times the precision of bfloat16 (docs/benchmarks.md)."""
+CPU = Device(
+    "cpu", AS_PUBLISHED, ("int8", "float16"), MEMORY_SHARE, 512, FEWEST_SEQUENCES, dense_prompts=False
+)
+"""Weights as published: the fastest ones that cost less than 1 % of perplexity. int8: the fewest bytes that
+cost less than 0.2 %, and no slower than float16, which is for heads that int8 cannot hold and has three bits
+more than bfloat16 (docs/benchmarks.md)."""
 
-GPU = Device("cuda", BFLOAT16, "bfloat16", GPU_MEMORY_SHARE, 2048, 256, dense_prompts=True)
+GPU = Device("cuda", BFLOAT16, ("bfloat16",), GPU_MEMORY_SHARE, 2048, 256, dense_prompts=True)
 """bfloat16: the type of the weights, of which every key and value is a product. For the size of steps see
 docs/benchmarks.md, "On a GPU"."""
 

@@ -300,6 +300,7 @@ class Server(uvicorn.Server):
             pages=stats.num_pages,
             page_size=layout.page_size,
             dtype=layout.format.name,
+            asked_dtype=self._settings.engine.kv_dtype,
             policy=self._settings.kv.policy,
             weights=client.weights,
             asked=self._settings.engine.weights,
@@ -318,7 +319,8 @@ class Server(uvicorn.Server):
 WELCOME = """
 curkv {version} serves {model} at {url} (loaded in {seconds:.1f} s)
 Weights: {weights} (--weights {asked}), {size:.2f} GiB
-KV cache: {memory:.2f} GiB, {pages:,} pages of {page_size} tokens, {dtype}; default policy {policy}
+KV cache: {dtype} (--kv-dtype {asked_dtype}), {memory:.2f} GiB, {pages:,} pages of {page_size} tokens
+Default policy: {policy}
 
 Try a long prompt with the whole cache and with a quarter of it, and compare usage.kv:
 

@@ -39,7 +39,8 @@ def test_a_gpu_is_taken_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_formats_are_preferred_or_refused() -> None:
     assert (CPU.weight_format("auto").name, GPU.weight_format("auto").name) == ("published", "bfloat16")
-    assert (CPU.kv_format("auto", 64).name, GPU.kv_format("auto", 64).name) == ("float16", "bfloat16")
+    assert (CPU.kv_format("auto", 64).name, GPU.kv_format("auto", 64).name) == ("int8", "bfloat16")
+    assert CPU.kv_format("auto", 40).name == "float16"
     assert CPU.weight_format("int4").name == "int4"
     with pytest.raises(ValueError, match="bfloat16 is for a GPU; weights on the CPU are float32, int8, int4"):
         CPU.weight_format("bfloat16")

@@ -24,7 +24,9 @@ from curkv.engine.engine import Engine
 from curkv.engine.types import Output, Request, SamplingParams, Structure, TokenLogprob
 
 COUNT, AT_ONCE, GONE = 96, 14, 0.3
-ENGINE = EngineOptions(page_size=16, max_step_tokens=64, max_sequences=12, max_model_len=512)
+ENGINE = EngineOptions(
+    page_size=16, max_step_tokens=64, max_sequences=12, max_model_len=512, kv_dtype="float16"
+)
 ROOMY, TIGHT = 16 << 20, 500 << 10
 
 
