@@ -105,6 +105,7 @@ class PagedAttention:
             output_gram=None if projection is None else self._gram,
             softcap=self.softcap,
             sinks=tuple(self.sinks[layout.cached_layers[row]] for row in layout.evicted_rows if self.sinks),
+            ranks=kv.ranks,
         )
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:

@@ -33,6 +33,7 @@ def select(view: CacheView, plan: EvictionPlan, kernels: Kernels) -> tuple[Tenso
     Returns:
         indices: int32 [L, H, max(counts)], ascending indices of each head's kept tokens, -1 past its count.
         counts: int32 [L, H]. All tokens, if the cache holds no more than the budget.
+        Of several processes that share the heads, both are of the heads of all.
     """
     k = plan.budget_tokens if view.phase == "prefill" else plan.decode_budget_tokens
     if k is None:
@@ -62,7 +63,8 @@ def select_scored(
         scores = scores.masked_fill_(~scored.chosen, -torch.inf)
     # What a policy wants in any case comes after what the request does.
     scores = scores.clamp_(max=torch.finfo(scores.dtype).max).masked_fill_(always, torch.inf)
-    return plan.policy.allocation.select(scores, view, always, kernels)
+    whole = view.whole(scores), view.of_all_heads, view.whole(always)
+    return plan.policy.allocation.select(*whole, kernels)
 
 
 def evict(
@@ -87,7 +89,8 @@ def evict(
     threshold = plan.options.merge_threshold
     if threshold is None:
         return kv.evict(slot, indices, counts)
-    layers = [merged(view, i, indices[i], counts[i], threshold) for i in range(view.num_layers)]
+    own, held = view.own(indices), view.own(counts)
+    layers = [merged(view, i, own[i], held[i], threshold) for i in range(view.num_layers)]
     freed = kv.evict(slot, indices, counts)
     for layer, (k, v) in enumerate(layers):
         kv.overwrite(slot, layer, k, v)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from curkv.cache.eviction import protected, select_scored
+from curkv.cache.layout import longest
 from curkv.cache.observations import Needs
 from curkv.cache.plan import EvictionPlan
 from curkv.cache.policies.base import Scored
@@ -69,15 +70,16 @@ def explain(view: CacheView, plan: EvictionPlan, kernels: Kernels, page_bytes: i
     ranks, kept = _ranks(scored, always), view.stored
     if plan.evicts_prompt:
         indices, counts = select_scored(view, plan, scored, always, kernels)
-        kept = _as_mask(indices, counts, view.width)
-    size, position = view.pages.page_size, view.position
-    pages = [int((-(-lengths // size)).sum()) for lengths in (view.lengths, kept.sum(-1))]
+        kept = _as_mask(view.own(indices), view.own(counts), view.width)
+    size, position, tables = view.pages.page_size, view.position, view.lengths.shape[1]
+    held = [view.whole(x).numpy(force=True) for x in (view.lengths, kept.sum(-1))]
+    pages = [int((-(-longest(lengths, tables) // size)).sum()) for lengths in held]
     return Explanation(
         policy=plan.policy.name,
         budget_tokens=plan.budget_tokens,
-        kept=_by_position(kept, position).numpy(force=True),
-        ranks=_by_position(ranks, position).numpy(force=True),
-        errors=output_errors(view, kept).numpy(force=True),
+        kept=view.whole(_by_position(kept, position)).numpy(force=True),
+        ranks=view.whole(_by_position(ranks, position)).numpy(force=True),
+        errors=view.whole(output_errors(view, kept)).numpy(force=True),
         bytes_full=pages[0] * page_bytes,
         bytes_kept=pages[1] * page_bytes,
     )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from curkv.cache.layout import longest, shortest
 from curkv.cache.page_manager import PageManager
 from curkv.cache.page_pool import Ids
 
@@ -29,11 +33,30 @@ def check_integrity(cache: PageManager) -> None:
         IntegrityError: the first invariant that does not hold.
     """
     _check_lengths(cache)
-    ids, owner, head, tokens = _owned(cache)
-    _check_owners(cache, ids, owner)
-    _check_sharing(cache, ids, owner, head)
-    _check_shared_full(cache, ids, tokens)
-    _check_positions(cache, ids, tokens, owner * cache.layout.num_heads + head)
+    owned = _owned(cache)
+    _check_owners(cache, owned.ids, owned.owner)
+    _check_sharing(cache, owned.ids, owned.owner, owned.table)
+    _check_shared_full(cache, owned.ids, owned.least)
+    _check_positions(cache, owned)
+
+
+@dataclass(frozen=True)
+class _Owned:
+    """The pages of every head of every sequence, then of every prefix, in the order of their tokens.
+
+    Attributes:
+        ids: [n], an id for each owner of each page.
+        owner: [n], a slot; prefixes count from `max_sequences` on.
+        table: [n], of which of an owner's lists of pages it is, over all layers.
+        least: [n], tokens from this page on, of the head that has fewest of those that share it.
+        own: [n], the same of the head that is this process's.
+    """
+
+    ids: Ids
+    owner: NDArray[np.int64]
+    table: NDArray[np.int64]
+    least: NDArray[np.int64]
+    own: NDArray[np.int64]
 
 
 def _require(condition: NDArray[np.bool_], message: str) -> None:
@@ -42,43 +65,37 @@ def _require(condition: NDArray[np.bool_], message: str) -> None:
         raise IntegrityError(message.format(", ".join(map(str, np.argwhere(~condition)[0]))))
 
 
-def _owned(cache: PageManager) -> tuple[Ids, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Lists the pages of every head of every sequence, then of every prefix, in the order of their tokens.
-
-    Returns:
-        ids: [n], an id for each owner of each page.
-        owner: [n], a slot; prefixes count from `max_sequences` on.
-        head: [n], over all layers.
-        tokens: [n], tokens of the head from this page on.
-    """
-    layout = cache.layout
-    holders = [
-        (np.arange(layout.max_sequences), cache.page_table.numpy(force=True), cache.lengths.numpy(force=True))
-    ]
+def _owned(cache: PageManager) -> _Owned:
+    slots = cache.layout.max_sequences
+    holders = [(np.arange(slots), cache.page_table.numpy(force=True), cache.all_lengths)]
     for i, prefix in enumerate(cache.prefixes.all):
-        holders.append((np.array([layout.max_sequences + i]), prefix.table[None], prefix.lengths[None]))
-    parts = [_owned_by(*holder, layout.page_size) for holder in holders]
-    ids, owner, head, tokens = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return ids, owner, head, tokens
+        holders.append((np.array([slots + i]), prefix.table[None], prefix.lengths[None]))
+    parts = [_owned_by(cache, *holder) for holder in holders]
+    return _Owned(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
 
 def _owned_by(
-    owners: NDArray[np.int64], table: Ids, lengths: NDArray[np.int32], page_size: int
-) -> tuple[Ids, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """`_owned` of some owners [n], from their table [n, L, H, pages] and lengths [n, L, H]."""
-    left = lengths[..., None] - np.arange(table.shape[-1]) * page_size
-    owner, layer, head, page = (left > 0).nonzero()
-    tokens = left[owner, layer, head, page]
-    return table[owner, layer, head, page], owners[owner], layer * table.shape[2] + head, tokens
+    cache: PageManager, owners: NDArray[np.int64], table: Ids, lengths: NDArray[np.int32]
+) -> tuple[NDArray[Any], ...]:
+    """`_owned` of some owners [n], from their table [n, L, tables, pages] and lengths [n, L, H]."""
+    tables, before = table.shape[2], np.arange(table.shape[-1]) * cache.layout.page_size
+    places = (longest(lengths, tables)[..., None] > before).nonzero()
+    owner, layer, row, page = places
+    own = lengths[..., cache.ranks.share(lengths.shape[-1])]
+    least, own = (x[owner, layer, row] - before[page] for x in (shortest(lengths, tables), own))
+    return table[places], owners[owner], layer * tables + row, least, own
 
 
 def _check_lengths(cache: PageManager) -> None:
-    lengths, size = cache.lengths.numpy(force=True), cache.layout.page_size
-    inside = (lengths >= 0) & (lengths <= cache.layout.max_tokens)
+    lengths, layout = cache.all_lengths, cache.layout
+    told = cache.lengths.numpy(force=True) == lengths[..., cache.ranks.share(layout.num_kv_heads)]
+    _require(told, "the kernels read another length at (slot, layer, head) {}")
+    inside = (lengths >= 0) & (lengths <= layout.max_tokens)
     _require(inside, "length out of range at (slot, layer, head) {}")
-    fits = cache.page_counts == (lengths + size - 1) // size
+    pages = -(-longest(lengths, layout.row_tables) // layout.page_size)
+    fits = cache.page_counts == pages
     _require(fits, "page count does not fit length at (slot, layer, head) {}")
-    idle = np.ones(cache.layout.max_sequences, dtype=np.bool_)
+    idle = np.ones(layout.max_sequences, dtype=np.bool_)
     idle[cache.active_slots] = False
     _require(~idle | (lengths == 0).all(axis=(1, 2)), "slot {} is not in use but holds tokens")
     if idle.sum() != cache.free_slots:
@@ -114,9 +131,11 @@ def _check_shared_full(cache: PageManager, ids: Ids, tokens: NDArray[np.int64]) 
     _require((pool.owners[ids] <= 1) | full | ~written, "a shared page is not full (entry {})")
 
 
-def _check_positions(cache: PageManager, ids: Ids, tokens: NDArray[np.int64], row: NDArray[np.int64]) -> None:
+def _check_positions(cache: PageManager, owned: _Owned) -> None:
     """Entries follow each other page by page within a row, so neighbours can be compared."""
-    position = cache.pages.position[torch.from_numpy(ids)].numpy(force=True)
+    held = owned.own > 0
+    tokens, row = owned.own[held], (owned.owner * cache.layout.num_tables + owned.table)[held]
+    position = cache.pages.position[torch.from_numpy(owned.ids[held])].numpy(force=True)
     ascends = position[:, 1:] > position[:, :-1]
     beyond = np.arange(1, cache.layout.page_size) >= tokens[:, None]
     _require(ascends | beyond, "positions do not ascend within a page (entry, token) {}")

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+from numpy.typing import NDArray
+
 from curkv.kernels.formats.base import KVFormat
 from curkv.kernels.pages import SIDE_BYTES
 
@@ -38,6 +41,8 @@ class CacheLayout:
         max_sequences: sequences held at once.
         max_tokens: most tokens that a head of one sequence can hold.
         max_step_tokens: most tokens that a step adds to one sequence; None: `max_tokens`.
+        shards: processes among which the KV heads of each layer are divided. A page holds tokens of one head
+            in each of them, so that all keep the same books; it is taken when the first of these needs it.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -47,12 +52,15 @@ class CacheLayout:
     max_sequences: int
     max_tokens: int
     max_step_tokens: int | None = None
+    shards: int = 1
 
     def __post_init__(self) -> None:
         """Refuses layers that one table cannot hold."""
         heads = {spec.num_kv_heads for spec in self.layers} - {0}
         if len(heads) != 1:
             raise ValueError(f"layers need one number of KV heads beside 0, these have {sorted(heads)}")
+        if self.num_kv_heads % self.shards:
+            raise ValueError(f"{self.num_kv_heads} KV heads cannot be divided among {self.shards} processes")
         windows = [spec.window for spec in self.layers if spec.window is not None]
         if min(windows, default=1) < 1:
             raise ValueError(f"a window holds at least the query's own token, not {min(windows)}")
@@ -95,8 +103,18 @@ class CacheLayout:
 
     @cached_property
     def num_heads(self) -> int:
-        """KV heads of all layers together; each has its own pages."""
+        """KV heads of all layers together."""
         return self.num_layers * self.num_kv_heads
+
+    @cached_property
+    def row_tables(self) -> int:
+        """Lists of pages that a sequence has in each layer: one for the heads that share pages."""
+        return self.num_kv_heads // self.shards
+
+    @cached_property
+    def num_tables(self) -> int:
+        """Lists of pages of a sequence in all layers together."""
+        return self.num_layers * self.row_tables
 
     @property
     def max_pages(self) -> int:
@@ -115,8 +133,8 @@ class CacheLayout:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of a page."""
-        return self.page_size * self.head_token_bytes
+        """Bytes of a page, in all processes together."""
+        return self.page_size * self.head_token_bytes * self.shards
 
     def sequence_pages(self, tokens: int, *, ragged: bool = False, seen: int | None = None) -> int:
         """Most pages of a sequence.
@@ -131,12 +149,12 @@ class CacheLayout:
             The number of pages; exact for layers that attend to everything and are not ragged.
         """
         seen = tokens if seen is None else seen
-        heads, size = len(self.evicted_rows) * self.num_kv_heads, self.page_size
-        pages = heads * -(-seen // size)
+        tables, size = len(self.evicted_rows) * self.row_tables, self.page_size
+        pages = tables * -(-seen // size)
         if ragged or self._uneven:
-            pages = min(pages, heads * (tokens + size - 1) // size)
+            pages = min(pages, tables * (self.shards * tokens + size - 1) // size)
         else:
-            pages = min(pages, heads * -(-tokens // size))
+            pages = min(pages, tables * -(-tokens // size))
         windows = self._window_pages(seen, evicted=self.evicts_from_windows and tokens < seen)
         return min(pages, windows) if self.evicts_from_windows else pages + windows
 
@@ -156,8 +174,8 @@ class CacheLayout:
         left = pages if self.evicts_from_windows else pages - windows
         layer_pages, size = left // len(self.evicted_rows), self.page_size
         if ragged or self._uneven:
-            return layer_pages * size // self.num_kv_heads - (size - 1)
-        return layer_pages // self.num_kv_heads * size
+            return (layer_pages * size // self.row_tables - (size - 1)) // self.shards
+        return layer_pages // self.row_tables * size
 
     def _window_pages(self, seen: int, evicted: bool) -> int:
         """Most pages that the layers with windows hold after so many tokens, until they are trimmed.
@@ -167,9 +185,22 @@ class CacheLayout:
         step = self.max_tokens if self.max_step_tokens is None else self.max_step_tokens
         reach = [(window - 1) * (2 if evicted else 1) for window in self.windows if window is not None]
         most = [tokens + self.page_size - 1 + step for tokens in reach]
-        return self.num_kv_heads * sum(-(-min(seen, tokens) // self.page_size) for tokens in most)
+        return self.row_tables * sum(-(-min(seen, tokens) // self.page_size) for tokens in most)
 
 
 def full_attention(num_layers: int, num_kv_heads: int) -> tuple[LayerSpec, ...]:
     """Layers that all attend to everything."""
     return (LayerSpec(num_kv_heads),) * num_layers
+
+
+def longest(lengths: NDArray[np.int32], tables: int) -> NDArray[np.int32]:
+    """Of lengths [..., H] those of the longest among the heads that share pages: [..., tables]."""
+    if lengths.shape[-1] == tables:
+        return lengths
+    most: NDArray[np.int32] = lengths.reshape(*lengths.shape[:-1], -1, tables).max(-2)
+    return most
+
+
+def shortest(lengths: NDArray[np.int32], tables: int) -> NDArray[np.int32]:
+    """Of lengths [..., H] those of the shortest among the heads that share pages: [..., tables]."""
+    return -longest(-lengths, tables)

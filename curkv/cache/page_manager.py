@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from curkv.cache.layout import CacheLayout
+from curkv.cache.layout import CacheLayout, longest, shortest
 from curkv.cache.observations import Needs, Observations
 from curkv.cache.page_pool import Ids, OutOfPages, PagePool
 from curkv.cache.plan import EvictionPlan
@@ -21,6 +21,7 @@ from curkv.cache.upload import upload
 from curkv.cache.usage import CacheUsage
 from curkv.kernels.dispatch import Kernels
 from curkv.kernels.pages import Pages
+from curkv.ranks import ALONE, Ranks
 
 
 class OutOfSlots(RuntimeError):
@@ -52,16 +53,20 @@ class PageManager:
     every sequence at once; kernels read the table and lengths on the cache's device (on a CPU the same
     memory), so that no step waits for a device to count pages.
 
+    Of several processes each has the memory of its own heads, and the books of all: tables, lengths and free
+    pages are the same everywhere, and whoever decides by them decides alike.
+
     Attributes:
         layout: the cache's shape.
         kernels: the operations on pages.
+        ranks: the processes that share its heads.
         pool: the pages and their owners.
         prefixes: what is cached of prompts whose sequences may be gone.
         observed: by slot, what policies need to know of a sequence's queries.
-        page_table: int32 [max_sequences, layers, heads, max_pages]; entries past a head's page count mean
-            nothing.
-        lengths: int32 [max_sequences, layers, heads], tokens of each head; 0 for a slot not in use.
-        page_counts: int32 [max_sequences, layers, heads] on the host, pages of each head.
+        page_table: int32 [max_sequences, layers, tables, max_pages], of this process's heads; entries past a
+            head's page count mean nothing.
+        lengths: int32 [max_sequences, layers, tables], tokens of each of these; 0 for a slot not in use.
+        page_counts: int32 [max_sequences, layers, tables] on the host, pages of each.
     """
 
     def __init__(
@@ -71,6 +76,7 @@ class PageManager:
         kernels: Kernels,
         device: str | torch.device = "cpu",
         max_prefix_pages: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Allocates the pool; its memory is touched only when tokens are stored.
 
@@ -80,28 +86,31 @@ class PageManager:
             kernels: the operations on pages.
             device: where everything lies.
             max_prefix_pages: most pages of cached prefixes; 0: none are.
+            ranks: the processes that share the heads, as many as the layout has shards.
         """
-        heads = (layout.max_sequences, layout.num_layers, layout.num_kv_heads)
+        tables = (layout.max_sequences, layout.num_layers, layout.row_tables)
         self.layout = layout
+        self.ranks = ranks
         self.pool = PagePool(num_pages, layout.page_size, layout.head_dim, layout.format, device)
-        self.prefixes = PrefixCache(self.pool, max_prefix_pages)
+        self.prefixes = PrefixCache(self.pool, max_prefix_pages, layout.shards)
         self.observed: dict[int, Observations] = {}
-        self._table = np.zeros((*heads, layout.max_pages), dtype=np.int32)
-        self._lengths = np.zeros(heads, dtype=np.int32)
-        self.page_counts = np.zeros(heads, dtype=np.int32)
+        self._table = np.zeros((*tables, layout.max_pages), dtype=np.int32)
+        self._lengths = np.zeros((*tables[:2], layout.num_kv_heads), dtype=np.int32)
+        self.page_counts = np.zeros(tables, dtype=np.int32)
+        self._own = ranks.share(layout.num_kv_heads)
         self.page_table = torch.from_numpy(self._table).to(device)
-        self.lengths = torch.from_numpy(self._lengths).to(device)
+        self.lengths = torch.from_numpy(self._lengths[..., self._own]).to(device)
         self.kernels = kernels
         self._active = [False] * layout.max_sequences
         self._free_slots = list(range(layout.max_sequences - 1, -1, -1))
-        self._row_start = np.arange(0, self._table.size, layout.max_pages).reshape(heads)
+        self._row_start = np.arange(0, self._table.size, layout.max_pages).reshape(tables)
         self._page_index = np.arange(layout.max_pages, dtype=np.int32)
         windows = [(row, window) for row, window in enumerate(layout.windows) if window is not None]
         self._window_rows = np.array([row for row, _ in windows], dtype=np.int64)
         self._windows = np.array([window for _, window in windows], dtype=np.int32)[:, None]
         every = len(layout.evicted_rows) == layout.num_layers
         self._evicted_rows = slice(None) if every else np.array(layout.evicted_rows, dtype=np.int64)
-        self._trimmed = np.zeros(heads, dtype=np.int32)  # pages that windows have moved past
+        self._trimmed = np.zeros(tables, dtype=np.int32)  # pages that windows have moved past
         # Newest tokens that no eviction from a window has come behind; without any, more than there are.
         self._unevicted = np.full(layout.max_sequences, layout.max_tokens, dtype=np.int32)
 
@@ -141,12 +150,12 @@ class PageManager:
         held = int(self.page_counts.sum())
         return CacheUsage(
             page_bytes=self.page_bytes,
-            page_size=self.layout.page_size,
+            page_size=self.layout.page_size * self.layout.shards,
             num_pages=self.num_pages,
             used_pages=self.used_pages,
             prefix_pages=self.prefixes.held_pages,
             saved_pages=held + self.prefixes.held_pages - self.num_pages + self.pool.num_free,
-            empty_tokens=held * self.layout.page_size - int(self._lengths.sum()),
+            empty_tokens=held * self.layout.page_size * self.layout.shards - int(self._lengths.sum()),
         )
 
     @property
@@ -179,9 +188,14 @@ class PageManager:
         return mean
 
     def head_lengths(self, slot: int) -> NDArray[np.int32]:
-        """int32 [L, H] on the host, tokens that each head of a sequence holds (a copy)."""
+        """int32 [L, H] on the host, tokens that each head of a sequence holds, everybody's (a copy)."""
         lengths: NDArray[np.int32] = self._lengths[slot]
         return lengths.copy()
+
+    @property
+    def all_lengths(self) -> NDArray[np.int32]:
+        """int32 [max_sequences, L, H] on the host, tokens of each head, everybody's. A view: do not write."""
+        return self._lengths
 
     def add_sequence(self, needs: Needs | None = None) -> int:
         """Starts an empty sequence.
@@ -254,7 +268,7 @@ class PageManager:
         self._check_active(slot)
         lengths = self._lengths[slot]
         observed = self.observed.get(slot) if observe else None
-        shared = lengths // self.layout.page_size
+        shared = self._full_pages_of(lengths)
         if observed is not None and observed.needs.column_sums:
             shared = np.zeros_like(lengths)
         new = self._start_from(self._table[slot], lengths, shared)
@@ -281,7 +295,7 @@ class PageManager:
         """
         slot = self._start_from(prefix.table, prefix.lengths, self._shareable(prefix, needs), needs)
         if not prefix.evictions:
-            self._trimmed[slot] = (prefix.tokens - prefix.lengths) // self.layout.page_size
+            self._trimmed[slot] = self._full_pages_of(prefix.tokens - prefix.lengths)
         elif self.layout.evicts_from_windows:
             self._unevicted[slot] = 0
         self.trim([slot])
@@ -341,7 +355,7 @@ class PageManager:
         """
         lengths, counts = self._lengths[slot].copy(), self.page_counts[slot]
         with contextlib.suppress(OutOfPages):
-            table = self._duplicate(self._table[slot], lengths, lengths // self.layout.page_size)
+            table = self._duplicate(self._table[slot], lengths, self._full_pages_of(lengths))
             table = table[..., : counts.max()].copy()
             pages = table[self._page_index[: counts.max()] < counts[..., None]]
             prefix = Prefix(table, lengths, pages, tokens, evictions, tokens)
@@ -386,10 +400,9 @@ class PageManager:
         return max(needed - shared + copied, self._pages_to_adopt(prefix, plan.observed))
 
     def _shareable(self, prefix: Prefix, needs: Needs | None) -> NDArray[np.int32]:
-        """int32 [L, H], pages of each head of a prefix that a sequence need not copy."""
-        if needs is not None and needs.column_sums:  # every step writes to all pages
-            return np.zeros_like(prefix.lengths)
-        return prefix.lengths // self.layout.page_size
+        """int32 [L, tables], pages of each head of a prefix that a sequence need not copy."""
+        full = self._full_pages_of(prefix.lengths)
+        return np.zeros_like(full) if needs is not None and needs.column_sums else full  # which write to all
 
     def _pages_to_adopt(self, prefix: Prefix, needs: Needs) -> int:
         """Pages that `adopt` takes from the free ones while it copies what is not shared."""
@@ -499,29 +512,29 @@ class PageManager:
             OutOfPages: pages shared with other sequences cannot be copied; only prefixes may be gone.
         """
         self._check_active(slot)
-        free_before, rows, heads = self.free_pages, self._evicted_rows, self.layout.num_kv_heads
-        lengths = self._lengths[slot][rows].reshape(-1)
-        kept = counts.reshape(-1).numpy(force=True)
+        free_before, rows, tables = self.free_pages, self._evicted_rows, self.layout.row_tables
+        lengths, kept = self._lengths[slot][rows], counts.numpy(force=True)
         if (kept > lengths).any():
             raise ValueError("a head cannot keep more tokens than it has")
-        changed = kept < lengths
+        changed = longest(lengths - kept, tables).reshape(-1, 1) > 0
         if not changed.any():
             return 0
         old = self.page_counts[slot][rows].reshape(-1, 1)
-        new = self._pages_of(kept)[:, None]
+        new = self._pages_of(kept).reshape(-1, 1)
         column = self._page_index[: old.max()]
         source = self._table[slot][rows, :, : len(column)].reshape(-1, len(column)).copy()
         owned = column < old
-        shared = self._share_pages(source, owned & changed[:, None])
+        shared = self._share_pages(source, owned & changed)
         if np.count_nonzero(shared & (column < new)) > self.free_pages:
             self.prefixes.forget(source[owned])
-            shared = self._share_pages(source, owned & changed[:, None])
+            shared = self._share_pages(source, owned & changed)
         target = self._with_fresh_pages(source, shared & (column < new))
-        self._move(source, target, indices.flatten(0, 1), kept)
+        own = self.ranks.own(indices, 1).flatten(0, 1)
+        self._move(source, target, own, kept[:, self._own].reshape(-1))
         self.pool.release(source[owned & (shared | (column >= new))])
-        self._table[slot][rows, :, : len(column)] = target.reshape(-1, heads, len(column))
-        self._lengths[slot][rows] = kept.reshape(-1, heads)
-        self.page_counts[slot][rows] = new.reshape(-1, heads)
+        self._table[slot][rows, :, : len(column)] = target.reshape(-1, tables, len(column))
+        self._lengths[slot][rows] = kept
+        self.page_counts[slot][rows] = new.reshape(-1, tables)
         if self.layout.evicts_from_windows:
             self._unevicted[slot] = 0
         self._publish([slot])
@@ -548,7 +561,7 @@ class PageManager:
             self.layout.page_size,
             self.free_pages,
         )
-        behind = np.maximum(self._lengths[heads] - (self._windows - 1), 0) // size
+        behind = self._full_pages_of(np.maximum(self._lengths[heads] - (self._windows - 1), 0))
         behind *= self._unevicted[np.array(slots), None, None] >= self._windows - 1
         if not behind.any():
             return 0
@@ -556,7 +569,7 @@ class PageManager:
         self.pool.release(table[self._page_index < first])
         moved = np.minimum(self._page_index + first, self.layout.max_pages - 1)
         self._table[heads] = np.take_along_axis(table, moved, axis=-1)
-        self._lengths[heads] -= behind * size
+        self._lengths[heads] -= np.tile(behind, self.layout.shards) * size
         self.page_counts[heads] -= behind
         self._trimmed[heads] += behind
         self._publish(slots)
@@ -601,21 +614,30 @@ class PageManager:
 
     def _publish_lengths(self, slots: Sequence[int]) -> None:
         if self._mirrored:
-            self.lengths.index_copy_(0, self._upload(np.array(slots)), self._upload(self._lengths[slots]))
+            self.lengths.index_copy_(
+                0, self._upload(np.array(slots)), self._upload(self._lengths[slots][..., self._own])
+            )
 
     def _upload(self, array: NDArray[Any]) -> Tensor:
         """Copies an array to the device without waiting."""
         return upload(torch.from_numpy(array), self.device)
 
     def _pages_of(self, lengths: NDArray[np.int32]) -> NDArray[np.int32]:
-        return (lengths + (self.layout.page_size - 1)) // self.layout.page_size
+        """Pages [..., tables] of heads that hold lengths [..., H]."""
+        return (
+            longest(lengths, self.layout.row_tables) + (self.layout.page_size - 1)
+        ) // self.layout.page_size
+
+    def _full_pages_of(self, lengths: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Those of them that are full in every head: [..., tables]."""
+        return shortest(lengths, self.layout.row_tables) // self.layout.page_size
 
     def _page_ids(self, slot: int) -> Tensor:
         """int64 [pages], ids of all pages of a sequence, on the cache's device."""
         return self._upload(self._owned_pages(slot, self.page_counts[slot]).astype(np.int64))
 
     def _owned_pages(self, slot: int, counts: NDArray[np.int32]) -> Ids:
-        """Lists the ids of the first `counts` [L, H] pages of each head."""
+        """Lists the ids of the first `counts` [L, tables] pages of each head."""
         column = self._page_index[: counts.max()]
         table: Ids = self._table[slot][..., : len(column)]
         return table[column < counts[..., None]]
@@ -623,7 +645,7 @@ class PageManager:
     def _grown(
         self, slots: Sequence[int], new_tokens: Sequence[int]
     ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Gives lengths with the new tokens and present page counts, both [B, L, H]."""
+        """Gives lengths with the new tokens, [B, L, H], and present page counts, [B, L, tables]."""
         rows = np.array(slots, dtype=np.int64)
         added = np.array(new_tokens, dtype=np.int32)
         return self._lengths[rows] + added[:, None, None], self.page_counts[rows]
@@ -631,7 +653,7 @@ class PageManager:
     def _append_pages(
         self, slots: Sequence[int], counts: NDArray[np.int32], missing: NDArray[np.int32], ids: Ids
     ) -> None:
-        """Writes `ids` into the table, `missing` [B, L, H] of them after the first `counts` of each head."""
+        """Writes `ids` into the table, `missing` [B, L, tables] of them after the first `counts` of each."""
         growing = missing.nonzero()
         missing = missing[growing]
         place = (self._row_start[slots] + counts)[growing]
@@ -680,12 +702,12 @@ class PageManager:
         """Makes another owner of what heads hold.
 
         Args:
-            table: int32 [L, H, pages].
+            table: int32 [L, tables, pages].
             lengths: int32 [L, H].
-            shared: int32 [L, H], pages of each head to share; the rest is copied.
+            shared: int32 [L, tables], pages of each head to share; the rest is copied.
 
         Returns:
-            int32 [L, H, pages], the table of the new owner.
+            int32 [L, tables, pages], the table of the new owner.
 
         Raises:
             OutOfPages: nothing is changed.
@@ -699,8 +721,8 @@ class PageManager:
         except OutOfPages:
             self.pool.release(table[used])
             raise
-        tokens = (lengths[..., None] - column * self.layout.page_size)[copied]
-        self._copy_pages(table[copied], copies, np.minimum(tokens, self.layout.page_size).astype(np.int32))
+        tokens = (lengths[..., self._own, None] - column * self.layout.page_size)[copied]
+        self._copy_pages(table[copied], copies, tokens.clip(0, self.layout.page_size).astype(np.int32))
         self.pool.release(table[copied])
         own = table.copy()
         own[copied] = copies

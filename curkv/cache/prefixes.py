@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from curkv.cache.layout import longest
 from curkv.cache.observations import Observations
 from curkv.cache.options import Span
 from curkv.cache.page_pool import Ids, PagePool
@@ -25,7 +26,7 @@ class Prefix:
     """What every head holds of the first tokens of a prompt, or of a block of them.
 
     Attributes:
-        table: int32 [L, H, n], pages of each head.
+        table: int32 [L, tables, n], pages of each head, or of those that share pages.
         lengths: int32 [L, H], tokens of each head.
         pages: int32 [pages], those of the table that are cached.
         tokens: prompt tokens that it stands for, kept or not.
@@ -59,10 +60,9 @@ class Prefix:
     def cut(self, tokens: int, page_size: int) -> Prefix:
         """What its sequence held when it had so many tokens, `evicted_at` at least."""
         lengths = self.lengths - np.int32(self.tokens - tokens)
-        first = np.arange(self.table.shape[-1]) * page_size
-        return replace(
-            self, lengths=lengths, pages=self.table[first < lengths[..., None]], tokens=tokens, observed=None
-        )
+        held = longest(lengths, self.table.shape[1])
+        pages = self.table[np.arange(self.table.shape[-1]) * page_size < held[..., None]]
+        return replace(self, lengths=lengths, pages=pages, tokens=tokens, observed=None)
 
 
 class PrefixCache:
@@ -79,10 +79,20 @@ class PrefixCache:
         max_pages: most pages cached; 0: nothing is.
         held_pages: pages cached; one that two prefixes share counts for both.
         dropped: called with the key of each prefix that is about to be dropped.
+        clock: tells seconds.
     """
 
-    def __init__(self, pool: PagePool, max_pages: int) -> None:
+    def __init__(self, pool: PagePool, max_pages: int, shards: int = 1) -> None:
+        """Caches nothing yet.
+
+        Args:
+            pool: of whose pages.
+            max_pages: most pages cached; 0: nothing is.
+            shards: heads that share a page, see `CacheLayout`.
+        """
         self.max_pages = max_pages
+        self.clock: Callable[[], float] = time.monotonic
+        self._shards = shards
         self.held_pages = 0
         self.dropped: Callable[[Hashable], object] = lambda key: None
         self._pool = pool
@@ -112,7 +122,7 @@ class PrefixCache:
 
     def pin(self, keys: Iterable[Hashable], seconds: float) -> None:
         """Has prefixes give way after those that are not pinned, for so many seconds."""
-        until = time.monotonic() + seconds
+        until = self.clock() + seconds
         self._pinned |= {key: until for key in keys if key in self._entries}
 
     def find_blocks(
@@ -178,7 +188,7 @@ class PrefixCache:
 
         Args:
             keys: of the blocks, in their order.
-            table: int32 [L, H, len(keys)], pages in use, all full but for the last one.
+            table: int32 [L, tables, len(keys)], pages in use, all full but for the last one.
             page_size: tokens of a page.
             tokens: the prompt; without it the blocks are found whole or not at all.
             root: stands for what lies before the first block; without it that one is found whole.
@@ -192,7 +202,9 @@ class PrefixCache:
         for i in new:
             held = np.asarray(tokens[i * page_size :][:page_size], dtype=np.int64)
             size = len(held) or page_size
-            lengths, block = np.full(table.shape[:2], size, dtype=np.int32), table[..., i : i + 1].copy()
+            layers, tables = table.shape[:2]
+            lengths = np.full((layers, tables * self._shards), size, dtype=np.int32)
+            block = table[..., i : i + 1].copy()
             self._entries[keys[i]] = Prefix(block, lengths, block.reshape(-1), size, tenant=tenant)
             before = keys[i - 1] if i else root
             if before is not None and tokens:
@@ -268,7 +280,7 @@ class PrefixCache:
 
     def _in_order(self) -> list[Hashable]:
         """All keys in the order in which they give way."""
-        now = time.monotonic()
+        now = self.clock()
         self._pinned = {key: until for key, until in self._pinned.items() if until > now}
         return sorted(self._entries, key=self._pinned.__contains__)
 

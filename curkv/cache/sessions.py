@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -84,7 +83,6 @@ class Sessions:
         page_size: tokens of a page.
         ttl: seconds after its last use at which a session is dropped.
         whole: a state is gone on from as a whole or not at all.
-        clock: tells seconds.
     """
 
     def __init__(
@@ -93,18 +91,19 @@ class Sessions:
         page_size: int,
         ttl: float,
         whole: bool = False,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._prefixes = prefixes
         self._page_size = page_size
         self._ttl = ttl
         self._whole = whole
-        self._clock = clock
         self._sessions: OrderedDict[SessionName, _Session] = OrderedDict()
         self._of: dict[Hashable, SessionName] = {}
         self._serial = itertools.count()
         self.held_pages = 0
         prefixes.dropped = self._forget
+
+    def _clock(self) -> float:
+        return self._prefixes.clock()
 
     def __len__(self) -> int:
         return len(self._sessions)

@@ -27,10 +27,10 @@ def num_pages_for(num_bytes: int, layout: CacheLayout) -> int:
         ValueError: not even one page per layer and KV head fits, so no sequence could hold a token.
     """
     num_pages = num_bytes // layout.page_bytes
-    if num_pages < layout.num_heads:
+    if num_pages < layout.num_tables:
         raise ValueError(
             f"a KV cache of {num_bytes} bytes cannot hold one page for each of {layout.num_layers} layers x "
-            f"{layout.num_kv_heads} KV heads: it needs at least {layout.num_heads * layout.page_bytes} bytes"
+            f"{layout.num_kv_heads} KV heads: it needs at least {layout.num_tables * layout.page_bytes} bytes"
         )
     return num_pages
 

@@ -115,7 +115,7 @@ class StoredPrefixes:
     def blocks(self, tenant: str, keys: Sequence[bytes]) -> list[Restored]:
         """Reads those of a prompt's blocks that are not in memory, up to the first one that is nowhere."""
         found = []
-        for key in keys[: self._kv.prefixes.max_pages // self._kv.layout.num_heads]:
+        for key in keys[: self._kv.prefixes.max_pages // self._kv.layout.num_tables]:
             if key not in self._kv.prefixes:
                 entry = self.store.load(f"{_digest(tenant)}/blocks/{key.hex()}")
                 if entry is None:

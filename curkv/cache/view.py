@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,9 +12,7 @@ from torch import Tensor
 from curkv.cache.observations import Observations
 from curkv.kernels.formats.base import Store
 from curkv.kernels.pages import Pages
-
-if TYPE_CHECKING:
-    pass
+from curkv.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,7 @@ class CacheView:
         sinks: By layer: float32 [Hq], the score of one more token whose value is 0; empty: there are none.
         repetition: If its policy needs that, the most attention that each stored token received while the
             model repeated the text, float32 [L, H, n_max].
+        ranks: The processes that share the heads: H are those of this one.
     """
 
     pages: Pages
@@ -55,11 +54,30 @@ class CacheView:
     softcap: float | None = None
     sinks: Sequence[Tensor] = ()
     repetition: Tensor | None = None
+    ranks: Ranks = ALONE
+
+    def whole(self, x: Tensor) -> Tensor:
+        """What [L, H, ...] is of the heads of all processes; all have to ask."""
+        return self.ranks.whole(x, 1)
+
+    def own(self, x: Tensor) -> Tensor:
+        """This process's heads of [L, heads of all, ...]."""
+        return self.ranks.own(x, 1)
+
+    @property
+    def of_all_heads(self) -> CacheView:
+        """The same with the lengths of the heads of all processes; of what they hold it has nothing."""
+        return self if self.ranks.size == 1 else replace(self, lengths=self.whole(self.lengths), ranks=ALONE)
 
     @property
     def num_layers(self) -> int:
         """Layers that are evicted from, L."""
         return self.lengths.shape[0]
+
+    @property
+    def num_heads(self) -> int:
+        """KV heads of a layer in all processes."""
+        return self.lengths.shape[1] * self.ranks.size
 
     @property
     def stored(self) -> Tensor:

@@ -84,7 +84,7 @@ def _request(
 ) -> Request:
     """A prompt of a length, by default two pages, or as long as there is room for."""
     layout = engine.kv.layout
-    room = engine.kv.num_pages // layout.num_heads * layout.page_size
+    room = engine.kv.num_pages // layout.num_tables * layout.page_size
     length = max(1, min(length or 2 * layout.page_size, engine.max_model_len - tokens, room - tokens))
     options: EvictionOptions = parse_options(kv)
     params = SamplingParams(max_tokens=tokens, ignore_eos=True, n=n)

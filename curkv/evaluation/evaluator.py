@@ -303,7 +303,7 @@ class Evaluator:
         """Counts the first plans that fit the pool together, each with two forks: for question and answer."""
         layout, free = self._kv.layout, self._kv.free_pages
         for count, plan in enumerate(plans):
-            fork = layout.sequence_pages(new_tokens) + layout.num_heads  # shares all but last pages
+            fork = layout.sequence_pages(new_tokens) + layout.num_tables  # shares all but last pages
             free -= self._kv.held_pages(plan, new_tokens) + 2 * fork
             if free < 0 or count == self._kv.free_slots // 3:
                 return max(1, count)

@@ -39,7 +39,7 @@ class CapKV(FuturePolicy):
         judged = view.position >= self.published.sinks
         rotations = self.mean_rotations(view)
         scores = torch.stack([self._leverage(view, i, judged[i], turn) for i, turn in enumerate(rotations)])
-        scores.masked_fill_(~judged, scores.max() + 1)
+        scores.masked_fill_(~judged, view.whole(scores).max() + 1)
         return scores.masked_fill_(~view.stored, -torch.inf)
 
     def _leverage(self, view: CacheView, layer: int, judged: Tensor, rotation: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ class ChunkKV(AttentionPolicy, LeveragePolicy):
         scores = self.scored_by.score(view, kernels)
         stored = view.stored
         # Heads of a layer hold as many tokens as each other, since they always keep the same ones.
-        by_layer = scores.masked_fill(~stored, 0.0).sum(1)
+        by_layer = view.whole(scores.masked_fill(~stored, 0.0)).sum(1)
         chunk = torch.arange(view.width, device=scores.device) // self.chunk
         chunks = -(-view.width // self.chunk)
         sums = by_layer.new_zeros(view.num_layers, chunks).index_add_(1, chunk, by_layer)

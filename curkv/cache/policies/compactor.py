@@ -58,19 +58,22 @@ class Compactor(Policy):
         layers = []
         for layer in range(view.num_layers):
             keys = unrotated(view, layer)
-            sketch = torch.randn(len(keys), keys.shape[2], _SKETCH, generator=generator) / math.sqrt(_SKETCH)
+            sketch = torch.randn(view.num_heads, keys.shape[2], _SKETCH, generator=generator)
+            own = view.ranks.own(upload(sketch / math.sqrt(_SKETCH), keys.device), 0)
             # Tokens that are not judged are pushed behind the others: the heads hold as many of them.
-            geometry = _leverage_of(keys @ upload(sketch, keys.device), judged[layer])
+            geometry = _leverage_of(keys @ own, judged[layer])
             sums = view.observations.blocks[layer].all_sums()
             sums = F.pad(sums, (0, max(0, 1 - sums.shape[1])))  # no token lies behind those that are skipped
             place = (position[layer] - BLOCK_SKIP).clamp(0, sums.shape[1] - 1).long()
             attention = (sums.gather(1, place) * norms[layer]).masked_fill(~judged[layer], 0.0)
             attention = F.avg_pool1d(attention, 3, stride=1, padding=1)
-            layers.append(
-                self.blend * _normalised(geometry, judged[layer]) + _normalised(attention, judged[layer])
-            )
-        scores = torch.stack(layers)
-        scores = torch.where(judged, scores, scores.amax((1, 2), keepdim=True))
+            layers.append(torch.stack([geometry, attention], 1))
+        everyones = view.whole(torch.stack(layers)), view.whole(judged)
+        blended = torch.stack([
+            self.blend * _normalised(parts[:, 0], which) + _normalised(parts[:, 1], which)
+            for parts, which in zip(*everyones, strict=True)
+        ])  # fmt: skip
+        scores = torch.where(judged, view.own(blended), blended.amax((1, 2), keepdim=True))
         return scores.masked_fill_(~view.stored, -torch.inf)
 
 

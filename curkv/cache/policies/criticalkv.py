@@ -44,8 +44,9 @@ class CriticalKV(SnapKV):
         scores, competing = super().score(view, kernels), self.allocation.by_score
         counts = torch.full_like(view.lengths, view.budget)
         if competing:
-            nothing = torch.zeros_like(scores, dtype=torch.bool)
-            counts = self.allocation.select(scores, view, nothing, kernels)[1]
+            whole = view.whole(scores)
+            nothing = torch.zeros_like(whole, dtype=torch.bool)
+            counts = view.own(self.allocation.select(whole, view.of_all_heads, nothing, kernels)[1])
         first = best_of_heads(scores, (counts * self.first_stage).int(), view, kernels)
         weighted = (scores + _EPSILON) * projected_norms(view, self.preset.norm_order)
         weighted.masked_fill_(~view.stored, -torch.inf).masked_fill_(first, torch.inf)

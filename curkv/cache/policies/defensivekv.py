@@ -99,6 +99,7 @@ def _shares(norms: Tensor, view: CacheView) -> Tensor:
     position = view.position.clamp_min(0).long().flatten(1)
     norms = norms.masked_fill(~view.stored, 0.0)
     text = norms.new_zeros(len(norms), int(position.max()) + 1).scatter_add_(1, position, norms.flatten(1))
+    text = view.ranks.sum(text)
     return norms / text.gather(1, position).view_as(norms).clamp_min(1e-30)
 
 

@@ -77,7 +77,7 @@ class ExpectedAttention(FuturePolicy):
             covariance = rotation @ statistics.covariance @ rotation.T
             layers.append(self._expected(view, layer, mean, covariance, judged[layer]))
         scores = torch.stack(layers) * view.gather(view.pages.v_sq, 0.0).sqrt_()
-        scores.masked_fill_(~judged, scores.max() + 1)
+        scores.masked_fill_(~judged, view.whole(scores).max() + 1)
         return scores.masked_fill_(~view.stored, -torch.inf)
 
     def _expected(

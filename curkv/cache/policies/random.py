@@ -26,5 +26,6 @@ class Random(Policy):
 
     def score(self, view: CacheView, kernels: Kernels) -> Tensor:
         """Draw a uniform score for every token."""
-        scores = upload(torch.rand(view.stored.shape, generator=view.generator()), view.lengths.device)
-        return scores.masked_fill_(~view.stored, -torch.inf)
+        shape = view.num_layers, view.num_heads, view.width
+        scores = upload(torch.rand(shape, generator=view.generator()), view.lengths.device)
+        return view.own(scores).masked_fill(~view.stored, -torch.inf)

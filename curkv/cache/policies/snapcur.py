@@ -84,7 +84,7 @@ class SnapCur(SnapKV, LeveragePolicy):
         """
         position = view.position.clamp_min(0).long().flatten(1)
         text = scores.new_zeros(len(scores), int(position.max()) + 1)
-        text.scatter_add_(1, position, scores.flatten(1))
+        text = view.ranks.sum(text.scatter_add_(1, position, scores.flatten(1)))
         ahead = (self.chunk - 1) // 2
         smooth = F.avg_pool1d(F.pad(text, (self.chunk - 1 - ahead, ahead)), self.chunk, stride=1)
         return smooth.gather(1, position).view_as(scores)

@@ -33,4 +33,4 @@ class TOVA(ObservingPolicy, PooledPolicy):
     def score_tokens(self, view: CacheView, kernels: Kernels) -> Tensor:
         """Score tokens by the attention of the last query, mean over heads."""
         by_head = self.attention(view, kernels, "mean")
-        return by_head.mean(1, keepdim=True).expand_as(by_head).contiguous()
+        return view.whole(by_head).mean(1, keepdim=True).expand_as(by_head).contiguous()
