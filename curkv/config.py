@@ -132,6 +132,12 @@ class EngineOptions(Section):
         ge=1,
         description="CPU threads; one for each core that the process may use if not given.",
     )
+    tensor_parallel: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Processes that share the model, each with its part of the heads; on GPUs one for each.",
+    )
 
 
 class ServerOptions(Section):

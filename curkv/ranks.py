@@ -8,15 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]
-
-Exchange = Literal["sums", "heads", "numbers"]
-"""What is exchanged: partial products to be added, what heads have, whole numbers that rank 0 tells."""
 
 COLLECTIVE_SECONDS = 300.0
 """Longest wait for the other processes: each may be compiling its kernels."""
@@ -28,13 +24,14 @@ class Ranks:
     Attributes:
         rank: number of this process, from 0, which alone is asked for something; the others follow it.
         size: how many processes there are.
-        exchanged: bytes of the tensors that this process has handed in, by what they were.
+        exchanged: bytes of the tensors that this process has handed in, by what they were: `sums`, what
+            `heads` have, `numbers` that rank 0 tells.
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank = rank
         self.size = size
-        self.exchanged: Counter[Exchange] = Counter()
+        self.exchanged: Counter[str] = Counter()
 
     def share(self, count: int) -> slice:
         """Which of so many heads, rows or columns, a multiple of `size`, are this process's."""

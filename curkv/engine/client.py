@@ -64,6 +64,7 @@ class EngineClient:
         """Starts the engine's thread."""
         client = cls(engine)
         client._thread.start()
+        engine.watch(client._give_up)
         return client
 
     @property
@@ -270,6 +271,15 @@ class EngineClient:
             fault.__cause__ = error
             stream.put(fault)
 
+    def _give_up(self, error: Exception) -> None:
+        """Ends the engine's thread with an error, if it has not ended; any thread may call it."""
+
+        def fail() -> None:
+            raise error
+
+        with contextlib.suppress(EngineUnavailable):
+            self._submit(fail)
+
     def _submit(self, command: Callable[[], None]) -> None:
         """Has the engine's thread run a command between two steps.
 
@@ -290,9 +300,9 @@ class EngineClient:
                 self._engine.check_faults()
             for request_id in list(self._streams):
                 self._engine.abort(request_id)
-        except BaseException:
+        except BaseException as error:
             self.state = "dead"
-            logger.critical("the engine is given up", exc_info=True)
+            logger.critical("the engine is given up: %s", error, exc_info=True)
         finally:
             self._end()
 

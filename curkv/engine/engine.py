@@ -50,6 +50,11 @@ from curkv.models.info import ModelInfo
 logger = logging.getLogger(__name__)
 
 
+def drawn_seed() -> int:
+    """A seed for a request that has none."""
+    return secrets.randbits(64)
+
+
 class Engine:
     """Runs requests over one model and one cache. Not thread-safe: one thread calls `add`, `abort`, `step`.
 
@@ -91,7 +96,7 @@ class Engine:
         self._planner = Planner(self.kv, self.num_token_ids, self.structures, max_model_len)
         self._order = itertools.count()
         self._phase: Phase = "schedule"
-        self._faults = Faults()
+        self._faults = Faults(alone=self.kv.ranks.size == 1)
         self._report = StepReport()
         self.last_stats = self._report.stats(self.kv, self._reuse, self.scheduler, Schedule(), seconds=0.0)
 
@@ -140,7 +145,7 @@ class Engine:
         """A sequence for each choice of a request."""
         request, plan, matcher = planned.request, planned.eviction, planned.matcher
         sampling, prompt = request.sampling, request.prompt_token_ids
-        seed = sampling.seed if sampling.seed is not None else secrets.randbits(64)
+        seed = sampling.seed if sampling.seed is not None else drawn_seed()
         return [
             Sequence(
                 request=request,
@@ -188,6 +193,9 @@ class Engine:
     def keep_on_disk(self, store: Store) -> None:
         """Keeps copies of prefixes and sessions from now on, and reads those that are there."""
         self._reuse.keep_on_disk(store)
+
+    def watch(self, lost: Callable[[EngineBroken], object]) -> None:
+        """Calls `lost`, from a thread of its own, when another process ends that the engine needs."""
 
     def close(self, timeout: float) -> None:
         """Writes what is to be kept on disk, for so many seconds at most; nothing runs any more."""
@@ -436,8 +444,9 @@ class Engine:
         except OutOfPages:
             return self.scheduler.preempt(sequence)
         if view.repetition is not None:
-            paid = view.repetition.gather(2, indices.clamp_min(0).long())
-            progress.repeated, progress.repetition = paid.masked_fill_(indices < 0, -torch.inf), None
+            own = view.own(indices)
+            paid = view.repetition.gather(2, own.clamp_min(0).long())
+            progress.repeated, progress.repetition = paid.masked_fill_(own < 0, -torch.inf), None
         progress.evictions += 1
         progress.evicted_at = progress.computed
         progress.decode_evictions += phase == "decode"
@@ -553,7 +562,8 @@ class Engine:
             sampled = sample(
                 logits[upload_list((row for _, row in ready), logits.device)], sequences, self.eos_ids
             )
-            return list(zip(sequences, sampled.token_ids, sampled.logprobs, strict=True))
+            told = self.kv.ranks.told(sampled.token_ids)
+            return list(zip(sequences, told, sampled.logprobs, strict=True))
         except Exception as error:
             self._faults.note(self._phase, error)
         chosen = []

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from curkv.engine.types import Phase
+from curkv.ranks import RankLost
 
 if TYPE_CHECKING:
     from curkv.engine.sequence import Sequence
@@ -26,12 +27,21 @@ class EngineBroken(RuntimeError):
 class Faults:
     """The faults of a step, and how many steps in a row have failed.
 
+    Of several processes that run one model, others may have gone on where one has failed: then the first
+    fault is the last.
+
     Attributes:
         noted: faults of the running step.
         unexplained: one of them was nobody's: it did not come back with any sequence alone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, alone: bool = True) -> None:
+        """Has seen none.
+
+        Args:
+            alone: no other process runs the same model.
+        """
+        self._alone = alone
         self.noted = 0
         self.unexplained = False
         self._blamed: list[Sequence] = []
@@ -47,14 +57,19 @@ class Faults:
             sequence: at whose turn; None: while several were worked on, or none.
 
         Raises:
-            EngineBroken: the device is lost, and with it everything in its memory.
+            EngineBroken: the device is lost, and with it everything in its memory, or other processes have
+                to do the same as this one.
         """
         self.noted += 1
         if sequence is not None:
             self._blamed.append(sequence)
+        if isinstance(error, RankLost):
+            raise EngineBroken(str(error)) from error
         logger.error("%s failed", phase, exc_info=error)
         if is_device_lost(error):
             raise EngineBroken(f"the device failed: {error}") from error
+        if not self._alone:
+            raise EngineBroken(f"{phase} failed, which other processes need not have noticed") from error
 
     def end_step(self, sequences: list[Sequence]) -> None:
         """Counts a step.

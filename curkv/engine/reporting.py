@@ -82,6 +82,7 @@ class StepReport:
             sessions=len(reuse.sessions),
             session_bytes=reuse.sessions.held_pages * kv.page_bytes,
             store=reuse.store.stats if reuse.store is not None else StoreStats(),
+            exchanged=dict(kv.ranks.exchanged),
         )
 
 

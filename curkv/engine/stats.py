@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -128,6 +128,7 @@ class StepStats:
         sessions: conversations that can go on from what is held of them.
         session_bytes: bytes of the pages held of them, a part of `prefix_bytes`.
         store: what the prefix store has done since the start.
+        exchanged: bytes of tensors handed to other processes of the model since the start, by what they were.
     """
 
     running: int
@@ -153,6 +154,7 @@ class StepStats:
     sessions: int = 0
     session_bytes: int = 0
     store: StoreStats = field(default_factory=StoreStats)
+    exchanged: Mapping[str, int] = field(default_factory=dict)
 
 
 StatsSink = Callable[[StepStats], None]

@@ -19,6 +19,7 @@ from curkv.kernels.dispatch import Kernels
 from curkv.kernels.linear.formats import FLOAT32, WeightFormat
 from curkv.kernels.linear.spec import Linear
 from curkv.models.config import ModelConfig
+from curkv.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +130,37 @@ class CacheAttention(Protocol):
         """
 
 
+class Output(Protocol):
+    """A projection to the residual stream; see `Linear`."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...  # noqa: D102
+
+    def after_silu_mul(self, gate_up: Tensor) -> Tensor: ...  # noqa: D102
+
+    @property
+    def given(self) -> Tensor | None: ...  # noqa: D102
+
+
+class SummedOutput:
+    """A projection whose columns lie in several processes, which add up what each has computed."""
+
+    def __init__(self, linear: Linear, ranks: Ranks):
+        self._linear, self._ranks = linear, ranks
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """See `Linear.__call__`."""
+        return self._ranks.sum(self._linear(x))
+
+    def after_silu_mul(self, gate_up: Tensor) -> Tensor:
+        """See `Linear.after_silu_mul`."""
+        return self._ranks.sum(self._linear.after_silu_mul(gate_up))
+
+    @property
+    def given(self) -> Tensor | None:
+        """See `Linear.given`: this process's columns."""
+        return self._linear.given
+
+
 NOT_OF_LAYERS = ("embedding", "head")
 """Kinds of weights that have a format of their own."""
 
@@ -139,13 +171,15 @@ class Packer:
     Attributes:
         kernels: What they run on.
         form: Of the weights of linear layers.
+        ranks: The processes that share the layers.
         nbytes: Memory by kind: embedding, attention, mlp, norm, head.
         formats: Names of the formats that weights of layers were stored in, the most common one first.
     """
 
-    def __init__(self, kernels: Kernels, form: WeightFormat = FLOAT32):
+    def __init__(self, kernels: Kernels, form: WeightFormat = FLOAT32, ranks: Ranks = ALONE):
         self.kernels = kernels
         self.form = form
+        self.ranks = ranks
         self.nbytes: Counter[str] = Counter()
         self._stored: Counter[str] = Counter()
 
@@ -161,6 +195,14 @@ class Packer:
         """
         form = self.form_of(kind, weight, exact)
         return self.noted(kind, self.kernels.pack_linear(weight, bias, form), form)
+
+    def output(self, kind: str, weight: Tensor, bias: Tensor | None = None) -> Output:
+        """Packs the weight of a projection to the residual stream, of which this process has some columns.
+
+        Its products are added up over the processes; the bias is added by one of them.
+        """
+        linear = self.linear(kind, weight, bias if self.ranks.rank == 0 else None)
+        return linear if self.ranks.size == 1 else SummedOutput(linear, self.ranks)
 
     def form_of(self, kind: str, weight: Tensor, exact: bool = False) -> WeightFormat:
         """Returns the format in which a weight is stored."""
@@ -241,7 +283,7 @@ class Attention:
         self._head_norms: tuple[Tensor, Tensor] | None = None
         if weights.q_norm is not None and weights.k_norm is not None:
             self._head_norms = pack.keep("norm", weights.q_norm), pack.keep("norm", weights.k_norm)
-        self._o = pack.linear("attention", weights.o, weights.o_bias)
+        self._o = pack.output("attention", weights.o, weights.o_bias)
         self.sinks = None if weights.sinks is None else pack.keep("attention", weights.sinks)
         self._exit = Exit(weights.post_norm, eps, pack)
 
@@ -303,7 +345,7 @@ class Down:
     def __init__(self, config: ModelConfig, weights: MlpWeights, pack: Packer):
         self._activation = ACTIVATIONS.get(config.activation)
         self._gelu_mul = pack.kernels.gelu_mul if config.activation in APPROXIMATE_GELU else None
-        self._linear = pack.linear("mlp", weights.down, weights.down_bias)
+        self._linear = pack.output("mlp", weights.down, weights.down_bias)
 
     def __call__(self, gate_up: Tensor) -> Tensor:
         """[T, hidden] from gate beside up, [T, 2 intermediate]."""

@@ -14,6 +14,7 @@ from curkv.kernels.linear.formats import FLOAT32, WeightFormat
 from curkv.models.blocks import CacheAttention, Embedding, Head, Layer, LayerWeights, Packer
 from curkv.models.config import ModelConfig
 from curkv.models.families import family_of
+from curkv.models.shards import shard_of
 
 
 class Batch(Protocol):
@@ -60,9 +61,9 @@ def blocks(config: ModelConfig, weights: Weights, pack: Packer) -> Iterator[Any]
     """Makes the head, the embedding and the layers, one after the other.
 
     The head comes first, while little else is held beside it. An embedding that is a multiple of it is read
-    from the same memory.
+    from the same memory. One of several processes makes layers of its shard.
     """
-    family = family_of(config)
+    family, shard = family_of(config), shard_of(config, pack.ranks)
     head = family.head_block(config, weights.final_norm, weights.head, pack)
     yield head
     factor = family.embedding_of_head(config)
@@ -72,7 +73,7 @@ def blocks(config: ModelConfig, weights: Weights, pack: Packer) -> Iterator[Any]
         yield Embedding(head.projection, factor)
     del head
     for index in range(config.num_layers):
-        yield family.layer_blocks(config, index, weights.layer(index), pack)
+        yield family.layer_blocks(shard, index, weights.layer(index), pack)
 
 
 class Decoder:
@@ -95,6 +96,7 @@ class Decoder:
         """Reads the weights; those of linear layers are stored in the format, or by `pack`."""
         pack = pack or Packer(kernels, form)
         self.config = config
+        self._num_heads = shard_of(config, pack.ranks).num_heads
         self._weights = weights
         self._gather_rows = kernels.gather_rows
         made = blocks(config, weights, pack)
@@ -152,8 +154,8 @@ class Decoder:
         return self._head(x, None if residual is None else self._gather_rows(residual, rows))
 
     def output_projection(self, index: int) -> Tensor:
-        """W_o of a layer, by query head: [num_heads, head_dim, hidden]."""
+        """W_o of a layer, by query head that this process has: [query heads, head_dim, hidden]."""
         weight = self._layers[index].attention.output_weight
         if weight is None:
             weight = self._weights.attention_output(index)
-        return weight.T.reshape(self.config.num_heads, self.config.padded_head_dim, -1)
+        return weight.T.reshape(self._num_heads, self.config.padded_head_dim, -1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
@@ -107,6 +107,10 @@ class Metrics:
             ),
         }
         self._stored = StoreStats()
+        self._exchanged = self._counter(
+            "exchanged_bytes", "Bytes of tensors handed to other processes of the model.", "content"
+        )
+        self._exchanged_before: Mapping[str, int] = {}
         self._prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens that were looked up.")
         self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens that were held already.")
         self._prompt = self._counter("prompt_tokens", "Prompt tokens computed.")
@@ -204,7 +208,7 @@ class Metrics:
         shape = {
             "engine": VLLMNames.ENGINE,
             "block_size": layout.page_size,
-            "num_gpu_blocks": client.stats.num_pages // layout.num_heads,
+            "num_gpu_blocks": client.stats.num_pages // layout.num_tables,
             "cache_dtype": layout.format.name,
         }
         info = Gauge(
@@ -241,6 +245,10 @@ class Metrics:
         self._sessions.labels(self._model).set(step.sessions)
         self._session_bytes.labels(self._model).set(step.session_bytes)
         self._observe_store(step.store)
+        for content, size in step.exchanged.items():
+            before = self._exchanged_before.get(content, 0)
+            self._exchanged.labels(self._model, content).inc(max(0, size - before))
+        self._exchanged_before = step.exchanged
         self._observe_held(step.sequences)
 
     def _observe_store(self, store: StoreStats) -> None:

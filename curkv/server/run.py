@@ -159,6 +159,9 @@ def _build_engine(settings: Settings) -> Engine:
 
 def exit_of(error: Exception) -> Exit:
     """With which status a start ends that ran into an error; all but `FAILED` are told in a line."""
+    from curkv.engine.faults import EngineBroken
+    from curkv.ranks import RankLost
+
     match error:
         case ModelUnreachable() | OSError() | MemoryError():
             return Exit.NO_RESOURCE
@@ -166,6 +169,8 @@ def exit_of(error: Exception) -> Exit:
             return Exit.BAD_MODEL
         case ValueError():
             return Exit.BAD_OPTION
+        case EngineBroken() | RankLost():
+            return Exit.ENGINE_BROKEN
         case _:
             return Exit.FAILED
 

@@ -26,6 +26,7 @@ kv_eviction_duration_seconds request_kv_kept_ratio kv_page_slots_stranded_ratio 
 kv_cache_held_bytes weights_bytes engine_up prefix_cache_queries prefix_cache_hits prefix_cache_held_bytes
 prefix_cache_saved_bytes sessions session_held_bytes prefix_store_bytes prefix_store_hits
 prefix_store_saved_tokens prefix_store_read_seconds prefix_store_written prefix_store_skipped
+exchanged_bytes
 """
 
 

@@ -20,6 +20,8 @@ from curkv.models.loading.json_file import read_json
 from curkv.models.loading.pieces import PieceFiles
 from curkv.models.loading.quantised import QuantisedFiles
 from curkv.models.loading.tensors import TensorFiles, check_shapes, not_finite
+from curkv.models.shards import shard, shard_of
+from curkv.ranks import ALONE, Ranks
 
 INDEX = "model.safetensors.index.json"
 PREFIX = "model."
@@ -90,7 +92,8 @@ class Checkpoint:
     """The weights of a model directory.
 
     They are read when asked for, so that a caller which repacks them holds one layer twice, never the whole
-    model. Those that are neither fused nor converted are views of the file.
+    model. Those that are neither fused nor converted are views of the file. One of several processes reads of
+    each layer what it runs.
 
     Raises:
         ModelNotFound: A file is missing.
@@ -104,12 +107,14 @@ class Checkpoint:
         config: ModelConfig,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        ranks: Ranks = ALONE,
     ):
         self.config = config
         self.dtype = dtype
         self.device = device
         self.files = PieceFiles(tensor_files(directory), config)
         self._family = family_of(config)
+        self._ranks, self._shard = ranks, shard_of(config, ranks)
         self._checked: set[str] = set()
         self._projections: dict[int, Tensor] = {}
         self._stored_as = _stored_names(self.files.names, config)
@@ -134,28 +139,28 @@ class Checkpoint:
 
     def layer(self, index: int) -> LayerWeights:
         """Reads one decoder layer and fuses its projections."""
-        return self._family.layer(self._read, self.config, index)
+        return self._family.layer(self._read, self._shard, index)
 
     def attention_output(self, index: int) -> Tensor:
         """[hidden, query heads * head_dim], the weight of a layer's output projection; stays if mapped."""
         found = self._projections.get(index)
         if found is None:
             found = self._family.attention_output(
-                self._stored, self.config, f"model.layers.{index}.self_attn"
+                self._stored, self._shard, f"model.layers.{index}.self_attn"
             )
             if self.files.mapped:
                 self._projections[index] = found
         return found.to(self.device, self.dtype)
 
-    def _read(self, name: str, *_shape: int) -> Tensor:
-        tensor = self._stored(name)
+    def _read(self, name: str, *shape: int) -> Tensor:
+        tensor = self._stored(name, *shape)
         if name not in self._checked:
             self._check_finite(name, tensor)
             self._checked.add(name)
         return tensor.to(self.device, self.dtype)
 
-    def _stored(self, name: str, *_shape: int) -> Tensor:
-        return self.files.read(self._stored_as.get(name, name))
+    def _stored(self, name: str, *shape: int) -> Tensor:
+        return shard(self.files.read(self._stored_as.get(name, name)), shape, self._ranks)
 
     def _place(self, name: str) -> tuple[Path, str]:
         return self.files.place(self._stored_as.get(name, name))

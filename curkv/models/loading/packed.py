@@ -32,6 +32,7 @@ from curkv.models.families import family_of
 from curkv.models.loading.cache_directory import build_once, cache_directory
 from curkv.models.loading.checkpoint import Checkpoint, tensor_files
 from curkv.models.loading.fingerprint import fingerprint
+from curkv.ranks import ALONE, Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,12 @@ ALIGNMENT = 64
 
 
 def load_decoder(
-    directory: Path, config: ModelConfig, kernels: Kernels, form: WeightFormat, device: torch.device
+    directory: Path,
+    config: ModelConfig,
+    kernels: Kernels,
+    form: WeightFormat,
+    device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> Decoder:
     """Returns the decoder of a model directory; rounded weights on a CPU come from the cache directory.
 
@@ -58,7 +64,8 @@ def load_decoder(
             return Decoder(config, Outline(directory, config), kernels, form, pack)
         except ModelUnreachable as error:
             logger.warning("weights are packed again at each start: %s", error)
-    return Decoder(config, Checkpoint(directory, config, form.dtype, device), kernels, form)
+    weights = Checkpoint(directory, config, form.dtype, device, ranks)
+    return Decoder(config, weights, kernels, form, Packer(kernels, form, ranks))
 
 
 def packed_directory() -> Path:
