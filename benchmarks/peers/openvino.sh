@@ -14,7 +14,8 @@ install)
         'transformers<5.3' requests setuptools 'huggingface-hub<1.22'
     # without dependencies: they name torchvision, which this model does not need and which wants another torch
     "$home/export/bin/pip" install --no-deps optimum-intel==2.2.0 optimum==2.3.0
-    "$home/export/bin/optimum-cli" export openvino --model "$(curkv model fetch smollm2-135m-instruct)" \
+    python "$here/checkpoint.py" smollm2-135m-instruct "$home/model"
+    "$home/export/bin/optimum-cli" export openvino --model "$home/model" \
         --task text-generation-with-past --weight-format int8 "$home/int8"
     python3 -m venv "$home/serve"
     "$home/serve/bin/pip" install openvino-genai==2026.4.1.0
