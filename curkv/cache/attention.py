@@ -128,10 +128,8 @@ class PagedAttention:
         for one in observed:
             one.observations.see_unrotated(index, q[one.start : one.end], one.position)
         cos, sin = self.rope[layer]
-        self._kernels.rope(q, cos, sin, batch.positions)
-        self._kernels.store_kv(
-            self.kv.pages, k, v, cos, sin, batch.positions, table, lengths, batch.slots, batch.query_start
-        )
+        place = table, lengths, batch.slots, batch.query_start
+        self._kernels.store_kv(self.kv.pages, k, v, cos, sin, batch.positions, *place, q)
         for one in observed:
             self._observe(index, one, q, k, batch, (cos, sin))
         parts, masks = [], self._masks[layer]

@@ -52,17 +52,43 @@ def _rotate_heads(
     BLOCK_HALF: tl.constexpr,
 ):
     """Program (token, block of heads)."""
-    HALF: tl.constexpr = HEAD_DIM // 2
-    token = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(0)
+    c, s = load_angles(cos, sin, tl.load(positions + token), HEAD_DIM, BLOCK_HALF)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    rotate_in_place(q, token, head, num_heads, stride_token, stride_head, c, s, HEAD_DIM, BLOCK_HALF)
+
+
+@triton.jit
+def load_angles(cos, sin, position, HEAD_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr):
+    """Cosines and sines [1, BLOCK_HALF] of a position."""
+    HALF: tl.constexpr = HEAD_DIM // 2
     i = tl.arange(0, BLOCK_HALF)
-    position = tl.load(positions + token).to(tl.int64)
-    c = tl.load(cos + position * HALF + i, mask=i < HALF, other=0.0)[None, :]
-    s = tl.load(sin + position * HALF + i, mask=i < HALF, other=0.0)[None, :]
-    pointers = q + token * stride_token + head[:, None] * stride_head + i[None, :]
+    turn = position.to(tl.int64) * HALF + i
+    c = tl.load(cos + turn, mask=i < HALF, other=0.0)[None, :]
+    s = tl.load(sin + turn, mask=i < HALF, other=0.0)[None, :]
+    return c, s
+
+
+@triton.jit
+def rotate_in_place(
+    q,
+    token,
+    head,
+    num_heads,
+    stride_token,
+    stride_head,
+    cos,
+    sin,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):
+    """Rotate some heads [heads] of a token by angles [1, BLOCK_HALF]."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    i = tl.arange(0, BLOCK_HALF)
+    pointers = q + token.to(tl.int64) * stride_token + head[:, None] * stride_head + i[None, :]
     mask = (head < num_heads)[:, None] & (i < HALF)[None, :]
     first = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(pointers + HALF, mask=mask, other=0.0).to(tl.float32)
-    first, second = rotate(first, second, c, s)
+    first, second = rotate(first, second, cos, sin)
     tl.store(pointers, narrow(first, q.dtype.element_ty), mask=mask)
     tl.store(pointers + HALF, narrow(second, q.dtype.element_ty), mask=mask)

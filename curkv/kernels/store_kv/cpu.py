@@ -25,7 +25,7 @@ from curkv.kernels.cpu.workers import compile_worker, launch, read_arguments
 from curkv.kernels.formats.base import VectorFormat
 from curkv.kernels.formats.cpu.base import write
 from curkv.kernels.pages import Pages
-from curkv.kernels.rope.cpu import TOKENS_AT_ONCE, rotate
+from curkv.kernels.rope.cpu import TOKENS_AT_ONCE, rope, rotate
 
 
 def store_kv(
@@ -39,11 +39,14 @@ def store_kv(
     lengths: Tensor,
     slots: Tensor,
     query_start: Tensor,
+    q: Tensor | None = None,
 ) -> None:
     """Rotate the new keys and write them, their values and the side arrays; see `reference.store_kv`.
 
-    head_dim is a multiple of 8.
+    head_dim is a multiple of 8. Queries take a launch of their own.
     """
+    if q is not None:
+        rope(q, cos, sin, positions)
     tokens, heads, dim = k.shape
     if dim % 8:
         raise ValueError(f"head_dim {dim} must be a multiple of 8")

@@ -20,6 +20,7 @@ def store_kv(
     lengths: Tensor,
     slots: Tensor,
     query_start: Tensor,
+    q: Tensor | None = None,
 ) -> None:
     """Rotate the new keys and write them, their values and the per-token side arrays into pages.
 
@@ -38,7 +39,10 @@ def store_kv(
         lengths: int32 [max_sequences, H], tokens of each head, the new ones included.
         slots: int32 [B], row of `table` of each sequence in the batch.
         query_start: int32 [B + 1], cumulative count of new tokens.
+        q: float32 [T, Hq, head_dim], their queries, which are rotated in place, see `rope`; None: none are.
     """
+    if q is not None:
+        rope(q, cos, sin, positions)
     page_size = pages.page_size
     k, v = k.to(torch.float32, copy=True), v.float()
     rope(k, cos, sin, positions)

@@ -26,14 +26,15 @@ class StoreKV(Protocol):
         lengths: Tensor,
         slots: Tensor,
         query_start: Tensor,
+        q: Tensor | None = None,
     ) -> None: ...
 
 
 def _call(x: Inputs) -> Call:
-    _, k, v = x.qkv(x.workload.chunk)
+    q, k, v = x.qkv(x.workload.chunk)
     positions, query_start = x.new_tokens()
-    arguments = x.pages, k, v, *x.angles(), positions, *x.attended(1), query_start
-    return Call(arguments, written=tuple(x.pages.arrays.values()))
+    arguments = x.pages, k, v, *x.angles(), positions, *x.attended(1), query_start, q
+    return Call(arguments, written=(q, *x.pages.arrays.values()))
 
 
 CASES = (
@@ -41,9 +42,9 @@ CASES = (
         "",
         "prefill",
         Cost(
-            "T*H*(2*D*(a + s) + 2*e + 16) + 4*T*D",
-            "T*H*(2*D*(a + s) + 2*e + 16 + 8) + 4*T*D + 4*T",
-            "7*T*H*D",
+            "T*H*(2*D*(a + s) + 2*e + 16) + 2*T*Q*D*a + 4*T*D",
+            "T*H*(2*D*(a + s) + 2*e + 16 + 8) + 2*T*Q*D*a + 4*T*D + 4*T",
+            "7*T*H*D + 3*T*Q*D",
         ),
         _call,
         reads_vectors=True,

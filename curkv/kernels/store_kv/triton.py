@@ -1,4 +1,4 @@
-"""Writing new keys and values into pages, with Triton: RoPE and the side arrays in the same pass."""
+"""Writing new keys and values into pages, with Triton: RoPE, of queries too, and side arrays in a launch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from curkv.kernels.formats.triton import layout_of, pointers, write
 from curkv.kernels.pages import Pages
-from curkv.kernels.rope.triton import rotate
+from curkv.kernels.rope.triton import load_angles, rotate, rotate_in_place
 from curkv.kernels.triton_util import BOOKS, find_slots, power_of_two, sequence_block
 
 _MAX_BLOCK_H = 4
@@ -25,6 +25,7 @@ def store_kv(
     lengths: Tensor,
     slots: Tensor,
     query_start: Tensor,
+    q: Tensor | None = None,
 ) -> None:
     """Rotate the new keys and write them, their values and the side arrays; see `reference.store_kv`.
 
@@ -34,7 +35,10 @@ def store_kv(
     if not tokens:
         return
     block_h = min(_MAX_BLOCK_H, power_of_two(heads))
-    _store_tokens[(tokens, triton.cdiv(heads, block_h))](
+    queries = k if q is None else q
+    query_heads = 0 if q is None else q.shape[1]
+    _store_tokens[(tokens, triton.cdiv(heads, block_h) + triton.cdiv(query_heads, block_h))](
+        queries,
         k,
         v,
         cos,
@@ -50,6 +54,8 @@ def store_kv(
         lengths,
         slots,
         query_start,
+        queries.stride(0),
+        queries.stride(1),
         k.stride(0),
         k.stride(1),
         v.stride(0),
@@ -58,6 +64,7 @@ def store_kv(
         *lengths.stride(),
         len(slots),
         heads,
+        query_heads,
         KEYS=layout_of(pages.k),
         VALUES=layout_of(pages.v),
         HEAD_DIM=head_dim,
@@ -71,6 +78,7 @@ def store_kv(
 
 @triton.jit(do_not_specialize=["num_sequences"], do_not_specialize_on_alignment=BOOKS)
 def _store_tokens(
+    q,
     k,
     v,
     cos,
@@ -86,6 +94,8 @@ def _store_tokens(
     lengths,
     slots,
     query_start,
+    stride_q_token,
+    stride_q_head,
     stride_k_token,
     stride_k_head,
     stride_v_token,
@@ -96,6 +106,7 @@ def _store_tokens(
     stride_lengths_head,
     num_sequences,
     num_heads,
+    num_query_heads,
     KEYS: tl.constexpr,
     VALUES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -104,10 +115,19 @@ def _store_tokens(
     BLOCK_HALF: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """Program (token, block of heads)."""
+    """Program (token, block of KV heads, or, behind those, of query heads)."""
     HALF: tl.constexpr = HEAD_DIM // 2
     token = tl.program_id(0)
+    position = tl.load(positions + token)
+    c, s = load_angles(cos, sin, position, HEAD_DIM, BLOCK_HALF)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    key_blocks = tl.cdiv(num_heads, BLOCK_H)
+    if tl.program_id(1) >= key_blocks:
+        head -= key_blocks * BLOCK_H
+        rotate_in_place(
+            q, token, head, num_query_heads, stride_q_token, stride_q_head, c, s, HEAD_DIM, BLOCK_HALF
+        )
+        return
     ends = tl.arange(0, BLOCK_B)
     ended = tl.load(query_start + 1 + ends, mask=ends < num_sequences, other=2147483647) <= token
     sequence = tl.sum(ended.to(tl.int32), 0)
@@ -120,11 +140,6 @@ def _store_tokens(
     place = find_slots(row, length - end + token, valid, PAGE_SIZE)
 
     i = tl.arange(0, BLOCK_HALF)
-    position = tl.load(positions + token)
-    turn = position.to(tl.int64) * HALF + i
-    c = tl.load(cos + turn, mask=i < HALF, other=0.0)[None, :]
-    s = tl.load(sin + turn, mask=i < HALF, other=0.0)[None, :]
-
     mask = valid[:, None] & (i < HALF)[None, :]
     k += token.to(tl.int64) * stride_k_token + head[:, None] * stride_k_head + i[None, :]
     v += token.to(tl.int64) * stride_v_token + head[:, None] * stride_v_head + i[None, :]

@@ -60,6 +60,20 @@ def test_8_bit_floats_are_rounded_as_in_the_reference_small_and_large_ones_too()
     assert wanted.abs().max() == 448
 
 
+def test_queries_are_rotated_in_the_same_launch(close):
+    pool, draw = make_pool([[5, 9, 4], [20, 33, 8]], new_tokens=[3, 1]), generator(1)
+    k, v = torch.randn(2, 4, 3, 64, generator=draw)
+    q = torch.randn(4, 20, 64, generator=draw)[:, :15]
+    wanted, expected = q.clone(), pool.copy()
+    rest = *rope_tables(64), torch.arange(100, 104, dtype=torch.int32)
+    rest = *rest, pool.table, pool.lengths, pool.slots, query_start([3, 1])
+    triton.store_kv(pool.pages, k, v, *rest, q)
+    reference.store_kv(expected.pages, k, v, *rest, wanted)
+    close(q, wanted)
+    for field in pool.pages.arrays:
+        close(pool.pages.arrays[field], expected.pages.arrays[field])
+
+
 def test_a_slot_below_zero_is_not_written():
     pool = make_pool([[4], [7]], new_tokens=[1, 1])
     before = pool.copy()
