@@ -257,12 +257,13 @@ def rounding_kernels(kernels: Kernels, one: Contender) -> Kernels:
         lengths: Tensor,
         slots: Tensor,
         query_start: Tensor,
+        q: Tensor | None = None,
     ) -> None:
         k = k.clone(memory_format=torch.contiguous_format)
         kernels.rope(k, cos, sin, positions)
         k = round_keys(k)
         kernels.rope(k, cos, -sin, positions)
-        where = positions, table, lengths, slots, query_start
+        where = positions, table, lengths, slots, query_start, q
         kernels.store_kv(pages, k, round_values(v), cos, sin, *where)
 
     return replace(kernels, store_kv=store_kv)

@@ -88,9 +88,16 @@ def read_engine(directory: Path, kernels: str, device: str, dtype: str, pages: i
 
 
 def random_engine(
-    shape: ModelShape, device: str, batch: int, tokens: int, num_bytes: int, chunk: int = 2048
+    shape: ModelShape,
+    device: str,
+    batch: int,
+    tokens: int,
+    num_bytes: int,
+    chunk: int = 2048,
+    form: WeightFormat = BFLOAT16,
+    kv_dtype: str = "bfloat16",
 ) -> Engine:
-    """A model of this shape with 32,000 words and random bfloat16 weights."""
+    """A model of this shape with 32,000 words and random weights."""
     config = ModelConfig(
         "LlamaForCausalLM", 32_000, shape.hidden, shape.intermediate, shape.layers, shape.query_heads,
         shape.kv_heads, shape.head_dim, tokens, 1e-5, 500_000.0, None, False, False, False, False, True,
@@ -100,14 +107,14 @@ def random_engine(
         full_attention(shape.layers, shape.kv_heads),
         shape.head_dim,
         64,
-        get_format("bfloat16"),
+        get_format(kv_dtype),
         batch,
         tokens,
     )
     words = Tokenizer(WordLevel({str(i): i for i in range(config.vocab_size)}, unk_token="0"))
     pages = num_pages_for(num_bytes, layout)
     weights = RandomWeights(config, device)
-    return _engine(config, weights, "triton", BFLOAT16, layout, pages, device, chunk, words)
+    return _engine(config, weights, "triton", form, layout, pages, device, chunk, words)
 
 
 def _engine(

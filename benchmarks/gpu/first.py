@@ -1,6 +1,6 @@
 """The first minutes on a GPU: phase by phase, each in a child of its own with a limit of its own.
 
-    python benchmarks/gpu/first.py --out report env tests policies kernels decode prefill peer
+    python benchmarks/gpu/first.py --out report env tests policies kernels decode prefill question peer
     python benchmarks/gpu/first.py --out report --model smollm2-135m-instruct real server sanitizer
 
 An illegal access, a hang or a crash costs its phase alone: the parent imports torch and triton once, never
@@ -36,8 +36,8 @@ from curkv.models.loading.built_in import DEFAULT_MODEL
 from curkv.tables import table
 
 LIMITS = {
-    "env": 40, "tests": 90, "policies": 90, "kernels": 60, "decode": 90, "prefill": 80, "peer": 60,
-    "real": 120, "server": 75, "sanitizer": 60,
+    "env": 40, "tests": 90, "policies": 90, "kernels": 60, "decode": 150, "prefill": 100,
+    "question": 40, "peer": 60, "real": 120, "server": 75, "sanitizer": 60,
 }  # fmt: skip
 """Seconds that a phase may take on a GPU."""
 SLOWER = 5

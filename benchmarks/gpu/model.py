@@ -35,7 +35,7 @@ LAUNCHES, LAUNCH = 10, 12e-6
 WEIGHTS = {"bfloat16": 2.0, "fp8": 1.0}
 """Bytes of a weight in a layer."""
 GAP = {8: 0.51e-3, 32: 0.84e-3, 64: 1.30e-3}
-"""Seconds of the host between two decode steps, by sequences: Python on one core of a Zen, and CUDA's calls."""
+"""Seconds of the host between two decode steps, by sequences: Python on a Zen, and CUDA's calls."""
 
 
 def layer_products() -> list[tuple[int, int]]:

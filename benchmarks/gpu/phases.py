@@ -32,6 +32,7 @@ from curkv.cache.parsing import parse_options
 from curkv.cache.policies import policy_names
 from curkv.engine.engine import Engine
 from curkv.engine.types import SamplingParams
+from curkv.kernels.linear.formats import BFLOAT16, FP8, GPU_INT8
 from curkv.kernels.spec import MODELS, ModelShape, Workload
 from curkv.models.loading import load_tokenizer, resolve_model
 
@@ -202,22 +203,40 @@ def kernels(place: Place) -> Iterator[Row]:
 
 
 def decode(place: Place) -> Iterator[Row]:
-    """What a step costs by batch, context and share kept, beside reading weights and cache once."""
+    """What a step costs by batch, context, share kept and formats, beside reading weights and cache once."""
     shape = LLAMA if place.gpu else TINY
-    batch, tokens, size = (64, 33_000, 50 << 30) if place.gpu else (4, 512, 20 << 20)
-    engine = random_engine(shape, place.device, batch, tokens, size)
+    formats = ((BFLOAT16, "bfloat16"), (FP8, "fp8"), (GPU_INT8, "int8"))
+    for form, kv_dtype in formats if place.gpu else formats[:2]:
+        plain = form is BFLOAT16
+        batch, tokens, size = (64, 33_000 if plain else 8400, 50 << 30) if place.gpu else (4, 512, 20 << 20)
+        yield from attempts(
+            lambda f=form, d=kv_dtype, b=batch, t=tokens, s=size: _decode_of(  # type: ignore[misc]
+                place, random_engine(shape, place.device, b, t, s, form=f, kv_dtype=d)
+            )
+        )
+        if place.gpu:
+            torch.cuda.empty_cache()
+
+
+def _decode_of(place: Place, engine: Engine) -> Iterator[Row]:
+    """Steps of an engine over random contents."""
     kv, runner = engine.kv, engine.runner
+    formats = {"weights": runner.model.weights, "kv_dtype": kv.layout.format.name}
     for store in (kv.pages.k, kv.pages.v):
         for array in store.arrays.values():
-            array.normal_()
+            if array.element_size() == 1:
+                array.view(torch.int8).random_(0, 100)  # of 8-bit floats no NaN
+            else:
+                array.normal_()
     weights = sum(n for kind, n in runner.model.weights_bytes.items() if kind != "embedding")
     bandwidth = _bandwidth(place)
-    yield {
+    yield formats | {
         "cuda_graphs": runner.replay is not None,
         "pages": kv.num_pages,
         "bandwidth_gb_per_s": bandwidth / 1e9,
     }
-    cases = itertools.product((8192, 32_768), (1.0, 0.25), (1, 8, 32, 64)) if place.gpu else [(128, 0.5, 2)]
+    contexts = [n for n in (8192, 32_768) if n < kv.layout.max_tokens]
+    cases = itertools.product(contexts, (1.0, 0.25), (1, 8, 32, 64)) if place.gpu else [(128, 0.5, 2)]
     for context, share, batch in cases:
         held = int(context * share)
         if kv.layout.sequence_pages(held + 64) * batch > kv.num_pages:
@@ -231,14 +250,14 @@ def decode(place: Place) -> Iterator[Row]:
             steps = _decode_steps(engine, slots, context, 40 if place.gpu else 2)
             ms = statistics.median(steps) * 1e3
             floor = (weights + stored * kv.layout.head_token_bytes) / bandwidth * 1e3
-            yield {
+            yield formats | {
                 "batch": batch, "context": context, "kept": share, "ragged": ragged,
                 "step_ms": round(ms, 3), "floor_ms": round(floor, 3), "of_floor": round(floor / ms, 3),
                 "tok_per_s": round(batch / ms * 1e3),
             }  # fmt: skip
             for slot in slots:
                 kv.free(slot)
-    if place.gpu:
+    if place.gpu and kv.layout.format.name == "bfloat16":
         slots = [kv.add_sequence() for _ in range(8)]
         kv.extend(slots, [8192] * 8)
         with torch.profiler.profile() as profile:
@@ -270,7 +289,10 @@ def _decode_steps(engine: Engine, slots: list[int], position: int, count: int) -
 
 
 def prefill(place: Place) -> Iterator[Row]:
-    """Prompts in, evictions, tokens out: by size of the chunks and by policy."""
+    """Prompts in, evictions, tokens out: by size of the chunks, by what begins a text, by policy.
+
+    Last the settings that were fastest: those of `GPU` in curkv/engine/device.py.
+    """
     shape, n, batch = (LLAMA, 8192, 4) if place.gpu else (TINY, 30, 2)
     chunks = (512, 2048, 8192) if place.gpu else (16,)
     quarter = [
@@ -278,20 +300,48 @@ def prefill(place: Place) -> Iterator[Row]:
         for name in ("curdkv", "snapcur", "snapkv", "cur-exact", "h2o", "expected-attention", "keydiff")
     ]
     size = (16, 16_384, 24 << 30) if place.gpu else (4, 512, 20 << 20)
+    rates: dict[tuple[int, bool], int] = {}
     for chunk in chunks:
         engine = random_engine(shape, place.device, *size, chunk=chunk)
-        several: list[dict[str, Any]] = [{"policy": "full"}, {"policy": "full"}]  # the first one compiles
+        several: list[tuple[bool, Row]] = [(True, {"policy": "full"})] * 2  # the first one compiles
+        several += [(False, {"policy": "full"})]
         if not place.gpu:
-            several = quarter[:1]
+            several = [(True, quarter[0])]
         elif chunk == 2048:
-            several += quarter
-        for options in several:
-            yield {"chunk": chunk, "options": options} | attempt(
-                lambda e=engine, o=options: _prefill_once(e, o, n, batch)  # type: ignore[misc]
-            )
+            several += [(True, options) for options in quarter]
+        for dense, options in several:
+            engine.runner.attention.dense_prompts = dense
+            row = attempt(lambda e=engine, o=options: _prefill_once(e, o, n, batch))  # type: ignore[misc]
+            if options == several[0][1]:
+                rates[chunk, dense] = row.get("tok_per_s", 0)
+            yield {"chunk": chunk, "dense_prompts": dense, "options": options} | row
         del engine
         if place.gpu:
             torch.cuda.empty_cache()
+    (chunk, dense), _ = max(rates.items(), key=lambda item: item[1])
+    yield {"setting": f"max_step_tokens {chunk}, dense_prompts {dense}"}
+
+
+def question(place: Place) -> Iterator[Row]:
+    """A short question behind a long text that is held: milliseconds until its first token."""
+    shape, held, lengths = (LLAMA, 32_768, (16, 64, 256)) if place.gpu else (TINY, 100, (16,))
+    engine = random_engine(shape, place.device, 2, held + 512, (8 << 30) if place.gpu else 20 << 20)
+    kv = engine.kv
+    module: Any = import_module("curkv.kernels.paged_prefill_attention.triton")
+    most = module.MOST_SPLITS
+    for tokens, splits in itertools.product(lengths, (1, most)):
+        module.MOST_SPLITS = splits
+        slot = kv.add_sequence()
+        kv.extend([slot], [held])
+        seconds = []
+        for _ in range(10 if place.gpu else 1):
+            mark, started = kv.mark([slot]), time.perf_counter()
+            engine.runner.run([slot], [[7] * tokens], [held]).argmax(-1).tolist()
+            seconds.append(time.perf_counter() - started)
+            kv.retract(mark)
+        kv.free(slot)
+        yield {"held": held, "tokens": tokens, "most_splits": splits, "ms": statistics.median(seconds) * 1e3}
+    module.MOST_SPLITS = most
 
 
 def _prefill_once(engine: Engine, options: dict[str, Any], n: int, batch: int) -> Row:
@@ -443,14 +493,26 @@ def sanitizer(place: Place) -> Iterator[Row]:
     yield {"status": done.returncode, "what": " / ".join(done.stdout.splitlines()[-3:])}
 
 
+def attempts(run: Callable[[], Iterator[Row]]) -> Iterator[Row]:
+    """The rows that it gives, and how it failed if it did."""
+    try:
+        yield from run()
+    except Exception as error:
+        yield _failure(error)
+
+
 def attempt(run: Callable[[], Row]) -> Row:
     """What it gives, or how it failed: the rest of the phase goes on."""
     try:
         return run()
     except Exception as error:
-        where = traceback.extract_tb((error.__cause__ or error).__traceback__)
-        places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in where[-3:]]
-        return {"FAILED": repr(error.__cause__ or error)[:300], "where": places}
+        return _failure(error)
+
+
+def _failure(error: Exception) -> Row:
+    where = traceback.extract_tb((error.__cause__ or error).__traceback__)
+    places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in where[-3:]]
+    return {"FAILED": repr(error.__cause__ or error)[:300], "where": places}
 
 
 def milliseconds(place: Place, run: Callable[[], Any], repeat: int = 30, warm: int = 3) -> float:
@@ -495,5 +557,5 @@ def _output(command: list[str]) -> str:
 
 PHASES: dict[str, Callable[[Place], Iterator[Row]]] = {
     phase.__name__: phase
-    for phase in (env, tests, policies, kernels, decode, prefill, peer, real, server, sanitizer)
+    for phase in (env, tests, policies, kernels, decode, prefill, question, peer, real, server, sanitizer)
 }

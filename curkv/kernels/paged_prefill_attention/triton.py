@@ -45,7 +45,8 @@ _MAX_BLOCK_N = 64
 _TILE_BYTES = 16384
 _SMALL_TILE_BYTES = 8192
 """Before Hopper the products' operands lie in registers: larger tiles of keys would spill."""
-_MOST_SPLITS = 16
+MOST_SPLITS = 16
+"""Most programs that share what a tile sees."""
 
 
 def paged_prefill_attention(
@@ -129,7 +130,7 @@ def paged_prefill_attention(
             splits,
             HEAD_DIM=head_dim,
             BLOCK_D=power_of_two(head_dim),
-            BLOCK_SPLITS=_MOST_SPLITS,
+            BLOCK_SPLITS=MOST_SPLITS,
             num_warps=4,
         )
     return (out, lse) if return_lse else out
@@ -137,7 +138,7 @@ def paged_prefill_attention(
 
 def num_splits(programs: int, processors: int) -> int:
     """Programs that share the tokens that a tile sees, where so many of one each would not fill a GPU."""
-    return max(1, min(_MOST_SPLITS, processors // programs))
+    return max(1, min(MOST_SPLITS, processors // programs))
 
 
 def query_rows(keys: Store) -> int:
