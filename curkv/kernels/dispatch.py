@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from curkv.kernels import KernelsName
@@ -137,7 +138,16 @@ def _check_triton(kind: str) -> None:
         triton = import_module("triton")
     except ModuleNotFoundError as error:
         raise ValueError("Triton's kernels need the package triton, 3.4 or newer") from error
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4):
+    version = _release(triton.__version__)
+    if version < (3, 4):
         raise ValueError(f"Triton's kernels need triton 3.4 or newer; {triton.__version__} is installed")
+    if triton.knobs.runtime.interpret and version < (3, 7) and _release(np.__version__) >= (2, 4):
+        installed = f"triton {triton.__version__} and numpy {np.__version__} are installed"
+        raise ValueError(f"Triton's interpreter needs numpy below 2.4 or triton 3.7 or newer; {installed}")
     if kind == "cpu" and not triton.knobs.runtime.interpret:
         raise ValueError("Triton's kernels need a GPU; TRITON_INTERPRET=1 runs them on a CPU, very slowly")
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version."""
+    return tuple(map(int, version.split(".")[:2]))

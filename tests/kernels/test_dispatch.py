@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 import pytest
 
 from curkv.kernels.dispatch import get_kernels
@@ -30,6 +31,18 @@ def test_a_triton_that_is_too_old_is_an_error_that_says_which_would_do(
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(triton, "__version__", "3.3.1")
     with pytest.raises(ValueError, match=r"need triton 3\.4 or newer; 3\.3\.1 is installed"):
+        get_kernels("triton")
+
+
+@pytest.mark.triton
+def test_an_interpreter_that_is_too_old_for_numpy_is_an_error_that_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    monkeypatch.setattr(np, "__version__", "2.4.6")
+    with pytest.raises(ValueError, match=r"numpy below 2\.4 or triton 3\.7 or newer; triton 3\.6\.0 and"):
         get_kernels("triton")
 
 
