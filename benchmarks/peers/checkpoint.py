@@ -1,6 +1,6 @@
 """Writes a model as transformers does, in bfloat16, for servers that read no GGUF file, or not this one.
 
-    python benchmarks/peers/checkpoint.py smollm2-135m-instruct /tmp/smollm2
+python benchmarks/peers/checkpoint.py smollm2-135m-instruct /tmp/smollm2
 """
 
 from __future__ import annotations

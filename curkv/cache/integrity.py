@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from curkv.cache.layout import longest, shortest
 from curkv.cache.page_manager import PageManager
 from curkv.cache.page_pool import Ids
+from curkv.cache.upload import upload_list
 
 
 class IntegrityError(RuntimeError):
@@ -66,8 +67,9 @@ def _require(condition: NDArray[np.bool_], message: str) -> None:
 
 
 def _owned(cache: PageManager) -> _Owned:
-    slots = cache.layout.max_sequences
-    holders = [(np.arange(slots), cache.page_table.numpy(force=True), cache.all_lengths)]
+    slots, active = cache.layout.max_sequences, cache.active_slots
+    table = cache.page_table[upload_list(active, cache.device)].numpy(force=True)  # the others hold nothing
+    holders = [(np.array(active, dtype=np.int64), table, cache.all_lengths[active])]
     for i, prefix in enumerate(cache.prefixes.all):
         holders.append((np.array([slots + i]), prefix.table[None], prefix.lengths[None]))
     parts = [_owned_by(cache, *holder) for holder in holders]
@@ -78,7 +80,8 @@ def _owned_by(
     cache: PageManager, owners: NDArray[np.int64], table: Ids, lengths: NDArray[np.int32]
 ) -> tuple[NDArray[Any], ...]:
     """`_owned` of some owners [n], from their table [n, L, tables, pages] and lengths [n, L, H]."""
-    tables, before = table.shape[2], np.arange(table.shape[-1]) * cache.layout.page_size
+    pages = -(-int(lengths.max(initial=0)) // cache.layout.page_size)
+    tables, before = table.shape[2], np.arange(pages) * cache.layout.page_size
     places = (longest(lengths, tables)[..., None] > before).nonzero()
     owner, layer, row, page = places
     own = lengths[..., cache.ranks.share(lengths.shape[-1])]

@@ -56,8 +56,12 @@ def sample(logits: Tensor, sequences: list[Sequence], stop_ids: frozenset[int]) 
         tokens[rows] = _draw(logits[rows], [sequences[i] for i in drawn])
     ids: list[int] = tokens.tolist()
     logprobs: list[TokenLogprob | None] = [None] * len(ids)
-    for row, i in enumerate(wanted):
-        [logprobs[i]] = token_logprobs(raw[row : row + 1], [ids[i]], params[i].logprobs or 0)
+    for count in {params[i].logprobs or 0 for i in wanted}:
+        alike = [row for row, i in enumerate(wanted) if (params[i].logprobs or 0) == count]
+        rows = raw if len(alike) == len(raw) else raw[upload_list(alike, raw.device)]
+        chosen = [wanted[row] for row in alike]
+        for i, found in zip(chosen, token_logprobs(rows, [ids[i] for i in chosen], count), strict=True):
+            logprobs[i] = found
     return Sampled(ids, logprobs)
 
 
@@ -149,8 +153,9 @@ def token_logprobs(logits: Tensor, token_ids: list[int], count: int) -> list[Tok
     """
     norm = logits.logsumexp(dim=-1, keepdim=True)
     ids = upload_list(token_ids, logits.device)[:, None]
-    chosen = (logits.gather(1, ids) - norm).squeeze(1).tolist()
     top = logits.topk(count, dim=-1)
-    rows = zip(top.indices.tolist(), (top.values - norm).tolist(), strict=True)
-    pairs = [list(zip(*row, strict=True)) for row in rows]
-    return [TokenLogprob(*entry) for entry in zip(token_ids, chosen, pairs, strict=True)]
+    told = (torch.cat([logits.gather(1, ids), top.values], 1) - norm).tolist()
+    return [
+        TokenLogprob(token, own, list(zip(others, values, strict=True)))
+        for token, (own, *values), others in zip(token_ids, told, top.indices.tolist(), strict=True)
+    ]

@@ -396,3 +396,21 @@ def test_only_leading_single_tokens_are_decodes() -> None:
 def test_a_sequence_without_new_tokens_is_no_part_of_a_batch() -> None:
     with pytest.raises(ValueError, match="at least one new token"):
         Batch.build([0, 1], [[5], []], [0, 0])
+
+
+def test_a_check_reads_no_more_than_what_sequences_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that falls idle checks before it takes the next request, whatever it has places for."""
+    cache, read, numpy = make_cache(max_tokens=4000), [], Tensor.numpy
+    slot = cache.add_sequence()
+    step(cache, {slot: 9}, {slot: 0})
+
+    def noted(tensor: Tensor, *, force: bool = False) -> object:
+        read.append(tensor.numel())
+        return numpy(tensor, force=force)
+
+    monkeypatch.setattr(Tensor, "numpy", noted)
+    check_integrity(cache)
+    cache.free(slot)
+    held, read[:] = sum(read), []
+    check_integrity(cache)
+    assert sum(read) < held < cache.page_table.numel() / 2

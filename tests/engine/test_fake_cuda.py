@@ -241,8 +241,8 @@ def test_explanations(cuda: FakeCuda) -> None:
         ({"repetition_penalty": 1.1, "presence_penalty": 0.5, "logit_bias": {3: 1.0}}, 0),
         ({"frequency_penalty": 0.5, "min_tokens": 2, "stop_token_ids": [5]}, 0),
         ({"temperature": 0.7, "seed": 1, "top_p": 0.9, "top_k": 20, "min_p": 0.01}, 0),
-        ({"logprobs": 3}, 9),
-        ({"prompt_logprobs": 3}, 6),
+        ({"logprobs": 3}, 6),
+        ({"prompt_logprobs": 3}, 4),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
 )
