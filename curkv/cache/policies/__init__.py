@@ -25,6 +25,7 @@ _POLICIES = {
     "layer-defensivekv": ("defensivekv", "LAYER_DEFENSIVEKV"),
     "h2o": ("h2o", "H2O"),
     "tova": ("tova", "TOVA"),
+    "r-kv": ("rkv", "RKV"),
     "dapq": ("dapq", "DapQ"),
     "expected-attention": ("expected_attention", "ExpectedAttention"),
     "capkv": ("capkv", "CapKV"),
