@@ -20,6 +20,7 @@ from curkv.cache.parsing import settle
 from curkv.cache.plan import EvictionPlan, resolve
 from curkv.engine.engine import Engine
 from curkv.engine.repetition import Repetition
+from curkv.engine.types import KVReport, Request, SamplingParams
 from curkv.evaluation.perplexity import agreement, token_nll
 from curkv.evaluation.records import ProtocolName, Record
 from curkv.evaluation.tasks import make_sample
@@ -98,6 +99,7 @@ class Evaluator:
 
     def __init__(self, engine: Engine, source: str) -> None:
         self.source = source
+        self._engine = engine
         self._runner, self._kv = engine.runner, engine.kv
         self._info, self._template = engine.info, engine.info.chat_template
         self._tokenizer, self._eos_ids = engine.info.tokenizer, engine.eos_ids
@@ -112,7 +114,7 @@ class Evaluator:
 
         Args:
             recipe: What the sample is made from.
-            wanted: Variants by protocol; "continuation" for a task without a question, else the others.
+            wanted: Variants by protocol; a task's own one, else "visible" and "hidden".
 
         Returns:
             A record per variant and protocol; for a continuation also that of the full cache.
@@ -123,8 +125,10 @@ class Evaluator:
             OutOfPages: The pool does not hold the prompt and one variant.
         """
         sample = make_sample(recipe, self.count_tokens)
-        observed = _observed(variant for variants in wanted.values() for variant in variants)
         context, questions = self._tokens(sample)
+        if series := wanted.get("decoding"):
+            return list(self._decoded(context, sample.recipe, questions[0], series))
+        observed = _observed(variant for variants in wanted.values() for variant in variants)
         prompt, records = self._prefill(context, observed), list[Record]()
         try:
             if continuations := wanted.get("continuation"):
@@ -236,6 +240,32 @@ class Evaluator:
                 nll = _Judged(result.nll.mean().item(), None, None)
                 [record] = self._records(prompt, [branch], recipe, text, "continuation", [nll])
                 yield replace(record, kl=result.kl.mean().item(), top1=result.top1.float().mean().item())
+
+    def _decoded(
+        self, context: list[int], recipe: Recipe, series: _Question, variants: Sequence[Variant]
+    ) -> Iterator[Record]:
+        """Has the engine give long answers; of the items that the full cache has, others are asked."""
+        sampling = SamplingParams(series.asked.max_new_tokens, temperature=0.0, ignore_eos=True)
+        variants = [FULL, *(variant for variant in variants if not variant.full)]
+        texts, reports = dict.fromkeys(map(str, range(len(variants))), ""), dict[str, KVReport]()
+        for id, variant in zip(texts, variants, strict=True):
+            self._engine.add(self._engine.plan(Request(id, context, sampling, variant.decoding)))
+        while self._engine.has_work:
+            for output in self._engine.step():
+                texts[output.request_id] += output.text
+                if output.kv is not None:
+                    reports[output.request_id] = output.kv
+        asked, prompt = series.asked, _Prompt(-1, context, torch.empty(0))
+        total = len(context) + asked.max_new_tokens - 1
+        for id, variant in zip(texts, variants, strict=True):
+            kept = 1 - reports[id].evicted_tokens / total
+            score = asked.score(texts[id])
+            branch, judged = _Branch(variant, -1, kept), _Judged(None, score, texts[id])
+            yield from self._records(prompt, [branch], recipe, series, "decoding", [judged])
+            if not score and variant.full:
+                return
+            if variant.full:
+                asked = replace(asked, answers=asked.answers[: round(score * len(asked.answers))])
 
     def _records(
         self,

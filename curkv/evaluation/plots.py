@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from curkv.evaluation.measures import ANSWER_NLL, KL, SCORE, Measure, answered, estimate, group, own_answers
+from curkv.evaluation.measures import ANSWER_NLL, KL, QUESTIONS, SCORE, Measure, answered, estimate, group
 from curkv.evaluation.records import Record
 from curkv.evaluation.tasks import TASKS
 from curkv.evaluation.tasks.real_text import DEPTHS
@@ -36,7 +36,7 @@ def write_plots(records: Sequence[Record], directory: Path) -> list[Path]:
         paths.append(_quality(found, [SCORE, ANSWER_NLL], directory / f"quality-{protocol}.png"))
     if continuations:
         paths.append(_quality(continuations, [KL], directory / "quality-continuation.png"))
-    asked = [record for record in records if own_answers(record) and record.budget]
+    asked = [record for record in records if record.task == QUESTIONS and record.budget]
     for protocol, found in group(asked, lambda record: record.protocol).items():
         paths.append(_quality(found, [SCORE], directory / f"questions-{protocol}.png"))
     needles = [record for record in usable if record.task == "needle"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from curkv.evaluation.measures import SCORE, cell, group, own_answers
+from curkv.evaluation.measures import QUESTIONS, SCORE, cell, group
 from curkv.evaluation.records import Record
 from curkv.evaluation.statistics import mcnemar, paired_difference, proportion
 from curkv.tables import table
@@ -12,7 +12,7 @@ from curkv.tables import table
 
 def questions_tables(records: Sequence[Record]) -> list[str]:
     """Markdown for each protocol and length; nothing without such records."""
-    found = [record for record in records if own_answers(record)]
+    found = [record for record in records if record.task == QUESTIONS]
     if not found:
         return []
     parts = ["## Questions about texts of several kinds", _full(found)]

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Literal
 
-ProtocolName = Literal["visible", "hidden", "continuation"]
+ProtocolName = Literal["visible", "hidden", "continuation", "decoding"]
 SampleKey = tuple[str, str, int, int]
 Key = tuple[str, SampleKey, str, str, str, str]
 
@@ -25,7 +25,8 @@ class Record:
         length: Tokens asked for.
         seed: Of the sample.
         protocol: "visible": the policy saw context and question, as in an ordinary request; "hidden": the
-            context alone, the question came afterwards; "continuation": a text without a question.
+            context alone, the question came afterwards; "continuation": a text without a question;
+            "decoding": it saw its own long answer too, and the budget is the decode budget.
         policy: Policy and options.
         budget: "" for the full cache.
         prompt_tokens: Tokens that the policy saw.

@@ -51,8 +51,11 @@ class RemoteEvaluator:
             wanted: Variants under the protocol "visible".
 
         Raises:
+            ValueError: The task is measured otherwise.
             ServerError: The server refuses, or keeps everything where a policy was asked for.
         """
+        if "visible" not in wanted:
+            raise ValueError(f"task {recipe.task} cannot be measured with --url")
         sample = make_sample(recipe, lambda text: len(self.tokenizer.encode(text).ids))
         records = []
         for asked in sample.asked:

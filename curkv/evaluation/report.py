@@ -9,6 +9,7 @@ from curkv.evaluation.measures import (
     ANSWER_NLL,
     KL,
     SCORE,
+    SERIES,
     TEXT_NLL,
     TOP1,
     Measure,
@@ -35,6 +36,7 @@ def markdown(records: Sequence[Record], plots: Sequence[Path] = ()) -> str:
     for source, found in group(records, lambda record: record.source).items():
         parts += [f"Source: {source}. Intervals are 95 %; n counts samples.", *_tasks(found)]
         parts += questions_tables(found)
+        parts += _series([record for record in found if record.protocol == "decoding"])
         usable = answered(found)
         varied = [record for record in usable if not TASKS[record.task].repeats]
         repeating = [record for record in usable if TASKS[record.task].repeats]
@@ -84,6 +86,26 @@ def _tasks(records: Sequence[Record]) -> list[str]:
         rows.append([*cells, str(len(found)), verdict])
     header = ["task", "tokens", "question", "exact match", "answer NLL", "n", "counts"]
     return ["## The full cache\n\n" + table(header, rows)] if rows else []
+
+
+def _series(records: Sequence[Record]) -> list[str]:
+    """A table for each length: policies by tasks and decode budgets."""
+    parts = []
+    for length, found in group(records, lambda r: r.length).items():
+        cells = group(found, lambda r: (r.policy, r.task, r.budget))
+        tasks = list(dict.fromkeys(r.task for r in found))
+        budgets = list(dict.fromkeys(r.budget for r in found if r.budget))
+        columns = [(task, budget) for task in tasks for budget in budgets]
+        rows = []
+        for policy in dict.fromkeys(r.policy for r in found):
+            own = [cells.get((policy, task, "" if policy == "full" else b), []) for task, b in columns]
+            rows.append([f"`{policy}`", *(cell(some, SERIES) for some in own), str(max(map(len, own)))])
+        header = ["policy", *(f"`{task}`, {budget} held" for task, budget in columns), "n"]
+        parts.append(f"### {length} tokens\n\n{table(header, rows)}")
+    note = (
+        "Items before the first wrong one: `full` of all items, the others of those that the full cache has."
+    )
+    return [f"## Long answers under a decode budget\n\n{note}", *parts] if parts else []
 
 
 def _tables(title: str, records: Sequence[Record], measures: Sequence[Measure]) -> list[str]:

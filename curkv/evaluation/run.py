@@ -47,7 +47,7 @@ class Plan:
         lengths: Tokens of a sample.
         seeds: A sample of each task and length per seed.
         corpora: Of tasks over real text or texts of several kinds; the other tasks take none.
-        protocols: "visible", "hidden" or both; a continuation is measured whatever they are.
+        protocols: "visible", "hidden" or both, of tasks that do not have a protocol of their own.
         variants: Eviction options at budgets.
     """
 
@@ -88,9 +88,8 @@ class Plan:
 
     def _job(self, recipe: Recipe, done: Sequence[Record]) -> Job:
         """A sample's questions are measured together; those that the full cache fails are asked it alone."""
-        protocols: Sequence[ProtocolName] = (
-            ["continuation"] if recipe.task == "continuation" else self.protocols
-        )
+        own = TASKS[recipe.task].protocol
+        protocols: Sequence[ProtocolName] = self.protocols if own is None else [own]
         found = {(r.protocol, r.question, r.policy, r.budget) for r in done}
         missing = {}
         for protocol in protocols:

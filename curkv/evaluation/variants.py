@@ -30,6 +30,14 @@ class Variant:
         """Whether nothing is evicted: the reference of all others."""
         return not self.budget
 
+    @property
+    def decoding(self) -> EvictionOptions:
+        """The same with the budget for what is held while generating."""
+        raw = dict(self.raw)
+        if budget := raw.pop("budget", None):
+            raw["decode_budget"] = budget
+        return parse_options(raw)
+
 
 def parse_variant(policy: str, budget: str) -> Variant:
     """Reads a policy and its options, separated by spaces.

@@ -16,6 +16,7 @@ from curkv.evaluation.evaluator import Evaluator
 from curkv.evaluation.perplexity import dense_logits
 from curkv.evaluation.records import Record
 from curkv.evaluation.tasks.base import Asked, CountTokens, Recipe, Sample
+from curkv.evaluation.tasks.series import Series
 from curkv.evaluation.variants import FULL, Variant, cross, parse_variant
 
 from .conftest import MakeEngine
@@ -142,6 +143,26 @@ def test_only_what_the_full_cache_answers_is_asked_of_others(
         for protocol in ("visible", "hidden")
         for question, policy in (("known", "full"), ("known", "curdkv"), ("unknown", "full"))
     }
+
+
+def test_long_answers_are_those_of_the_engine_and_held_against_the_full_cache(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of three items is wrong for all, so that one counts; nothing else is asked if none is."""
+    engine, limit = make_engine(), 80
+    said = measured(engine, visible=[FULL])["visible", "full", ""].text
+    assert said is not None
+    series = Series("", (said[:2], "never said", said[2:4]), said, limit)
+    variants = cross(["streaming-llm decode_interval=8"], ["96tok"])
+    use(monkeypatch, replace(SAMPLE, asked=(series,), context=CONTEXT + ASKED.question))
+    records = measured(engine, decoding=variants)
+    full, evicted = records["decoding", "full", ""], records["decoding", variants[1].policy, "96tok"]
+    assert full.score == pytest.approx(1 / 3) and full.kept_ratio == 1
+    assert full.text is not None and full.text.startswith(said) and evicted.text != full.text
+    assert 0.2 < evicted.kept_ratio < 0.3
+    assert evicted.score == float(evicted.text is not None and evicted.text.startswith(said[:2]))
+    use(monkeypatch, replace(SAMPLE, asked=(replace(series, answers=("never said",)),)))
+    assert list(measured(engine, decoding=variants)) == [("decoding", "full", "")]
 
 
 def test_questions_about_one_context_do_not_disturb_each_other(

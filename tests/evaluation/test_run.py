@@ -127,6 +127,12 @@ def test_a_server_is_asked_for_each_variant(server: Server, tokenizer: Tokenizer
     assert len(server.bodies) == 4
 
 
+def test_what_no_server_can_be_asked_is_named(server: Server, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    evaluator = RemoteEvaluator(f"http://127.0.0.1:{server.server_port}", "m", tokenizer)
+    with pytest.raises(ValueError, match="task copy cannot be measured with --url"):
+        run_remote(replace(PLAN, tasks=["copy"]), evaluator, tmp_path / "out.jsonl", workers=1)
+
+
 def test_a_server_that_evicts_nothing_is_not_measured_as_if_it_did(
     server: Server, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
@@ -162,6 +168,16 @@ def test_questions_are_reported_of_what_the_full_cache_answers() -> None:
     assert "| `h2o` | 75% [41%, 93%]; +25 (-25/+50), p 0.62 | 8 |" in report
     whole = report[report.index("Contexts of which") :]
     assert "| `knorm` | 0% [0%, 49%] | 4 |" in whole and "| `h2o` | 75% [30%, 95%] | 4 |" in whole
+
+
+def test_long_answers_are_reported_by_task_and_decode_budget() -> None:
+    full = replace(RECORD, task="copy", corpus="", protocol="decoding", score=0.5)
+    other = replace(full, policy="tova", budget="96", score=0.25)
+    counted = [replace(full, task="counting", score=1.0), replace(other, task="counting", score=0.75)]
+    report = markdown([full, other, *counted])
+    assert "| policy | `copy`, 96 held | `counting`, 96 held | n |" in report
+    assert "| `full` | 50% | 100% | 1 |" in report and "| `tova` | 25% | 75% | 1 |" in report
+    assert "exact match" not in report and "Questions about texts" not in report
 
 
 def test_report_of_a_real_run(make_engine: MakeEngine, tmp_path: Path) -> None:
@@ -200,7 +216,7 @@ def test_sources_are_compared_over_the_samples_they_share() -> None:
         (["--policy", "nope"], "policy"),
         (["--policy", "curdkv", "--budget", "101%"], "budget"),
         (["--protocol", "nope"], "visible or hidden"),
-        (["--weights", "nope"], "auto, float32, bfloat16, int8"),
+        (["--weights", "nope"], "auto, float32, bfloat16, fp8, int8"),
         (["--kv-dtype", "nope"], "auto, float32"),
         (["--url", "http://x", "--protocol", "hidden"], "--url"),
     ],

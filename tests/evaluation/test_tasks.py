@@ -10,8 +10,10 @@ from curkv.evaluation.corpora import load_corpus
 from curkv.evaluation.tasks import TASKS, make_sample, task_names
 from curkv.evaluation.tasks.base import Recipe, Sample, string_match_all
 from curkv.evaluation.tasks.questions.texts import TEXTS
+from curkv.evaluation.tasks.series import Series
 
 LENGTH = 1200
+SERIES = task_names(["series"])
 
 
 def count_tokens(text: str) -> int:
@@ -23,7 +25,7 @@ def sample(task: str, seed: int = 0, length: int = LENGTH, corpus: str = "docume
     return make_sample(Recipe(task, length, seed, corpus), count_tokens)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [task for task in TASKS if task not in SERIES])
 def test_a_sample_fills_its_length_and_is_that_of_its_seed(task: str) -> None:
     made = sample(task)
     used = count_tokens(made.context) + max(count_tokens(asked.question) for asked in made.asked)
@@ -32,7 +34,7 @@ def test_a_sample_fills_its_length_and_is_that_of_its_seed(task: str) -> None:
     assert sample(task, seed=1).context != made.context
 
 
-@pytest.mark.parametrize("task", [name for name in TASKS if name != "continuation"])
+@pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.protocol is None])
 def test_the_answer_is_in_the_context_and_the_target_is_right(task: str) -> None:
     for seed in range(3):
         made = sample(task, seed)
@@ -86,7 +88,21 @@ def test_a_kind_of_text_that_there_is_not_is_refused() -> None:
         sample("questions", corpus="nope")
 
 
-@pytest.mark.parametrize("task", ["vt", "needle"])
+@pytest.mark.parametrize("task", SERIES)
+def test_a_series_goes_on_in_one_way_and_counts_up_to_the_first_mistake(task: str) -> None:
+    made, other = sample(task, length=200), sample(task, 1, length=200)
+    [asked] = made.asked
+    assert made == sample(task, length=200) != other and isinstance(asked, Series)
+    items, answer = asked.answers, "".join(asked.answers)
+    most = count_tokens(made.context + answer)
+    assert most <= 200 and (most > 170 or task == "copy")
+    assert count_tokens(answer) <= asked.max_new_tokens and asked.score(answer + " and more") == 1
+    assert asked.score(items[0] + items[2]) == 1 / len(items) and asked.score(items[1]) == 0
+    if task == "copy":
+        assert all(item in made.context for item in items)
+
+
+@pytest.mark.parametrize("task", ["vt", "needle", "counting", "state"])
 def test_a_length_that_holds_nothing_is_refused(task: str) -> None:
     with pytest.raises(ValueError, match="does not fit into 20 tokens"):
         sample(task, length=20)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from curkv.evaluation.corpora import corpus_names
-from curkv.evaluation.tasks import real_text, ruler
+from curkv.evaluation.records import ProtocolName
+from curkv.evaluation.tasks import real_text, ruler, series
 from curkv.evaluation.tasks.base import MakeSample, Recipe, Sample
 from curkv.evaluation.tasks.questions import questions
 from curkv.evaluation.tasks.questions.texts import TEXTS
@@ -21,12 +22,14 @@ class Task:
         group: What it is asked for with.
         corpora: What its context may be made from; none: it brings its own.
         repeats: Whether its haystack is one repeated sentence; such tasks are reported apart.
+        protocol: The only one that it is measured under; None: those of tasks with a question.
     """
 
     make: MakeSample
     group: str
     corpora: tuple[str, ...] = ()
     repeats: bool = False
+    protocol: ProtocolName | None = None
 
 
 TASKS = {
@@ -34,8 +37,11 @@ TASKS = {
     "qa_fact": Task(real_text.qa_fact, "real-text", corpus_names()),
     "qa_list": Task(real_text.qa_list, "real-text", corpus_names()),
     "qa_quote": Task(real_text.qa_quote, "real-text", corpus_names()),
-    "continuation": Task(real_text.continuation, "real-text", corpus_names()),
+    "continuation": Task(real_text.continuation, "real-text", corpus_names(), protocol="continuation"),
     "questions": Task(questions, "questions", tuple(TEXTS)),
+    "copy": Task(series.copy, "series", protocol="decoding"),
+    "counting": Task(series.counting, "series", protocol="decoding"),
+    "state": Task(series.state, "series", protocol="decoding"),
     "niah_single_1": Task(ruler.niah_single_1, "ruler", repeats=True),
     "niah_multikey_2": Task(ruler.niah_multikey_2, "ruler"),
     "niah_multikey_3": Task(ruler.niah_multikey_3, "ruler"),
@@ -46,7 +52,7 @@ TASKS = {
 
 
 def task_names(names: Iterable[str]) -> list[str]:
-    """Resolves names of tasks and of groups: "real-text", "ruler", "all".
+    """Resolves names of tasks and of groups: "real-text", "series", "ruler", "all".
 
     Raises:
         ValueError: A name is unknown.
