@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from curkv.models.config import ModelConfig
@@ -38,12 +40,19 @@ def shard_of(config: ModelConfig, ranks: Ranks) -> ModelConfig:
     )
 
 
-def shard(tensor: Tensor, shape: tuple[int, ...], ranks: Ranks) -> Tensor:
-    """Returns a process's share of a tensor: where the shape of its shard is smaller, its part of the whole.
+def shard(tensor: Tensor, shape: Sequence[int], parts: Sequence[int], ranks: Ranks) -> Tensor:
+    """Returns a process's share of a tensor, which is read, if it is mapped, no further.
 
-    A tensor that is mapped is read as far as its share goes.
+    Args:
+        tensor: The whole.
+        shape: Of the share: smaller in the dimension that is divided, if one is.
+        parts: Of the share, rows of each of those that the tensor is fused of; none: it is one.
+        ranks: The processes.
     """
+    if parts and tensor.shape[0] != shape[0]:
+        whole = torch.split(tensor, [size * ranks.size for size in parts])
+        return torch.cat([ranks.own(part, 0) for part in whole])
     for dim, size in enumerate(shape):
         if tensor.shape[dim] != size:
-            tensor = ranks.own(tensor, dim).contiguous()
+            return ranks.own(tensor, dim).contiguous()
     return tensor

@@ -25,9 +25,6 @@ from curkv.engine.faults import EngineBroken
 from curkv.engine.lockstep import Followers, Order, follow
 from curkv.engine.types import Output, Request
 from curkv.models.errors import UnsupportedModel
-from curkv.models.loading import load_config
-from curkv.models.loading.checkpoint import Checkpoint
-from curkv.ranks import Ranks
 from tests.tensor_parallel import prompt, write_model
 
 from .conftest import request, run, tokens
@@ -89,19 +86,6 @@ def outcome(outputs: dict[tuple[str, int], list[Output]]) -> dict[Any, Any]:
     kept = {key: news[-1].kv for key, news in outputs.items()}
     counts = {k: (r.kept_tokens, r.evicted_tokens, r.decode_evictions) for k, r in kept.items() if r}
     return {key: (tokens(news), counts[key], news[0].cached_tokens) for key, news in outputs.items()}
-
-
-def test_each_process_reads_its_part_of_every_layer(directory: Path) -> None:
-    config = load_config(directory)
-    whole = Checkpoint(directory, config).layer(1)
-    parts = [Checkpoint(directory, config, ranks=Ranks(rank, 2)).layer(1) for rank in range(2)]
-    queries, keys, values = zip(*(p.attention.qkv.split([128, 64, 64]) for p in parts), strict=True)
-    assert torch.equal(torch.cat([*queries, *keys, *values]), whole.attention.qkv)
-    assert torch.equal(torch.cat([part.attention.o for part in parts], 1), whole.attention.o)
-    assert torch.equal(torch.cat([part.mlp.down for part in parts], 1), whole.mlp.down)
-    gates, ups = zip(*(part.mlp.gate_up.chunk(2) for part in parts), strict=True)
-    assert torch.equal(torch.cat([*gates, *ups]), whole.mlp.gate_up)
-    assert [part.attention.norm.tolist() for part in parts] == [whole.attention.norm.tolist()] * 2
 
 
 def test_tokens_are_those_of_one_process(both: tuple[Engine, Engine]) -> None:

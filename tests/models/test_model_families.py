@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,10 @@ from curkv.cache.parsing import parse_options
 from curkv.config import EngineOptions
 from curkv.engine.build import build_engine
 from curkv.engine.engine import Engine
+from curkv.models.errors import UnsupportedModel
+from curkv.models.loading import load_config
+from curkv.models.loading.checkpoint import Checkpoint
+from curkv.ranks import ALONE, Ranks
 from tests.engine.conftest import request, run, tokens
 from tests.models.test_llama import SHAPE
 
@@ -205,6 +210,34 @@ def test_greedy_tokens_are_those_of_transformers(saved: Saved, chunked: Engine) 
         again = run(engine, request(ids, 24, "again"))["again", 0]
         assert tokens(again) == expected
         assert again[-1].cached_tokens >= 128  # more of it where the end of the first answer is held
+
+
+def test_two_processes_read_what_one_does(saved: Saved) -> None:
+    """The rows of some heads, and the columns that belong to them, however the checkpoint has fused them."""
+    config = load_config(saved[1])
+    if config.mixture is not None or config.qk_norm_whole:
+        with pytest.raises(UnsupportedModel, match="are not divided"):
+            Checkpoint(saved[1], config, ranks=Ranks(0, 2))
+        return
+    whole, *shards = (
+        Checkpoint(saved[1], config, ranks=ranks).layer(1) for ranks in (ALONE, Ranks(0, 2), Ranks(1, 2))
+    )
+    heads = config.num_heads, config.num_kv_heads, config.num_kv_heads
+    qkv = [count * config.padded_head_dim // 2 for count in heads]
+    gate_up = [config.intermediate_size // 2] * 2
+    fused = {"qkv": qkv, "qkv_bias": qkv, "gate_up": gate_up, "gate_up_bias": gate_up}
+    for block in ("attention", "feed"):
+        for field in fields(getattr(whole, block)):
+            expected, *found = (getattr(getattr(one, block), field.name) for one in (whole, *shards))
+            if expected is None:
+                continue
+            if field.name in fused:
+                pieces = zip(*(one.split(fused[field.name]) for one in found), strict=True)
+                assert torch.equal(torch.cat([*itertools.chain.from_iterable(pieces)]), expected)
+            elif field.name in ("o", "down", "sinks"):
+                torch.testing.assert_close(torch.cat(found, -1), expected)  # means may be subtracted
+            else:
+                assert torch.equal(found[0], expected) and torch.equal(found[1], expected)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
@@ -35,8 +35,14 @@ EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", 
 class Read(Protocol):
     """Reads a tensor of a checkpoint."""
 
-    def __call__(self, name: str, *shape: int) -> Tensor:
-        """Returns the tensor of a name, which has this shape."""
+    def __call__(self, name: str, *shape: int, parts: Sequence[int] = ()) -> Tensor:
+        """Returns the tensor of a name, which has this shape, or of it what one of several processes has.
+
+        Args:
+            name: Its name.
+            shape: Its shape.
+            parts: Rows of each of those that it is fused of, one below the other; none: it is one.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,7 +294,7 @@ class Family(ABC):
         """Returns the name and shape of each tensor that a checkpoint has to hold."""
         shapes: dict[str, tuple[int, ...]] = {}
 
-        def note(name: str, *shape: int) -> Tensor:
+        def note(name: str, *shape: int, parts: Sequence[int] = ()) -> Tensor:
             shapes[name] = shape
             return torch.empty(0, *shape[1:])  # with its columns and none of its rows
 

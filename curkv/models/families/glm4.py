@@ -31,7 +31,8 @@ class Glm(Family):
 
     def gate_up(self, read: Read, config: ModelConfig, name: str, *columns: int) -> Tensor:
         """See `Family.gate_up`."""
-        return read(name.format("gate_up_proj"), 2 * config.intermediate_size, *columns)
+        size = config.intermediate_size
+        return read(name.format("gate_up_proj"), 2 * size, *columns, parts=(size, size))
 
 
 class Glm4(Glm):

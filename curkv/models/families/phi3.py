@@ -43,9 +43,10 @@ class Phi3(Family):
     def qkv(self, read: Read, config: ModelConfig, name: str, *columns: int) -> list[Tensor]:
         """See `Family.qkv`."""
         sizes = [config.q_size, config.kv_size, config.kv_size]
-        rows = read(name.format("qkv_proj"), sum(sizes), *columns)
+        rows = read(name.format("qkv_proj"), sum(sizes), *columns, parts=sizes)
         return [rows[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
 
     def gate_up(self, read: Read, config: ModelConfig, name: str, *columns: int) -> Tensor:
         """See `Family.gate_up`."""
-        return read(name.format("gate_up_proj"), 2 * config.intermediate_size, *columns)
+        size = config.intermediate_size
+        return read(name.format("gate_up_proj"), 2 * size, *columns, parts=(size, size))

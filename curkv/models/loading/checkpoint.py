@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,15 +152,15 @@ class Checkpoint:
                 self._projections[index] = found
         return found.to(self.device, self.dtype)
 
-    def _read(self, name: str, *shape: int) -> Tensor:
-        tensor = self._stored(name, *shape)
+    def _read(self, name: str, *shape: int, parts: Sequence[int] = ()) -> Tensor:
+        tensor = self._stored(name, *shape, parts=parts)
         if name not in self._checked:
             self._check_finite(name, tensor)
             self._checked.add(name)
         return tensor.to(self.device, self.dtype)
 
-    def _stored(self, name: str, *shape: int) -> Tensor:
-        return shard(self.files.read(self._stored_as.get(name, name)), shape, self._ranks)
+    def _stored(self, name: str, *shape: int, parts: Sequence[int] = ()) -> Tensor:
+        return shard(self.files.read(self._stored_as.get(name, name)), shape, parts, self._ranks)
 
     def _place(self, name: str) -> tuple[Path, str]:
         return self.files.place(self._stored_as.get(name, name))

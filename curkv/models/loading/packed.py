@@ -261,5 +261,5 @@ class Outline:
         return self._checkpoint.attention_output(index)
 
 
-def _no_rows(name: str, *shape: int) -> Tensor:
+def _no_rows(name: str, *shape: int, parts: Sequence[int] = ()) -> Tensor:
     return torch.empty(0, *shape[1:])
