@@ -133,5 +133,5 @@ def _others() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition(". ")[0]
         raise RankLost(f"another process of the model has ended or does not answer ({reason})") from error

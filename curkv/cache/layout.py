@@ -195,9 +195,10 @@ def full_attention(num_layers: int, num_kv_heads: int) -> tuple[LayerSpec, ...]:
 
 def longest(lengths: NDArray[np.int32], tables: int) -> NDArray[np.int32]:
     """Of lengths [..., H] those of the longest among the heads that share pages: [..., tables]."""
-    if lengths.shape[-1] == tables:
+    *others, heads = lengths.shape
+    if heads == tables:
         return lengths
-    most: NDArray[np.int32] = lengths.reshape(*lengths.shape[:-1], -1, tables).max(-2)
+    most: NDArray[np.int32] = lengths.reshape(*others, heads // tables, tables).max(-2)
     return most
 
 
