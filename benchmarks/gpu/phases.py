@@ -24,6 +24,7 @@ import triton
 from alone import check, times
 from engines import generate, overlap, random_engine, read_engine
 
+from curkv.bench import baseline
 from curkv.bench.process import curkv_serve, running
 from curkv.bench.script import submit
 from curkv.bench.small_model import write_small_model
@@ -407,22 +408,16 @@ def peer(place: Place) -> Iterator[Row]:
 
 def real(place: Place) -> Iterator[Row]:
     """Real weights: in float32 the tokens of transformers and the kept sets of plain torch; then bfloat16."""
-    transformers: Any = import_module("transformers")
     directory = resolve_model(place.model)
     ids = load_tokenizer(directory).encode(documentation_text()[:60_000]).ids
     prompts = [ids[:900], ids[2000:2500], ids[4000:4100]] if place.gpu else [ids[:12]]
     new = 8 if place.gpu else 2
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    reference = load(directory, dtype=torch.float32, attn_implementation="eager").to(place.device)
-    wanted = {}
-    with torch.inference_mode():
-        for i, prompt in enumerate(prompts):
-            x = torch.tensor([prompt], device=place.device)
-            out = reference.generate(
-                x, attention_mask=torch.ones_like(x), min_new_tokens=new, max_new_tokens=new, do_sample=False,
-                pad_token_id=0,
-            )  # fmt: skip
-            wanted[f"{i}.0"] = out[0, len(prompt) :].tolist()
+    reference: Any = baseline.load(directory)
+    reference.to(place.device)
+    wanted = {
+        f"{i}.0": baseline.generate(reference, torch.tensor([prompt], device=place.device), new)[0].tolist()
+        for i, prompt in enumerate(prompts)
+    }
     del reference
     engines = _Engines(
         read_engine(directory, "triton", place.device, "float32"),
