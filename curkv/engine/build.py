@@ -171,7 +171,8 @@ def _assembled(
     )
     if options.prefix_store is None:
         return engine, None
-    numerics = form.name, layout.format.name, layout.page_size, prefill_dtype, options.prefix_cache
+    arrays = [vectors.arrays(layout.head_dim) for vectors in (layout.format.keys, layout.format.values)]
+    numerics = form.name, layout.format.name, arrays, layout.page_size, prefill_dtype, options.prefix_cache
     turned = [table[1].tolist() for pair in {id(pair[0]): pair for pair in rope}.values() for table in pair]
     digest = fingerprint(directory, curkv.__version__, *numerics, turned)
     return engine, Store(options.prefix_store, digest, options.prefix_store_size)
