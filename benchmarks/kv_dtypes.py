@@ -602,21 +602,23 @@ def report(
         cells.append([name, f"{row.bytes:.0f}", *numbers])
     print(table(header, cells), end="\n\n")
     tails = rows([r for r in found if r.policy])
-    cells = [
-        [
-            r.contender,
-            r.policy,
-            f"{r.share:.3g}",
-            f"{r.bytes:.0f}",
-            f"{r.ratio:.4f}",
-            f"{r.kl:.4f}",
-            f"{r.top1:.1%}",
-        ]
-        for r in sorted(tails, key=lambda r: (r.policy.split(",")[0], -r.bytes, r.kl))
-    ]
-    print(table(["format", "policy", "kept", "bytes", "perplexity ratio", "KL", "top-1"], cells))
+    print(shares_table(tails))
     if plot is not None:
         draw(tails, plot)
+
+
+def shares_table(tails: list[Row]) -> str:
+    """KL of each format with all tokens, with each policy and share, and of int8's bytes spent otherwise."""
+    of = {(r.contender, r.policy, r.share): r for r in tails}
+    points = [(policy, share) for policy in POLICIES for share in SHARES]
+    cells = []
+    for full in sorted((r for r in tails if r.policy == "full"), key=lambda r: -r.bytes):
+        kls = [f"{of[full.contender, *point].kl:.3f}" for point in points]
+        cells.append([full.contender, f"{full.bytes:.0f}", f"{full.kl:.4f}", *kls])
+    for mix in dict.fromkeys(r.policy.partition(", ")[2] for r in tails if "," in r.policy):
+        kls = [f"{of['int8', f'{policy}, {mix}', share].kl:.3f}" for policy, share in points]
+        cells.append([mix, "", "", *kls])
+    return table(["format", "bytes", "all", *(f"{policy} {share:.3g}" for policy, share in points)], cells)
 
 
 def draw(tails: list[Row], path: Path) -> None:
