@@ -64,7 +64,9 @@ def main(
     kept = sum(np.array_equal(mine.kept, theirs.kept) for mine, theirs in pairs)
     places = sum(int((mine.kept != theirs.kept).sum()) for mine, theirs in pairs)
     total = sum(mine.kept.size for mine, _ in pairs)
-    print(f"{kept} of {len(pairs)} policies would keep the same, {places} of {total} places differ\n")
+    print(f"{kept} of {len(pairs)} policies would keep the same, {places} of {total} places differ;")
+    held = [(theirs.bytes_kept / mine.bytes_kept, mine.policy) for mine, theirs in pairs]
+    print(f"bytes of the pages kept: {min(held)[0]:.2f} to {max(held)[0]:.2f} times ({max(held)[1]})\n")
     rows = [
         (name, *(f"{found.get(content, 0):,}" for content in ("sums", "heads", "numbers")))
         for name, found in several.exchanged.items()

@@ -24,6 +24,7 @@ from curkv.engine.engine import Engine
 from curkv.engine.faults import EngineBroken
 from curkv.engine.lockstep import Followers, Order, follow
 from curkv.engine.types import Output, Request
+from curkv.kernels.cpu.threads import THREADS
 from curkv.models.errors import UnsupportedModel
 from tests.tensor_parallel import prompt, write_model
 
@@ -56,17 +57,20 @@ def options(directory: Path, processes: int, **more: Any) -> EngineOptions:
         "prefix_cache_memory": 1 << 19,
         "max_step_tokens": 64,
         "max_sequences": 8,
-        "threads": 1,
     }
     return EngineOptions(model=str(directory), tensor_parallel=processes, **settings | more)
 
 
 @pytest.fixture(scope="module")
 def engines(directory: Path) -> Iterator[tuple[Engine, Engine]]:
-    """One process, and two."""
-    one, two = (build_engine(options(directory, processes)) for processes in (1, 2))
+    """One process, and two; other tests have the threads that they had."""
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(THREADS, "set", lambda count: None)
+        one, two = (build_engine(options(directory, processes)) for processes in (1, 2))
     yield one, two
     two.close(1.0)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
