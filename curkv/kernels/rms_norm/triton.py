@@ -19,10 +19,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[T
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Normalise rows; see `reference.rms_norm`."""
-    size, shape = x.shape[-1], x.shape
-    x = x.reshape(-1, size)
-    rows = len(x)
+    """Normalise rows; see `reference.rms_norm`. Heads may lie apart, as in a product that is split."""
+    size, heads = x.shape[-1], 1 if x.ndim == 2 else x.shape[1]
+    rows = len(x) * heads
     out = torch.empty(x.shape, dtype=torch.result_type(x, weight), device=x.device)
     total = x if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     if rows:
@@ -34,6 +33,8 @@ def rms_norm(
             out,
             total,
             x.stride(0),
+            0 if x.ndim == 2 else x.stride(1),
+            heads,
             x.stride(0) if residual is None else residual.stride(0),
             eps,
             SIZE=size,
@@ -41,10 +42,10 @@ def rms_norm(
             BLOCK=block,
             num_warps=max(1, min(8, block // 512)),
         )
-    return out.view(shape) if residual is None else (out, total)
+    return out if residual is None else (out, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads"])
 def _normalise_rows(
     x,
     weight,
@@ -52,6 +53,8 @@ def _normalise_rows(
     out,
     total,
     stride_x,
+    stride_head,
+    heads,
     stride_residual,
     eps,
     SIZE: tl.constexpr,
@@ -62,7 +65,8 @@ def _normalise_rows(
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     mask = i < SIZE
-    values = tl.load(x + row * stride_x + i, mask=mask, other=0.0)
+    x += row // heads * stride_x + row % heads * stride_head
+    values = tl.load(x + i, mask=mask, other=0.0)
     if RESIDUAL:
         values = added(values, residual + row * stride_residual + i, mask)
         tl.store(total + row * SIZE + i, values, mask=mask)
