@@ -133,5 +133,7 @@ def _steps(engine: Engine, *requests: Request) -> Iterator[tuple[list[Output], M
         yield outputs, Counter(engine.last_stats.exchanged) - before
 
 
+app = script(__doc__, main)
+
 if __name__ == "__main__":
-    script(__doc__, main)()
+    app()

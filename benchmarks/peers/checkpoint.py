@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -23,7 +23,8 @@ def write(
 ) -> None:
     """Writes weights, configuration and tokenizer."""
     source = resolve_model(model)
-    load(source).to(torch.bfloat16).save_pretrained(directory)
+    found: Any = load(source)  # whose types are wrong in places
+    found.to(torch.bfloat16).save_pretrained(directory)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(source / file, directory / file)
 
