@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from curkv.evaluation.measures import QUESTIONS, SCORE, cell, group
-from curkv.evaluation.records import Record
+from curkv.evaluation.records import Record, SampleKey
 from curkv.evaluation.statistics import mcnemar, paired_difference, proportion
 from curkv.tables import table
+
+SAME = 0.05
+"""Nats per token up to which an answer counts as likely as with the full cache."""
 
 
 def questions_tables(records: Sequence[Record]) -> list[str]:
@@ -21,6 +24,8 @@ def questions_tables(records: Sequence[Record]) -> list[str]:
     for (protocol, length), cells in group(kept, lambda r: (r.protocol, r.length)).items():
         where = f"question {protocol}, {length} tokens"
         parts.append(f"### Of what the full cache answers, {where}\n\n{_all_kinds(cells)}")
+        whole = {(r.sample, r.question): r for r in found if not r.budget and r.protocol == protocol}
+        parts.append(f"### Lost answers, {where}\n\n{_lost(cells, whole)}")
         for budget, of_budget in group(cells, lambda r: r.budget).items():
             parts.append(f"### By kind of text, {where}, {budget} kept\n\n{_by_kind(of_budget)}")
         if protocol == "hidden":
@@ -69,6 +74,23 @@ def _against(records: Sequence[Record], first: Sequence[Record]) -> str:
     worse, better = (sum((r.score or 0.0) * sign < s * sign for r, s in pairs) for sign in (1, -1))
     change = "/".join(f"{100 * value:+.0f}" for value in (found.low, found.high))
     return f"; {100 * found.mean:+.0f} ({change}), p {mcnemar(worse, better):.2g}"
+
+
+def _lost(records: Sequence[Record], whole: Mapping[tuple[SampleKey, str], Record]) -> str:
+    """How many answers are lost, and how many of these although the right one is as likely as before."""
+    budgets, rows = _budgets(records), []
+    for policy, found in group(records, lambda r: r.policy).items():
+        row = [f"`{policy}`"]
+        for budget in budgets:
+            own = [r for r in found if r.budget == budget]
+            rises = [(r.nll or 0.0) - (whole[r.sample, r.question].nll or 0.0) for r in own if not r.score]
+            row.append(f"{len(rises)} of {len(own)}, {sum(rise <= SAME for rise in rises)} as likely")
+        rows.append(row)
+    note = (
+        f"As likely: the NLL per token of the full cache's answer rises by {SAME} at most, so that greedy "
+        "decoding took another word at a near tie."
+    )
+    return f"{table(['policy', *(f'{budget} kept' for budget in budgets)], rows)}\n\n{note}"
 
 
 def _by_kind(records: Sequence[Record]) -> str:

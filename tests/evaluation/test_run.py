@@ -161,11 +161,14 @@ def test_questions_are_reported_of_what_the_full_cache_answers() -> None:
                 records += [replace(own, score=0.0, nll=None), replace(own, policy="knorm", budget="9%")]
                 continue
             records += [own, replace(own, policy="knorm", budget="9%", score=float(question == "job"))]
-            records.append(replace(own, policy="h2o", budget="9%", score=float(seed > 0)))
+            records.append(
+                replace(own, policy="h2o", budget="9%", score=float(seed > 0), nll=0.1 + 0.1 * seed)
+            )
     report = markdown(records)
     assert "| `log` | 600 | 67% [39%, 86%] | 12 |" in report
     assert "| `knorm` | 50% [22%, 78%] | 8 |" in report
     assert "| `h2o` | 75% [41%, 93%]; +25 (-25/+50), p 0.62 | 8 |" in report
+    assert "| `knorm` | 4 of 8, 4 as likely |" in report and "| `h2o` | 2 of 8, 2 as likely |" in report
     whole = report[report.index("Contexts of which") :]
     assert "| `knorm` | 0% [0%, 49%] | 4 |" in whole and "| `h2o` | 75% [30%, 95%] | 4 |" in whole
 
