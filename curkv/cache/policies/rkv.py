@@ -51,9 +51,8 @@ class RKV(ObservingPolicy):
         for layer in range(view.num_layers):
             keys = view.keys(layer)
             logits = torch.einsum("hwgd,hnd->hwgn", queries[layer], keys) * view.scale
-            logits = (
-                softcapped(logits, view.softcap).amax(2).masked_fill_(~judged[layer, :, None], -torch.inf)
-            )
+            logits = softcapped(logits, view.softcap).amax(2)
+            logits.masked_fill_(~judged[layer, :, None], -torch.inf)
             paid.append(logits.softmax(-1).nan_to_num_(0.0).mean(1))
             copies.append(_redundancy(keys, view.stored[layer]))
         attention = pooled(torch.stack(paid), judged, self.pool, "max")
@@ -68,12 +67,13 @@ def _redundancy(keys: Tensor, stored: Tensor) -> Tensor:
         keys: float32 [H, n, head_dim], 0 where nothing is stored.
         stored: bool [H, n].
     """
-    unit, place = F.normalize(keys, dim=-1), torch.arange(keys.shape[1], device=keys.device)
+    unit, heads = F.normalize(keys, dim=-1), len(keys)
+    place = torch.arange(keys.shape[1], device=keys.device)
     total = torch.zeros(keys.shape[:2], device=keys.device)
     for start in range(0, keys.shape[1], _ROWS):
-        own = place[start : start + _ROWS, None]
-        cosines = (unit[:, start : start + _ROWS] @ unit.transpose(1, 2)).masked_fill_(place == own, 0.0)
-        newest = place.where(cosines > _ALIKE, 0).amax(-1, keepdim=True)
-        total += cosines.masked_fill_(place == newest, 0.0).sum(1)
+        own = place[start : start + _ROWS, None].expand(heads, -1, 1)
+        cosines = (unit[:, start : start + _ROWS] @ unit.transpose(1, 2)).scatter_(2, own, 0.0)
+        newest = (cosines > _ALIKE).float().mul_(place).amax(2, keepdim=True).long()
+        total += cosines.scatter_(2, newest, 0.0).sum(1)
     counts = stored.sum(-1, keepdim=True).clamp_min(1)
     return (total / counts).masked_fill(~stored, -torch.inf).softmax(-1).nan_to_num_(0.0)
