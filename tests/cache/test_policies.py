@@ -17,6 +17,7 @@ from curkv.cache.layout import CacheLayout, full_attention
 from curkv.cache.parsing import parse_options
 from curkv.cache.plan import EvictionPlan, resolve
 from curkv.cache.policies.base import pooled
+from curkv.cache.policies.curdkv import leverage
 from curkv.cache.view import CacheView
 from curkv.kernels.formats import get_format
 from curkv.kernels.formats.base import Store, VectorFormat
@@ -388,3 +389,14 @@ def test_pooling_keeps_neighbours_and_stays_inside_a_head():
     mean = [[[4.5, 3, 3, 0, 1, 1.5], [4, 10 / 3, 1, -inf, -inf, -inf]]]
     torch.testing.assert_close(pooled(scores, stored, 3, "mean"), torch.tensor(mean))
     assert pooled(scores, stored, 1, "max") is scores
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 30])
+def test_leverage_of_fewer_tokens_than_channels_is_that_of_what_they_span(tokens):
+    """Rounding leaves some of their Gram matrices indefinite."""
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(2, tokens, 128, generator=generator) * torch.logspace(0, seed % 4, 128)
+        found = leverage(x, torch.tensor([tokens, tokens]))
+        assert found.isfinite().all() and found.max() <= 1.02
+        assert (found.sum(-1) - (tokens - 1)).abs().max() < 0.05 * tokens

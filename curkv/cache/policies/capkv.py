@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curkv.cache.declarations import Number, option
-from curkv.cache.policies.curdkv import quadratic_form
+from curkv.cache.policies.curdkv import whitening
 from curkv.cache.policies.expected_attention import FuturePolicy
 from curkv.cache.view import CacheView
 
@@ -53,5 +53,4 @@ class CapKV(FuturePolicy):
         weights = (logits - logits.amax(-1, keepdim=True)).exp_().nan_to_num_(0.0)
         span = (values * (weights + _EPSILON)[..., None]).transpose(2, 3) @ values
         span.diagonal(dim1=2, dim2=3).add_(1.0)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(span)[0])
-        return (weights * quadratic_form(values, inverse)).mean(1)
+        return (weights * (values @ whitening(span)).square_().sum(-1)).mean(1)

@@ -137,9 +137,18 @@ def leverage(x: Tensor, lengths: Tensor) -> Tensor:
     # Fewer tokens than channels leave the Gram matrix singular.
     ridge = 1e-6 * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
     gram.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
-    return quadratic_form(x, torch.cholesky_inverse(torch.linalg.cholesky_ex(gram)[0]))
+    return (x @ whitening(gram)).square_().sum(-1)
 
 
-def quadratic_form(x: Tensor, matrix: Tensor) -> Tensor:
-    """x^T M x of the last dimension: [..., n, d] and [..., d, d] give [..., n]."""
-    return (x @ matrix).mul_(x).sum(-1)
+def whitening(gram: Tensor) -> Tensor:
+    """W with W W^T the inverse of Gram matrices, float32 [..., d, d].
+
+    Rounding may leave the matrix of fewer tokens than channels indefinite: then that of a firmer one, since
+    what the tokens span is far above any ridge.
+    """
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    eye = torch.eye(gram.shape[-1], device=gram.device)
+    firmer = gram + 1e-4 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * eye
+    factor = torch.where((failed > 0)[..., None, None], torch.linalg.cholesky_ex(firmer)[0], factor)
+    upper: Tensor = torch.linalg.solve_triangular(factor, eye, upper=False).mT
+    return upper
