@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 
@@ -30,7 +30,8 @@ def sequence() -> Sequence:
 def advanced() -> Progress:
     """Progress in which every field differs from that of a new sequence."""
     logprobs, anything = [TokenLogprob(1, -0.5)], [None]
-    progress = Progress(7, 4.5, 2.5, 2, 6, False, 1, logprobs, anything, "states", "again", "paid")  # type: ignore[arg-type]
+    others = "states", "again", 40, "paid"
+    progress = Progress(7, 4.5, 2.5, 2, 6, False, 1, logprobs, anything, *others)  # type: ignore[arg-type]
     new = Progress()
     assert all(getattr(progress, f.name) != getattr(new, f.name) for f in fields(Progress))
     return progress
@@ -41,7 +42,9 @@ def test_a_fork_takes_all_progress_and_goes_on_apart() -> None:
     parent.start(0, None)
     parent.progress = advanced()
     fork.fork_from(parent, slot=1)
-    assert fork.progress == parent.progress and fork.first_run == parent.first_run
+    assert replace(fork.progress, repeated_tokens=40) == parent.progress
+    assert fork.first_run == parent.first_run
+    assert fork.progress.repeated_tokens == 0  # told once, by the parent
     fork.progress.prompt_logprobs.append(TokenLogprob(2, -1.0))
     fork.progress.computed += 1
     assert parent.progress == advanced()
