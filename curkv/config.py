@@ -98,8 +98,8 @@ class EngineOptions(Section):
     )
     kv_dtype: KVDtype = Field(
         default="auto",
-        description="Type of cached K, V: int8 on CPU, bfloat16 on a GPU, if auto; k8v4: int8 keys, values "
-        "of 4 bits in groups of 32; int4: both; fp8: on GPUs that have it.",
+        description="Type of cached K, V: int8 on CPU (float16 beside float32 weights), bfloat16 on a GPU, "
+        "if auto; k8v4: int8 keys, values of 4 bits in groups of 32; int4: both; fp8: on GPUs that have it.",
     )
     page_size: int = Field(default=64, ge=8, le=256, description="Tokens of one KV head per page.")
     max_step_tokens: int | None = Field(

@@ -129,7 +129,7 @@ def _assembled(
         layers=_layers(config, max_model_len),
         head_dim=config.padded_head_dim,
         page_size=options.page_size,
-        format=device.kv_format(options.kv_dtype, config.padded_head_dim),
+        format=device.kv_format(options.kv_dtype, config.padded_head_dim, form),
         max_sequences=options.max_sequences or device.most_sequences,
         max_tokens=max_model_len,
         max_step_tokens=max_step_tokens,

@@ -46,7 +46,8 @@ class Device:
     Attributes:
         kind: as torch names it; "cuda" is any GPU that torch knows, AMD's included.
         weights: the weight format that it prefers.
-        kv_dtypes: names of the KV formats that it prefers, of which the first is taken that holds the heads.
+        kv_dtypes: names of the KV formats that it prefers, of which the first is taken that holds the heads;
+            the last one where nothing else is rounded to 8 bits.
         memory_share: of the memory that is free after loading, what the KV cache takes.
         max_step_tokens: tokens of a step that it prefers.
         most_sequences: sequences in flight for which it prefers to have places at most.
@@ -106,14 +107,16 @@ class Device:
             _require_fp8("--weights fp8")
         return there[wanted]
 
-    def kv_format(self, wanted: str, head_dim: int) -> KVFormat:
+    def kv_format(self, wanted: str, head_dim: int, weights: WeightFormat) -> KVFormat:
         """The KV format of a name, or the one preferred for heads of this many channels for "auto".
+
+        Who asks for weights that are not rounded wants answers that are not either.
 
         Raises:
             ValueError: it cannot hold heads of this many channels, or the device does not have it.
         """
         if wanted == "auto":
-            preferred = map(get_format, self.kv_dtypes)
+            preferred = map(get_format, self.kv_dtypes if weights.rounds else self.kv_dtypes[-1:])
             return next(form for form in preferred if head_dim % form.multiple == 0)
         form = get_format(wanted)
         if self.kind not in form.devices:
@@ -136,8 +139,8 @@ CPU = Device(
     "cpu", AS_PUBLISHED, ("int8", "float16"), MEMORY_SHARE, 512, FEWEST_SEQUENCES, dense_prompts=False
 )
 """Weights as published: the fastest ones that cost less than 1 % of perplexity. int8: the fewest bytes that
-cost less than 0.2 %, and no slower than float16, which is for heads that int8 cannot hold and has three bits
-more than bfloat16 (docs/benchmarks.md)."""
+cost less than 0.2 %, and no slower than float16. That is for heads that int8 cannot hold and beside float32
+weights, and has three bits more than bfloat16 (docs/benchmarks.md)."""
 
 GPU = Device("cuda", BFLOAT16, ("bfloat16",), GPU_MEMORY_SHARE, 2048, 256, dense_prompts=True)
 """bfloat16: the type of the weights, of which every key and value is a product. For the size of steps see

@@ -39,28 +39,30 @@ def test_a_gpu_is_taken_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_formats_are_preferred_or_refused() -> None:
     assert (CPU.weight_format("auto").name, GPU.weight_format("auto").name) == ("published", "bfloat16")
-    assert (CPU.kv_format("auto", 64).name, GPU.kv_format("auto", 64).name) == ("int8", "bfloat16")
-    assert CPU.kv_format("auto", 40).name == "float16"
+    assert CPU.kv_format("auto", 64, CPU.weights).name == "int8"
+    assert CPU.kv_format("auto", 64, CPU.weight_format("float32")).name == "float16"
+    assert CPU.kv_format("auto", 40, CPU.weights).name == "float16"
+    assert GPU.kv_format("auto", 64, GPU.weights).name == "bfloat16"
     assert CPU.weight_format("int4").name == "int4"
     with pytest.raises(ValueError, match="bfloat16 is for a GPU; weights on the CPU are float32, int8, int4"):
         CPU.weight_format("bfloat16")
     with pytest.raises(ValueError, match="a multiple of 16 channels; the model's have 40"):
-        CPU.kv_format("int8", 40)
+        CPU.kv_format("int8", 40, CPU.weights)
     with pytest.raises(
         ValueError, match="k8v4 needs heads of a multiple of 64 channels; the model's have 80"
     ):
-        CPU.kv_format("k8v4", 80)
+        CPU.kv_format("k8v4", 80, CPU.weights)
 
 
 def test_8_bit_floats_are_refused_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="fp8 is for a GPU; on the CPU there are float32, bfloat16"):
-        CPU.kv_format("fp8", 64)
+        CPU.kv_format("fp8", 64, CPU.weights)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     with pytest.raises(ValueError, match="from Ada and Hopper on; A100 has none"):
-        GPU.kv_format("fp8", 64)
+        GPU.kv_format("fp8", 64, GPU.weights)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert GPU.kv_format("fp8", 64).name == "fp8"
+    assert GPU.kv_format("fp8", 64, GPU.weights).name == "fp8"
 
 
 def test_the_command_line_offers_every_weight_format() -> None:
