@@ -116,6 +116,9 @@ class Way:
         return outputs
 
 
+ONE_EACH = httpx.Limits(max_keepalive_connections=0)
+"""A connection for each request: there are servers that close one after the first."""
+
 _MODES: dict[str, dict[str, Any]] = {
     "anew": {"prefix_cache_memory": 0},
     "prompts": {"prefix_cache": "exact"},
@@ -170,7 +173,7 @@ def served(
     body |= {"stream_options": {"include_usage": True}, **({"kv": json.loads(kv)} if kv else {})}
     body["cache_salt"] = uuid.uuid4().hex  # nothing is reused of another run
     grown: list[int] = []
-    with output.open("a") as file, httpx.Client(base_url=url, timeout=None) as http:
+    with output.open("a") as file, httpx.Client(base_url=url, timeout=None, limits=ONE_EACH) as http:
         body["model"] = http.get("/v1/models").json()["data"][0]["id"]
         for turn in range(1, count + 1):
             grown += text[len(grown) :][:told]

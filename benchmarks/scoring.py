@@ -2,10 +2,10 @@
 
     python benchmarks/scoring.py
 
-A prompt is prefilled once for every kind of observation that policies ask for, and without any. Each policy
-then evicts forks of the prompt, to a quarter; the median of three counts. Shares are of the prefill without
-observation; that of observing is a difference of two prefills and as noisy as they are. For a policy that has
-the model repeat the prompt the repetition is what observing costs.
+A prompt is prefilled with every kind of observation that policies ask for, and without any, in turns; each
+policy then evicts forks of the prompt, to a quarter. Medians of three count. Shares are of the prefill without
+observation; that of observing is a difference of two prefills that follow each other. For a policy that has the
+model repeat the prompt the repetition is what observing costs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from curkv.engine.repetition import Repetition
 from curkv.models.loading.built_in import DEFAULT_MODEL
 from curkv.tables import table
 
-EVICTIONS = 3
+ROUNDS = 3
 CHUNK = 512
 
 
@@ -68,23 +68,39 @@ def _measure(
     by_needs: dict[Needs, list[str]] = {}
     for name, options in policies.items():
         by_needs.setdefault(settle(options).policy.needs, []).append(name)
-    slot, _ = _prefill(engine, prompt, Needs())
-    engine.kv.free(slot)
-    slot, reference = _prefill(engine, prompt, Needs())
-    engine.kv.free(slot)
-    cells = {}
+    engine.kv.free(_prefill(engine, prompt, Needs())[0])
+    cells, references = {}, []
     for needs, names in tqdm(by_needs.items(), desc=f"{length} tokens", leave=False):
-        slot, seconds = _prefill(engine, prompt, needs)
-        view, extra = engine.runner.attention.view(slot), seconds - reference
+        slot, extra, reference = _observe(engine, prompt, needs)
+        references.append(reference)
+        view = engine.runner.attention.view(slot)
         if needs.repetition:
             scores, extra = _repeat(engine, slot, prompt)
             view = replace(view, repetition=scores)
         observing = "" if needs.query_agnostic else f" + {extra / reference:.1%}"
         for name in names:
-            times = (_evict(engine, slot, view, prompt, policies[name]) for _ in range(EVICTIONS))
+            times = (_evict(engine, slot, view, prompt, policies[name]) for _ in range(ROUNDS))
             cells[name] = f"{median(times) / reference:.2%}{observing}"
         engine.kv.free(slot)
-    return reference, cells
+    return median(references), cells
+
+
+def _observe(engine: Engine, prompt: list[int], needs: Needs) -> tuple[int, float, float]:
+    """Prefills with an observation and without in turns.
+
+    Returns:
+        The slot of the last one with it, the seconds that it takes more, and those of a prefill without.
+    """
+    extra, references = [], []
+    for number in range(ROUNDS):
+        plain, reference = _prefill(engine, prompt, Needs())
+        engine.kv.free(plain)
+        slot, seconds = _prefill(engine, prompt, needs)
+        if number < ROUNDS - 1:
+            engine.kv.free(slot)
+        extra.append(seconds - reference)
+        references.append(reference)
+    return slot, median(extra), median(references)
 
 
 def _prefill(engine: Engine, prompt: list[int], needs: Needs) -> tuple[int, float]:
