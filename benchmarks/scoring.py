@@ -4,8 +4,8 @@
 
 A prompt is prefilled with every kind of observation that policies ask for, and without any, in turns; each
 policy then evicts forks of the prompt, to a quarter. Medians of three count. Shares are of the prefill
-without observation; that of observing is a difference of two prefills that follow each other. For a policy that
-has the model repeat the prompt the repetition is what observing costs.
+without observation; that of observing is a difference of two prefills that follow each other. For a policy
+that has the model repeat the prompt the repetition is what observing costs.
 """
 
 from __future__ import annotations
