@@ -80,6 +80,19 @@ async def test_every_example_of_the_openapi_document_works(http: httpx.AsyncClie
     assert tried == 11
 
 
+async def test_what_the_server_suggests_at_its_start_is_answered_from_a_quarter_of_the_cache(
+    openai: AsyncOpenAI, engine: EngineClient
+) -> None:
+    prompt = FACT + "Rivers carry rain from the hills to the sea. " * 90 + "The code of the vault is"
+    headers = {"X-KV-Policy": "auto", "X-KV-Budget": "25%"}
+    answer = await openai.completions.create(
+        model=NAME, prompt=prompt, max_tokens=6, temperature=0, extra_headers=headers
+    )
+    assert "4711" in answer.choices[0].text
+    assert answer.usage.kv["kept_tokens"] == answer.usage.prompt_tokens // 4
+    await until_idle(engine)
+
+
 async def test_answers_and_what_they_keep(openai: AsyncOpenAI, engine: EngineClient) -> None:
     kept = {}
     for policy, budget in (("full", None), ("curdkv", "50%"), ("curdkv", "25%"), ("adacurdkv", "25%")):

@@ -32,9 +32,9 @@ class SnapCur(SnapKV, LeveragePolicy):
     window goes to passages that all heads of a layer keep, because the head that finds a passage need not
     be the one that has to read it: attention times leverage (CurDKV's, of values alone: ||v||^2,
     normalised per head), summed over the heads and averaged over `chunk` = 25 neighbours. The first
-    `frame` = 32 tokens count for no passage: they draw attention whatever they say, as sinks and as the
-    frame of a conversation do. The rest goes to the tokens with the most attention, mean over 5
-    neighbours; heads of all layers compete.
+    `frame` tokens, none by default, count for no passage: those of a conversation's template draw attention
+    whatever they say. The rest goes to the tokens with the most attention, mean over 5 neighbours; heads of
+    all layers compete.
 
     The best policy measured here for requests whose question is part of the prompt (docs/policies.md).
     """
@@ -51,9 +51,9 @@ class SnapCur(SnapKV, LeveragePolicy):
     chunk: int = option(25, CHUNK, "Tokens of SnapCUR's passages.")
     first_stage: float = option(0.5, SHARE, "Share of the budget that SnapCUR gives to passages.")
     frame: int = option(
-        32,
+        0,
         Integer(0, 4096),
-        "First tokens, where conversations have their frame, that count for none of SnapCUR's passages.",
+        "First tokens that count for none of SnapCUR's passages: those of a conversation's template, if any.",
     )
     factor = False
 
