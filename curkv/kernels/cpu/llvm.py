@@ -153,6 +153,28 @@ def offset(builder: ir.IRBuilder, base: ir.Value, *terms: int | ir.Value) -> ir.
     return builder.add(base, product)
 
 
+def load_strided(
+    builder: ir.IRBuilder, location: ir.Value, stride: ir.Value, item: ir.Type, size: int, align: int
+) -> ir.Value:
+    """Loads a vector of `LANES` items of `size` bytes that lie `stride` bytes apart.
+
+    In one go, which takes them to be aligned to their size, where they are neighbours; else one by one, each
+    aligned to `align` bytes.
+    """
+    shape = ir.VectorType(item, LANES)
+    slot = cgutils.alloca_once(builder, shape)
+    with builder.if_else(builder.icmp_unsigned("==", stride, I64(size))) as (neighbours, apart):
+        with neighbours:
+            builder.store(builder.load(pointer(builder, location, shape), align=size), slot)
+        with apart:
+            items = ir.Constant(shape, ir.Undefined)
+            for i in range(LANES):
+                place = pointer(builder, offset(builder, location, stride, i), item)
+                items = builder.insert_element(items, builder.load(place, align=align), I32(i))
+            builder.store(items, slot)
+    return builder.load(slot)
+
+
 def prefetch_line(builder: ir.IRBuilder, location: ir.Value, cache: int = L1) -> None:
     """Fetch a cache line for reading; no address is wrong."""
     place = pointer(builder, location, I8)

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 
 from curkv.kernels.cpu.jit import inlined, intrinsic
 from curkv.kernels.cpu.lanes import float32x8
@@ -36,13 +35,12 @@ from curkv.kernels.cpu.llvm import (
     I32X8,
     I64,
     L2,
-    LANES,
     ROUNDER,
     Args,
     constant,
     like,
+    load_strided,
     narrow,
-    offset,
     pointer,
     prefetch_line,
     widen,
@@ -103,17 +101,7 @@ def load_apart(context: Any, location: Any, stride: Any) -> Any:
 
     def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> ir.Value:
         location, stride = args
-        slot = cgutils.alloca_once(builder, F32X8)
-        with builder.if_else(builder.icmp_unsigned("==", stride, I64(4))) as (neighbours, apart):
-            with neighbours:
-                builder.store(builder.load(pointer(builder, location, F32X8), align=4), slot)
-            with apart:
-                floats = ir.Constant(F32X8, ir.Undefined)
-                for i in range(LANES):
-                    one = builder.load(pointer(builder, offset(builder, location, stride, i), F32), align=4)
-                    floats = builder.insert_element(floats, one, I32(i))
-                builder.store(floats, slot)
-        return builder.load(slot)
+        return load_strided(builder, location, stride, F32, size=4, align=4)
 
     return float32x8(types.int64, types.int64), generate
 

@@ -31,6 +31,7 @@ from curkv.kernels.cpu.llvm import (
     accumulators,
     call,
     constant,
+    load_strided,
     multiply_add,
     offset,
     pair_products,
@@ -274,19 +275,10 @@ def spread_ranges(
     def generate(_: Any, builder: ir.IRBuilder, signature: Any, args: Args) -> None:
         location, stride, count, steps, lows, group = args
         shape = ir.VectorType(I64, LANES)
-        slot = cgutils.alloca_once(builder, shape)
-        with builder.if_else(builder.icmp_unsigned("==", stride, I64(8))) as (neighbours, apart):
-            with neighbours:
-                builder.store(builder.load(pointer(builder, location, shape), align=8), slot)
-            with apart:
-                words = ir.Constant(shape, ir.Undefined)
-                for i in range(LANES):
-                    place = pointer(builder, offset(builder, location, stride, i), I64)
-                    words = builder.insert_element(words, builder.load(place, align=2), I32(i))
-                builder.store(words, slot)
+        words = load_strided(builder, location, stride, I64, size=8, align=2)
         counts = splat(builder, count)
         there = builder.icmp_signed("<", ir.Constant(shape, list(range(LANES))), counts)
-        words = builder.select(there, builder.load(slot), constant(shape, 0))
+        words = builder.select(there, words, constant(shape, 0))
         second = [builder.add(place, group) for place in (steps, lows)]
         for i, target in enumerate((steps, lows, *second)):
             bits = builder.lshr(words, constant(shape, 16 * i))

@@ -79,9 +79,8 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
         integers: int8 [N, K].
         scales: float32 [N]; a row is about its integers times its scale.
     """
-    scales = weight.abs().amax(dim=1).float() / 127
-    steps = torch.where(scales > 0, scales, 1)[:, None]
-    return (weight / steps).round().to(torch.int8), scales
+    scaled, scales = _in_steps(weight, 127)
+    return scaled.round().to(torch.int8), scales
 
 
 def quantise_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,9 +93,14 @@ def quantise_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
         floats: float8_e4m3fn [N, K].
         scales: float32 [N]; a row is about its floats times its scale.
     """
-    scales = weight.abs().amax(dim=1).float() / LARGEST_FP8
-    steps = torch.where(scales > 0, scales, 1)[:, None]
-    return (weight / steps).clamp(-LARGEST_FP8, LARGEST_FP8).to(torch.float8_e4m3fn), scales
+    scaled, scales = _in_steps(weight, LARGEST_FP8)
+    return scaled.clamp(-LARGEST_FP8, LARGEST_FP8).to(torch.float8_e4m3fn), scales
+
+
+def _in_steps(weight: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+    """Rows of [N, K] scaled so that their largest values are `largest`, and the scales; zeros stay zeros."""
+    scales = weight.abs().amax(dim=1).float() / largest
+    return weight / torch.where(scales > 0, scales, 1)[:, None], scales
 
 
 def quantise_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
