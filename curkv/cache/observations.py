@@ -78,9 +78,9 @@ class QueryStatistics:
 
     @classmethod
     def of(cls, q: Tensor) -> QueryStatistics:
-        """Statistics of float32 [T, Hq, head_dim]."""
-        heads = q.double().transpose(0, 1)
-        return cls(len(q), heads.sum(1), heads.transpose(1, 2) @ heads)
+        """Statistics of float32 [T, Hq, head_dim]; of the few tokens of a step, so that sums of floats do."""
+        heads = q.transpose(0, 1)
+        return cls(len(q), heads.sum(1).double(), (heads.transpose(1, 2) @ heads).double())
 
     def __add__(self, other: QueryStatistics) -> QueryStatistics:
         return QueryStatistics(self.count + other.count, self.total + other.total, self.outer + other.outer)

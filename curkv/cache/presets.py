@@ -19,7 +19,7 @@ class Preset:
         partial_window: How "window" treats the last, partial window; see `leverage_scores`.
         sink_tokens: First tokens kept; None: as the policy was published.
         recent_tokens: Newest tokens kept, or a quarter of the budget if that is less.
-        norm_order: Of the norm of a value behind W_o: 1 as published, 2 for a tenth of the work.
+        norm_order: Of the norm of a value behind W_o: 1 as published, 2 for a small part of the work.
         like_kvpress: Details in which kvpress differs from the papers are as there.
     """
 

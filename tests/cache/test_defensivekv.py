@@ -56,13 +56,8 @@ def published_risk(
             plain.append(paid)
     risk = torch.stack(rows).amax(0)
     risk = risk.maximum(risk.mean())
-    norms = torch.stack(
-        [
-            sum((values[h, :prefix] @ weights[layer, h * GROUP + m]).norm(order, -1) for m in range(GROUP))
-            / GROUP
-            for h in range(HEADS)
-        ]
-    )
+    moved = (values[:, None] @ weights[layer].view(HEADS, GROUP, DIM, -1))[:, :, :prefix]
+    norms = moved.norm(order, -1).pow(order).mean(1).pow(1 / order)
     risk = risk * norms[head] / norms.sum(0)
     mean = torch.stack(plain).mean(0)
     covered, best = 0.0, float(risk.max())

@@ -51,28 +51,15 @@ class Compactor(Policy):
 
     def score(self, view: CacheView, kernels: Kernels) -> Tensor:
         """Score tokens by leverage and attention; sinks and newest tokens get the layer's best score."""
-        assert view.observations is not None
         position, generator = view.position, view.generator()
         judged = (position >= BLOCK_SKIP) & (position <= position.max() - _LAST)
-        norms = view.gather(view.pages.v_sq, 0.0).sqrt_()
-        layers = []
-        for layer in range(view.num_layers):
-            keys = unrotated(view, layer)
-            sketch = torch.randn(view.num_heads, keys.shape[2], _SKETCH, generator=generator)
-            own = view.ranks.own(upload(sketch / math.sqrt(_SKETCH), keys.device), 0)
-            # Tokens that are not judged are pushed behind the others: the heads hold as many of them.
-            geometry = _leverage_of(keys @ own, judged[layer])
-            sums = view.observations.blocks[layer].all_sums()
-            sums = F.pad(sums, (0, max(0, 1 - sums.shape[1])))  # no token lies behind those that are skipped
-            place = (position[layer] - BLOCK_SKIP).clamp(0, sums.shape[1] - 1).long()
-            attention = (sums.gather(1, place) * norms[layer]).masked_fill(~judged[layer], 0.0)
-            attention = F.avg_pool1d(attention, 3, stride=1, padding=1)
-            layers.append(torch.stack([geometry, attention], 1))
-        everyones = view.whole(torch.stack(layers)), view.whole(judged)
-        blended = torch.stack([
-            self.blend * _normalised(parts[:, 0], which) + _normalised(parts[:, 1], which)
-            for parts, which in zip(*everyones, strict=True)
+        geometry = torch.stack([
+            leverage(_unrotated(view, layer, position[layer]) @ _sketch(view, generator), judged[layer])
+            for layer in range(view.num_layers)
         ])  # fmt: skip
+        everyones = view.whole(judged)
+        blended = self.blend * _normalised(view.whole(geometry), everyones)
+        blended += _normalised(view.whole(_attention(view, position, judged)), everyones)
         scores = torch.where(judged, view.own(blended), blended.amax((1, 2), keepdim=True))
         return scores.masked_fill_(~view.stored, -torch.inf)
 
@@ -85,29 +72,35 @@ ADA_COMPACTOR = Compactor(
 """Compactor's scores with Ada-KV's allocation (https://arxiv.org/abs/2407.11550, algorithm 1)."""
 
 
-def unrotated(view: CacheView, layer: int) -> Tensor:
-    """Keys before RoPE, float32 [H, n, head_dim], 0 past a head's length."""
+def _unrotated(view: CacheView, layer: int, position: Tensor) -> Tensor:
+    """A layer's keys, at int32 [H, n], before RoPE: float32 [H, n, head_dim], 0 past a head's length."""
     assert view.rope is not None
-    keys = view.keys(layer)
-    position = view.position[layer].clamp_min(0).long()
-    cos, sin = (table[position] for table in view.rope[layer])
+    keys, place = view.keys(layer), position.clamp_min(0).flatten()
+    cos, sin = (x.index_select(0, place).view(*position.shape, -1) for x in view.rope[layer])
     first, second = keys.chunk(2, -1)
     return torch.cat([first * cos + second * sin, second * cos - first * sin], -1)
 
 
-def _leverage_of(x: Tensor, judged: Tensor) -> Tensor:
-    """Leverage of the judged rows of float32 [H, n, d]: [H, n], 0 elsewhere."""
-    order = judged.int().argsort(dim=1, descending=True, stable=True)
-    front = x.gather(1, order[..., None].expand_as(x))
-    counts = judged.sum(1).int()
-    behind = torch.arange(x.shape[1], device=x.device) >= counts[:, None]
-    scores = leverage(front.masked_fill(behind[..., None], 0.0), counts)
-    return torch.zeros_like(scores).scatter_(1, order, scores)
+def _sketch(view: CacheView, generator: torch.Generator) -> Tensor:
+    """The next layer's random projection, float32 [H, head_dim, 48]."""
+    drawn = torch.randn(view.num_heads, view.pages.head_dim, _SKETCH, generator=generator)
+    return view.ranks.own(upload(drawn / math.sqrt(_SKETCH), view.lengths.device), 0)
+
+
+def _attention(view: CacheView, position: Tensor, judged: Tensor) -> Tensor:
+    """What blocks pay their tokens, times ||v||, mean over 3 neighbours: float32 [L, H, n]."""
+    assert view.observations is not None
+    blocks = view.observations.blocks
+    sums = torch.stack([blocks[layer].all_sums() for layer in range(view.num_layers)])
+    sums = F.pad(sums, (0, max(0, 1 - sums.shape[2])))  # no token lies behind those that are skipped
+    place = (position - BLOCK_SKIP).clamp_(0, sums.shape[2] - 1).long()
+    paid = sums.gather(2, place).mul_(view.gather(view.pages.v_sq, 0.0).sqrt_())
+    return F.avg_pool1d(paid.masked_fill_(~judged, 0.0), 3, stride=1, padding=1)
 
 
 def _normalised(scores: Tensor, judged: Tensor) -> Tensor:
-    """Scores less the mean of those judged, in units of their standard deviation; 0 if there are no two."""
-    values = scores[judged]
-    if len(values) < 2:
-        return torch.zeros_like(scores)
-    return (scores - values.mean()) / values.std().clamp_min(1e-6)
+    """Scores [L, H, n] less the mean of those judged of the layer, in units of their standard deviation."""
+    counts = judged.sum((1, 2), keepdim=True)
+    apart = scores - (scores * judged).sum((1, 2), keepdim=True) / counts.clamp_min(1)
+    variance = (apart.square() * judged).sum((1, 2), keepdim=True) / (counts - 1).clamp_min(1)
+    return apart / variance.sqrt().clamp_min(1e-6)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 _EPSILON = 1e-4
 """Added to the attention before it is weighted, so that what nobody looks at is told apart by its value."""
 
+_TOKENS = 512
+"""Tokens whose values are projected by all heads of their group at once."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CriticalKV(SnapKV):
@@ -54,12 +57,13 @@ class CriticalKV(SnapKV):
 
 
 def projected_norms(view: CacheView, order: Literal[1, 2]) -> Tensor:
-    """||v W_o|| of every stored token, mean over the query heads of its group.
+    """||v W_o|| of every stored token over the query heads of its group.
 
     Args:
         view: The sequence.
-        order: Of the norm: 1 as published, which has to make every projection; 2 is v^T (W_o W_o^T) v, a form
-            of the value itself.
+        order: Of the norm. 1 as published, the mean of the group, which has to make every projection. 2 is
+            the root of the group's mean square, sqrt(v^T G v) with G the mean of W_o W_o^T: a form of the
+            value itself.
 
     Returns:
         float32 [L, H, n].
@@ -69,14 +73,14 @@ def projected_norms(view: CacheView, order: Literal[1, 2]) -> Tensor:
     layers = []
     for layer in range(view.num_layers):
         values = view.values(layer)
-        weights = view.output_projection(layer) if order == 1 else view.output_gram(layer)
-        members = weights.float().view(len(values), -1, *weights.shape[1:]).unbind(1)
-        norms = torch.zeros(values.shape[:2], device=values.device)
-        for weight in members:
-            moved = values @ weight
-            if order == 1:
-                norms += moved.abs_().sum(-1)
-            else:
-                norms += moved.mul_(values).sum(-1).clamp_min_(0.0).sqrt_()
-        layers.append(norms / len(members))
+        if order == 2:
+            gram = view.output_gram(layer)
+            form = gram.view(len(values), -1, *gram.shape[1:]).mean(1)
+            layers.append((values @ form).mul_(values).sum(-1).clamp_min_(0.0).sqrt_())
+        else:
+            weights = view.output_projection(layer).float()
+            weights = weights.view(len(values), -1, *weights.shape[1:])
+            side_by_side = weights.transpose(1, 2).flatten(2)
+            moved = (part @ side_by_side for part in torch.split(values, _TOKENS, 1))
+            layers.append(torch.cat([x.abs_().sum(-1) for x in moved], 1) / weights.shape[1])
     return torch.stack(layers)

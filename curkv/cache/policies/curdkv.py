@@ -105,11 +105,10 @@ def exact_leverage(view: CacheView, combine: str) -> Tensor:
     Returns:
         float32 [L, H, n_max], -inf past a head's length.
     """
-    layers = []
+    layers, stored = [], view.stored
     for layer in range(view.num_layers):
-        length = view.lengths[layer]
         key, value = (
-            leverage(read(layer), length) if combine != skipped else None
+            leverage(read(layer), stored[layer]) if combine != skipped else None
             for read, skipped in ((view.keys, "value"), (view.values, "key"))
         )
         if key is None or value is None:
@@ -118,21 +117,21 @@ def exact_leverage(view: CacheView, combine: str) -> Tensor:
             layers.append(key * value if combine == "product" else (key + value) / 2)
     scores = torch.stack([layer for layer in layers if layer is not None])
     scores /= scores.sum(-1, keepdim=True).clamp_min(1e-30)
-    return scores.masked_fill_(~view.stored, -torch.inf)
+    return scores.masked_fill_(~stored, -torch.inf)
 
 
-def leverage(x: Tensor, lengths: Tensor) -> Tensor:
+def leverage(x: Tensor, judged: Tensor) -> Tensor:
     """Diagonal of X (X^T X)^-1 X^T of the centred rows X, by a Cholesky factor of X^T X [head_dim, head_dim].
 
     Args:
-        x: float32 [H, n, head_dim], 0 past a head's length.
-        lengths: int32 [H].
+        x: float32 [H, n, head_dim], finite.
+        judged: bool [H, n], the rows.
 
     Returns:
-        float32 [H, n], 0 past a head's length; a head's sum to the rank of X.
+        float32 [H, n], 0 for those that are no rows; a head's sum to the rank of X.
     """
-    past = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
-    x = blank(x - x.sum(1, keepdim=True) / lengths.clamp_min(1)[:, None, None], past)
+    rows = judged.float()[:, None]
+    x = blank(x - rows @ x / rows.sum(-1, keepdim=True).clamp_min(1), ~judged)
     gram = x.transpose(1, 2) @ x
     # Fewer tokens than channels leave the Gram matrix singular.
     ridge = 1e-6 * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
@@ -148,7 +147,8 @@ def whitening(gram: Tensor) -> Tensor:
     """
     factor, failed = torch.linalg.cholesky_ex(gram)
     eye = torch.eye(gram.shape[-1], device=gram.device)
-    firmer = gram + 1e-4 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * eye
-    factor = torch.where((failed > 0)[..., None, None], torch.linalg.cholesky_ex(firmer)[0], factor)
+    if gram.is_cuda or failed.any():  # to ask a GPU is to wait for it
+        firmer = gram + 1e-4 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * eye
+        factor = torch.where((failed > 0)[..., None, None], torch.linalg.cholesky_ex(firmer)[0], factor)
     upper: Tensor = torch.linalg.solve_triangular(factor, eye, upper=False).mT
     return upper
