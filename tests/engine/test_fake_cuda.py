@@ -60,12 +60,6 @@ MORE_OF_POLICY: dict[str, Waits] = {
 }
 """What policies wait for besides, once."""
 
-MORE_OF_LAYER: dict[str, Waits] = {
-    "compactor": {"cache.policies.compactor._normalised": 2},
-    "adacompactor": {"cache.policies.compactor._normalised": 2},
-}
-"""What policies wait for besides, in every layer."""
-
 HALF = {"policy": "snapkv", "budget": "50%"}
 
 
@@ -138,8 +132,7 @@ def waits(*several: Waits) -> Counter[str]:
 def test_a_policy_evicts_and_waits_three_times(cuda: FakeCuda, policy: str, layers: int) -> None:
     engine = make_engine(cuda, layers=layers)
     assert run(engine, ask({"policy": policy, "budget": "50%"})) == 1
-    more = [MORE_OF_POLICY.get(policy, {}), *[MORE_OF_LAYER.get(policy, {})] * layers]
-    assert cuda.waits == waits(EVICTION, *[TOKEN] * 3, *more)
+    assert cuda.waits == waits(EVICTION, *[TOKEN] * 3, MORE_OF_POLICY.get(policy, {}))
     assert cuda.launches
 
 
