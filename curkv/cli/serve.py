@@ -33,6 +33,9 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGINT):  # until the server is there to handle them
         signal.signal(number, lambda *_: sys.exit(Exit.DONE))
     settings = _load(config, given)
+    from curkv.server.process import pause_collector
+
+    pause_collector()
     from curkv.server.run import serve
 
     try:

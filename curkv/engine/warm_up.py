@@ -19,7 +19,7 @@ from curkv.kernels import compile_cache
 logger = logging.getLogger(__name__)
 
 _HALF = {"budget": "50%"}
-_FEW = 12
+_FEW = 4
 """Tokens of a prompt for kernels of Numba, the same for all lengths: a large model takes its time."""
 _WINDOWS = (2, 4, 8, 32, 64)
 """Of windowed leverage, beside the usual 16: Triton has a variant for each power of two."""

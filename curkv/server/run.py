@@ -135,6 +135,7 @@ def build_client(settings: Settings) -> EngineClient:
         MemoryError: the KV cache is larger than the memory.
     """
     compile_cache.check()
+    keep_freed_memory()
     try:
         engine = _build_engine(settings)
     except (EOFError, pickle.UnpicklingError):
@@ -143,12 +144,13 @@ def build_client(settings: Settings) -> EngineClient:
         engine = _build_engine(settings)
     from curkv.engine.client import EngineClient
 
-    engine.structures.warm_up()
     spare_collector()
     trim_heap()
-    keep_freed_memory()
     unmap_code()
-    return EngineClient.start(engine)
+    client = EngineClient.start(engine)
+    # not a daemon, which would be torn out of llguidance's code where a server ends at once
+    threading.Thread(target=engine.structures.warm_up, name="structures").start()
+    return client
 
 
 def _build_engine(settings: Settings) -> Engine:

@@ -1,6 +1,9 @@
 """The packed CPU linear layers give what torch gives."""
 
+import random
+
 import numba
+import numpy as np
 import pytest
 import torch
 from llvmlite import binding
@@ -12,6 +15,7 @@ from curkv.kernels.cpu.quads import NIBBLES, NIBBLES_BY_ANY, NIBBLES_BY_AVX2, OW
 from curkv.kernels.cpu.tiles import panel_tile
 from curkv.kernels.linear import cpu, formats, reference
 from curkv.kernels.linear.spec import Packed
+from curkv.kernels.linear.stored import Bytes, StoredRows, Stretch
 from curkv.kernels.rms_norm.cpu import rms_norm
 from curkv.kernels.silu_mul.cpu import silu_mul
 
@@ -115,6 +119,41 @@ def test_groups_that_lack_values_of_their_grid_are_not_changed_by_int4() -> None
     assert ((rounded - weight).view(24, 8, 32).abs() < 0.02 * steps).all()
     assert formats.on_int4_grid(weight)
     assert not formats.on_int4_grid(weight + 0.05 * torch.randn_like(weight))
+
+
+def stored(weight: Tensor, *sizes: int, grids: bool = False) -> StoredRows:
+    """A weight as if it lay in a file: stretches of so many rows, of float32."""
+
+    def decode(rows: Bytes) -> Tensor:
+        return torch.from_numpy(rows.view(np.float32).copy())
+
+    known = (lambda rows: formats.quantise_int4(decode(rows))) if grids else None
+    parts = weight.contiguous().view(torch.uint8).split(sizes)
+    return StoredRows([Stretch(part.numpy(), decode, known) for part in parts], weight.shape[1])
+
+
+def test_rows_of_a_stored_weight_are_those_of_its_values() -> None:
+    weight, rng = torch.randn(23, 8), random.Random(0)
+    whole = torch.cat([stored(weight[:12], 5, 7), stored(weight[12:], 1, 10)])
+    assert isinstance(whole, StoredRows) and whole.shape == weight.shape
+    for _ in range(300):
+        rows = slice(rng.randrange(24), rng.randrange(30), rng.randint(1, 7))
+        assert isinstance(whole[rows], StoredRows)
+        assert torch.equal(whole[rows].clone(), weight[rows])
+    assert torch.equal(whole * 2, weight * 2) and torch.equal(whole.T @ whole, weight.T @ weight)
+    assert torch.equal(torch.cat([whole, weight]), torch.cat([weight, weight]))
+
+
+@pytest.mark.parametrize("rows", [16, 37])
+@pytest.mark.parametrize("form", [formats.INT8, formats.INT4, formats.FLOAT32])
+def test_a_stored_weight_is_packed_as_its_values_are(form: formats.WeightFormat, rows: int) -> None:
+    weight = torch.randn(rows, 64)
+    expected = cpu.pack_linear(weight, None, form).packed
+    for grids in (False, True):
+        packed = cpu.pack_linear(stored(weight, 9, rows - 9, grids=grids), None, form).packed
+        assert torch.equal(packed.panels[: rows // 16], expected.panels[: rows // 16])
+        x = torch.randn(3, 64)
+        assert torch.equal(cpu.pack_linear(packed, None, form)(x), cpu.pack_linear(expected, None, form)(x))
 
 
 def test_weights_are_stored_as_they_were_published() -> None:

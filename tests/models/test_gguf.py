@@ -16,10 +16,11 @@ from transformers import (
     Qwen3Config,
 )
 
+from curkv.kernels.dispatch import get_kernels
 from curkv.models.errors import ModelError, ModelNotFound, UnsupportedModel
 from curkv.models.families.gguf_names import TENSOR_NAMES
 from curkv.models.loading import gguf_blocks, load_config, resolve_model
-from curkv.models.loading.checkpoint import tensor_files
+from curkv.models.loading.checkpoint import Checkpoint, tensor_files
 from curkv.models.loading.gguf import describe_gguf
 from curkv.models.loading.gguf_file import GGUFFile
 from curkv.models.rope_scaling import YarnScaling
@@ -179,6 +180,31 @@ def test_quantised_weights_have_the_values_of_the_gguf_package(name: str, tmp_pa
     assert (tensor.shape, tensor.kind) == ((9, 512), kind)
     expected = gguf.dequantize(blocks, kind).astype(np.float32)
     assert np.array_equal(tensor.read(), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", gguf_blocks.FOUR_BITS)
+def test_blocks_of_4_bits_are_taken_over_as_they_are(kind: gguf.GGMLQuantizationType) -> None:
+    blocks = random_blocks(kind, 9, 512)
+    integers, steps, lows = gguf_blocks.grids_of(blocks, kind)
+    expected = gguf.dequantize(blocks, kind).reshape(9, -1, 32)
+    found = integers.reshape(expected.shape) * steps.astype(np.float32)[..., None] + lows[..., None]
+    off, sides = abs(found - expected), abs(15 * steps.astype(np.float32)) + abs(lows.astype(np.float32))
+    assert (off <= sides[..., None] / 1024).all()  # float16 has 11 bits
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_blocks_that_are_not_finite_are_named_when_they_are_packed(broken: float, tmp_path: Path) -> None:
+    model = random_model(MODELS["llama"])
+    path = tmp_path / "model.gguf"
+    write_gguf(path, "llama", model)
+    tensor = GGUFFile(path).tensors["blk.1.ffn_up.weight"]
+    with path.open("r+b") as file:
+        file.seek(tensor.offset + 4)
+        file.write(np.float32(broken).tobytes())
+    describe_gguf(path, tmp_path)
+    weights = Checkpoint(tmp_path, load_config(tmp_path), unread=True)
+    with pytest.raises(ModelError, match=r"blk\.1\.ffn_up\.weight holds NaN or infinity"):
+        get_kernels("cpu").pack_linear(weights.layer(1).mlp.gate_up)
 
 
 def test_large_tensors_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from curkv.kernels.linear.stored import Grids, StoredRows
+
 GROUP = 32
 """Columns of an int4 weight that have a step and a lowest value in common."""
 MOST_STEPS = 12
@@ -103,7 +105,7 @@ def _in_steps(weight: Tensor, largest: float) -> tuple[Tensor, Tensor]:
     return weight / torch.where(scales > 0, scales, 1)[:, None], scales
 
 
-def quantise_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantise_int4(weight: Tensor) -> Grids:
     """Rounds each group of 32 columns of a row to 16 evenly spaced values.
 
     The grid with the least squared error is taken, of some that reach from the lowest value to the highest
@@ -112,30 +114,26 @@ def quantise_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Args:
         weight: [N, K].
-
-    Returns:
-        integers: uint8 [N, K up to a multiple of 32], 0 to 15.
-        steps: float16 [N, groups].
-        lows: float16 [N, groups]; a group is about its integers times its step plus its lowest value.
     """
-    groups = pad(weight.float(), (0, -weight.shape[1] % GROUP)).view(len(weight), -1, GROUP)
+    if isinstance(weight, StoredRows) and (known := weight.grids()) is not None:
+        return known
+    groups = pad(weight.float(), (0, -weight.shape[1] % GROUP)).view(-1, GROUP)
     low, high = groups.amin(-1), groups.amax(-1)
     trials = [(low, (high - low) / (15 - fewer)) for fewer in range(MOST_STEPS)]
     trials += [(share * low, (share * high - share * low) / 15) for share in SHRINK[1:]]
-    best = _round_groups(groups, *trials[0])
+    integers, steps, lows, errors = best = _round_groups(groups, *trials[0])
     for trial in trials[1:]:
-        other = _round_groups(groups, *trial)
-        better = (other[3] < best[3]) & (best[3] > NEGLIGIBLE * best[1].float().square())
-        best = tuple(
-            torch.where(better[..., None] if a.dim() > 2 else better, a, b)
-            for a, b in zip(other, best, strict=True)
-        )
-    integers, steps, lows, _error = best
-    return integers.flatten(1), steps, lows
+        left = (errors > NEGLIGIBLE * steps.float().square()).nonzero()[:, 0]
+        other = _round_groups(groups[left], *(side[left] for side in trial))
+        better = other[3] < errors[left]
+        for kept, new in zip(best, other, strict=True):
+            kept[left[better]] = new[better]
+    shape = len(weight), -(-weight.shape[1] // GROUP)
+    return Grids(integers.view(shape[0], -1), steps.view(shape), lows.view(shape))
 
 
 def _round_groups(groups: Tensor, low: Tensor, step: Tensor) -> tuple[Tensor, ...]:
-    """Integers, steps and lowest values of groups [N, G, 32] on given grids, and the squared errors."""
+    """Integers, steps and lowest values of groups [G, 32] on given grids, and the squared errors."""
     lows, steps = low.half(), step.half()
     offset, size = lows.float()[..., None], steps.float()[..., None]
     inverse = 1 / torch.where(size > 0, size, 1)

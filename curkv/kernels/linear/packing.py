@@ -24,6 +24,7 @@ from curkv.kernels.cpu.quads import NIBBLE_BLOCK_BYTES, QUAD_BLOCK
 from curkv.kernels.cpu.tiles import PANEL
 from curkv.kernels.cpu.workers import compile_worker, launch, read_arguments
 from curkv.kernels.linear.formats import MOST_STEPS, NEGLIGIBLE, SHRINK
+from curkv.kernels.linear.stored import StoredRows, values
 
 BYTE, _UINT16 = np.empty(0, np.uint8), np.empty(0, np.uint16)
 _SIDES = QUAD_BLOCK // 2 * PANEL
@@ -49,7 +50,7 @@ def pack_bytes(weight: Tensor, together: int, depth: int, zero: int, unit: int) 
     Returns:
         uint8 [panels, depth / together, 16, together], and float32 [panels * 16], the rows' scales.
     """
-    weight = weight.float().contiguous()
+    weight = values(weight).float().contiguous()
     rows, columns = weight.shape
     panels = -(-rows // PANEL)
     packed = torch.full((panels, depth // together, PANEL, together), zero, dtype=torch.uint8)
@@ -68,7 +69,9 @@ def pack_nibbles(weight: Tensor) -> Tensor:
     Returns:
         uint8 [panels, groups, `NIBBLE_BLOCK_BYTES`], see `quad_tile`.
     """
-    weight = weight.float().contiguous()
+    if isinstance(weight, StoredRows) and (grids := weight.grids()) is not None:
+        return _laid_out(*(side.numpy() for side in grids))
+    weight = values(weight).float().contiguous()
     rows, columns = weight.shape
     panels, groups = -(-rows // PANEL), -(-columns // QUAD_BLOCK)
     packed = torch.zeros((panels, groups, NIBBLE_BLOCK_BYTES), dtype=torch.uint8)
@@ -76,6 +79,23 @@ def pack_nibbles(weight: Tensor) -> Tensor:
     places = address(weight, torch.float32), packed.data_ptr(), scratch.data_ptr()
     launch(_nibbles_worker(), panels, *places, rows, columns, groups)
     return packed
+
+
+def _laid_out(integers: Any, steps: Any, lows: Any) -> Tensor:
+    """Blocks of what has been rounded, see `Grids`; what `write_nibbles` writes."""
+    rows, groups = steps.shape
+    missing = (0, -rows % PANEL), (0, 0)
+    integers, steps, lows = (
+        np.pad(side, missing) if rows % PANEL else side for side in (integers, steps, lows)
+    )
+    packed = np.empty((len(integers) // PANEL, groups, NIBBLE_BLOCK_BYTES), np.uint8)
+    fours = integers.view(np.uint32).reshape(-1, PANEL, groups, QUAD_BLOCK // 8, 2)
+    words = packed[..., :_SIDES].view(np.uint32).reshape(-1, groups, QUAD_BLOCK // 8, PANEL)
+    words[:] = (fours[..., 0] | fours[..., 1] << 4).transpose(0, 2, 3, 1)
+    sides = packed[..., _SIDES:].view(np.float16).reshape(-1, groups, 2, PANEL)
+    for place, side in enumerate((steps, lows)):
+        sides[:, :, place] = side.reshape(-1, PANEL, groups).swapaxes(1, 2)
+    return torch.from_numpy(packed)
 
 
 @functools.cache

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from curkv.kernels.linear.formats import FLOAT32, WeightFormat
 
+PANEL_ROWS = 16
+"""Rows of a panel of a packed weight."""
+
 
 class Packed(NamedTuple):
     """A weight [N, K] as it lies in memory.
@@ -16,8 +19,8 @@ class Packed(NamedTuple):
         rows: N.
         depth: K filled up: columns of x that are multiplied with.
         columns: K.
-        panels: [panels, ...], of 16 rows each.
-        scales: float32 [panels * 16] of rows of bytes.
+        panels: [panels, ...], of `PANEL_ROWS` each.
+        scales: float32 [panels * `PANEL_ROWS`] of rows of bytes.
     """
 
     rows: int

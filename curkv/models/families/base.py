@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -315,10 +314,11 @@ class Family(ABC):
         """
         return {}
 
-    def values_of_gguf(
-        self, name: str, values: npt.NDArray[np.float32], config: ModelConfig
-    ) -> npt.NDArray[np.float32]:
-        """Returns the values in safetensors of a tensor with this name there, from those in a GGUF file."""
+    def values_of_gguf(self, name: str, values: npt.NDArray[Any], config: ModelConfig) -> npt.NDArray[Any]:
+        """Returns the values in safetensors of a tensor with this name there, from those in a GGUF file.
+
+        Of a matrix it may be given the bytes of the rows: it puts these into another order and no more.
+        """
         heads = {"self_attn.q_proj": config.num_heads, "self_attn.k_proj": config.num_kv_heads}
         count = next((count for part, count in heads.items() if part in name), None)
         if not self.gguf_interleaved or count is None:

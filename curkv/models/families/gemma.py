@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
@@ -58,9 +57,7 @@ class Gemma(Family):
         """See `Family.norm`."""
         return super().norm(read, name, size) + 1
 
-    def values_of_gguf(
-        self, name: str, values: npt.NDArray[np.float32], config: ModelConfig
-    ) -> npt.NDArray[np.float32]:
+    def values_of_gguf(self, name: str, values: npt.NDArray[Any], config: ModelConfig) -> npt.NDArray[Any]:
         """See `Family.values_of_gguf`; norms have the one added there."""
         return values - 1 if "norm" in name else values
 

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from curkv.kernels.linear.stored import StoredRows
 from curkv.models.blocks import LayerWeights
 from curkv.models.config import SUPPORTED_QUANTISATIONS, ModelConfig
 from curkv.models.errors import ModelError, ModelNotFound
@@ -77,6 +78,10 @@ class SafetensorsFiles:
         tensor: Tensor = _open(self._path_of[name]).get_tensor(name)
         return tensor
 
+    def unread(self, name: str) -> Tensor:
+        """See `TensorFiles.unread`: a view of the file."""
+        return self.read(name)
+
     def headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """See `TensorFiles.headers`."""
         found = {}
@@ -108,11 +113,23 @@ class Checkpoint:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         ranks: Ranks = ALONE,
+        unread: bool = False,
     ):
+        """Checks what there is, and reads nothing.
+
+        Args:
+            directory: Of the model.
+            config: The model.
+            dtype: Of what is read.
+            device: Where that is to be.
+            ranks: The processes that share it.
+            unread: Weights may be `StoredRows`, for who packs them some rows at a time.
+        """
         self.config = config
         self.dtype = dtype
         self.device = device
         self.files = PieceFiles(tensor_files(directory), config)
+        self._take = self.files.unread if unread else self.files.read
         self._family = family_of(config)
         self._ranks, self._shard = ranks, shard_of(config, ranks)
         self._checked: set[str] = set()
@@ -155,12 +172,13 @@ class Checkpoint:
     def _read(self, name: str, *shape: int, parts: Sequence[int] = ()) -> Tensor:
         tensor = self._stored(name, *shape, parts=parts)
         if name not in self._checked:
-            self._check_finite(name, tensor)
+            if not isinstance(tensor, StoredRows):  # which are looked at when there are values
+                self._check_finite(name, tensor)
             self._checked.add(name)
         return tensor.to(self.device, self.dtype)
 
     def _stored(self, name: str, *shape: int, parts: Sequence[int] = ()) -> Tensor:
-        return shard(self.files.read(self._stored_as.get(name, name)), shape, parts, self._ranks)
+        return shard(self._take(self._stored_as.get(name, name)), shape, parts, self._ranks)
 
     def _place(self, name: str) -> tuple[Path, str]:
         return self.files.place(self._stored_as.get(name, name))

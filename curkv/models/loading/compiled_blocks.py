@@ -15,9 +15,13 @@ from curkv.kernels.cpu.jit import inlined, kernel
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.uint8]
+"""[blocks, groups of 32, 32], of which there are a step and a lowest value each: float32 [blocks, groups]."""
 
 _HALVES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 """Every float16, by its bits."""
+
+_LOW, _FOUR = np.uint8(15), np.uint8(4)
 
 
 @inlined
@@ -124,6 +128,46 @@ def _q6_k(blocks: Bytes, out: Floats) -> None:
                 values[32 * j + n] = scale * np.float32(number)
 
 
+@kernel
+def _q4_0_grids(blocks: Bytes, integers: Integers, steps: Floats, lows: Floats) -> None:
+    """See `_q4_0`."""
+    for i in range(len(blocks)):
+        steps[i, 0] = _half(blocks[i], 0)
+        lows[i, 0] = np.float32(-8) * steps[i, 0]
+        _halves(blocks[i, 2:], integers[i, 0])
+
+
+@kernel
+def _q4_1_grids(blocks: Bytes, integers: Integers, steps: Floats, lows: Floats) -> None:
+    """See `_q4_1`."""
+    for i in range(len(blocks)):
+        steps[i, 0], lows[i, 0] = _half(blocks[i], 0), _half(blocks[i], 2)
+        _halves(blocks[i, 4:], integers[i, 0])
+
+
+@inlined
+def _halves(nibbles: Any, integers: Any) -> None:
+    """The low halves of 16 bytes, and behind them the high ones."""
+    for j in range(16):
+        integers[j] = nibbles[j] & _LOW
+        integers[16 + j] = nibbles[j] >> _FOUR
+
+
+@kernel
+def _q4_k_grids(blocks: Bytes, integers: Integers, steps: Floats, lows: Floats) -> None:
+    """See `_q4_k`."""
+    for i in range(len(blocks)):
+        block = blocks[i]
+        step, low = _half(block, 0), _half(block, 2)
+        for j in range(8):
+            scale, least = _scale_and_low(block, j)
+            steps[i, j], lows[i, j] = step * np.float32(scale), -low * np.float32(least)
+        for j in range(4):
+            for n in range(32):
+                integers[i, 2 * j, n] = block[16 + 32 * j + n] & _LOW
+                integers[i, 2 * j + 1, n] = block[16 + 32 * j + n] >> _FOUR
+
+
 DECODERS = {
     GGMLQuantizationType.Q4_0: _q4_0,
     GGMLQuantizationType.Q4_1: _q4_1,
@@ -133,3 +177,10 @@ DECODERS = {
     GGMLQuantizationType.Q5_K: _q5_k,
     GGMLQuantizationType.Q6_K: _q6_k,
 }
+
+GRIDS = {
+    GGMLQuantizationType.Q4_0: _q4_0_grids,
+    GGMLQuantizationType.Q4_1: _q4_1_grids,
+    GGMLQuantizationType.Q4_K: _q4_k_grids,
+}
+"""Kinds of 4 bits: what their blocks are, without making values of them."""

@@ -13,19 +13,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from gguf import GGMLQuantizationType
 from torch import Tensor
 
+from curkv.kernels.linear.stored import Bytes, Grids, StoredRows, Stretch
 from curkv.models.config import ModelConfig
 from curkv.models.errors import ModelError, ModelNotFound, UnsupportedModel
 from curkv.models.families import family_of, family_of_gguf, read_config
 from curkv.models.families.gguf_names import FLOAT32_LIMIT, ROPE_TENSORS, ROW_TENSORS
+from curkv.models.loading.gguf_blocks import FOUR_BITS, Floats, dequantise, grids_of
 from curkv.models.loading.gguf_file import GGUFFile, GGUFTensor
 from curkv.models.loading.gguf_tokenizer import write_tokenizer
 from curkv.models.loading.json_file import read_json
 from curkv.models.loading.pieces import PieceFiles
-from curkv.models.loading.tensors import check_shapes
+from curkv.models.loading.tensors import check_shapes, not_finite
 
 TABLE = "gguf.json"
 """Names the tensors of the GGUF files in the directory: kind, shape, file and offset of each."""
@@ -158,6 +161,28 @@ class GGUFTensors:
         """Returns the values of a tensor, float32."""
         values = self._tensors[name].read()
         return torch.from_numpy(self._family.values_of_gguf(name, values, self._config))
+
+    def unread(self, name: str) -> Tensor:
+        """See `TensorFiles.unread`."""
+        tensor = self._tensors[name]
+        if len(tensor.shape) != 2:
+            return self.read(name)
+
+        def finite(made: Floats) -> Tensor:
+            if not np.isfinite(made.sum(dtype=np.float32)) and not np.isfinite(made).all():
+                raise not_finite(*self.place(name))
+            return torch.from_numpy(made)
+
+        def decode(rows: Bytes) -> Tensor:
+            return finite(dequantise(rows, tensor.kind, (len(rows), tensor.shape[1])))
+
+        def grids(rows: Bytes) -> Grids:
+            integers, *sides = grids_of(rows, tensor.kind)
+            return Grids(torch.from_numpy(integers), *map(finite, sides))
+
+        stored = self._family.values_of_gguf(name, tensor.blocks(), self._config)
+        stretch = Stretch(stored, decode, grids if tensor.kind in FOUR_BITS else None)
+        return StoredRows([stretch], tensor.shape[1])
 
     def headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Returns the shape of each tensor, and the type in which what is made of it is written."""

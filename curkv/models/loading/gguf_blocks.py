@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,6 +18,9 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from curkv.kernels.cpu.cores import usable_cores
+from curkv.kernels.linear.formats import GROUP
+from curkv.kernels.linear.stored import Bytes
 from curkv.models.errors import UnsupportedModel
 
 STRETCH = 1 << 16
@@ -26,7 +28,9 @@ STRETCH = 1 << 16
 PART = 1 << 20
 """Values that a thread takes."""
 
-Bytes = npt.NDArray[np.uint8]
+FOUR_BITS = (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q4_K)
+"""Kinds whose values are 16 in each group of 32."""
+
 Floats = npt.NDArray[np.float32]
 Decode = Callable[[Bytes, Floats], None]
 """Writes the values of blocks, uint8 [blocks, size], to float32 [blocks, values]."""
@@ -55,13 +59,27 @@ def dequantise(blocks: Bytes, kind: GGMLQuantizationType, shape: tuple[int, ...]
     if len(starts) <= 1:
         part(0)
     else:
-        with ThreadPoolExecutor(_threads()) as pool:
+        with ThreadPoolExecutor(usable_cores()) as pool:
             list(pool.map(part, starts))
     return out.reshape(shape)
 
 
-def _threads() -> int:
-    return len(os.sched_getaffinity(0))
+def grids_of(rows: Bytes, kind: GGMLQuantizationType) -> tuple[npt.NDArray[Any], ...]:
+    """Returns what rows of a matrix have been rounded to, see `kernels.linear.stored.Grids`.
+
+    Args:
+        rows: uint8 [N, bytes of a row].
+        kind: One of `FOUR_BITS`.
+    """
+    from curkv.models.loading import compiled_blocks
+
+    values, size = GGML_QUANT_SIZES[kind]
+    blocks = rows.reshape(-1, size)
+    integers = np.empty((len(blocks), values // GROUP, GROUP), np.uint8)
+    steps, lows = np.empty((2, len(blocks), values // GROUP), np.float32)
+    compiled_blocks.GRIDS[kind](blocks, integers, steps, lows)
+    found = integers, steps.astype(np.float16), lows.astype(np.float16)
+    return tuple(side.reshape(len(rows), -1) for side in found)
 
 
 @functools.cache

@@ -66,8 +66,13 @@ class GGUFTensor:
 
     def read(self) -> npt.NDArray[np.float32]:
         """Returns its values. The mapping is gone when it returns, and does not count as memory any more."""
-        blocks = np.memmap(self.path, np.uint8, "r", self.offset, (self.nbytes,))
-        return dequantise(blocks, self.kind, self.shape)
+        return dequantise(self.blocks(), self.kind, self.shape)
+
+    def blocks(self) -> npt.NDArray[np.uint8]:
+        """Returns its bytes by row, uint8 [..., bytes of a row], mapped."""
+        block, size = GGML_QUANT_SIZES[self.kind]
+        shape = *self.shape[:-1], self.shape[-1] // block * size
+        return np.memmap(self.path, np.uint8, "r", self.offset, shape)
 
 
 class GGUFFile:

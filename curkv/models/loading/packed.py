@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -21,9 +22,10 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from curkv.kernels.cpu.cores import usable_cores
 from curkv.kernels.dispatch import Kernels
 from curkv.kernels.linear.formats import WEIGHT_FORMATS, WeightFormat
-from curkv.kernels.linear.spec import Linear, Packed
+from curkv.kernels.linear.spec import PANEL_ROWS, Linear, Packed
 from curkv.models.blocks import LayerWeights, Packer
 from curkv.models.config import ModelConfig
 from curkv.models.decoder import Decoder, blocks
@@ -36,13 +38,15 @@ from curkv.ranks import ALONE, Ranks
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 """Of the files, and of what is packed: raise it when either changes, so that old ones are not used."""
 MOST_BYTES = 32 << 30
 """Of all that is kept: when more is there, what has not been used for longest is dropped."""
 WEIGHTS, INDEX = "weights.bin", "index.json"
 ALIGNMENT = 64
 """Bytes; a cache line and a register."""
+VALUES = 1 << 20
+"""Of a weight that are packed at a time: as float32 they stay in a second-level cache."""
 
 
 def load_decoder(
@@ -85,9 +89,9 @@ def keep(directory: Path, config: ModelConfig, kernels: Kernels, form: WeightFor
     def build(new: Path) -> None:
         logger.info("rounding the weights, once: later starts read them as they are")
         with (new / WEIGHTS).open("wb") as file:
-            pack = KeepingPacker(file, kernels, form)
-            for _ in blocks(config, Checkpoint(directory, config), pack):
-                pass  # a block is gone when the next one is made
+            with KeepingPacker(file, kernels, form) as pack:
+                for _ in blocks(config, Checkpoint(directory, config, unread=True), pack):
+                    pass  # a block is gone when the next one is made
             file.write(bytes(-file.tell() % ALIGNMENT))
         index = {"sum": _sum(_mapped(new)), "records": [asdict(record) for record in pack.records]}
         (new / INDEX).write_text(json.dumps(index))
@@ -145,6 +149,10 @@ def _key(directory: Path, config: ModelConfig, form: WeightFormat) -> str:
     return fingerprint(directory, VERSION, config, form.name, layouts, times)[:16]
 
 
+Entry = tuple[str, Sequence[int], int]
+"""Type, shape and place of an array in the file."""
+
+
 @dataclass(frozen=True)
 class Record:
     """A weight or a tensor in the file.
@@ -152,44 +160,77 @@ class Record:
     Attributes:
         form: Name of the format of a linear layer's weight; None: it is kept as it is.
         shape: Rows, depth and columns of a packed weight, see `Packed`.
-        arrays: Type, shape and place of each array: panels, scales and bias; None: there is none.
+        arrays: Panels, scales and bias; None: there is none.
     """
 
     form: str | None
     shape: Sequence[int]
-    arrays: Sequence[tuple[str, Sequence[int], int] | None]
+    arrays: Sequence[Entry | None]
 
 
 class KeepingPacker(Packer):
-    """Writes what it packs to a file."""
+    """Writes what it packs to a file, some rows at a time, of which each core has its own in its cache."""
 
     def __init__(self, file: IO[bytes], kernels: Kernels, form: WeightFormat):
         super().__init__(kernels, form)
         self._file = file
+        self._threads = ThreadPoolExecutor(usable_cores())
         self.records: list[Record] = []
 
+    def __enter__(self) -> KeepingPacker:
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends its threads."""
+        self._threads.shutdown(cancel_futures=True)
+
     def linear(self, kind: str, weight: Tensor, bias: Tensor | None = None, exact: bool = False) -> Linear:
-        """See `Packer.linear`."""
+        """See `Packer.linear`; the layer has the last of the rows, since nothing is to run."""
         form = self.form_of(kind, weight, exact)
-        linear = self.kernels.pack_linear(weight, bias, form)
-        packed = linear.packed
-        assert packed is not None
-        arrays = [self._written(array) for array in (packed.panels, packed.scales, bias)]
-        self.records.append(Record(form.name, (packed.rows, packed.depth, packed.columns), arrays))
-        return linear
+        count = max(1, VALUES // weight.shape[1] // PANEL_ROWS) * PANEL_ROWS
+
+        def packed(start: int) -> Packed:
+            found = self.kernels.pack_linear(weight[start : start + count], None, form).packed
+            assert found is not None
+            return found
+
+        place, panels, scales = self._aligned(), 0, []
+        for part in self._threads.map(packed, range(0, len(weight), count)):
+            self._file.write(_bytes(part.panels))
+            panels += len(part.panels)
+            if part.scales is not None:
+                scales.append(part.scales)
+        arrays: list[Entry | None] = [_entry(part.panels, (panels, *part.panels.shape[1:]), place)]
+        arrays += [self._written(array) for array in (torch.cat(scales) if scales else None, bias)]
+        self.records.append(Record(form.name, (len(weight), part.depth, part.columns), arrays))
+        return self.kernels.pack_linear(part, None, form)
 
     def keep(self, kind: str, weight: Tensor) -> Tensor:
         """See `Packer.keep`."""
         self.records.append(Record(None, (), [self._written(weight)]))
         return weight
 
-    def _written(self, array: Tensor | None) -> tuple[str, Sequence[int], int] | None:
+    def _written(self, array: Tensor | None) -> Entry | None:
         if array is None:
             return None
+        place = self._aligned()
+        self._file.write(_bytes(array))
+        return _entry(array, array.shape, place)
+
+    def _aligned(self) -> int:
+        """Where the next array begins."""
         self._file.write(bytes(-self._file.tell() % ALIGNMENT))
-        place = self._file.tell()
-        self._file.write(array.contiguous().view(torch.uint8).numpy().data)
-        return str(array.dtype).removeprefix("torch."), tuple(array.shape), place
+        return self._file.tell()
+
+
+def _bytes(array: Tensor) -> memoryview:
+    found: memoryview = array.contiguous().view(torch.uint8).numpy().data
+    return found
+
+
+def _entry(array: Tensor, shape: Sequence[int], place: int) -> Entry:
+    return str(array.dtype).removeprefix("torch."), tuple(shape), place
 
 
 class KeptPacker(Packer):

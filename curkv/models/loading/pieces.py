@@ -43,6 +43,10 @@ class PieceFiles:
             return self._files.read(name)
         return piece.take(*map(self._files.read, piece.sources))
 
+    def unread(self, name: str) -> Tensor:
+        """See `TensorFiles.unread`."""
+        return self.read(name) if name in self._pieces else self._files.unread(name)
+
     def headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """See `TensorFiles.headers`; pieces say no dtype."""
         return self._headers | {name: (piece.shape, "") for name, piece in self._pieces.items()}

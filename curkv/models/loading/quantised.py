@@ -80,6 +80,10 @@ class QuantisedFiles:
             raise ModelError(f"{path}: what belongs to {there} does not fit together: {error}") from error
         return values.reshape(shape)
 
+    def unread(self, name: str) -> Tensor:
+        """See `TensorFiles.unread`."""
+        return self.read(name)
+
     def modules(self, main: str) -> list[str]:
         """Returns the modules that have a tensor of a name."""
         return [module(name) for name in self._headers if name.endswith(f".{main}")]

@@ -39,6 +39,9 @@ class TensorFiles(Protocol):
     def read(self, name: str) -> Tensor:
         """Reads a tensor, in the type that it is stored in if that is one of numbers."""
 
+    def unread(self, name: str) -> Tensor:
+        """Returns what `read` does, or `StoredRows`, of which values are made when they are needed."""
+
     def headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Returns the shape of each tensor, and its dtype in the words of safetensors, such as `BF16`."""
 
