@@ -23,6 +23,7 @@ _POLICIES = {
     "criticalkv": ("criticalkv", "CriticalKV"),
     "defensivekv": ("defensivekv", "DefensiveKV"),
     "layer-defensivekv": ("defensivekv", "LAYER_DEFENSIVEKV"),
+    "restkv": ("restkv", "RestKV"),
     "h2o": ("h2o", "H2O"),
     "tova": ("tova", "TOVA"),
     "r-kv": ("rkv", "RKV"),

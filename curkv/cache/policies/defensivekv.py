@@ -12,7 +12,6 @@ from curkv.cache.allocation import ALLOCATIONS, Allocation, Global
 from curkv.cache.policies.criticalkv import projected_norms
 from curkv.cache.policies.snapkv import SnapKV
 from curkv.cache.view import CacheView
-from curkv.kernels.paged_decode_attention.reference import softcapped, with_sinks
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels
@@ -45,33 +44,10 @@ class DefensiveKV(SnapKV):
         room = max(0, view.budget - self.observing)
         weights = _shares(projected_norms(view, self.preset.norm_order), view)
         layers = [
-            self._risks(paid, judged[layer], weights[layer], room)
-            for layer, paid in enumerate(self._paid(view))
+            self._risks(paid.flatten(1, 2), judged[layer], weights[layer], room)
+            for layer, paid in enumerate(self.paid(view))
         ]
         return torch.stack(layers).masked_fill_(~view.stored, -torch.inf).masked_fill_(window, torch.inf)
-
-    def _paid(self, view: CacheView) -> list[Tensor]:
-        """By layer, what each query of the window pays each token: float32 [H, w * group, n]."""
-        heads, position = view.lengths.shape[1], view.position
-        queries = self.queries(view)
-        queries = queries.view(view.num_layers, heads, *queries.shape[1:])
-        count = queries.shape[2]
-        newest = position.amax(-1, keepdim=True) - torch.arange(count - 1, -1, -1, device=position.device)
-        hidden = (position[..., None, :] > newest[..., None]) | ~view.stored[..., None, :]
-        # Adding a mask of numbers is three times as fast as filling in by one of bits.
-        mask = torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -torch.inf)
-        layers = []
-        for layer in range(view.num_layers):
-            keys = view.keys(layer)
-            asked = queries[layer].flatten(1, 2) * view.scale
-            logits = softcapped(asked @ keys.transpose(1, 2), view.softcap)
-            logits = logits.view(heads, count, -1, keys.shape[1])
-            logits += mask[layer][:, :, None]
-            if view.sinks:
-                logits = with_sinks(logits, view.sinks[layer].view(heads, 1, -1))
-            paid = logits.softmax(-1)[..., : keys.shape[1]].nan_to_num_(0.0)
-            layers.append(paid.flatten(1, 2))
-        return layers
 
     def _risks(self, paid: Tensor, judged: Tensor, weights: Tensor, room: int) -> Tensor:
         """Scores of one layer [H, n] from what is paid [H, q, n]; `room` tokens of a head may be sure."""
