@@ -16,6 +16,7 @@ from starlette.requests import Request as HTTPRequest
 
 from curkv.cache.explain import Explanation
 from curkv.cache.options import EvictionOptions
+from curkv.cache.plan import EvictionPlan
 from curkv.engine.types import InvalidRequest, Planned, Request, SamplingParams
 from curkv.server.explain.protocol import ExplainRequest, ExplainResponse, PolicyExplanation, Span
 from curkv.server.headers import EvictionControls, eviction_controls
@@ -85,20 +86,23 @@ def _plan(
         owner=place.key,
         tenant=state.keys.tenant(place.key),
     )
-    options = []
+    options, plans = [], []
     for index, fields in enumerate(body.policies or [body.kv]):
         name = f"policies.{index}" if body.policies else "kv"
         try:
             controls = eviction_controls(headers, fields, state.eviction)
-            options.append(_explainable(controls, client, request))
+            plans.append(_resolved(controls, client, request))
+            options.append(controls.options)
         except InvalidRequest as error:
             param = (error.param or "").replace("kv", name, 1) or None
             raise error.of(param) from error
-    return client.plan(replace(request, explain=tuple(options)))
+    planned = client.plan(request)
+    asked = replace(planned.request, explain=tuple(options))
+    return replace(planned, request=asked, explain_plans=tuple(plans))
 
 
-def _explainable(controls: EvictionControls, client: EngineClient, request: Request) -> EvictionOptions:
-    """The options, if what they do to the request's prompt can be said after the whole of it is computed."""
+def _resolved(controls: EvictionControls, client: EngineClient, request: Request) -> EvictionPlan:
+    """The options' plan, if what it does to the prompt can be said after the whole of it is computed."""
     options = controls.options
     if controls.session:
         raise controls.named(InvalidRequest("an explanation belongs to no session", "kv.session"))
@@ -109,10 +113,9 @@ def _explainable(controls: EvictionControls, client: EngineClient, request: Requ
         if getattr(options, field) != getattr(EvictionOptions(), field):
             raise controls.named(InvalidRequest(reason, f"kv.{field}"))
     try:
-        client.plan(replace(request, eviction=options))
+        return client.plan(replace(request, eviction=options)).eviction
     except InvalidRequest as error:
         raise controls.named(error) from error
-    return options
 
 
 async def explain(body: ExplainRequest, question: Question, state: ServerState) -> bytes:
