@@ -23,6 +23,7 @@ class Needs:
         queries: Queries of that many last tokens.
         column_sums: The attention each token received from all queries, in `pages.attention`.
         query_statistics: Mean and covariance of all queries before RoPE.
+        query_pairs: Mean of all queries before RoPE, and mean length of each pair of channels that it turns.
         block: Attention inside blocks of that many tokens, not causal; 0: none.
         repetition: The attention that tokens receive while the model repeats the text.
         chunk: Queries of the newest chunk, of two tokens or more, and their log-sum-exp.
@@ -31,6 +32,7 @@ class Needs:
     queries: int = 0
     column_sums: bool = False
     query_statistics: bool = False
+    query_pairs: bool = False
     block: int = 0
     repetition: bool = False
     chunk: bool = False
@@ -41,6 +43,7 @@ class Needs:
             max(self.queries, other.queries),
             self.column_sums or other.column_sums,
             self.query_statistics or other.query_statistics,
+            self.query_pairs or other.query_pairs,
             max(self.block, other.block),
             self.repetition or other.repetition,
             self.chunk or other.chunk,
@@ -49,7 +52,7 @@ class Needs:
     @property
     def all_queries(self) -> bool:
         """Whether every query counts, so that none may be left out."""
-        return self.column_sums or self.query_statistics or bool(self.block)
+        return self.column_sums or self.query_statistics or self.query_pairs or bool(self.block)
 
     @property
     def attention_scores(self) -> bool:
@@ -95,6 +98,36 @@ class QueryStatistics:
         """float32 [Hq, head_dim, head_dim]."""
         mean = self.total / max(1, self.count)
         return (self.outer / max(1, self.count) - mean[:, :, None] * mean[:, None]).float()
+
+
+@dataclass(frozen=True)
+class QueryPairs:
+    """Sums over a layer's queries before RoPE, in float64.
+
+    Attributes:
+        count: Tokens.
+        total: [Hq, head_dim], sum of the queries.
+        lengths: [Hq, head_dim / 2], sum of the lengths of their pairs: RoPE turns a channel of the first half
+            with the one half a head further.
+    """
+
+    count: int
+    total: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, q: Tensor) -> QueryPairs:
+        """Sums over float32 [T, Hq, head_dim]."""
+        first, second = q.chunk(2, -1)
+        return cls(len(q), q.sum(0).double(), torch.hypot(first, second).sum(0).double())
+
+    def __add__(self, other: QueryPairs) -> QueryPairs:
+        return QueryPairs(self.count + other.count, self.total + other.total, self.lengths + other.lengths)
+
+    @property
+    def means(self) -> tuple[Tensor, Tensor]:
+        """The mean query [Hq, head_dim] and the mean lengths [Hq, head_dim / 2], float64."""
+        return self.total / max(1, self.count), self.lengths / max(1, self.count)
 
 
 @dataclass(frozen=True)
@@ -152,6 +185,7 @@ class Observations:
         needs: What is gathered.
         queries: By layer: float32 [up to w, Hq, head_dim], the last queries after RoPE, oldest first.
         statistics: By layer: of all queries before RoPE.
+        pairs: By layer: of all queries before RoPE.
         blocks: By layer: attention inside blocks.
         chunk: By layer: the newest chunk's queries as attention took them, [T, Hq, head_dim], and the
             log-sum-exp of their scores, float32 [T, Hq].
@@ -161,23 +195,26 @@ class Observations:
         self.needs = needs
         self.queries: dict[int, Tensor] = {}
         self.statistics: dict[int, QueryStatistics] = {}
+        self.pairs: dict[int, QueryPairs] = {}
         self.blocks: dict[int, BlockAttention] = {}
         self.chunk: dict[int, tuple[Tensor, Tensor]] = {}
 
     def fork(self) -> Observations:
         """The same observations, to be continued apart."""
         fork = copy.copy(self)
-        fork.queries, fork.statistics, fork.blocks, fork.chunk = (
-            dict(self.queries), dict(self.statistics), dict(self.blocks), dict(self.chunk)
-        )  # fmt: skip
+        fork.queries, fork.blocks, fork.chunk = dict(self.queries), dict(self.blocks), dict(self.chunk)
+        fork.statistics, fork.pairs = dict(self.statistics), dict(self.pairs)
         return fork
 
     def see_unrotated(self, layer: int, q: Tensor, start: int) -> None:
         """Takes new queries before RoPE, float32 [T, Hq, head_dim], the first at position `start`."""
+        counted = q[max(0, STATISTICS_SKIP - start) :]
         if self.needs.query_statistics:
-            new = QueryStatistics.of(q[max(0, STATISTICS_SKIP - start) :])
-            old = self.statistics.get(layer)
+            new, old = QueryStatistics.of(counted), self.statistics.get(layer)
             self.statistics[layer] = new if old is None else old + new
+        if self.needs.query_pairs:
+            more, known = QueryPairs.of(counted), self.pairs.get(layer)
+            self.pairs[layer] = more if known is None else known + more
 
     def see_rotated(self, layer: int, q: Tensor, k: Tensor | None, start: int) -> None:
         """Takes new queries after RoPE, and keys [T, H, head_dim] if `needs.block`."""

@@ -27,6 +27,7 @@ _POLICIES = {
     "h2o": ("h2o", "H2O"),
     "tova": ("tova", "TOVA"),
     "r-kv": ("rkv", "RKV"),
+    "triattention": ("triattention", "TriAttention"),
     "dapq": ("dapq", "DapQ"),
     "expected-attention": ("expected_attention", "ExpectedAttention"),
     "capkv": ("capkv", "CapKV"),
