@@ -67,7 +67,7 @@ def _measure(
     [prompt] = token_spans(engine.info.tokenizer, 1, length, seed=0)
     by_needs: dict[Needs, list[str]] = {}
     for name, options in policies.items():
-        by_needs.setdefault(settle(options).policy.needs, []).append(name)
+        by_needs.setdefault(settle(options).needs, []).append(name)
     engine.kv.free(_prefill(engine, prompt, Needs())[0])
     cells, references = {}, []
     for needs, names in tqdm(by_needs.items(), desc=f"{length} tokens", leave=False):

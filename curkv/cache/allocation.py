@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from curkv.cache.declarations import SHARE, Configurable, Number, option
+from curkv.cache.observations import Needs
 from curkv.cache.upload import upload
 
 if TYPE_CHECKING:
     from curkv.cache.view import CacheView
     from curkv.kernels.dispatch import Kernels
+
+OBSERVED = 32
+"""Last queries that CAKE's budgets are made of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +34,15 @@ class Allocation(Configurable, ABC):
     name: ClassVar[str]
     ragged: ClassVar[bool] = True
     by_score: ClassVar[bool] = False
+
+    @property
+    def needs(self) -> Needs:
+        """What it reads besides scores."""
+        return Needs()
+
+    def seeing(self, view: CacheView) -> Allocation:
+        """The same, with what it has to know of a sequence besides scores; all processes ask."""
+        return self
 
     @abstractmethod
     def budgets(self, scores: Tensor, view: CacheView, protected: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -158,23 +171,67 @@ class Entropy(Allocation):
     )
 
     def budgets(self, scores: Tensor, view: CacheView, protected: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Budgets in proportion to entropies, none more than there is, their mean exactly the view's."""
-        heads = view.lengths.shape[1]
-        counts = torch.stack([protected.sum((1, 2)), view.lengths.sum(1)])
-        entropies = _entropies(scores, view.stored & ~protected)
-        weights, always, stored = torch.cat([entropies[None], counts]).cpu()
-        room, most = view.budget * heads * len(weights) - always.sum(), stored - always
-        shares, full = torch.zeros_like(weights), torch.zeros_like(weights, dtype=torch.bool)
-        while not full.all():
-            left = (room - most[full].sum()) / weights[~full].sum()
-            shares = torch.where(full, most, left * weights)
-            if not (over := ~full & (shares > most)).any():
-                break
-            full |= over
-        totals = _whole(shares) + always.long()
-        keep = totals[:, None] // heads + (torch.arange(heads) < totals[:, None] % heads)
-        keep = upload(keep.int(), view.lengths.device)
+        """Budgets in proportion to entropies."""
+        keep = _in_proportion(_entropies(scores, view.stored & ~protected), view, protected)
         return keep, (self.floor * keep).int()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cake(Allocation):
+    """Layers whose attention is spread wide and changes keep more (CAKE, https://arxiv.org/abs/2503.12491).
+
+    Beside the tokens that every layer keeps, a layer's budget is in proportion to H^(1/tau1) V^(1/tau2), H
+    being the entropy of what the last 32 queries pay the tokens before them, and V its variance over these
+    queries, both summed over heads. Heads of a layer keep as many. The published cascade, which cuts earlier
+    layers while later ones are computed, is left out.
+    """
+
+    name = "cake"
+    tau1: float = option(1.0, Number(0.01), "Inverse power of the entropy of attention in CAKE's budgets.")
+    tau2: float = option(1.0, Number(0.01), "Inverse power of the variance of attention over queries, there.")
+    preferences: Tensor | None = field(default=None, compare=False)
+
+    @property
+    def needs(self) -> Needs:
+        """The queries of the window."""
+        return Needs(queries=OBSERVED)
+
+    def seeing(self, view: CacheView) -> Allocation:
+        """The same, with each layer's preference, float64 [L]."""
+        before, found = view.stored & ~view.newest(OBSERVED), []
+        for layer, paid in enumerate(view.paid(OBSERVED)):
+            paid *= before[layer][:, None, None]
+            mean = paid.mean(1, keepdim=True)
+            variance = (paid - mean).square().sum() / max(1, paid.shape[1] - 1)
+            found.append(torch.stack([torch.special.entr(paid).sum(), variance]).double())
+        entropy, variance = view.ranks.sum(torch.stack(found)).clamp_min(1e-30).unbind(1)
+        return replace(self, preferences=entropy ** (1 / self.tau1) * variance ** (1 / self.tau2))
+
+    def budgets(self, scores: Tensor, view: CacheView, protected: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Budgets in proportion to preferences."""
+        assert self.preferences is not None
+        return _in_proportion(self.preferences, view, protected), None
+
+
+def _in_proportion(weights: Tensor, view: CacheView, protected: Tensor) -> Tensor:
+    """Budgets int32 [L, H] of layers by weight, beside what is protected; their mean is exactly the view's.
+
+    No layer gets more than there is. Heads of a layer get as many.
+    """
+    heads = view.lengths.shape[1]
+    counts = torch.stack([protected.sum((1, 2)), view.lengths.sum(1)])
+    weights, always, stored = torch.cat([weights[None], counts]).cpu()
+    room, most = view.budget * heads * len(weights) - always.sum(), stored - always
+    shares, full = torch.zeros_like(weights), torch.zeros_like(weights, dtype=torch.bool)
+    while not full.all():
+        left = (room - most[full].sum()) / weights[~full].sum()
+        shares = torch.where(full, most, left * weights)
+        if not (over := ~full & (shares > most)).any():
+            break
+        full |= over
+    totals = _whole(shares) + always.long()
+    keep = totals[:, None] // heads + (torch.arange(heads) < totals[:, None] % heads)
+    return upload(keep.int(), view.lengths.device)
 
 
 def _entropies(scores: Tensor, judged: Tensor) -> Tensor:
@@ -194,6 +251,6 @@ def _whole(shares: Tensor) -> Tensor:
 
 
 ALLOCATIONS: dict[str, Allocation] = {
-    kind.name: kind for kind in (Uniform(), Adaptive(), Global(), Pyramid(), Entropy())
+    kind.name: kind for kind in (Uniform(), Adaptive(), Global(), Pyramid(), Entropy(), Cake())
 }
 """Every allocation with its defaults, by the name that a request gives it."""

@@ -64,7 +64,7 @@ def select_scored(
     # What a policy wants in any case comes after what the request does.
     scores = scores.clamp_(max=torch.finfo(scores.dtype).max).masked_fill_(always, torch.inf)
     whole = view.whole(scores), view.of_all_heads, view.whole(always)
-    return plan.policy.allocation.select(*whole, kernels)
+    return plan.policy.allocation.seeing(view).select(*whole, kernels)
 
 
 def evict(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from curkv.cache.allocation import ALLOCATIONS
 from curkv.cache.budgets import Budget, parse_budget
 from curkv.cache.declarations import SHARE, Choice, Integer, Kind, option, unless, when
+from curkv.cache.observations import Needs
 from curkv.cache.policies import KVPRESS_PREFIX, get_policy, policy_names
 from curkv.cache.policies.base import POOLING, Policy, UnknownPolicy
 from curkv.cache.presets import PRESETS, Preset
@@ -267,3 +268,8 @@ class SettledOptions:
     merge_threshold: float | None
     context_tokens: int | None
     prefill_chunk: int | None
+
+    @property
+    def needs(self) -> Needs:
+        """What has to be observed of the queries, for the policy and for its allocation."""
+        return self.policy.needs | self.policy.allocation.needs

@@ -64,7 +64,7 @@ class EvictionPlan:
     @property
     def needs(self) -> Needs:
         """What has to be observed of the queries."""
-        return self.policy.needs
+        return self.options.needs
 
     @property
     def ragged(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from curkv.cache.observations import Observations
 from curkv.kernels.formats.base import Store
+from curkv.kernels.paged_decode_attention.reference import softcapped, with_sinks
 from curkv.kernels.pages import Pages
 from curkv.ranks import ALONE, Ranks
 
@@ -148,6 +149,25 @@ class CacheView:
         layers = torch.stack([observed[layer][-count:] for layer in range(self.num_layers)]).float()
         by_head = layers.view(*layers.shape[:2], heads, -1, dim).transpose(1, 2)
         return by_head.flatten(0, 1).contiguous()
+
+    def paid(self, count: int) -> Iterator[Tensor]:
+        """What each of the last `count` queries pays each token: by layer, float32 [H, w, group, n_max]."""
+        heads, position = self.lengths.shape[1], self.position
+        queries = self.queries(count)
+        queries = queries.view(self.num_layers, heads, *queries.shape[1:])
+        window = queries.shape[2]
+        newest = position.amax(-1, keepdim=True) - torch.arange(window - 1, -1, -1, device=position.device)
+        hidden = (position[..., None, :] > newest[..., None]) | ~self.stored[..., None, :]
+        # Adding a mask of numbers is three times as fast as filling in by one of bits.
+        mask = torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -torch.inf)
+        for layer in range(self.num_layers):
+            asked = queries[layer].flatten(1, 2) * self.scale
+            logits = softcapped(asked @ self.keys(layer).transpose(1, 2), self.softcap)
+            logits = logits.view(heads, window, -1, self.width)
+            logits += mask[layer][:, :, None]
+            if self.sinks:
+                logits = with_sinks(logits, self.sinks[layer].view(heads, 1, -1))
+            yield logits.softmax(-1)[..., : self.width].nan_to_num_(0.0)
 
     def chunk(self) -> tuple[Tensor, Tensor]:
         """The newest chunk's queries as attention took them, by KV head, and their log-sum-exp.

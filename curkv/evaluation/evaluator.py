@@ -439,5 +439,5 @@ def _observed(variants: Iterable[Variant]) -> Needs:
     for variant in variants:
         if variant.options.prefill != "exact":
             raise ValueError(f"{variant.policy!r}: measure prefill={variant.options.prefill} with --url")
-        needs |= settle(variant.options).policy.needs
+        needs |= settle(variant.options).needs
     return needs

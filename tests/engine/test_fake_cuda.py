@@ -54,7 +54,8 @@ MORE_OF_POLICY: dict[str, Waits] = {
     "layer-defensivekv": {"cache.policies.defensivekv._shares": 1},
     "criticalkv": {"kernels.select.triton.select": 1},
     "pyramidkv": {"cache.allocation.budgets": 1},
-    "lava": {"cache.allocation.budgets": 1},
+    "lava": {"cache.allocation._in_proportion": 1},
+    "cake": {"cache.allocation._in_proportion": 1},
     "expected-attention": {"cache.policies.expected_attention.mean_rotations": 1},
     "capkv": {"cache.policies.expected_attention.mean_rotations": 1},
 }

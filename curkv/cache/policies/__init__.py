@@ -19,6 +19,7 @@ _POLICIES = {
     "adasnapkv": ("snapkv", "ADA_SNAPKV"),
     "pyramidkv": ("snapkv", "PYRAMIDKV"),
     "lava": ("lava", "Lava"),
+    "cake": ("cake", "Cake"),
     "chunkkv": ("chunkkv", "ChunkKV"),
     "criticalkv": ("criticalkv", "CriticalKV"),
     "defensivekv": ("defensivekv", "DefensiveKV"),

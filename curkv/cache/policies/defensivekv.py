@@ -45,7 +45,7 @@ class DefensiveKV(SnapKV):
         weights = _shares(projected_norms(view, self.preset.norm_order), view)
         layers = [
             self._risks(paid.flatten(1, 2), judged[layer], weights[layer], room)
-            for layer, paid in enumerate(self.paid(view))
+            for layer, paid in enumerate(view.paid(self.observation))
         ]
         return torch.stack(layers).masked_fill_(~view.stored, -torch.inf).masked_fill_(window, torch.inf)
 

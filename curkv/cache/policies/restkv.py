@@ -45,7 +45,7 @@ class RestKV(ObservingPolicy, PooledPolicy):
             raise ValueError("the attention was given no output projection; see `PagedAttention`")
         before = view.stored & ~view.newest(self.observing)
         layers = []
-        for layer, paid in enumerate(self.paid(view)):
+        for layer, paid in enumerate(view.paid(self.observation)):
             attention = (self._weights(paid) @ paid.flatten(2)).view(len(paid), -1, view.width)
             attention *= before[layer][:, None]
             odds = attention / (1 - attention).clamp_min_(_CERTAIN)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import Tensor
 
 from curkv.cache.allocation import ALLOCATIONS
@@ -14,7 +12,6 @@ from curkv.cache.declarations import Choice, Integer, option
 from curkv.cache.observations import Needs
 from curkv.cache.policies.base import Policy, PooledPolicy
 from curkv.cache.view import CacheView
-from curkv.kernels.paged_decode_attention.reference import softcapped, with_sinks
 
 if TYPE_CHECKING:
     from curkv.kernels.dispatch import Kernels
@@ -59,26 +56,6 @@ class ObservingPolicy(Policy):
             sinks=view.sink_rows,
         )
         return scores.view(*view.lengths.shape, view.width)
-
-    def paid(self, view: CacheView) -> Iterator[Tensor]:
-        """What each query of the window pays each token, layer by layer: float32 [H, w, group, n_max]."""
-        heads, position = view.lengths.shape[1], view.position
-        queries = self.queries(view)
-        queries = queries.view(view.num_layers, heads, *queries.shape[1:])
-        count = queries.shape[2]
-        newest = position.amax(-1, keepdim=True) - torch.arange(count - 1, -1, -1, device=position.device)
-        hidden = (position[..., None, :] > newest[..., None]) | ~view.stored[..., None, :]
-        # Adding a mask of numbers is three times as fast as filling in by one of bits.
-        mask = torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -torch.inf)
-        for layer in range(view.num_layers):
-            keys = view.keys(layer)
-            asked = queries[layer].flatten(1, 2) * view.scale
-            logits = softcapped(asked @ keys.transpose(1, 2), view.softcap)
-            logits = logits.view(heads, count, -1, view.width)
-            logits += mask[layer][:, :, None]
-            if view.sinks:
-                logits = with_sinks(logits, view.sinks[layer].view(heads, 1, -1))
-            yield logits.softmax(-1)[..., : view.width].nan_to_num_(0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
