@@ -188,7 +188,7 @@ class Cake(Allocation):
 
     name = "cake"
     tau1: float = option(1.0, Number(0.01), "Inverse power of the entropy of attention in CAKE's budgets.")
-    tau2: float = option(1.0, Number(0.01), "Inverse power of the variance of attention over queries, there.")
+    tau2: float = option(1.0, Number(0.01), "Inverse power of its variance over queries in CAKE's budgets.")
     preferences: Tensor | None = field(default=None, compare=False)
 
     @property
