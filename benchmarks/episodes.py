@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from curkv.bench.script import Model, script
-from curkv.cache.eviction import evict, select
+from curkv.cache.eviction import Eviction, evict, select
 from curkv.cache.parsing import parse_options
 from curkv.cache.plan import resolve
 from curkv.engine.engine import Engine
@@ -136,7 +136,7 @@ class History:
         plan = resolve(options, [*self._tokens, 0], self._kv.layout)
         fork = self._kv.fork(self._slot)
         view = replace(self._runner.attention.view(self._slot), repetition=paid)
-        evict(self._kv, fork, view, plan, *select(view, plan, self._kv.kernels))
+        evict(self._kv, [Eviction(fork, view, plan, *select(view, plan, self._kv.kernels))])
         return fork
 
     def _nearest(self, fact: int) -> int:

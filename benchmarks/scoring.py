@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from curkv.bench.script import Model, script
 from curkv.bench.text import token_spans
-from curkv.cache.eviction import evict, select
+from curkv.cache.eviction import Eviction, evict, select
 from curkv.cache.observations import Needs
 from curkv.cache.options import EvictionOptions
 from curkv.cache.parsing import parse_options, settle
@@ -128,7 +128,7 @@ def _evict(engine: Engine, slot: int, view: CacheView, prompt: list[int], option
     plan = resolve(options, prompt, engine.kv.layout)
     fork = engine.kv.fork(slot, observe=False)
     started = time.perf_counter()
-    evict(engine.kv, fork, view, plan, *select(view, plan, engine.kv.kernels))
+    evict(engine.kv, [Eviction(fork, view, plan, *select(view, plan, engine.kv.kernels))])
     seconds = time.perf_counter() - started
     engine.kv.free(fork)
     return seconds

@@ -70,7 +70,7 @@ class Allocation(Configurable, ABC):
             kernels: Operations on pages.
 
         Returns:
-            indices: int32 [L, H, max(counts)], ascending indices of each head's tokens, -1 past its count.
+            indices: int32 [L, H, n_max], ascending indices of each head's tokens, -1 past its count.
             counts: int32 [L, H].
         """
         keep, floor = self.budgets(scores, view, protected)

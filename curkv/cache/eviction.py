@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from curkv.cache.merging import merged
+from curkv.cache.page_manager import Kept, PageManager
 from curkv.cache.plan import EvictionPlan
 from curkv.cache.policies.base import Scored
 from curkv.cache.upload import upload
 from curkv.cache.view import CacheView
 
 if TYPE_CHECKING:
-    from curkv.cache.page_manager import PageManager
     from curkv.kernels.dispatch import Kernels
 
 
@@ -31,7 +32,7 @@ def select(view: CacheView, plan: EvictionPlan, kernels: Kernels) -> tuple[Tenso
         kernels: Operations on pages.
 
     Returns:
-        indices: int32 [L, H, max(counts)], ascending indices of each head's kept tokens, -1 past its count.
+        indices: int32 [L, H, n_max], ascending indices of each head's kept tokens, -1 past its count.
         counts: int32 [L, H]. All tokens, if the cache holds no more than the budget.
         Of several processes that share the heads, both are of the heads of all.
     """
@@ -67,33 +68,59 @@ def select_scored(
     return plan.policy.allocation.seeing(view).select(*whole, kernels)
 
 
-def evict(
-    kv: PageManager, slot: int, view: CacheView, plan: EvictionPlan, indices: Tensor, counts: Tensor
-) -> int:
-    """Keep the chosen tokens, after merging the others into them if the plan says so.
+@dataclass(frozen=True)
+class Eviction:
+    """What is to be kept of a sequence.
 
-    Args:
-        kv: The cache.
+    Attributes:
         slot: The sequence.
         view: Of that sequence or of the one it was forked from.
         plan: What the request asked for.
         indices: int32 [L, H, n], as `select` gives them.
         counts: int32 [L, H].
+    """
+
+    slot: int
+    view: CacheView
+    plan: EvictionPlan
+    indices: Tensor
+    counts: Tensor
+
+    def merged(self, most: int) -> list[tuple[Tensor, Tensor]]:
+        """By layer: kept keys and values after the others were merged into them; none if that is not wanted.
+
+        Args:
+            most: How many the head keeps that keeps most.
+        """
+        threshold, view = self.plan.options.merge_threshold, self.view
+        if threshold is None:
+            return []
+        indices, counts = view.own(self.indices)[..., :most], view.own(self.counts)
+        return [merged(view, i, indices[i], counts[i], threshold) for i in range(view.num_layers)]
+
+
+def evict(kv: PageManager, evictions: Sequence[Eviction]) -> list[int]:
+    """Keep the chosen tokens of sequences, after merging the others into them where a plan says so.
+
+    A device is waited for once, however many they are.
+
+    Args:
+        kv: The cache.
+        evictions: Of different sequences.
 
     Returns:
-        Pages freed, less the fresh ones taken.
+        Pages freed of each, less the fresh ones taken.
 
     Raises:
         OutOfPages: shared pages cannot be copied; nothing is changed.
     """
-    threshold = plan.options.merge_threshold
-    if threshold is None:
-        return kv.evict(slot, indices, counts)
-    own, held = view.own(indices), view.own(counts)
-    layers = [merged(view, i, own[i], held[i], threshold) for i in range(view.num_layers)]
-    freed = kv.evict(slot, indices, counts)
-    for layer, (k, v) in enumerate(layers):
-        kv.overwrite(slot, layer, k, v)
+    all_counts = torch.stack([one.counts for one in evictions]).numpy(force=True)
+    merges = [one.merged(int(counts.max())) for one, counts in zip(evictions, all_counts, strict=True)]
+    kept = zip(evictions, all_counts, strict=True)
+    freed = kv.evict_together([Kept(one.slot, one.indices, counts) for one, counts in kept])
+    for one, layers in zip(evictions, merges, strict=True):
+        for layer, (k, v) in enumerate(layers):
+            kv.overwrite(one.slot, layer, k, v)
     return freed
 
 

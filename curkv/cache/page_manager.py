@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -43,6 +44,43 @@ class Mark:
     lengths: NDArray[np.int32]
     observed: Mapping[int, Observations]
     attention: Mapping[int, Tensor]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What an eviction keeps of a sequence.
+
+    Attributes:
+        slot: the sequence.
+        indices: int32 [L, heads, n], ascending indices of the tokens each head keeps, read up to its count,
+            for the L layers that policies evict from.
+        counts: int32 [L, heads] on the host, how many each head keeps.
+    """
+
+    slot: int
+    indices: Tensor
+    counts: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class _Compaction:
+    """How the heads of a sequence come to hold what they keep.
+
+    Attributes:
+        chosen: what that is.
+        source: int32 [tables of all layers, pages], their pages.
+        target: the same, the pages that tokens move to.
+        fresh: ids of the pages that were taken for it.
+        emptied: ids of the pages that it gives back.
+        pages: int32 [L, tables], pages of each head.
+    """
+
+    chosen: Kept
+    source: Ids
+    target: Ids
+    fresh: Ids
+    emptied: Ids
+    pages: NDArray[np.int32]
 
 
 class PageManager:
@@ -493,32 +531,64 @@ class PageManager:
         self._publish_lengths(slots)
 
     def evict(self, slot: int, indices: Tensor, counts: Tensor) -> int:
-        """Keeps the chosen tokens of a sequence and gives the emptied pages back.
+        """Keeps the chosen tokens of one sequence; see `evict_together`, and `Kept` for the arguments."""
+        [freed] = self.evict_together([Kept(slot, indices, counts.numpy(force=True))])
+        return freed
+
+    def evict_together(self, chosen: Sequence[Kept]) -> list[int]:
+        """Keeps the chosen tokens of sequences and gives the emptied pages back.
 
         Heads that own their pages alone are compacted in place; heads with a shared page move to fresh pages.
         Heads that keep everything are left as they are. If there are too few fresh pages, prefixes that share
-        the sequence's pages are dropped, so that it can be compacted in place.
+        the sequences' pages are dropped, so that they can be compacted in place.
+
+        However many they are, a device is told everything at once.
 
         Args:
-            slot: the sequence.
-            indices: int32 [L, heads, n], ascending indices of the tokens each head keeps, -1 padded, for
-                the L layers that policies evict from.
-            counts: int32 [L, heads], how many each head keeps.
+            chosen: what each keeps.
 
         Returns:
-            Pages freed, less the fresh ones taken.
+            Pages freed of each, less the fresh ones taken.
 
         Raises:
             OutOfPages: pages shared with other sequences cannot be copied; only prefixes may be gone.
         """
+        moves: list[_Compaction] = []
+        try:
+            for one in chosen:
+                if (move := self._compaction(one)) is not None:
+                    moves.append(move)
+        except Exception:
+            for move in moves:
+                self.pool.release(move.fresh)
+            raise
+        freed = dict.fromkeys((one.slot for one in chosen), 0)
+        if moves:
+            self._move(
+                _side_by_side([move.source for move in moves]),
+                _side_by_side([move.target for move in moves]),
+                _rows([self.ranks.own(move.chosen.indices, 1).flatten(0, 1) for move in moves]),
+                np.concatenate([move.chosen.counts[:, self._own].reshape(-1) for move in moves]),
+            )
+            freed |= {move.chosen.slot: self._settle(move) for move in moves}
+            self._publish([move.chosen.slot for move in moves])
+        return list(freed.values())
+
+    def _compaction(self, chosen: Kept) -> _Compaction | None:
+        """Says how heads come to hold what is chosen, and takes fresh pages; None: they lose nothing.
+
+        Raises:
+            OutOfPages: nothing is changed; only prefixes may be gone.
+        """
+        slot, kept = chosen.slot, chosen.counts
         self._check_active(slot)
-        free_before, rows, tables = self.free_pages, self._evicted_rows, self.layout.row_tables
-        lengths, kept = self._lengths[slot][rows], counts.numpy(force=True)
+        rows, tables = self._evicted_rows, self.layout.row_tables
+        lengths = self._lengths[slot][rows]
         if (kept > lengths).any():
             raise ValueError("a head cannot keep more tokens than it has")
         changed = longest(lengths - kept, tables).reshape(-1, 1) > 0
         if not changed.any():
-            return 0
+            return None
         old = self.page_counts[slot][rows].reshape(-1, 1)
         new = self._pages_of(kept).reshape(-1, 1)
         column = self._page_index[: old.max()]
@@ -528,17 +598,22 @@ class PageManager:
         if np.count_nonzero(shared & (column < new)) > self.free_pages:
             self.prefixes.forget(source[owned])
             shared = self._share_pages(source, owned & changed)
-        target = self._with_fresh_pages(source, shared & (column < new))
-        own = self.ranks.own(indices, 1).flatten(0, 1)
-        self._move(source, target, own, kept[:, self._own].reshape(-1))
-        self.pool.release(source[owned & (shared | (column >= new))])
-        self._table[slot][rows, :, : len(column)] = target.reshape(-1, tables, len(column))
-        self._lengths[slot][rows] = kept
-        self.page_counts[slot][rows] = new.reshape(-1, tables)
+        fresh = shared & (column < new)
+        target = self._with_fresh_pages(source, fresh)
+        emptied = source[owned & (shared | (column >= new))]
+        return _Compaction(chosen, source, target, target[fresh], emptied, new.reshape(-1, tables))
+
+    def _settle(self, move: _Compaction) -> int:
+        """Notes what a sequence holds now; the pages freed, less the fresh ones."""
+        slot, rows, columns = move.chosen.slot, self._evicted_rows, move.source.shape[1]
+        free_before = self.free_pages
+        self.pool.release(move.emptied)
+        self._table[slot][rows, :, :columns] = move.target.reshape(*move.pages.shape, columns)
+        self._lengths[slot][rows] = move.chosen.counts
+        self.page_counts[slot][rows] = move.pages
         if self.layout.evicts_from_windows:
             self._unevicted[slot] = 0
-        self._publish([slot])
-        return self.free_pages - free_before
+        return self.free_pages - free_before - len(move.fresh)
 
     def trim(self, slots: Sequence[int]) -> int:
         """Gives back what windows have moved past: pages of which no later query reaches a token.
@@ -587,11 +662,12 @@ class PageManager:
             v: the same for values.
         """
         size, pages, row = self.layout.page_size, self.pages, self.layout.evicted_rows[layer]
-        index = torch.arange(k.shape[1], device=k.device)
-        ids = self.page_table[slot, row].long()[:, index // size]
-        alone = self._upload(self.pool.owners == 1)[ids.clamp(0, self.num_pages - 1)]
-        head, token = (alone & (index < self.lengths[slot, row, :, None])).nonzero(as_tuple=True)
-        place = ids[head, token], token % size
+        index = np.arange(k.shape[1])
+        ids = self._table[slot, row][:, index // size]
+        held = index < self._lengths[slot, row, self._own, None]
+        chosen = ((self.pool.owners[ids] == 1) & held).nonzero()
+        head, token = (self._upload(x) for x in chosen)
+        place = self._upload(ids[chosen].astype(np.int64)), token % size
         for store, squares, x in ((pages.k, pages.k_sq, k), (pages.v, pages.v_sq, v)):
             store.write(x[head, token], *place)
             squares[place] = x[head, token].square().sum(-1)
@@ -744,3 +820,19 @@ class PageManager:
         tables = self._upload(source), self._upload(target)
         move = self.layout.format.move
         move(self.kernels.compact, self.pages, *tables, indices, self._upload(counts))
+
+
+def _side_by_side(tables: Sequence[Ids]) -> Ids:
+    """One table [N, pages] of several with different numbers of pages; what is added means nothing."""
+    if len(tables) == 1:
+        return tables[0]
+    most = max(table.shape[1] for table in tables)
+    return np.concatenate([np.pad(table, ((0, 0), (0, most - table.shape[1]))) for table in tables])
+
+
+def _rows(several: Sequence[Tensor]) -> Tensor:
+    """The rows [N, n] of several with different n; what is added means nothing."""
+    if len(several) == 1:
+        return several[0]
+    most = max(x.shape[1] for x in several)
+    return torch.cat([F.pad(x, (0, most - x.shape[1])) for x in several])

@@ -7,13 +7,13 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from curkv.cache.eviction import evict, select
+from curkv.cache.eviction import Eviction, evict, select
 from curkv.cache.explain import explain
 from curkv.cache.integrity import check_integrity
 from curkv.cache.options import EvictionOptions
@@ -48,6 +48,27 @@ from curkv.engine.types import (
 from curkv.models.info import ModelInfo
 
 logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+EvictionPhase = Literal["prefill", "decode"]
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What a sequence is to keep.
+
+    Attributes:
+        sequence: whose tokens these are.
+        phase: when it is evicted.
+        held: tokens held before, per head on average.
+        eviction: what is kept.
+    """
+
+    sequence: Sequence
+    phase: EvictionPhase
+    held: float
+    eviction: Eviction
 
 
 def drawn_seed() -> int:
@@ -390,67 +411,128 @@ class Engine:
     def _advance(self, schedule: Schedule) -> None:
         """Counts the computed tokens, and holds and evicts where a sequence's plan says so."""
         for sequence, chunk in zip(schedule.sequences, schedule.chunks, strict=True):
-            if sequence.slot >= 0:
-                try:
-                    self._advance_one(sequence, chunk)
-                except Exception as error:
-                    self._blame(sequence, error)
+            self._for_one(sequence, "prefix", self._count, chunk)
+        due: list[tuple[Sequence, EvictionPhase]] = []
+        for sequence in schedule.sequences:
+            when: EvictionPhase | None = self._for_one(sequence, "evict", self._due)
+            if when is not None:
+                due.append((sequence, when))
+        self._evict(due)
+        for sequence in schedule.sequences:
+            self._for_one(sequence, "prefix", self._after_evictions)
         self._phase = "trim"
         self.kv.trim([sequence.slot for sequence in schedule.sequences if sequence.slot >= 0])
 
-    def _advance_one(self, sequence: Sequence, chunk: int) -> None:
-        slot, start, prompt = sequence.slot, sequence.computed, sequence.prompt
-        self._phase = "prefix"
-        sequence.progress.computed += chunk
-        if (states := sequence.chunk_states) is not None:
-            before = sequence.progress.states
-            sequence.progress.states = states if before is None else before + states
-        sequence.peak_bytes = max(sequence.peak_bytes, self.kv.sequence_bytes(slot))
-        if sequence.progress.shareable and not sequence.progress.evictions:
-            self._reuse.after_chunk(slot, sequence.keys, prompt, start, sequence.computed)
-        self._phase = "evict"
-        self._evict_if_due(sequence)
-        self._phase = "prefix"
-        self._after_eviction(sequence)
-        progress = sequence.progress  # a new one if it had to be preempted
-        if progress.computed == len(prompt):
-            progress.kept_tokens = self.kv.held_tokens(slot)
-            if not sequence.observes_answer:
-                self.kv.stop_observing(slot)
+    def _for_one(
+        self, sequence: Sequence, phase: Phase, act: Callable[Concatenate[Sequence, P], T | None],
+        *args: P.args, **named: P.kwargs,
+    ) -> T | None:  # fmt: skip
+        """Does something for a sequence that holds memory, which is blamed if it raises."""
+        self._phase = phase
+        if sequence.slot >= 0:
+            try:
+                return act(sequence, *args, **named)
+            except Exception as error:
+                self._blame(sequence, error)
+        return None
 
-    def _evict_if_due(self, sequence: Sequence) -> None:
+    def _count(self, sequence: Sequence, chunk: int) -> None:
+        """Counts the computed tokens of a sequence, and holds their pages for others."""
+        progress = sequence.progress
+        start, progress.computed = progress.computed, progress.computed + chunk
+        if (states := sequence.chunk_states) is not None:
+            progress.states = states if progress.states is None else progress.states + states
+        sequence.peak_bytes = max(sequence.peak_bytes, self.kv.sequence_bytes(sequence.slot))
+        if progress.shareable and not progress.evictions:
+            self._reuse.after_chunk(sequence.slot, sequence.keys, sequence.prompt, start, sequence.computed)
+
+    def _after_evictions(self, sequence: Sequence) -> None:
+        """Caches what is compressed now, and ends what a prompt alone needs."""
+        self._hold_compressed(sequence)
+        if sequence.computed == len(sequence.prompt):
+            sequence.progress.kept_tokens = self.kv.held_tokens(sequence.slot)
+            if not sequence.observes_answer:
+                self.kv.stop_observing(sequence.slot)
+
+    def _due(self, sequence: Sequence) -> EvictionPhase | None:
+        """The eviction that is due now, if one is; a text that is to be repeated before is begun."""
         decoded, plan = sequence.computed - len(sequence.prompt), sequence.plan
         held = self.kv.held_tokens(sequence.slot)
         if decoded <= 0 and plan.prefill_due(sequence.computed, held):
-            if plan.needs.repetition:
-                self._repeat(sequence)
-            else:
-                self._evict(sequence, "prefill")
+            if not plan.needs.repetition:
+                return "prefill"
+            self._repeat(sequence)
         elif decoded > 0 and plan.decode_due(decoded, held):
-            self._evict(sequence, "decode")
+            return "decode"
+        return None
 
-    def _evict(self, sequence: Sequence, phase: Literal["prefill", "decode"]) -> None:
-        """Evicts as the sequence's plan says; if pages that others share cannot be copied, it starts anew."""
-        self.kv.wait()  # the step is no part of what the eviction takes
-        started, progress = time.perf_counter(), sequence.progress
-        self.kv.trim([sequence.slot])
-        before = self.kv.held_tokens(sequence.slot)
-        view = self.runner.attention.view(sequence.slot, sequence.plan.seed, phase, progress.evictions)
+    def _evict(self, due: list[tuple[Sequence, EvictionPhase]]) -> None:
+        """Evicts as plans say: each sequence's tokens are scored by themselves, and all are moved at once.
+
+        Those whose evictions raised together with others' are evicted alone.
+        """
+        if not due:
+            return
+        self.kv.wait()  # the step is no part of what evictions take
+        started = time.perf_counter()
+        selected = [self._for_one(sequence, "evict", self._select, phase) for sequence, phase in due]
+        chosen = [one for one in selected if one is not None]
+        together = [one for one in chosen if not one.sequence.evicted_alone]
+        for some in (together, *([one] for one in chosen if one.sequence.evicted_alone)):
+            if some:
+                self._keep(some, started)
+                started = time.perf_counter()
+
+    def _select(self, sequence: Sequence, phase: EvictionPhase) -> _Chosen:
+        """Scores a sequence's tokens and chooses some; a device is told to, and not waited for."""
+        slot, progress = sequence.slot, sequence.progress
+        self.kv.trim([slot])
+        view = self.runner.attention.view(slot, sequence.plan.seed, phase, progress.evictions)
         if progress.repetition is not None:
             view = replace(view, repetition=progress.repetition.scores)
-        indices, counts = select(view, sequence.plan, self.kv.kernels)
+        kept = select(view, sequence.plan, self.kv.kernels)
+        return _Chosen(sequence, phase, self.kv.held_tokens(slot), Eviction(slot, view, sequence.plan, *kept))
+
+    def _keep(self, chosen: list[_Chosen], started: float) -> None:
+        """Keeps what was chosen; a sequence that shares pages which cannot be copied starts anew.
+
+        What sequences hold that raised together may be half moved: all of them are computed anew.
+        """
+        [first, *others] = chosen
         try:
-            pages_freed = evict(self.kv, sequence.slot, view, sequence.plan, indices, counts)
+            freed = evict(self.kv, [one.eviction for one in chosen])
         except OutOfPages:
-            return self.scheduler.preempt(sequence)
+            if others:  # there may be room for one after the other
+                for one in chosen:
+                    self._keep([one], started)
+                    started = time.perf_counter()
+            else:
+                self.scheduler.preempt(first.sequence)
+            return
+        except Exception as error:
+            if others:
+                self._faults.note(self._phase, error)
+                for one in chosen:
+                    one.sequence.evicted_alone = True
+                    self.scheduler.preempt(one.sequence)
+            else:
+                self._blame(first.sequence, error)
+            return
+        seconds = (time.perf_counter() - started) / len(chosen)
+        for one, pages in zip(chosen, freed, strict=True):
+            self._for_one(one.sequence, "evict", self._note_eviction, one, pages, seconds)
+
+    def _note_eviction(self, sequence: Sequence, chosen: _Chosen, pages_freed: int, seconds: float) -> None:
+        phase, before, eviction = chosen.phase, chosen.held, chosen.eviction
+        progress, view = sequence.progress, eviction.view
+        budgets = self.kv.head_lengths(sequence.slot)[list(self.kv.layout.evicted_rows)]
         if view.repetition is not None:
-            own = view.own(indices)
+            own = view.own(eviction.indices)[..., : budgets.max()]
             paid = view.repetition.gather(2, own.clamp_min(0).long())
             progress.repeated, progress.repetition = paid.masked_fill_(own < 0, -torch.inf), None
         progress.evictions += 1
         progress.evicted_at = progress.computed
         progress.decode_evictions += phase == "decode"
-        budgets = self.kv.head_lengths(sequence.slot)[list(self.kv.layout.evicted_rows)]
         kept = float(budgets.mean())
         progress.evicted_tokens += before - kept
         self._report.evictions.append(
@@ -459,13 +541,13 @@ class Engine:
                 phase=phase,
                 tokens_evicted=round((before - kept) * budgets.size),
                 pages_freed=max(0, pages_freed),
-                seconds=time.perf_counter() - started,
+                seconds=seconds,
                 kept_ratio=kept / before,
                 head_budgets=budgets,
             )
         )
 
-    def _after_eviction(self, sequence: Sequence) -> None:
+    def _hold_compressed(self, sequence: Sequence) -> None:
         """Caches a context that is compressed now, if it is what others would have."""
         progress = sequence.progress
         if progress.shareable and sequence.slot >= 0 and not sequence.repeating:
@@ -491,8 +573,8 @@ class Engine:
             progress.repeated_tokens += progress.repetition.advance(self.runner, slot, most)
             sequence.peak_bytes = max(sequence.peak_bytes, self.kv.sequence_bytes(slot))
             if progress.repetition.done and not sequence.explain_plans:
-                self._evict(sequence, "prefill")
-                self._after_eviction(sequence)
+                self._evict([(sequence, "prefill")])
+                self._hold_compressed(sequence)
         except OutOfPages:
             self.scheduler.preempt(sequence)
         except Exception as error:

@@ -115,6 +115,7 @@ class Sequence:
         peak_bytes: most bytes of pages held at the end of any step.
         chunk_states: sum of the last hidden states of the chunk that was computed last, [hidden].
         faulty: something raised while it was worked on, and it was computed anew: it has no second chance.
+        evicted_alone: an eviction of several sequences raised: from now on it is evicted by itself.
     """
 
     request: Request
@@ -137,6 +138,7 @@ class Sequence:
     peak_bytes: int = 0
     chunk_states: Tensor | None = None
     faulty: bool = False
+    evicted_alone: bool = False
 
     @property
     def prompt(self) -> list[int]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from curkv.cache.eviction import evict, select
+from curkv.cache.eviction import Eviction, evict, select
 from curkv.cache.observations import Needs
 from curkv.cache.parsing import settle
 from curkv.cache.plan import EvictionPlan, resolve
@@ -345,7 +345,7 @@ class Evaluator:
             view = self._runner.attention.view(prompt.slot)
             if plan.needs.repetition:
                 view = replace(view, repetition=self._repeated(prompt))
-            evict(self._kv, slot, view, plan, *select(view, plan, self._kv.kernels))
+            evict(self._kv, [Eviction(slot, view, plan, *select(view, plan, self._kv.kernels))])
         kept = self._kv.held_tokens(slot)
         return _Branch(variant, slot, kept / len(prompt.tokens))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from curkv.cache.eviction import evict, select
+from curkv.cache.eviction import Eviction, evict, select
 from curkv.cache.integrity import check_integrity
 from curkv.cache.merging import merged
 from curkv.cache.parsing import parse_options
@@ -59,8 +59,8 @@ def test_merged_tokens_are_what_the_cache_then_holds_and_norms_follow() -> None:
     plan = resolve(parse_options(raw), list(range(40)), cache.layout)
     view = view_of(cache, slot)
     indices, counts = select(view, plan, get_kernels("reference"))
-    wanted = [merged(view, layer, indices[layer], counts[layer], 0.1) for layer in range(2)]
-    evict(cache, slot, view, plan, indices, counts)
+    wanted = [merged(view, layer, indices[layer, :, :12], counts[layer], 0.1) for layer in range(2)]
+    evict(cache, [Eviction(slot, view, plan, indices, counts)])
     check_integrity(cache)
     for layer in range(2):
         for head in range(2):

@@ -17,7 +17,7 @@ from curkv.cache.attention import PagedAttention
 from curkv.cache.batch import Batch
 from curkv.cache.catalogue import catalogue
 from curkv.cache.declarations import Choice, options_of
-from curkv.cache.eviction import evict, protected, select
+from curkv.cache.eviction import Eviction, evict, protected, select
 from curkv.cache.explain import NEEDS, explain
 from curkv.cache.integrity import check_integrity
 from curkv.cache.layout import full_attention
@@ -94,7 +94,7 @@ class Sequence:
         always = protected(view, self.plan)
         kept = torch.zeros(*always.shape[:2], view.width + 1, dtype=torch.bool)
         kept = kept.scatter_(2, indices.long().masked_fill(indices < 0, view.width), True)[..., :-1]
-        evict(self.kv, self.slot, view, self.plan, indices, counts)
+        evict(self.kv, [Eviction(self.slot, view, self.plan, indices, counts)])
         self.evictions += 1
         self.assert_held(budget)
         if not self.unreserved:

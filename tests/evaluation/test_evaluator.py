@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from curkv.cache.page_manager import PageManager
+from curkv.cache.page_manager import Kept, PageManager
 from curkv.engine.engine import Engine
 from curkv.engine.types import Request, SamplingParams
 from curkv.evaluation import evaluator as evaluator_module
@@ -66,13 +67,13 @@ class KeptSets:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: list[tuple[Tensor, Tensor]] = []
-        evict = PageManager.evict
+        evict = PageManager.evict_together
 
-        def noting(kv: PageManager, slot: int, indices: Tensor, counts: Tensor) -> int:
-            self.seen.append((indices.clone(), counts.clone()))
-            return evict(kv, slot, indices, counts)
+        def noting(kv: PageManager, chosen: Sequence[Kept]) -> list[int]:
+            self.seen += [(one.indices.clone(), torch.from_numpy(one.counts)) for one in chosen]
+            return evict(kv, chosen)
 
-        monkeypatch.setattr(PageManager, "evict", noting)
+        monkeypatch.setattr(PageManager, "evict_together", noting)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: f"{variant.policy} {variant.budget}")

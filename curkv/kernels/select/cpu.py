@@ -33,10 +33,9 @@ def select(
         address(sure, torch.int32), kept.data_ptr(), members, width,
     )  # fmt: skip
     counts = torch.from_numpy(kept.numpy().sum(-1, dtype=np.int32))
-    most = int(counts.max()) if rows else 0
-    indices = torch.full((rows, most), -1, dtype=torch.int32)
-    launch(_lister(), rows, kept.data_ptr(), width, indices.data_ptr(), most)
-    return indices.view(layers, heads, most), counts.view(layers, heads)
+    indices = torch.full((rows, width), -1, dtype=torch.int32)
+    launch(_lister(), rows, kept.data_ptr(), width, indices.data_ptr())
+    return indices.view(scores.shape), counts.view(layers, heads)
 
 
 @functools.cache
@@ -56,8 +55,8 @@ def _chooser() -> int:
 @functools.cache
 def _lister() -> int:
     def work(arguments: int, row: int) -> None:
-        kept, width, indices, most = read_arguments(arguments, 4)
-        _list(array(BOOL, kept + row * width, width), array(INT32, indices + 4 * row * most, most))
+        kept, width, indices = read_arguments(arguments, 3)
+        _list(array(BOOL, kept + row * width, width), array(INT32, indices + 4 * row * width, width))
 
     return compile_worker(work)
 

@@ -24,7 +24,8 @@ def select(
         floor: int32 [L, H], tokens each head is sure of; at most `sum(keep[l])` per layer.
 
     Returns:
-        indices: int32 [L, H, max(counts)], ascending indices of the kept tokens, -1 past a head's count.
+        indices: int32 [L, H, n], ascending indices of the kept tokens, -1 past a head's count. So wide that
+            nobody has to wait for the counts.
         counts: int32 [L, H], tokens kept.
     """
     layers, heads, width = scores.shape
@@ -39,7 +40,7 @@ def select(
         kept = sure | rest.reshape(layers, width, heads).transpose(1, 2)
     counts = kept.sum(-1)
     indices = torch.where(kept, torch.arange(width, device=scores.device), width)
-    indices = indices.sort(-1).values[..., : int(counts.max()) if counts.numel() else 0]
+    indices = indices.sort(-1).values
     return indices.masked_fill(indices == width, -1).int(), counts.int()
 
 

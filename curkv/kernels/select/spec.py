@@ -29,11 +29,11 @@ def _call(x: Inputs, shared: bool = False) -> Call:
 
 
 CASES = (
-    Case("", "evict", Cost("L*H*(4*n + 4*k)", "L*H*(4*n + 4*k)", "0", "scores, 5 times"), _call),
+    Case("", "evict", Cost("8*L*H*n", "8*L*H*n", "0", "scores, 6 times"), _call),
     Case(
         "shared by a layer",
         "evict",
-        Cost("L*H*(4*n + 4*k)", "L*H*(4*n + 4*k)", "0", "scores, 10 times"),
+        Cost("8*L*H*n", "8*L*H*n", "0", "scores, 12 times"),
         partial(_call, shared=True),
     ),
 )

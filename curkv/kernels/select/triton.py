@@ -10,21 +10,22 @@ from torch import Tensor
 from curkv.kernels.triton_util import power_of_two
 
 _BLOCK = 1024
+_BLOCKS = 8
+"""Blocks of candidates that a program counts."""
+_DIGITS = 4
+"""Of a key, 8 bits each, as kernels take it."""
 
 
 def select(
     scores: Tensor, lengths: Tensor, keep: Tensor, floor: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Choose the best tokens of each head, or of each layer's heads together; see `reference.select`.
-
-    The indices are a view of a wider tensor, a row's contiguous.
-    """
+    """Choose the best tokens of each head, or of each layer's heads together; see `reference.select`."""
     layers, heads, width = scores.shape
     device = scores.device
     indices = torch.empty(layers, heads, width, dtype=torch.int32, device=device)
     counts = torch.zeros(layers, heads, dtype=torch.int32, device=device)
     if not scores.numel():
-        return indices[..., :0], counts
+        return indices, counts
     scores, lengths = scores.contiguous(), lengths.contiguous()
     if floor is None:
         sure = None
@@ -46,13 +47,15 @@ def select(
         BLOCK=_BLOCK,
         num_warps=8,
     )
-    indices = indices[..., : int(counts.max())]
-    _pad[(layers * heads,)](indices, counts, width, indices.shape[2], BLOCK=_BLOCK, num_warps=4)
     return indices, counts
 
 
 def _thresholds(scores: Tensor, lengths: Tensor, count: Tensor, heads: int, sure: Tensor | None) -> Tensor:
     """Find where each group of `heads` consecutive heads is cut.
+
+    Programs that take some thousand candidates each count them: four times by a digit of their keys, the
+    highest first, those that begin as the cut does, and then those that are equal to it. What a program
+    counts is added to the others' counts, and which digit the cut has follows from all of them.
 
     Args:
         scores: float32 [L, H, n].
@@ -65,22 +68,24 @@ def _thresholds(scores: Tensor, lengths: Tensor, count: Tensor, heads: int, sure
         int32 [groups, 2]: the key (see `_keys`) of the lowest score kept, and the place, token * heads +
         head, of the last token kept of those with exactly that key; -1 if none.
     """
-    groups = lengths.numel() // heads
-    cuts = torch.empty(groups, 2, dtype=torch.int32, device=scores.device)
+    groups, width, device = lengths.numel() // heads, scores.shape[2], scores.device
     block_h = power_of_two(heads)
-    _find_thresholds[(groups,)](
-        scores,
-        lengths,
-        count.contiguous(),
-        cuts if sure is None else sure,
-        cuts,
-        scores.shape[2],
-        HEADS=heads,
-        FLOOR=sure is not None,
-        BLOCK_H=block_h,
-        BLOCK_N=max(1, _BLOCK // block_h),
-        num_warps=8,
-    )
+    block_n = max(1, _BLOCK // block_h)
+    parts = triton.cdiv(width, block_n * _BLOCKS)
+    digits = torch.zeros(groups, _DIGITS, 256, dtype=torch.int32, device=device)
+    ties = torch.empty(groups, parts, dtype=torch.int32, device=device)
+    cuts = torch.empty(groups, 2, dtype=torch.int32, device=device)
+    where = scores, lengths, count.contiguous(), cuts if sure is None else sure, digits, ties
+    shape = {
+        "HEADS": heads,
+        "FLOOR": sure is not None,
+        "BLOCK_H": block_h,
+        "BLOCK_N": block_n,
+        "BLOCKS": _BLOCKS,
+    }
+    for known in range(_DIGITS + 1):
+        _count[(groups, parts)](*where, width, KNOWN=known, **shape, num_warps=8)
+    _find_cut[(groups,)](*where, cuts, width, parts, **shape, num_warps=8)
     return cuts
 
 
@@ -125,48 +130,119 @@ def _candidates(
     return keys
 
 
+@triton.jit
+def _end_of(lengths, HEADS: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Tokens of a group's longest head."""
+    head = tl.arange(0, BLOCK_H)
+    return tl.max(tl.load(lengths + head, mask=head < HEADS, other=0), 0)
+
+
+@triton.jit
+def _cut_so_far(left, digits, KNOWN: tl.constexpr):
+    """The first `KNOWN` digits of a group's cut, and how many of what has these digits are kept.
+
+    Args:
+        left: Tokens that the group keeps.
+        digits: int32 [4, 256], candidates by each digit, among those that have the cut's digits before it.
+        KNOWN: Digits of which all candidates have been counted.
+    """
+    digit = tl.arange(0, 256)
+    threshold = tl.full([], 0, tl.uint32)
+    for step in tl.static_range(KNOWN):
+        histogram = tl.load(digits + step * 256 + digit)
+        if step == 0:
+            left = tl.maximum(tl.minimum(left, tl.sum(histogram, 0)), 0)
+        from_here = tl.cumsum(histogram, 0, reverse=True)
+        own = tl.sum((from_here >= left).to(tl.int32), 0) - 1
+        left -= tl.sum(tl.where(digit > own, histogram, 0), 0)
+        threshold = (threshold << 8) | own.to(tl.uint32)
+    return threshold, left
+
+
 @triton.jit(do_not_specialize=["width"])
-def _find_thresholds(
+def _count(
     scores,
     lengths,
     counts,
     sure,
-    cuts,
+    digits,
+    ties,
     width,
+    KNOWN: tl.constexpr,
+    BLOCKS: tl.constexpr,
     HEADS: tl.constexpr,
     FLOOR: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Program (group): four digits of the threshold, the highest first, then the last tie that is kept."""
+    """Program (group, part): counts its candidates by the next digit, or those that are equal to the cut."""
     group = tl.program_id(0).to(tl.int64)
     scores += group * HEADS * width
     lengths += group * HEADS
     sure += group * HEADS * 2
-    left = tl.load(counts + group)
-    end = tl.max(tl.load(lengths + tl.arange(0, BLOCK_H), mask=tl.arange(0, BLOCK_H) < HEADS, other=0), 0)
-    digits = tl.arange(0, 256)
-    threshold = tl.full([], 0, tl.uint32)
-    for shift in tl.static_range(24, -8, -8):
-        histogram = tl.zeros([256], tl.int32)
-        for block in range(0, end, BLOCK_N):
-            keys = _candidates(block, scores, lengths, sure, width, HEADS, FLOOR, BLOCK_H, BLOCK_N)
-            keys = tl.reshape(keys, [BLOCK_N * BLOCK_H])
+    digits += group * 4 * 256
+    threshold, _ = _cut_so_far(tl.load(counts + group), digits, KNOWN)
+    first = tl.program_id(1) * BLOCKS * BLOCK_N
+    end = tl.minimum(_end_of(lengths, HEADS, BLOCK_H), first + BLOCKS * BLOCK_N)
+    histogram = tl.zeros([256], tl.int32)
+    equal = tl.full([], 0, tl.int32)
+    for block in range(first, end, BLOCK_N):
+        keys = _candidates(block, scores, lengths, sure, width, HEADS, FLOOR, BLOCK_H, BLOCK_N)
+        keys = tl.reshape(keys, [BLOCK_N * BLOCK_H])
+        if KNOWN == 4:
+            equal += tl.sum((keys == threshold).to(tl.int32), 0)
+        else:
+            shift: tl.constexpr = 24 - 8 * KNOWN
             wanted = keys > 0
-            if shift < 24:
+            if KNOWN > 0:
                 wanted = wanted & (keys >> (shift + 8) == threshold)
             histogram += tl.histogram(((keys >> shift) & 255).to(tl.int32), 256, mask=wanted)
-        if shift == 24:
-            left = tl.maximum(tl.minimum(left, tl.sum(histogram, 0)), 0)
-        from_here = tl.cumsum(histogram, 0, reverse=True)
-        digit = tl.sum((from_here >= left).to(tl.int32), 0) - 1
-        left -= tl.sum(tl.where(digits > digit, histogram, 0), 0)
-        threshold = (threshold << 8) | digit.to(tl.uint32)
+    if KNOWN == 4:
+        tl.store(ties + group * tl.num_programs(1) + tl.program_id(1), equal)
+    elif first < end:
+        tl.atomic_add(digits + KNOWN * 256 + tl.arange(0, 256), histogram, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["width", "parts"])
+def _find_cut(
+    scores,
+    lengths,
+    counts,
+    sure,
+    digits,
+    ties,
+    cuts,
+    width,
+    parts,
+    BLOCKS: tl.constexpr,
+    HEADS: tl.constexpr,
+    FLOOR: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Program (group): the threshold, and in the part where the last tie that is kept lies, its place."""
+    group = tl.program_id(0).to(tl.int64)
+    scores += group * HEADS * width
+    lengths += group * HEADS
+    sure += group * HEADS * 2
+    ties += group * parts
+    threshold, left = _cut_so_far(tl.load(counts + group), digits + group * 4 * 256, 4)
+    ties_before = tl.full([], 0, tl.int32)
+    part = tl.full([], 0, tl.int32)
+    passed = tl.full([], 0, tl.int32)
+    for some in range(0, parts, 256):
+        other = some + tl.arange(0, 256)
+        count = tl.load(ties + other, mask=other < parts, other=0)
+        whole = (passed + tl.cumsum(count, 0) < left) & (other < parts)
+        part += tl.sum(whole.to(tl.int32), 0)
+        ties_before += tl.sum(tl.where(whole, count, 0), 0)
+        passed += tl.sum(count, 0)
 
     last = tl.full([], -1, tl.int32)
-    ties_before = tl.full([], 0, tl.int32)
     i = tl.arange(0, BLOCK_N * BLOCK_H)
-    for block in range(0, end, BLOCK_N):
+    first = part * BLOCKS * BLOCK_N
+    end = tl.minimum(_end_of(lengths, HEADS, BLOCK_H), first + BLOCKS * BLOCK_N)
+    for block in range(first, tl.where(left > 0, end, first), BLOCK_N):
         keys = _candidates(block, scores, lengths, sure, width, HEADS, FLOOR, BLOCK_H, BLOCK_N)
         tie = (tl.reshape(keys, [BLOCK_N * BLOCK_H]) == threshold).to(tl.int32)
         rank = ties_before + tl.cumsum(tie, 0)
@@ -190,7 +266,7 @@ def _list_kept(
     FLOOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program (layer and head): the indices of its kept tokens in order."""
+    """Program (layer and head): the indices of its kept tokens in order, and -1 behind them."""
     row = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + row)
     scores += row * width
@@ -207,13 +283,7 @@ def _list_kept(
         place = count + tl.cumsum(kept.to(tl.int32), 0) - 1
         tl.store(indices + place, token, mask=kept)
         count += tl.sum(kept.to(tl.int32), 0)
-    tl.store(counts + row, count)
-
-
-@triton.jit(do_not_specialize=["stride", "width"])
-def _pad(indices, counts, stride, width, BLOCK: tl.constexpr):
-    """Program (layer and head): -1 from its count up to `width`, the largest count."""
-    row = tl.program_id(0).to(tl.int64)
-    for block in range(tl.load(counts + row), width, BLOCK):
+    for block in range(count, width, BLOCK):
         place = block + tl.arange(0, BLOCK)
-        tl.store(indices + row * stride + place, -1, mask=place < width)
+        tl.store(indices + place, -1, mask=place < width)
+    tl.store(counts + row, count)

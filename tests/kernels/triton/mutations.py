@@ -152,15 +152,18 @@ MUTATIONS = (
     Mutation(
         "select",
         "a digit's carry forgotten",
-        "tl.where(digits > digit, histogram, 0)",
-        "tl.where(digits >= digit, histogram, 0)",
+        "tl.where(digit > own, histogram, 0)",
+        "tl.where(digit >= own, histogram, 0)",
     ),
     Mutation("select", "-0 below 0", "tl.where(bits == sign, 0, bits)", "tl.where(bits == 1, 0, bits)"),
     Mutation(
         "select",
         "padding starts late",
-        "range(tl.load(counts + row), width, BLOCK)",
-        "range(tl.load(counts + row) + 1, width, BLOCK)",
+        "range(count, width, BLOCK)",
+        "range(count + 1, width, BLOCK)",
+    ),
+    Mutation(
+        "select", "a part's ties forgotten", "ties_before += tl.sum(tl.where(whole, count, 0), 0)", "pass"
     ),
     Mutation(
         "compact",

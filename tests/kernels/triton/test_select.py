@@ -49,6 +49,12 @@ def test_rows_longer_than_a_block():
     check(scores_of("ties", 1, 2, 2500), [[2500, 2100]], [[1300, 100]], [[50, 50]])
 
 
+@pytest.mark.parametrize("kind", ["random", "ties"])
+def test_rows_that_several_programs_count(kind):
+    check(scores_of(kind, 1, 2, 9000), [[9000, 8300]], [[8500, 100]])
+    check(scores_of(kind, 1, 2, 9000), [[9000, 8300]], [[5000, 100]], [[50, 50]])
+
+
 def test_neighbouring_floats_are_told_apart():
     start = torch.tensor(0.1).view(torch.int32)
     check((start + torch.arange(40, dtype=torch.int32)).view(torch.float32)[None, None], [[40]], [[13]])
@@ -60,5 +66,5 @@ def test_minus_zero_ties_with_zero():
 
 def test_nothing_to_choose_from():
     indices, counts = triton.select(torch.empty(2, 0, 5), *torch.empty(2, 2, 0, dtype=torch.int32))
-    assert indices.shape == (2, 0, 0)
+    assert indices.shape == (2, 0, 5)
     assert counts.shape == (2, 0)
