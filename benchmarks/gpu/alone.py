@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from curkv.kernels.costs import evaluate
-from curkv.kernels.dispatch import cases, load
+from curkv.kernels.dispatch import cases, load, triton_cases
 from curkv.kernels.spec import Call, Inputs, ModelShape, Workload
 
 Row = dict[str, Any]
@@ -58,7 +58,7 @@ def median_ms(run: Callable[[int], Any], copies: int, device: str) -> float:
 def times(workload: Workload, layers: int, device: str) -> Iterator[Row]:
     """Median time of each operation, and the bandwidth and FLOP rate that follow by formula."""
     inputs = Inputs(workload, device, layers=layers)
-    for operation, name, case in cases():
+    for operation, name, case in triton_cases():
         calls, kernel = [], load(operation, "triton")
         for inputs.layer in range(layers):
             calls.append(case.call(inputs))

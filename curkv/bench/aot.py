@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from curkv.kernels.dispatch import cases, load
+from curkv.kernels.dispatch import load, triton_cases
 from curkv.kernels.spec import Case, Inputs, ModelShape, Phase, Workload
 
 
@@ -124,26 +124,29 @@ class Report:
     tensor_ops: int
 
 
-def calls(model: ModelShape, target: Target) -> list[Call]:
-    """Call every operation with a model's shapes; page size 64, bfloat16.
+def cases_of(model: ModelShape, fp8: bool = True) -> Iterator[tuple[str, str, Case, Workload]]:
+    """Every operation and how it is called with a model's shapes: its name, that of the case, case, workload.
 
-    Those that read or write keys or values are called with caches of all `KV_DTYPES` that the chip has.
-    Decode: 32 sequences with 4,096 tokens each, and one with 32,768; prefill: a chunk of 2,048 tokens of
-    8,192; eviction: one sequence, 8,192 tokens down to 2,048.
+    Those that read or write keys or values are called with caches of all `KV_DTYPES`; without 8-bit floats,
+    what needs them is left out. Pages have 64 tokens, activations are bfloat16. Decode: 32 sequences with
+    4,096 tokens each, and one with 32,768; prefill: a chunk of 2,048 tokens of 8,192; eviction: one sequence,
+    8,192 tokens down to 2,048.
     """
     workloads: dict[Phase, list[Workload]] = {
         "decode": [Workload(model, 32, 4096), Workload(model, 1, 32768)],
         "prefill": [Workload(model, 1, 8192, chunk=2048)],
         "evict": [Workload(model, 1, 8192, kept=2048)],
     }
-    found = [
-        _record(operation, name, case, replace(workload, kv_dtype=kv_dtype), target)
-        for kv_dtype in KV_DTYPES
-        if kv_dtype != "fp8" or target.name not in WITHOUT_FP8
-        for operation, name, case in cases()
-        if case.reads_vectors or kv_dtype == "bfloat16"
-        for workload in workloads[case.phase][: 1 if case.label else None]
-    ]
+    for kv_dtype in KV_DTYPES if fp8 else (name for name in KV_DTYPES if name != "fp8"):
+        for operation, name, case in triton_cases():
+            if (case.reads_vectors or kv_dtype == "bfloat16") and (fp8 or not case.writes_fp8):
+                for workload in workloads[case.phase][: 1 if case.label else None]:
+                    yield operation, name, case, replace(workload, kv_dtype=kv_dtype)
+
+
+def calls(model: ModelShape, target: Target) -> list[Call]:
+    """Call every operation as `cases_of` says, those that launch nothing left out."""
+    found = [_record(*how, target) for how in cases_of(model, fp8=target.name not in WITHOUT_FP8)]
     return [call for call in found if call.launches]
 
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from curkv.kernels.costs import evaluate
-from curkv.kernels.dispatch import cases
+from curkv.kernels.dispatch import triton_cases
 from curkv.tables import table
 
 if TYPE_CHECKING:
     from curkv.bench.aot import Call, Launch, Report, Target
     from curkv.kernels.spec import ModelShape
 
-COSTS = {name: case.cost for _, name, case in cases()}
+COSTS = {name: case.cost for _, name, case in triton_cases()}
 """Cost of every case of every operation, by its name."""
 
 MAX_OVERHEAD = {"bfloat16": 1.1, "fp8": 1.2, "int8": 1.2, "int4": 1.35}
@@ -78,7 +78,7 @@ def failures(entry: Entry) -> Iterator[str]:
 def kernel_table(entries: list[Entry]) -> str:
     """Markdown: one row for each kernel as a model needs it, one column for each chip.
 
-    Of several variants of a kernel (as of `select.find_thresholds`) the one with most registers is shown.
+    Of several variants of a kernel (as of `select.count`) the one with most registers is shown.
     """
     targets = list(dict.fromkeys(e.target.name for e in entries))
     reports: dict[tuple[str, str], dict[str, Report]] = {}

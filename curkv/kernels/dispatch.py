@@ -16,7 +16,7 @@ from curkv.kernels.compact.spec import Compact
 from curkv.kernels.gather_rows.spec import GatherRows
 from curkv.kernels.gelu_mul.spec import GeluMul
 from curkv.kernels.leverage_scores.spec import LeverageScores
-from curkv.kernels.linear.spec import PackLinear
+from curkv.kernels.linear.spec import GPU_CASES, PackLinear
 from curkv.kernels.paged_decode_attention.spec import PagedDecodeAttention
 from curkv.kernels.paged_prefill_attention.spec import PagedPrefillAttention
 from curkv.kernels.rms_norm.spec import RmsNorm
@@ -78,7 +78,7 @@ class Kernels:
     pack_linear: PackLinear
 
 
-_FOLDERS = {"pack_linear": "linear"}
+_FOLDERS = {"pack_linear": "linear", "round_rows": "linear", "scale_rows": "linear"}
 
 
 def get_kernels(name: KernelsName = "auto", device: str | torch.device = "cpu") -> Kernels:
@@ -124,6 +124,13 @@ def cases() -> Iterator[tuple[str, str, Case]]:
         folder = _FOLDERS.get(operation, operation)
         for case in import_module(f"curkv.kernels.{folder}.spec").CASES if folder == operation else ():
             yield operation, f"{operation}, {case.label}" if case.label else operation, case
+
+
+def triton_cases() -> Iterator[tuple[str, str, Case]]:
+    """The same, and those of what linear layers do on GPUs besides their product."""
+    yield from cases()
+    for operation, case in GPU_CASES:
+        yield operation, f"{operation}, {case.label}" if case.label else operation, case
 
 
 def load(operation: str, backend: str) -> Callable[..., Any]:

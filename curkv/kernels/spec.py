@@ -224,6 +224,7 @@ class Case:
         cost: Of a call.
         call: Makes the arguments.
         reads_vectors: Whether it reads or writes keys or values, so that the cache's dtype matters.
+        writes_fp8: Whether it is for devices that have 8-bit floats.
     """
 
     label: str
@@ -231,6 +232,7 @@ class Case:
     cost: Cost
     call: Callable[[Inputs], Call]
     reads_vectors: bool = False
+    writes_fp8: bool = False
 
 
 def _pages(w: Workload, count: int, device: str, stand_in: bool) -> Pages:

@@ -7,14 +7,17 @@ kernel.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from curkv.kernels.formats import int4, int8
 from curkv.kernels.formats.base import Store
-from curkv.kernels.triton_util import dot, narrow, power_of_two
+from curkv.kernels.pages import Pages
+from curkv.kernels.triton_util import LOG2_E, dot, narrow, power_of_two
 
 _LARGEST = tl.constexpr(float(int8.LARGEST))
 _LARGEST_CODE = tl.constexpr(float(int4.LARGEST))
@@ -80,11 +83,36 @@ def attention_block(store: Store, tokens: int, tile_bytes: int) -> int:
     return max(16, min(tokens, power_of_two(fitting + 1) // 2))
 
 
-def pointers(store: Store) -> tuple[torch.Tensor, ...]:
+def pointers(store: Store) -> tuple[Tensor, ...]:
     """The store as kernels take it; a group's step and lowest value are a word of 32 bits."""
     operands_of(store)
     arrays = ((name, store.arrays[name]) for name in store.format.arrays(store.head_dim))
     return tuple(x.view(torch.int32) if name == "ranges" else x for name, x in arrays)
+
+
+def attention_constants(
+    pages: Pages, group: int, window: int | None, softcap: float | None, sinks: Tensor | None
+) -> dict[str, Any]:
+    """What kernels that attend to pages are compiled for: formats and shapes, and which masks there are."""
+    head_dim = pages.k.head_dim
+    return {
+        "KEYS": layout_of(pages.k),
+        "VALUES": layout_of(pages.v),
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "PAGE_SIZE": pages.page_size,
+        "BLOCK_D": power_of_two(head_dim),
+        "WINDOWED": window is not None,
+        "SOFTCAPPED": softcap is not None,
+        "SINKS": sinks is not None,
+    }
+
+
+def attention_masks(
+    pages: Pages, window: int | None, softcap: float | None, sinks: Tensor | None, unused: Tensor
+) -> tuple[Tensor, int, float, Tensor]:
+    """What these masks are, as the kernels take them; `unused` stands for sinks that are not there."""
+    return pages.position, window or 0, (softcap or 0.0) * LOG2_E.value, unused if sinks is None else sinks
 
 
 @triton.jit

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
+from curkv.kernels.costs import Cost
 from curkv.kernels.linear.formats import FLOAT32, WeightFormat
+from curkv.kernels.spec import Call, Case, Inputs
 
 PANEL_ROWS = 16
 """Rows of a panel of a packed weight."""
@@ -66,3 +70,50 @@ class PackLinear(Protocol):
     def __call__(  # noqa: D102
         self, weight: Tensor | Packed, bias: Tensor | None = None, form: WeightFormat = FLOAT32
     ) -> Linear: ...
+
+
+def _normalised(x: Inputs, dtype: torch.dtype) -> Call:
+    hidden = x.normal(x.workload.chunk, x.workload.model.hidden)
+    return Call((hidden, dtype, x.normal(hidden.shape[1]), 1e-5, hidden))
+
+
+def _gated(x: Inputs) -> Call:
+    gate_up = x.normal(x.workload.chunk, 2 * x.workload.model.intermediate)
+    return Call((gate_up, torch.int8), {"gate": True})
+
+
+def _scaled(x: Inputs) -> Call:
+    rows, columns = x.workload.chunk, x.workload.model.hidden
+    sums = x.integers(rows * columns).view(rows, columns)
+    return Call((sums, x.uniform(rows), x.uniform(columns), None, x.workload.dtype))
+
+
+_NORMALISED = "T*d*(3*a + 1) + d*a + 4*T"
+
+GPU_CASES = (
+    (
+        "round_rows",
+        Case(
+            "int8", "prefill", Cost(_NORMALISED, _NORMALISED, "8*T*d"), partial(_normalised, dtype=torch.int8)
+        ),
+    ),
+    (
+        "round_rows",
+        Case(
+            "fp8",
+            "prefill",
+            Cost(_NORMALISED, _NORMALISED, "8*T*d"),
+            partial(_normalised, dtype=torch.float8_e4m3fn),
+            writes_fp8=True,
+        ),
+    ),
+    (
+        "round_rows",
+        Case("gated", "prefill", Cost("T*I*(2*a + 1) + 4*T", "T*I*(2*a + 1) + 4*T", "8*T*I"), _gated),
+    ),
+    (
+        "scale_rows",
+        Case("", "prefill", Cost("T*d*(4 + a) + 4*T + 4*d", "T*d*(4 + a) + 4*T + 4*d", "2*T*d"), _scaled),
+    ),
+)
+"""What Triton's kernels do besides the product, which is the vendor's: see `triton.round_rows`."""

@@ -147,13 +147,33 @@ def _multiply_integers(
     x: Tensor, x_scales: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """Products of integers, summed in int32, scaled in float32."""
-    rows, size = len(x), len(weight)
-    out = torch.empty(rows, size, dtype=dtype, device=x.device)
+    if not len(x):
+        return torch.empty(0, len(weight), dtype=dtype, device=x.device)
+    sums = torch._int_mm(pad(x, (0, 0, 0, max(0, _FEWEST_ROWS - len(x)))), weight.t())
+    return scale_rows(sums, x_scales, scales, bias, dtype)
+
+
+def scale_rows(
+    sums: Tensor, row_scales: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Makes numbers of sums of products of integers.
+
+    Args:
+        sums: int32 [T or more, N].
+        row_scales: float32 [T].
+        scales: float32 [N].
+        bias: [N], added.
+        dtype: Of the result.
+
+    Returns:
+        [T, N].
+    """
+    rows, size = len(row_scales), sums.shape[1]
+    out = torch.empty(rows, size, dtype=dtype, device=sums.device)
     if rows:
-        sums = torch._int_mm(pad(x, (0, 0, 0, max(0, _FEWEST_ROWS - rows))), weight.t())
         _scale_rows[(rows, triton.cdiv(size, _BLOCK))](
             sums,
-            x_scales,
+            row_scales,
             scales,
             scales if bias is None else bias,
             out,

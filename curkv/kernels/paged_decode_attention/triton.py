@@ -15,6 +15,8 @@ from torch import Tensor
 
 from curkv.kernels.formats.triton import (
     attention_block,
+    attention_constants,
+    attention_masks,
     layout_of,
     load_operands,
     narrow_queries,
@@ -84,7 +86,7 @@ def paged_decode_attention(
         logits = torch.empty(batch, query_heads, max_tokens, dtype=torch.float32, device=q.device)
     masked = window is not None or softcap is not None or sinks is not None
     layout = (table, lengths, slots, *table.stride()[:2], *lengths.stride())
-    masks = pages.position, window or 0
+    masks = attention_masks(pages, window, softcap, sinks, unused=lse)
     _attend[(programs,)](
         q,
         pointers(pages.k),
@@ -101,20 +103,10 @@ def paged_decode_attention(
         max_tokens,
         scale * LOG2_E.value,
         *masks,
-        (softcap or 0.0) * LOG2_E.value,
-        lse if sinks is None else sinks,
-        KEYS=layout_of(pages.k),
-        VALUES=layout_of(pages.v),
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        PAGE_SIZE=page_size,
+        **attention_constants(pages, group, window, softcap, sinks),
         BLOCK_G=max(16, power_of_two(group)),
         BLOCK_N=attention_block(pages.k, _MAX_BLOCK_N, _TILE_BYTES),
-        BLOCK_D=power_of_two(head_dim),
         KEEP_LOGITS=accumulate,
-        WINDOWED=window is not None,
-        SOFTCAPPED=softcap is not None,
-        SINKS=sinks is not None,
         num_warps=4,
         num_stages=2 if masked and layout_of(pages.k) == "int4" else 3,  # with 3 registers spill
     )
@@ -138,7 +130,7 @@ def paged_decode_attention(
             *layout,
             pages.attention,
             max_tokens,
-            *masks,
+            *masks[:2],
             GROUP=group,
             PAGE_SIZE=page_size,
             BLOCK_N=_BLOCK_TOKENS,

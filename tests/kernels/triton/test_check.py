@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -9,12 +10,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from curkv import kernels
 from curkv.bench import aot
 from curkv.bench.check import COSTS, Entry, failures
 from curkv.kernels.costs import Cost, evaluate
+from curkv.kernels.dispatch import load
+from curkv.kernels.spec import MODELS, Inputs
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -100,3 +105,25 @@ def test_moving_more_than_one_must_breaks_a_gate(monkeypatch):
     monkeypatch.setitem(COSTS, "rope", Cost("100", "111", "0"))
     entry = Entry("model", aot.TARGETS[0], aot.Call("rope", {}, []), [])
     assert list(failures(entry)) == ["model, rope: moves 1.11 times the bytes it must"]
+
+
+def launched_in(source: Path) -> set[str]:
+    """Names of the functions that a module launches: kernel[grid](...)."""
+    calls = (node for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.Call))
+    subscripts = (call.func.value for call in calls if isinstance(call.func, ast.Subscript))
+    return {f"{source.parent.name}.{name.id}" for name in subscripts if isinstance(name, ast.Name)}
+
+
+def test_every_kernel_of_the_package_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[str] = set()
+
+    def note(launch: Any, *_: Any, **__: Any) -> None:
+        seen.add(f"{launch.fn.__module__.split('.')[-2]}.{launch.fn.__name__}")
+
+    monkeypatch.setattr("triton.runtime.interpreter.GridExecutor.__call__", note)
+    monkeypatch.setattr("curkv.kernels.paged_prefill_attention.triton.num_processors", lambda _: 132)
+    for operation, _, case, workload in aot.cases_of(MODELS[0]):
+        case.call(Inputs(workload, stand_in=True)).run(load(operation, "triton"))
+    there = set().union(*map(launched_in, Path(kernels.__file__).parent.rglob("triton.py")))
+    assert len(there) > 15
+    assert there <= seen
