@@ -39,7 +39,7 @@ def select(view: CacheView, plan: EvictionPlan, kernels: Kernels) -> tuple[Tenso
     k = plan.budget_tokens if view.phase == "prefill" else plan.decode_budget_tokens
     if k is None:
         raise ValueError("the plan has no decode budget")
-    view = replace(view, seed=plan.seed, budget=k)
+    view = replace(view, seed=plan.seed, budget=k, frame=plan.frame_tokens)
     always = protected(view, plan)
     return select_scored(view, plan, plan.policy.judge(view, kernels), always, kernels)
 

@@ -65,7 +65,7 @@ def explain(view: CacheView, plan: EvictionPlan, kernels: Kernels, page_bytes: i
     Returns:
         The explanation; merging is left out of it.
     """
-    view = replace(view, seed=plan.seed, budget=plan.budget_tokens)
+    view = replace(view, seed=plan.seed, budget=plan.budget_tokens, frame=plan.frame_tokens)
     scored, always = plan.policy.judge(view, kernels), protected(view, plan)
     ranks, kept = _ranks(scored, always), view.stored
     if plan.evicts_prompt:

@@ -43,6 +43,7 @@ class EvictionPlan:
         decode_recent_tokens: Newest tokens kept by an eviction during decode.
         protect: Spans of the prompt that are always kept.
         seed: Of random numbers, at least 0.
+        frame_tokens: First tokens of the prompt that a chat template wrote, whatever is said behind them.
     """
 
     options: SettledOptions
@@ -55,6 +56,7 @@ class EvictionPlan:
     decode_recent_tokens: int
     protect: tuple[Span, ...]
     seed: int
+    frame_tokens: int = 0
 
     @property
     def policy(self) -> Policy:
@@ -174,7 +176,11 @@ class EvictionPlan:
 
 
 def resolve(
-    options: EvictionOptions, prompt_tokens: Sequence[int], layout: CacheLayout, session: bool = False
+    options: EvictionOptions,
+    prompt_tokens: Sequence[int],
+    layout: CacheLayout,
+    session: bool = False,
+    frame_tokens: int = 0,
 ) -> EvictionPlan:
     """Resolve options for a prompt.
 
@@ -185,6 +191,7 @@ def resolve(
         layout: Shape of the cache.
         session: The conversation goes on from what is left of it: only what is new is repeated, as far as
             there is room.
+        frame_tokens: First tokens of the prompt that a chat template wrote.
 
     Returns:
         The plan.
@@ -227,6 +234,7 @@ def resolve(
         decode_recent_tokens=_decode_recent(settled),
         protect=settled.protect,
         seed=content_seed(prompt_tokens[:context]) if settled.seed is None else settled.seed % (1 << 64),
+        frame_tokens=frame_tokens,
     )
     return _fit_decode(plan, bends="decode_budget" in options.bending)
 

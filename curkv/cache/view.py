@@ -29,6 +29,7 @@ class CacheView:
         phase: "prefill" while the prompt is computed, "decode" after an interval of generated tokens.
         round: Evictions of the sequence so far; a new one draws new random numbers.
         budget: Tokens per head, on average, that this eviction leaves.
+        frame: First positions that a chat template wrote, whatever is said behind them; 0 without one.
         observations: Of the sequence's queries, if its policy needs them.
         rope: By layer: cos and sin, float32 [positions, head_dim / 2] each.
         output_projection: Gives a layer's W_o, float32 [Hq, head_dim, hidden].
@@ -48,6 +49,7 @@ class CacheView:
     phase: Literal["prefill", "decode"] = "prefill"
     round: int = 0
     budget: int = 0
+    frame: int = 0
     observations: Observations | None = None
     rope: Sequence[tuple[Tensor, Tensor]] | None = None
     output_projection: Callable[[int], Tensor] | None = None

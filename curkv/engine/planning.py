@@ -42,18 +42,17 @@ class Planner:
         self._check_length(prompt, sampling.max_tokens)
         for field in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
             check_ids(getattr(sampling, field) or (), self._num_token_ids, field)
-        plan = self._resolve(request.eviction, prompt, bool(request.session))
+        plan = self._resolve(request.eviction, request, bool(request.session))
         max_tokens = self._max_tokens(plan, sampling.max_tokens)
         if sampling.min_tokens > max_tokens:
             raise InvalidRequest(f"is larger than max_tokens ({max_tokens})", "min_tokens")
-        explain_plans = tuple(self._resolve(options, prompt) for options in request.explain)
+        explain_plans = tuple(self._resolve(options, request) for options in request.explain)
         return Planned(request, plan, max_tokens, explain_plans, self._matcher(sampling))
 
-    def _resolve(
-        self, options: EvictionOptions, prompt: Sequence[int], session: bool = False
-    ) -> EvictionPlan:
+    def _resolve(self, options: EvictionOptions, request: Request, session: bool = False) -> EvictionPlan:
+        prompt, frame = request.prompt_token_ids, request.frame_tokens
         try:
-            return resolve(options, prompt, self._kv.layout, session)
+            return resolve(options, prompt, self._kv.layout, session, frame)
         except OptionError as error:
             raise InvalidRequest(error.message, f"kv.{error.field}") from error
 

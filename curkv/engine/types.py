@@ -181,6 +181,7 @@ class Request:
         tenant: who alone finds what is cached of it; "": everybody with the same salt.
         context_ttl: seconds for which what is cached of its context gives way after all else.
         session: the conversation of that key that it goes on; "": none.
+        frame_tokens: first tokens of the prompt that a chat template wrote, whatever is said behind them.
         arrival_time: `time.monotonic()` in seconds.
     """
 
@@ -196,6 +197,7 @@ class Request:
     tenant: str = ""
     context_ttl: float = 0.0
     session: str = ""
+    frame_tokens: int = 0
     arrival_time: float = field(default_factory=time.monotonic)
 
 

@@ -42,10 +42,14 @@ _MAX_LOGIT_ROWS = 512
 
 @dataclass
 class _Prompt:
-    """A prompt in the cache, logits of what follows it, float32 [1, vocab], and what repeating it tells."""
+    """A prompt in the cache, its frame's tokens, logits of what follows it, and what repeating it tells.
+
+    Logits are float32 [1, vocab].
+    """
 
     slot: int
     tokens: list[int]
+    frame: int
     logits: Tensor
     repetition: Tensor | None = None
 
@@ -125,11 +129,11 @@ class Evaluator:
             OutOfPages: The pool does not hold the prompt and one variant.
         """
         sample = make_sample(recipe, self.count_tokens)
-        context, questions = self._tokens(sample)
+        context, frame, questions = self._tokens(sample)
         if series := wanted.get("decoding"):
             return list(self._decoded(context, sample.recipe, questions[0], series))
         observed = _observed(variant for variants in wanted.values() for variant in variants)
-        prompt, records = self._prefill(context, observed), list[Record]()
+        prompt, records = self._prefill(context, frame, observed), list[Record]()
         try:
             if continuations := wanted.get("continuation"):
                 return list(self._continue(prompt, sample.recipe, questions[0], continuations))
@@ -151,24 +155,25 @@ class Evaluator:
             self._kv.free(prompt.slot)
         return records
 
-    def _tokens(self, sample: Sample) -> tuple[list[int], list[_Question]]:
-        """A sample's context, and its questions."""
-        before, questions = sample.context, []
+    def _tokens(self, sample: Sample) -> tuple[list[int], int, list[_Question]]:
+        """A sample's context, how many tokens of it a chat template wrote, and the questions."""
+        before, frame, questions = sample.context, 0, []
         for asked in sample.asked:
             after = asked.question
             if sample.chat:
-                before, after = self._conversation(sample.context, asked.question)
+                before, after, frame = self._conversation(sample.context, asked.question)
             target = self._encode(asked.target or "")[: asked.max_new_tokens]
             questions.append(_Question(asked, self._encode(after), target))
-        return self._encode(before), questions
+        return self._encode(before), frame, questions
 
-    def _conversation(self, context: str, question: str) -> tuple[str, str]:
-        """A user's message as the model reads it, up to the end of the context and behind it."""
+    def _conversation(self, context: str, question: str) -> tuple[str, str, int]:
+        """A user's message as the model reads it, up to the end of the context and behind it; its frame."""
         if self._template is None:
             raise ValueError("the task is a conversation, and the model has no chat template")
         message = {"role": "user", "content": f"{context}{_MARK}{question}"}
         before, _, after = self._template.render([message], {}).partition(_MARK)
-        return before, after
+        frame = self._template.frame(before, ["user"], {})
+        return before, after, self.count_tokens(before[:frame])
 
     def _visible(
         self, asked: _Prompt, recipe: Recipe, question: _Question, variants: Sequence[Variant]
@@ -255,7 +260,7 @@ class Evaluator:
                 texts[output.request_id] += output.text
                 if output.kv is not None:
                     reports[output.request_id] = output.kv
-        asked, prompt = series.asked, _Prompt(-1, context, torch.empty(0))
+        asked, prompt = series.asked, _Prompt(-1, context, 0, torch.empty(0))
         total = len(context) + asked.max_new_tokens - 1
         for id, variant in zip(texts, variants, strict=True):
             kept = 1 - reports[id].evicted_tokens / total
@@ -295,15 +300,15 @@ class Evaluator:
                 question=question.asked.name,
             )
 
-    def _prefill(self, tokens: list[int], observed: Needs) -> _Prompt:
+    def _prefill(self, tokens: list[int], frame: int, observed: Needs) -> _Prompt:
         slot = self._kv.add_sequence(observed)
-        return _Prompt(slot, tokens, self._feed(slot, tokens, 0))
+        return _Prompt(slot, tokens, frame, self._feed(slot, tokens, 0))
 
     def _asked(self, prompt: _Prompt, question: _Question) -> _Prompt:
         """A fork of a prompt that goes on with a question."""
         slot = self._kv.fork(prompt.slot)
         logits = self._feed(slot, question.tokens, len(prompt.tokens))
-        return _Prompt(slot, prompt.tokens + question.tokens, logits)
+        return _Prompt(slot, prompt.tokens + question.tokens, prompt.frame, logits)
 
     def _feed(self, slot: int, tokens: list[int], start: int) -> Tensor:
         """Computes tokens in chunks, as the engine does; logits of the last one, [1, vocab]."""
@@ -317,7 +322,7 @@ class Evaluator:
     ) -> Iterator[list[_Branch]]:
         """Forks a prompt and evicts each fork, as many variants at a time as the pool holds."""
         layout = self._kv.layout
-        plans = [resolve(variant.options, prompt.tokens, layout) for variant in variants]
+        plans = [resolve(v.options, prompt.tokens, layout, frame_tokens=prompt.frame) for v in variants]
         while plans:
             count = self._affordable(plans, new_tokens)
             pairs = zip(variants[:count], plans[:count], strict=True)

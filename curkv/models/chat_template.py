@@ -43,6 +43,10 @@ _ARGUMENTS = frozenset(
 """What a template is given otherwise, and what transformers' `apply_chat_template` would not pass on."""
 
 
+_UNSAID = "\ue000"
+"""A private-use character that stands for all that is said in a conversation."""
+
+
 class ChatTemplate:
     """A model's Jinja template, rendered in a sandbox as transformers renders it.
 
@@ -105,6 +109,22 @@ class ChatTemplate:
             return self._template.render(given)
         except Exception as error:  # a template may do anything with what it is given
             raise ValueError(f"the model's chat template refuses the conversation: {error}") from error
+
+    def frame(self, text: str, roles: Sequence[str], variables: Mapping[str, Any]) -> int:
+        """Counts the characters that a conversation begins with whatever is said in it: those of its frame.
+
+        Args:
+            text: what `render` makes of the conversation.
+            roles: of its messages.
+            variables: as `render` was given them.
+        """
+        until = roles.index("user") + 1 if "user" in roles else len(roles)
+        try:
+            unsaid = self.render([{"role": role, "content": _UNSAID} for role in roles[:until]], variables)
+        except ValueError:  # a template may want to know more of such messages
+            return 0
+        pairs = enumerate(zip(text, unsaid, strict=False))
+        return next((i for i, (a, b) in pairs if a != b), min(len(text), len(unsaid)))
 
     @cached_property
     def _template(self) -> Template:

@@ -66,12 +66,14 @@ class Prompt:
         text: as it was given; None if it was given in tokens.
         context_tokens: where the client says that its context ends, in tokens; None if it says nothing.
         context_ttl: seconds for which what is cached of it gives way after all else.
+        frame_tokens: first tokens that are the chat template's and nothing that the client says.
     """
 
     token_ids: list[int]
     text: str | None = None
     context_tokens: int | None = None
     context_ttl: float = 0.0
+    frame_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -301,6 +303,7 @@ async def prepare(
                 traceparent=http.headers.get("traceparent", ""),
                 tenant=state.keys.tenant(key),
                 context_ttl=prompt.context_ttl,
+                frame_tokens=prompt.frame_tokens,
                 session=controls.session,
             )
             for index, prompt in enumerate(prompts)

@@ -10,6 +10,7 @@ from curkv.engine.types import InvalidRequest
 from curkv.server.chat.conversation import tokenize as tokenize_conversation
 from curkv.server.chat.protocol import ChatRequest, ConversationFields, Messages
 from curkv.server.fields import GENERATION, Refused, Undone
+from curkv.server.generation import Prompt
 from curkv.server.protocol import Int64, Text
 from curkv.server.tokenizing import Reader
 
@@ -49,7 +50,7 @@ class PromptFields(ConversationFields):
         "not to a conversation.",
     )
 
-    def token_ids(self, client: EngineClient, reader: Reader) -> list[int]:
+    def read(self, client: EngineClient, reader: Reader) -> Prompt:
         """The prompt in tokens.
 
         Args:
@@ -66,7 +67,7 @@ class PromptFields(ConversationFields):
             raise InvalidRequest("give either prompt or messages", "prompt")
         if self.messages is not None:
             [prompt] = tokenize_conversation(self.messages, self.rendering(self.tool_use), client, reader)
-            return prompt.token_ids
+            return prompt
         if isinstance(self.prompt, str):
-            return reader.tokens(self.prompt, "prompt", self.add_special_tokens is not False)
-        return reader.count(self.prompt or [])
+            return Prompt(reader.tokens(self.prompt, "prompt", self.add_special_tokens is not False))
+        return Prompt(reader.count(self.prompt or []))

@@ -14,6 +14,7 @@ from torch import Tensor
 from curkv.cache.eviction import select
 from curkv.cache.integrity import check_integrity
 from curkv.cache.layout import CacheLayout, full_attention
+from curkv.cache.observations import Needs, Observations
 from curkv.cache.parsing import parse_options
 from curkv.cache.plan import EvictionPlan, resolve
 from curkv.cache.policies.base import pooled
@@ -26,11 +27,14 @@ from curkv.kernels.leverage_scores import reference as leverage_reference
 from curkv.kernels.pages import Pages
 from curkv.kernels.select import cpu as select_cpu
 from curkv.kernels.select import reference as select_reference
+from curkv.kernels.window_scores import reference as window_scores_reference
 from tests.cache.util import make_cache, step, view_of
 
 CPU = SimpleNamespace(leverage_scores=leverage_cpu.leverage_scores, select=select_cpu.select)
 REFERENCE = SimpleNamespace(
-    leverage_scores=leverage_reference.leverage_scores, select=select_reference.select
+    leverage_scores=leverage_reference.leverage_scores,
+    select=select_reference.select,
+    window_scores=window_scores_reference.window_scores,
 )
 FLOAT32 = get_format("float32")
 EVICTING = ["curdkv", "adacurdkv", "streaming-llm", "knorm", "random"]
@@ -379,6 +383,19 @@ def test_the_cache_gives_back_all_pages_that_the_plan_empties(policy):
         assert cache.lengths[slot].sum(1).eq(30 * 3).all()
     cache.free(slot)
     assert cache.used_pages == 0
+
+
+@pytest.mark.parametrize(("frame", "passage"), [(0, range(2, 9)), (10, range(62, 69))])
+def test_the_frame_of_a_conversation_is_no_passage_however_much_it_draws(frame, passage):
+    keys, values = torch.zeros(1, 1, 100, 8), torch.ones(1, 1, 100, 8)
+    keys[0, 0, 5, 0], keys[0, 0, 65, 0] = 20, 18
+    observations = Observations(Needs(queries=4))
+    observations.queries[0] = torch.ones(4, 1, 8)
+    view = make_view(keys, values)
+    raw = {"policy": "snapcur", "observation": 4, "chunk": 7, "first_stage": 1, "sink_tokens": 0}
+    plan = replace(make_plan(view, **raw, budget=11), frame_tokens=frame)
+    chosen = select(replace(view, observations=observations), plan, REFERENCE)
+    assert kept_positions(view, chosen) == [[[*passage, *range(96, 100)]]]
 
 
 def test_pooling_keeps_neighbours_and_stays_inside_a_head():

@@ -106,3 +106,33 @@ def test_documents_are_for_templates_that_know_them() -> None:
     assert knowing.render(messages, {}, documents=documents) == "a"
     with pytest.raises(ValueError, match="documents"):
         ChatTemplate("{{ messages[0].content }}", {}).render(messages, {}, documents=documents)
+
+
+SYSTEM = """{% if messages[0].role != 'system' %}<s>You are an assistant.</s>{% endif %}
+{%- for tool in tools or [] %}{{ tool }}{% endfor %}
+{%- for m in messages %}<{{ m.role }}>{{ m.content | trim }}{% endfor %}"""
+
+
+@pytest.mark.parametrize(
+    ("messages", "frame"),
+    [
+        ([("user", "Hello")], "<s>You are an assistant.</s><user>"),
+        ([("user", "Hello"), ("assistant", "You"), ("user", "Hello")], "<s>You are an assistant.</s><user>"),
+        ([("system", "Be brief."), ("user", "Hello")], "<system>"),
+    ],
+)
+def test_a_frame_is_what_a_template_writes_before_anything_is_said(
+    messages: list[tuple[str, str]], frame: str
+) -> None:
+    template, roles = ChatTemplate(SYSTEM, {}), [role for role, _ in messages]
+    said = [{"role": role, "content": content} for role, content in messages]
+    text = template.render(said, {})
+    assert text[: template.frame(text, roles, {})] == frame
+    tools = [{"name": "f"}]
+    with_tools = template.render(said, {}, tools)
+    assert str(tools[0]) not in with_tools[: template.frame(with_tools, roles, {})]
+
+
+def test_a_template_that_refuses_to_write_nothing_has_no_frame() -> None:
+    picky = ChatTemplate("{{ 'hello' if messages[0].content == 'x' else raise_exception('no') }}", {})
+    assert picky.frame(picky.render([{"role": "user", "content": "x"}], {}), ["user"], {}) == 0

@@ -33,6 +33,7 @@ from curkv.engine.types import (
     check_ids,
 )
 from curkv.kernels.formats import get_format
+from curkv.models.chat_template import ChatTemplate
 from curkv.models.tools.hermes import Hermes
 from curkv.models.vocabulary import Vocabulary
 from curkv.server.app import create_app
@@ -66,6 +67,7 @@ class WordTemplate:
     special_tokens: ClassVar[dict[str, str]] = {"bos_token": "w0"}
     tool_format = Hermes()
     thinks = False
+    frame = ChatTemplate.frame
 
     def render(
         self,

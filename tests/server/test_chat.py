@@ -129,6 +129,31 @@ def test_the_last_mark_ends_the_context(messages: list[dict[str, Any]], context_
     assert prompt.context_tokens == context_tokens
 
 
+SYSTEM = {"role": "system", "content": "w9"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools", "frame"),
+    [([USER], [], 1), ([SYSTEM, USER], [], 1), ([{**USER, "content": ""}], [], 1), ([USER], [TOOL], 0)],
+    ids=["a user's message", "a system message", "an empty message", "tools come first"],
+)
+def test_the_frame_ends_where_the_client_has_its_say(
+    messages: list[dict[str, Any]], tools: list[dict[str, Any]], frame: int
+) -> None:
+    client, rendering = ScriptedClient(), Rendering(tools=tools)
+    (prompt,) = tokenize([Message.model_validate(m) for m in messages], rendering, client, Reader(client))
+    assert prompt.frame_tokens == frame
+
+
+async def test_the_engine_is_told_of_a_conversation_s_frame_and_of_none_in_a_text(
+    http: httpx.AsyncClient, engine: ScriptedClient
+) -> None:
+    await chat(http)
+    await http.post("/v1/completions", json={"prompt": "w1 w10 w11 w3", "max_tokens": 1})
+    assert engine.taken[0].prompt_token_ids == engine.taken[1].prompt_token_ids
+    assert [request.frame_tokens for request in engine.taken] == [1, 0]
+
+
 @pytest.mark.parametrize(
     ("change", "param"),
     [

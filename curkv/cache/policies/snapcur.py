@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curkv.cache.allocation import ALLOCATIONS, Allocation
-from curkv.cache.declarations import SHARE, Integer, option
+from curkv.cache.declarations import SHARE, option
 from curkv.cache.policies.base import best_of_heads, pooled
 from curkv.cache.policies.chunkkv import CHUNK
 from curkv.cache.policies.curdkv import LeveragePolicy
@@ -31,10 +31,9 @@ class SnapCur(SnapKV, LeveragePolicy):
     like it, and take the room of what is asked for. A `first_stage` = half of the budget beside the
     window goes to passages that all heads of a layer keep, because the head that finds a passage need not
     be the one that has to read it: attention times leverage (CurDKV's, of values alone: ||v||^2,
-    normalised per head), summed over the heads and averaged over `chunk` = 25 neighbours. The first
-    `frame` tokens, none by default, count for no passage: those of a conversation's template draw attention
-    whatever they say. The rest goes to the tokens with the most attention, mean over 5 neighbours; heads of
-    all layers compete.
+    normalised per head), summed over the heads and averaged over `chunk` = 25 neighbours. Tokens of a
+    conversation's frame (`CacheView.frame`) count for no passage: they draw attention whatever is said. The
+    rest goes to the tokens with the most attention, mean over 5 neighbours; heads of all layers compete.
 
     The best policy measured here for requests whose question is part of the prompt (docs/policies.md).
     """
@@ -50,11 +49,6 @@ class SnapCur(SnapKV, LeveragePolicy):
     combine: Literal["product", "mean", "key", "value"] = "value"
     chunk: int = option(25, CHUNK, "Tokens of SnapCUR's passages.")
     first_stage: float = option(0.5, SHARE, "Share of the budget that SnapCUR gives to passages.")
-    frame: int = option(
-        0,
-        Integer(0, 4096),
-        "First tokens that count for none of SnapCUR's passages: those of a conversation's template, if any.",
-    )
     factor = False
 
     def score(self, view: CacheView, kernels: Kernels) -> Tensor:
@@ -63,7 +57,7 @@ class SnapCur(SnapKV, LeveragePolicy):
         judged = view.stored & ~window
         attention = self.score_tokens(view, kernels)
         weighed = attention * self.leverage_scores(view, kernels)
-        weighed = weighed.masked_fill(~judged | (view.position < self.frame), 0.0)
+        weighed = weighed.masked_fill(~judged | (view.position < view.frame), 0.0)
         passages = self._passages(view, weighed).masked_fill(~judged, -torch.inf)
         room = max(0, view.budget - self.observing)
         first = torch.full_like(view.lengths, int(self.first_stage * room))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -48,14 +49,14 @@ def tokenize(
     try:
         text = page.text()
         ids, ends = reader.tokens_with_ends(text, "messages", rendering.special_tokens, page.seam)
-        context_end = page.context_end(text)
+        context_end, frame_end = page.context_end(text), page.frame_end(text)
     except InvalidRequest:
         raise
     except ValueError as error:
         raise InvalidRequest(str(error), "messages") from error
-    context = sum(end <= context_end for end in ends) if context_end else 0
+    context, frame = (bisect_right(ends, end) if end else 0 for end in (context_end, frame_end))
     plain = text.replace(page.seam, "") if page.seam is not None else text
-    return [Prompt(ids, plain, context or None, context_ttl(messages))]
+    return [Prompt(ids, plain, context or None, context_ttl(messages), frame)]
 
 
 class _Page:
@@ -92,6 +93,11 @@ class _Page:
             (i, j) for i, m in enumerate(self._messages) for j, (_, marked) in enumerate(m.parts) if marked
         ]
         return self._place(text, marks[-1]) if marks else 0
+
+    def frame_end(self, text: str) -> int:
+        """Characters of the text before anything that the client says."""
+        roles = [message.role for message in self._messages]
+        return self._template.frame(text, roles, self._rendering.variables)
 
     def _place(self, text: str, part: tuple[int, int]) -> int:
         """Characters of the text up to the end of part `part[1]` of message `part[0]`.

@@ -76,15 +76,17 @@ def _plan(
     place: Place,
     state: ServerState,
 ) -> Planned:
+    prompt = body.read(client, Reader(client, place))
     request = Request(
         id=f"explain-{uuid.uuid4().hex}",
-        prompt_token_ids=body.token_ids(client, Reader(client, place)),
+        prompt_token_ids=prompt.token_ids,
         sampling=SamplingParams(max_tokens=0),
         eviction=EvictionOptions(),
         cache_salt=state.keys.salt(place.key, ""),
         priority=priority,
         owner=place.key,
         tenant=state.keys.tenant(place.key),
+        frame_tokens=prompt.frame_tokens,
     )
     options, plans = [], []
     for index, fields in enumerate(body.policies or [body.kv]):

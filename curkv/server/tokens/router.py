@@ -46,7 +46,7 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
 
 
 def _tokenized(body: TokenizeRequest, client: EngineClient) -> Response:
-    ids = body.token_ids(client, Reader(client))
+    ids = body.read(client, Reader(client)).token_ids
     check_ids(ids, client.num_token_ids, "prompt")
     names = [client.tokenizer.id_to_token(i) for i in ids] if body.return_token_strs else None
     answer = TokenizeResponse(
