@@ -5,7 +5,8 @@
 A prompt is prefilled with every kind of observation that policies ask for, and without any, in turns; each
 policy then evicts forks of the prompt, to a quarter. Medians of three count. Shares are of the prefill
 without observation; that of observing is a difference of two prefills that follow each other. For a policy
-that has the model repeat the prompt the repetition is what observing costs.
+that has the model repeat the prompt the repetition is what observing costs, and a draft of an answer is part
+of it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import replace
 from statistics import median
 from typing import Annotated
 
+import torch
 import typer
 from torch import Tensor
 from tqdm import tqdm
@@ -30,6 +32,7 @@ from curkv.cache.policies import policy_names
 from curkv.cache.view import CacheView
 from curkv.config import EngineOptions
 from curkv.engine.build import build_engine
+from curkv.engine.draft import look_ahead
 from curkv.engine.engine import Engine
 from curkv.engine.repetition import Repetition
 from curkv.models.loading.built_in import DEFAULT_MODEL
@@ -77,6 +80,9 @@ def _measure(
         if needs.repetition:
             scores, extra = _repeat(engine, slot, prompt)
             view = replace(view, repetition=scores)
+        if needs.draft:
+            scores, seconds = _draft(engine, slot, prompt, needs.draft)
+            view, extra = replace(view, draft=scores), extra + seconds
         observing = "" if needs.query_agnostic else f" + {extra / reference:.1%}"
         for name in names:
             times = (_evict(engine, slot, view, prompt, policies[name]) for _ in range(ROUNDS))
@@ -121,6 +127,16 @@ def _repeat(engine: Engine, slot: int, prompt: list[int]) -> tuple[Tensor, float
     seconds = time.perf_counter() - started
     engine.kv.free(fork)
     return repetition.scores, seconds
+
+
+def _draft(engine: Engine, slot: int, prompt: list[int], count: int) -> tuple[Tensor, float]:
+    """What a draft pays to the prompt's tokens, and seconds."""
+    fork, first = engine.kv.fork(slot, observe=False), torch.tensor(prompt[-1:])
+    started = time.perf_counter()
+    paid = look_ahead(engine.runner, fork, first, len(prompt), count)
+    seconds = time.perf_counter() - started
+    engine.kv.free(fork)
+    return paid, seconds
 
 
 def _evict(engine: Engine, slot: int, view: CacheView, prompt: list[int], options: EvictionOptions) -> float:

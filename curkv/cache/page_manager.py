@@ -503,7 +503,7 @@ class PageManager:
     def retract(self, mark: Mark) -> None:
         """Takes back what `extend` and the kernels have done to sequences since they were marked.
 
-        Only tokens may have been added meanwhile.
+        Only tokens may have been added meanwhile, and what is observed of queries may have been changed.
         """
         for slot, lengths in zip(mark.slots, mark.lengths, strict=True):
             kept, column = self._pages_of(lengths), self._page_index
@@ -511,6 +511,8 @@ class PageManager:
             self.pool.release(self._table[slot][(column >= kept[..., None]) & (column < counts[..., None])])
             self._unevicted[slot] -= (self._lengths[slot] - lengths).max()
             self.page_counts[slot], self._lengths[slot] = kept, lengths
+        for slot in mark.slots:
+            self.stop_observing(slot)
         self.observed.update(mark.observed)
         for slot, sums in mark.attention.items():
             self.pages.attention[self._page_ids(slot)] = sums

@@ -38,6 +38,8 @@ class CacheView:
         sinks: By layer: float32 [Hq], the score of one more token whose value is 0; empty: there are none.
         repetition: If its policy needs that, the most attention that each stored token received while the
             model repeated the text, float32 [L, H, n_max].
+        draft: If its policy needs that, and the prompt is at its end, the most attention that each stored
+            token receives from a drafted answer, float32 [L, H, n_max].
         ranks: The processes that share the heads: H are those of this one.
     """
 
@@ -57,6 +59,7 @@ class CacheView:
     softcap: float | None = None
     sinks: Sequence[Tensor] = ()
     repetition: Tensor | None = None
+    draft: Tensor | None = None
     ranks: Ranks = ALONE
 
     def whole(self, x: Tensor) -> Tensor:

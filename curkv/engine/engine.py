@@ -18,11 +18,13 @@ from curkv.cache.explain import explain
 from curkv.cache.integrity import check_integrity
 from curkv.cache.options import EvictionOptions
 from curkv.cache.page_pool import OutOfPages
+from curkv.cache.plan import EvictionPlan
 from curkv.cache.reuse import SESSION_TTL, PrefixReuse, ReuseKeys
 from curkv.cache.sessions import SessionName, SessionStats, shaped_by
 from curkv.cache.store import Store
 from curkv.cache.upload import upload_list
 from curkv.engine.detokenizer import Detokenizer
+from curkv.engine.draft import look_ahead
 from curkv.engine.faults import EngineBroken, Faults
 from curkv.engine.planning import Planner
 from curkv.engine.repetition import Repetition
@@ -246,7 +248,7 @@ class Engine:
             if schedule.sequences:
                 schedule, logits = self._run(schedule)
                 self._judge_prompts(schedule, logits)
-                self._advance(schedule)
+                self._advance(schedule, logits)
                 self._sample(self._fork(schedule), logits)
         except EngineBroken:
             raise
@@ -408,10 +410,11 @@ class Engine:
                 except Exception as error:
                     self._blame(sequence, error)
 
-    def _advance(self, schedule: Schedule) -> None:
+    def _advance(self, schedule: Schedule, logits: Tensor) -> None:
         """Counts the computed tokens, and holds and evicts where a sequence's plan says so."""
-        for sequence, chunk in zip(schedule.sequences, schedule.chunks, strict=True):
-            self._for_one(sequence, "prefix", self._count, chunk)
+        ends = itertools.accumulate(schedule.wanted)
+        for sequence, chunk, end in zip(schedule.sequences, schedule.chunks, ends, strict=True):
+            self._for_one(sequence, "prefix", self._count, chunk, logits[max(0, end - 1) : end])
         due: list[tuple[Sequence, EvictionPhase]] = []
         for sequence in schedule.sequences:
             when: EvictionPhase | None = self._for_one(sequence, "evict", self._due)
@@ -436,9 +439,17 @@ class Engine:
                 self._blame(sequence, error)
         return None
 
-    def _count(self, sequence: Sequence, chunk: int) -> None:
-        """Counts the computed tokens of a sequence, and holds their pages for others."""
+    def _count(self, sequence: Sequence, chunk: int, last: Tensor) -> None:
+        """Counts the computed tokens of a sequence, and holds their pages for others.
+
+        Args:
+            sequence: the sequence.
+            chunk: tokens that were computed.
+            last: logits of the last one, [1, vocab], if they were wanted.
+        """
         progress = sequence.progress
+        if sequence.drafts_behind(chunk):
+            progress.following = last.argmax(-1)
         start, progress.computed = progress.computed, progress.computed + chunk
         if (states := sequence.chunk_states) is not None:
             progress.states = states if progress.states is None else progress.states + states
@@ -483,11 +494,21 @@ class Engine:
                 self._keep(some, started)
                 started = time.perf_counter()
 
-    def _select(self, sequence: Sequence, phase: EvictionPhase) -> _Chosen:
-        """Scores a sequence's tokens and chooses some; a device is told to, and not waited for."""
+    def _select(self, sequence: Sequence, phase: EvictionPhase) -> _Chosen | None:
+        """Scores a sequence's tokens and chooses some; a device is told to, and not waited for.
+
+        Returns:
+            What was chosen; None: there was no room for a draft, and the sequence starts anew.
+        """
         slot, progress = sequence.slot, sequence.progress
         self.kv.trim([slot])
+        try:
+            draft = self._draft(sequence, sequence.plan)
+        except OutOfPages:
+            self.scheduler.preempt(sequence)
+            return None
         view = self.runner.attention.view(slot, sequence.plan.seed, phase, progress.evictions)
+        view = replace(view, draft=draft)
         if progress.repetition is not None:
             view = replace(view, repetition=progress.repetition.scores)
         kept = select(view, sequence.plan, self.kv.kernels)
@@ -546,6 +567,13 @@ class Engine:
                 head_budgets=budgets,
             )
         )
+
+    def _draft(self, sequence: Sequence, plan: EvictionPlan) -> Tensor | None:
+        """What a drafted answer looks at, if a plan is to know and the prompt is just computed."""
+        following, computed = sequence.progress.following, sequence.computed
+        if following is None or computed != len(sequence.prompt) or not plan.draft_tokens:
+            return None
+        return look_ahead(self.runner, sequence.slot, following, computed, plan.draft_tokens)
 
     def _hold_compressed(self, sequence: Sequence) -> None:
         """Caches a context that is compressed now, if it is what others would have."""
@@ -679,7 +707,9 @@ class Engine:
             return
         try:
             explanations, repetition = sequence.progress.explanations, sequence.progress.repetition
-            plan, view = sequence.explain_plans[len(explanations)], self.runner.attention.view(sequence.slot)
+            plan = sequence.explain_plans[len(explanations)]
+            draft = self._draft(sequence, plan)
+            view = replace(self.runner.attention.view(sequence.slot), draft=draft)
             if plan.needs.repetition:
                 if repetition is None:
                     self._repeat(sequence)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -58,6 +59,23 @@ class Runner:
         if self.replay is not None and batch.only_decodes and not batch.observed:
             return self.replay.forward(batch)
         return self.model.forward(batch, self.attention)
+
+    def decode(self, slot: int, token: Tensor, position: int) -> Tensor:
+        """Takes room for one token of one sequence that the host does not know, and computes it.
+
+        Args:
+            slot: the sequence.
+            token: int64 [1], on the cache's device.
+            position: its logical position.
+
+        Returns:
+            float32 [1, vocab_size]; a later run may overwrite it.
+
+        Raises:
+            OutOfPages: the pool is short; nothing is changed.
+        """
+        batch = self._extend([slot], [[0]], [position], None)
+        return self.model.forward(replace(batch, token_ids=token), self.attention)
 
     def run_with_states(
         self,

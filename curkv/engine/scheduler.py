@@ -47,7 +47,8 @@ class Schedule:
         row = -1
         for sequence, chunk in zip(self.sequences, self.chunks, strict=True):
             last = chunk == sequence.remaining
-            self.wanted.append(chunk if sequence.wants_prompt_logprobs else int(last))
+            one = last or sequence.drafts_behind(chunk)
+            self.wanted.append(chunk if sequence.wants_prompt_logprobs else int(one))
             row += self.wanted[-1]
             self.last_rows.append(row if last else None)
 
@@ -226,7 +227,7 @@ class Scheduler:
     def _growth(self, sequence: Sequence) -> int:
         """Tokens per head that a prefill will add at most to what it holds."""
         growth = max(0, sequence.plan.peak_prompt_tokens - int(self.kv.held_tokens(sequence.slot)))
-        return growth if sequence.plan.observed.repetition else min(sequence.remaining, growth)
+        return growth if sequence.plan.computes_behind else min(sequence.remaining, growth)
 
     def _pages_needed(self, sequences: list[Sequence], chunks: list[int]) -> int:
         return self.kv.pages_needed([s.slot for s in sequences], chunks) if sequences else 0

@@ -41,6 +41,7 @@ class Progress:
         states: sum of the last hidden states of its computed tokens, [hidden], if its request asks for it.
         repetition: of what is computed, if the policy has the model repeat it.
         repeated_tokens: tokens computed for that, instructions included.
+        following: the likeliest token behind the prompt, int64 [1], if an answer is to be drafted.
         repeated: what that has paid to the tokens kept at the last eviction, see `Prefix`.
     """
 
@@ -57,6 +58,7 @@ class Progress:
     repetition: Repetition | None = None
     repeated_tokens: int = 0
     repeated: Tensor | None = None
+    following: Tensor | None = None
 
     @classmethod
     def behind(cls, prefix: Prefix | None) -> Progress:
@@ -207,6 +209,11 @@ class Sequence:
     def computes_all(self) -> bool:
         """Whether no token of its prompt may be taken from what is cached."""
         return self.wants_prompt_logprobs or self.request.sampling.embed
+
+    def drafts_behind(self, chunk: int) -> bool:
+        """Whether so many tokens more end the prompt, and an answer to it is to be drafted."""
+        plans = self.plan, *self.explain_plans
+        return self.computed + chunk == len(self.prompt) and any(plan.draft_tokens for plan in plans)
 
     def next_stop(self) -> int:
         """Logical position that the next chunk must not cross.

@@ -9,7 +9,7 @@ has attended, so that under "visible" the answer's first token is read off the f
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from curkv.cache.eviction import Eviction, evict, select
 from curkv.cache.observations import Needs
 from curkv.cache.parsing import settle
 from curkv.cache.plan import EvictionPlan, resolve
+from curkv.engine.draft import look_ahead
 from curkv.engine.engine import Engine
 from curkv.engine.repetition import Repetition
 from curkv.engine.types import KVReport, Request, SamplingParams
@@ -42,9 +43,15 @@ _MAX_LOGIT_ROWS = 512
 
 @dataclass
 class _Prompt:
-    """A prompt in the cache, its frame's tokens, logits of what follows it, and what repeating it tells.
+    """A prompt in the cache, its frame's tokens, and what follows it.
 
-    Logits are float32 [1, vocab].
+    Attributes:
+        slot: The sequence.
+        tokens: Its tokens.
+        frame: How many of them a chat template wrote before anything was said.
+        logits: Of what follows it, float32 [1, vocab].
+        repetition: What repeating it tells, once a policy has asked.
+        drafts: What drafts of so many tokens look at, as far as policies have asked.
     """
 
     slot: int
@@ -52,6 +59,7 @@ class _Prompt:
     frame: int
     logits: Tensor
     repetition: Tensor | None = None
+    drafts: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -190,7 +198,7 @@ class Evaluator:
     ) -> Iterator[Record]:
         """Evicts the context once and asks every question of that."""
         room = max(question.new_tokens for question in questions)
-        for branches in self._branches(prompt, variants, room):
+        for branches in self._branches(prompt, variants, room, hidden=True):
             for question in questions:
                 slots = [self._kv.fork(branch.slot) for branch in branches]
                 start = len(prompt.tokens) + len(question.tokens)
@@ -318,11 +326,10 @@ class Evaluator:
         return logits
 
     def _branches(
-        self, prompt: _Prompt, variants: Sequence[Variant], new_tokens: int
+        self, prompt: _Prompt, variants: Sequence[Variant], new_tokens: int, hidden: bool = False
     ) -> Iterator[list[_Branch]]:
         """Forks a prompt and evicts each fork, as many variants at a time as the pool holds."""
-        layout = self._kv.layout
-        plans = [resolve(v.options, prompt.tokens, layout, frame_tokens=prompt.frame) for v in variants]
+        plans = [self._plan(prompt, variant, hidden) for variant in variants]
         while plans:
             count = self._affordable(plans, new_tokens)
             pairs = zip(variants[:count], plans[:count], strict=True)
@@ -333,6 +340,13 @@ class Evaluator:
                 for branch in branches:
                     self._kv.free(branch.slot)
             variants, plans = variants[count:], plans[count:]
+
+    def _plan(self, prompt: _Prompt, variant: Variant, hidden: bool) -> EvictionPlan:
+        """What becomes of a prompt, or of a context that something hidden follows."""
+        options, tokens = variant.options, prompt.tokens
+        if hidden and not variant.full:
+            options, tokens = replace(options, context_tokens=len(tokens)), [*tokens, 0]
+        return resolve(options, tokens, self._kv.layout, frame_tokens=prompt.frame)
 
     def _affordable(self, plans: Sequence[EvictionPlan], new_tokens: int) -> int:
         """Counts the first plans that fit the pool together, each with two forks: for question and answer."""
@@ -350,6 +364,8 @@ class Evaluator:
             view = self._runner.attention.view(prompt.slot)
             if plan.needs.repetition:
                 view = replace(view, repetition=self._repeated(prompt))
+            if plan.draft_tokens:
+                view = replace(view, draft=self._drafted(prompt, plan.draft_tokens))
             evict(self._kv, [Eviction(slot, view, plan, *select(view, plan, self._kv.kernels))])
         kept = self._kv.held_tokens(slot)
         return _Branch(variant, slot, kept / len(prompt.tokens))
@@ -364,6 +380,15 @@ class Evaluator:
             self._kv.free(fork)
             prompt.repetition = repetition.scores
         return prompt.repetition
+
+    def _drafted(self, prompt: _Prompt, count: int) -> Tensor:
+        """What a draft of so many tokens pays to a prompt's tokens, for all variants once."""
+        if count not in prompt.drafts:
+            fork = self._kv.fork(prompt.slot, observe=False)
+            first = prompt.logits.argmax(-1)
+            prompt.drafts[count] = look_ahead(self._runner, fork, first, len(prompt.tokens), count)
+            self._kv.free(fork)
+        return prompt.drafts[count]
 
     def _force_answer(
         self, slots: list[int], logits: Tensor, target: list[int], start: int

@@ -40,7 +40,7 @@ class Measure:
 SCORE = Measure("exact match", lambda record: record.score, proportion, "{:.0%}")
 ANSWER_NLL = Measure("NLL per token of the right answer", lambda record: record.nll, mean, "{:.3f}")
 TEXT_NLL = Measure("NLL per token of the text that follows", lambda record: record.nll, mean, "{:.3f}")
-SERIES = Measure("share of the items before the first wrong one", lambda record: record.score, mean, "{:.0%}")
+SERIES = Measure("items before the first wrong one", lambda record: record.score, proportion, "{:.0%}")
 KL = Measure("KL(full || policy) per token", lambda record: record.kl, mean, "{:.3f}")
 TOP1 = Measure("top-1 agreement", lambda record: record.top1, proportion, "{:.1%}")
 

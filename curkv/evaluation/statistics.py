@@ -41,13 +41,13 @@ def proportion(values: Sequence[float]) -> Estimate:
 
 
 def mean(values: Sequence[float]) -> Estimate:
-    """A mean of any values, with Student's interval, which is endless for a single value."""
+    """A mean of values from 0 on, with as much of Student's interval as is; endless for a single value."""
     n, centre = len(values), sum(values) / len(values)
     if n == 1:
-        return Estimate(centre, -math.inf, math.inf, n)
+        return Estimate(centre, 0.0, math.inf, n)
     deviation = math.sqrt(sum((value - centre) ** 2 for value in values) / (n - 1))
     half = _student(n - 1) * deviation / math.sqrt(n)
-    return Estimate(centre, centre - half, centre + half, n)
+    return Estimate(centre, max(0.0, centre - half), centre + half, n)
 
 
 def mcnemar(first_only: int, second_only: int) -> float:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from curkv.cli.eval import app
 from curkv.evaluation.evaluator import Evaluator
+from curkv.evaluation.measures import SERIES
 from curkv.evaluation.records import Journal, Record, read_records
 from curkv.evaluation.remote import RemoteEvaluator, ServerError
 from curkv.evaluation.report import markdown
@@ -242,3 +243,10 @@ def test_intervals() -> None:
     assert proportion([0.0]).low == 0
     found = mean([1.0, 2.0, 3.0, 4.0])
     assert (found.mean, found.high - found.mean) == pytest.approx((2.5, 3.182 * 1.29099 / 2), rel=0.01)
+
+
+def test_no_interval_tells_what_cannot_be() -> None:
+    assert mean([0.0, 0.0, 0.3]).low == 0 == mean([0.3]).low
+    for shares in ([1.0, 1.0, 0.4], [0.0, 0.0, 0.6], [1.0] * 6):
+        found = SERIES.estimate(shares)
+        assert 0 <= found.low < found.high <= 1

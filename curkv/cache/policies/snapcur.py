@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curkv.cache.allocation import ALLOCATIONS, Allocation
-from curkv.cache.declarations import SHARE, option
+from curkv.cache.declarations import SHARE, Integer, option
+from curkv.cache.observations import Needs
 from curkv.cache.policies.base import best_of_heads, pooled
 from curkv.cache.policies.chunkkv import CHUNK
 from curkv.cache.policies.curdkv import LeveragePolicy
@@ -26,12 +27,14 @@ if TYPE_CHECKING:
 class SnapCur(SnapKV, LeveragePolicy):
     """What the last tokens look at: passages weighed with CUR's leverage, then single tokens.
 
-    A token's attention is the most that any query of the window pays it, as in DefensiveKV. The window is
-    short: in texts that repeat themselves, queries of the text before the question look at whatever is
-    like it, and take the room of what is asked for. A `first_stage` = half of the budget beside the
-    window goes to passages that all heads of a layer keep, because the head that finds a passage need not
-    be the one that has to read it: attention times leverage (CurDKV's, of values alone: ||v||^2,
-    normalised per head), summed over the heads and averaged over `chunk` = 25 neighbours. Tokens of a
+    A token's attention is the most that any query of the window pays it, as in DefensiveKV, or any of the
+    first `draft` = 16 tokens of an answer that the model drafts with the whole cache, as in Lookahead Q-Cache
+    (https://arxiv.org/abs/2505.20334): what copies a fact looks for it only when it is due. The window is
+    short: in texts that repeat themselves, queries of the text before the question look at whatever is like
+    it, and take the room of what is asked for. A `first_stage` = half of the budget beside the window goes
+    to passages that all heads of a layer keep, because the head that finds a passage need not be the one
+    that has to read it: attention times leverage (CurDKV's, of values alone: ||v||^2, normalised per head),
+    summed over the heads and averaged over `chunk` = 25 neighbours. Tokens of a
     conversation's frame (`CacheView.frame`) count for no passage: they draw attention whatever is said. The
     rest goes to the tokens with the most attention, mean over 5 neighbours; heads of all layers compete.
 
@@ -49,13 +52,23 @@ class SnapCur(SnapKV, LeveragePolicy):
     combine: Literal["product", "mean", "key", "value"] = "value"
     chunk: int = option(25, CHUNK, "Tokens of SnapCUR's passages.")
     first_stage: float = option(0.5, SHARE, "Share of the budget that SnapCUR gives to passages.")
+    draft: int = option(
+        16, Integer(0, 256), "Tokens of an answer that SnapCUR drafts at the end of the prompt; 0: none."
+    )
     factor = False
+
+    @property
+    def needs(self) -> Needs:
+        """The queries of the window, and a draft."""
+        return Needs(queries=self.observation, draft=self.draft)
 
     def score(self, view: CacheView, kernels: Kernels) -> Tensor:
         """Each head's attention, pooled; tokens of the best passages and of the window are +inf."""
         window = view.newest(self.observing)
         judged = view.stored & ~window
         attention = self.score_tokens(view, kernels)
+        if view.draft is not None:
+            attention = torch.maximum(attention, view.draft)
         weighed = attention * self.leverage_scores(view, kernels)
         weighed = weighed.masked_fill(~judged | (view.position < view.frame), 0.0)
         passages = self._passages(view, weighed).masked_fill(~judged, -torch.inf)
