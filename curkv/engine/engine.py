@@ -570,10 +570,11 @@ class Engine:
 
     def _draft(self, sequence: Sequence, plan: EvictionPlan) -> Tensor | None:
         """What a drafted answer looks at, if a plan is to know and the prompt is just computed."""
-        following, computed = sequence.progress.following, sequence.computed
-        if following is None or computed != len(sequence.prompt) or not plan.draft_tokens:
+        progress, count = sequence.progress, plan.draft_tokens
+        if progress.following is None or progress.computed != len(sequence.prompt) or not count:
             return None
-        return look_ahead(self.runner, sequence.slot, following, computed, plan.draft_tokens)
+        progress.repeated_tokens += count
+        return look_ahead(self.runner, sequence.slot, progress.following, progress.computed, count)
 
     def _hold_compressed(self, sequence: Sequence) -> None:
         """Caches a context that is compressed now, if it is what others would have."""

@@ -40,7 +40,7 @@ class Progress:
         explanations: of the plans explained so far.
         states: sum of the last hidden states of its computed tokens, [hidden], if its request asks for it.
         repetition: of what is computed, if the policy has the model repeat it.
-        repeated_tokens: tokens computed for that, instructions included.
+        repeated_tokens: tokens computed for that, instructions included, or for a draft.
         following: the likeliest token behind the prompt, int64 [1], if an answer is to be drafted.
         repeated: what that has paid to the tokens kept at the last eviction, see `Prefix`.
     """

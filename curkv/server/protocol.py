@@ -252,7 +252,7 @@ class KVUsage(BaseModel):
         bytes: bytes of KV cache held when the choices ended.
         peak_bytes: most bytes held at any time.
         decode_evictions: rounds of eviction while generating.
-        repeated_tokens: tokens computed besides the prompt to have the model repeat it.
+        repeated_tokens: tokens computed besides the prompt to have the model repeat it, or draft an answer.
         window_layers: layers that hold what their window reaches; only bytes count them.
     """
 

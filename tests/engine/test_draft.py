@@ -72,6 +72,7 @@ def test_who_is_preempted_drafts_the_same_again(make_engine: MakeEngine, loaded:
         if len(kept) == 1 and outputs and len(engine.scheduler.running[0].output) == 4:
             engine.scheduler.preempt(engine.scheduler.running[0])
     assert len(kept) == 2 and kept[0] == kept[1]
+    assert outputs[-1].kv.repeated_tokens == 16
 
 
 def test_an_explanation_drafts_too(make_engine: MakeEngine, loaded: Loaded) -> None:

@@ -30,7 +30,7 @@ def sequence() -> Sequence:
 def advanced() -> Progress:
     """Progress in which every field differs from that of a new sequence."""
     logprobs, anything = [TokenLogprob(1, -0.5)], [None]
-    others = "states", "again", 40, "paid"
+    others = "states", "again", 40, "paid", "next"
     progress = Progress(7, 4.5, 2.5, 2, 6, False, 1, logprobs, anything, *others)  # type: ignore[arg-type]
     new = Progress()
     assert all(getattr(progress, f.name) != getattr(new, f.name) for f in fields(Progress))
