@@ -11,16 +11,19 @@ import numpy as np
 import torch
 
 from curkv.kernels import KernelsName
+from curkv.kernels.clamped_mul.spec import ClampedMul
 from curkv.kernels.column_sums.spec import ColumnSums
+from curkv.kernels.combine.spec import Combine
 from curkv.kernels.compact.spec import Compact
 from curkv.kernels.gather_rows.spec import GatherRows
 from curkv.kernels.gelu_mul.spec import GeluMul
 from curkv.kernels.leverage_scores.spec import LeverageScores
-from curkv.kernels.linear.spec import GPU_CASES, PackLinear
+from curkv.kernels.linear.spec import GPU_CASES, GroupLinear, PackLinear
 from curkv.kernels.paged_decode_attention.spec import PagedDecodeAttention
 from curkv.kernels.paged_prefill_attention.spec import PagedPrefillAttention
 from curkv.kernels.rms_norm.spec import RmsNorm
 from curkv.kernels.rope.spec import Rope
+from curkv.kernels.route.spec import Route
 from curkv.kernels.select.spec import Select
 from curkv.kernels.silu_mul.spec import SiluMul
 from curkv.kernels.spec import Case
@@ -75,10 +78,19 @@ class Kernels:
     rms_norm: RmsNorm
     silu_mul: SiluMul
     gelu_mul: GeluMul
+    clamped_mul: ClampedMul
+    route: Route
+    combine: Combine
     pack_linear: PackLinear
+    group_linear: GroupLinear
 
 
-_FOLDERS = {"pack_linear": "linear", "round_rows": "linear", "scale_rows": "linear"}
+_FOLDERS = {
+    "pack_linear": "linear",
+    "group_linear": "linear",
+    "round_rows": "linear",
+    "scale_rows": "linear",
+}
 
 
 def get_kernels(name: KernelsName = "auto", device: str | torch.device = "cpu") -> Kernels:

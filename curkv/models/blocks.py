@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -317,6 +318,8 @@ class Attention:
         return self._rms_norm(heads.view(len(heads), -1, len(norm)), norm, self._eps).view(heads.shape)
 
 
+Gate = Callable[[Tensor], Tensor]
+"""The activation of an MLP: [T, I] from gate beside up, [T, 2 I]."""
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_python": F.gelu,
@@ -325,6 +328,19 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """Activations of a gate that torch computes, so that decode steps over them are not recorded."""
 APPROXIMATE_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 """Names of the activation that `gelu_mul` computes."""
+
+
+def gate(config: ModelConfig, kernels: Kernels) -> Gate | None:
+    """Returns the activation of gate beside up, [T, 2 I]; None: `silu_mul`, which a product takes along."""
+    if config.activation in APPROXIMATE_GELU:
+        return kernels.gelu_mul
+    activation = ACTIVATIONS.get(config.activation)
+    return None if activation is None else partial(_gated, activation)
+
+
+def _gated(activation: Callable[[Tensor], Tensor], gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return activation(gate) * up
 
 
 class Gated:
@@ -343,18 +359,14 @@ class Down:
     """The activation of an MLP's gate, its product with the other half, and the down projection."""
 
     def __init__(self, config: ModelConfig, weights: MlpWeights, pack: Packer):
-        self._activation = ACTIVATIONS.get(config.activation)
-        self._gelu_mul = pack.kernels.gelu_mul if config.activation in APPROXIMATE_GELU else None
+        self._gate = gate(config, pack.kernels)
         self._linear = pack.output("mlp", weights.down, weights.down_bias)
 
     def __call__(self, gate_up: Tensor) -> Tensor:
         """[T, hidden] from gate beside up, [T, 2 intermediate]."""
-        if self._gelu_mul is not None:
-            return self._linear(self._gelu_mul(gate_up))
-        if self._activation is None:
+        if self._gate is None:
             return self._linear.after_silu_mul(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self._linear(self._activation(gate) * up)
+        return self._linear(self._gate(gate_up))
 
 
 class Mlp:

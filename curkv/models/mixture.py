@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 
-from curkv.models.blocks import Exit, Gated, MixtureWeights, MlpWeights, Packer
+from curkv.models.blocks import Exit, Gate, Gated, MixtureWeights, MlpWeights, Packer, gate
 from curkv.models.config import ModelConfig
-
-MakeExpert = Callable[[ModelConfig, MlpWeights, Packer], Callable[[Tensor], Tensor]]
 
 
 class Mixture:
     """Norm, router, the experts that it chooses, the one that all run through, norm.
 
     Tokens are sorted by expert, and each expert that was chosen runs once for all of its tokens. The router
-    is not rounded: which experts run is a matter of small differences. Torch sorts, so that decode steps over
-    it are not recorded.
+    is not rounded: which experts run is a matter of small differences.
     """
 
     def __init__(
-        self, config: ModelConfig, weights: MixtureWeights, pack: Packer, expert: MakeExpert = Gated
+        self, config: ModelConfig, weights: MixtureWeights, pack: Packer, activation: Gate | None = None
     ):
+        """Packs the weights; the experts' activation is that of the configuration unless one is given."""
         assert config.mixture is not None
         assert weights.norm is not None
         self._mixture, self._eps = config.mixture, config.rms_norm_eps
-        self._norm = pack.keep("norm", weights.norm)
-        self._rms_norm = pack.kernels.rms_norm
+        self._norm, self._kernels = pack.keep("norm", weights.norm), pack.kernels
         self._router = pack.linear("mlp", weights.router, weights.router_bias, exact=True)
-        self._experts = [expert(config, one, pack) for one in weights.experts]
+        self._experts = Experts(weights.experts, pack, activation or gate(config, pack.kernels))
         self._shared = None if weights.shared is None else Gated(config, weights.shared, pack)
         self._shared_gate = None
         if weights.shared_gate is not None:
@@ -39,30 +35,37 @@ class Mixture:
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """Runs the block; see `Attention.__call__`."""
+        kernels, mixture = self._kernels, self._mixture
         if residual is None:
-            rows, residual = self._rms_norm(x, self._norm, self._eps), x
+            rows, residual = kernels.rms_norm(x, self._norm, self._eps), x
         else:
-            rows, residual = self._rms_norm(x, self._norm, self._eps, residual)
-        out = self._chosen(rows)
-        if self._shared is not None:
-            shared = self._shared(rows)
-            out += shared if self._shared_gate is None else shared * self._shared_gate(rows).sigmoid()
-        return self._exit(out), residual
+            rows, residual = kernels.rms_norm(x, self._norm, self._eps, residual)
+        routes = kernels.route(self._router(rows).float(), mixture.num_chosen, mixture.normalised)
+        out = self._experts(kernels.gather_rows(rows, routes.tokens), routes.groups)
+        shared = None if self._shared is None else self._shared(rows)
+        shared_gate = None if self._shared_gate is None else self._shared_gate(rows)
+        return self._exit(kernels.combine(out, routes.places, routes.shares, shared, shared_gate)), residual
 
-    def _chosen(self, rows: Tensor) -> Tensor:
-        """The weighted sum of what the chosen experts make of each row, [T, hidden]."""
-        logits = self._router(rows).float()
-        best, experts = logits.topk(self._mixture.num_chosen, dim=-1)
-        weights = (best if self._mixture.normalised else logits).softmax(-1)
-        if not self._mixture.normalised:
-            weights = weights.gather(1, experts)
-        order = experts.flatten().argsort(stable=True)
-        tokens, shares = order // self._mixture.num_chosen, weights.flatten()[order].to(rows.dtype)
-        counts = experts.flatten().bincount(minlength=len(self._experts)).tolist()
-        out, start = torch.zeros_like(rows), 0
-        for expert, count in zip(self._experts, counts, strict=True):
-            if count:
-                part = slice(start, start + count)
-                out.index_add_(0, tokens[part], expert(rows[tokens[part]]) * shares[part, None])
-                start += count
-        return out
+
+class Experts:
+    """Gated MLPs of one shape, each for the tokens of its group."""
+
+    def __init__(self, experts: Iterable[MlpWeights], pack: Packer, activation: Gate | None):
+        """Packs the weights of one after the other; no activation: `silu_mul`."""
+        layers = [
+            (
+                pack.linear("mlp", one.gate_up, one.gate_up_bias),
+                pack.linear("mlp", one.down, one.down_bias),
+            )
+            for one in experts
+        ]
+        gate_ups, downs = zip(*layers, strict=True)
+        self._gate_up, self._down = pack.kernels.group_linear(gate_ups), pack.kernels.group_linear(downs)
+        self._activation = activation
+
+    def __call__(self, x: Tensor, groups: Tensor) -> Tensor:
+        """[T, hidden] from [T, hidden], rows of one expert behind those of another, see `Routes`."""
+        gate_up = self._gate_up(x, groups)
+        if self._activation is None:
+            return self._down.after_silu_mul(gate_up, groups)
+        return self._down(self._activation(gate_up), groups)

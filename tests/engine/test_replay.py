@@ -12,7 +12,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    GraniteMoeConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from curkv.cache.attention import PagedAttention
 from curkv.cache.batch import Batch
@@ -42,10 +52,16 @@ SHAPE = {
     "max_position_embeddings": 256,
     "head_dim": 16,
 }
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 FAMILIES = {
     "llama": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
     "qwen2": Qwen2Config(**SHAPE),
     "qwen3": Qwen3Config(**SHAPE, attention_bias=True),
+    "mixtral": MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2),
+    "qwen2-moe": Qwen2MoeConfig(**SHAPE, **EXPERTS, shared_expert_intermediate_size=40),
+    "qwen3-moe": Qwen3MoeConfig(**SHAPE, **EXPERTS, norm_topk_prob=True),
+    "granite-moe": GraniteMoeConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2),
+    "gpt-oss": GptOssConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2, sliding_window=256),
 }
 
 
@@ -67,7 +83,8 @@ def test_every_family_can_be_recorded(
         128,
     )
     caches = [PageManager(layout, 64, kernels) for _ in range(2)]
-    attention, other = (PagedAttention(kv, rope_tables(config, 128)) for kv in caches)
+    rope = rope_tables(config, 128)
+    attention, other = (PagedAttention(kv, rope, sinks=model.sinks) for kv in caches)
     slots = [[kv.add_sequence() for _ in range(3)] for kv in caches]
     decodes = Replay(model, attention, RecordedLaunches())
     for step in range(40):

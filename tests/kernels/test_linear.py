@@ -193,6 +193,26 @@ def test_what_was_packed_once_makes_the_same_layer_again(pack: str) -> None:
     assert torch.equal(pack_cpu(pack, layer.packed, bias)(x), layer(x))
 
 
+@pytest.mark.parametrize("pack", PACKS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_that_run_as_one_give_what_each_gives(pack: str, bias: bool) -> None:
+    """Of the rows of their groups, of which some are empty and some longer than a block."""
+    torch.manual_seed(0)
+    layers = [pack_cpu(pack, torch.randn(37, 64), torch.randn(37) if bias else None) for _ in range(5)]
+    groups = torch.tensor([[0, 0, 1], [3, 1, 120], [4, 121, 7], [0, 0, 0]])
+    grouped, expected = cpu.group_linear(layers), reference.group_linear(layers)
+    assert isinstance(grouped, cpu.PackedGroup)
+    x, gate_up = torch.randn(128, 64), torch.randn(128, 128)
+    assert torch.equal(grouped(x, groups), expected(x, groups))
+    assert torch.equal(grouped.after_silu_mul(gate_up, groups), expected.after_silu_mul(gate_up, groups))
+
+
+def test_layers_of_several_formats_run_one_after_the_other() -> None:
+    layers = [cpu.pack_linear(torch.randn(16, 32), None, form) for form in (formats.INT8, formats.INT4)]
+    groups, x = torch.tensor([[0, 0, 2], [1, 2, 1]]), torch.randn(3, 32)
+    assert torch.equal(cpu.group_linear(layers)(x, groups), torch.cat([layers[0](x[:2]), layers[1](x[2:])]))
+
+
 def test_int4_is_no_worse_than_the_whole_range_in_15_steps() -> None:
     weight = torch.randn(64, 50)
     integers, steps, lows = formats.quantise_int4(weight)

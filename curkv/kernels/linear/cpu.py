@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ from curkv.kernels.cpu.workers import (
     launch,
     read_arguments,
 )
-from curkv.kernels.linear import formats
+from curkv.kernels.linear import formats, reference
 from curkv.kernels.linear.formats import WeightFormat
 from curkv.kernels.linear.packing import BYTE, pack_bytes, pack_nibbles
 from curkv.kernels.linear.reference import ComposedLinear
@@ -61,7 +62,7 @@ from curkv.kernels.linear.rounded_rows import (
     round_normed_rows,
     round_rows,
 )
-from curkv.kernels.linear.spec import Packed
+from curkv.kernels.linear.spec import GroupedLinear, Linear, Packed
 from curkv.kernels.rms_norm.cpu import rms_norm
 from curkv.kernels.silu_mul.cpu import silu_mul
 
@@ -106,6 +107,20 @@ def _layer(form: WeightFormat) -> type[PackedLinear]:
     return _LAYERS[form.name]
 
 
+class Operand(NamedTuple):
+    """What a weight is multiplied with.
+
+    Attributes:
+        rows: How many.
+        places: Addresses, as the worker reads them.
+        memory: Where they lie.
+    """
+
+    rows: int
+    places: tuple[int, ...]
+    memory: tuple[Tensor, ...]
+
+
 class PackedLinear(ComposedLinear):
     """A linear layer over panels.
 
@@ -134,23 +149,50 @@ class PackedLinear(ComposedLinear):
 
     def __call__(self, x: Tensor) -> Tensor:
         """See `ComposedLinear.__call__`."""
-        return self._multiply(x if self._depth == x.shape[1] else _copy(x, self._depth))
+        return self._multiply(self.operand(x))
+
+    def operand(self, x: Tensor) -> Operand:
+        """Makes of x, [T, K], what is multiplied."""
+        return self._operand(x if self._depth == x.shape[1] else _copy(x, self._depth))
+
+    def gated_operand(self, gate_up: Tensor) -> Operand:
+        """Makes of [T, 2 K] what is multiplied with in `after_silu_mul`."""
+        return self.operand(self.silu_mul(gate_up))
 
     @abstractmethod
-    def _multiply(self, x: Tensor) -> Tensor:
-        """x [T, depth] W^T + b."""
+    def _operand(self, x: Tensor) -> Operand:
+        """Of x [T, depth]."""
 
-    def _launch(self, worker: int, count: int, *x: int) -> Tensor:
-        """Has threads multiply panels with `count` rows of x, which are where its addresses say."""
-        out = empty(count, self._panels * PANEL)
-        parts = min(self._panels, PARTS_PER_THREAD * THREADS.most)
+    @abstractmethod
+    def worker(self, grouped: bool = False) -> int:
+        """The worker that multiplies an operand with panels, of one layer or of several."""
+
+    def _multiply(self, x: Operand) -> Tensor:
+        """x W^T + b."""
+        out = empty(x.rows, self._panels * PANEL)
+        parts = self.parts
         launch(
-            worker, parts if count else 0,
-            *x, *self._panels_at, out.data_ptr(), count, self._depth, self._panels, parts,
+            self.worker(), parts if x.rows else 0,
+            *x.places, *self._panels_at, out.data_ptr(), x.rows, self._depth, self._panels, parts,
         )  # fmt: skip
         if self._bias is None and self._panels * PANEL == self._rows:
             return out
         return _copy(out, self._rows, self._bias)
+
+    @property
+    def parts(self) -> int:
+        """Parts of a product."""
+        return min(self._panels, PARTS_PER_THREAD * THREADS.most)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What layers that run as one have in common: rows, depth, panels, bytes of a panel."""
+        return self._rows, self._depth, self._panels, self._panels_at[1]
+
+    @property
+    def places(self) -> tuple[int, int, int]:
+        """Addresses of panels, scales and bias; 0: there is none."""
+        return self._panels_at[0], self._panels_at[2], 0 if self._bias is None else self._bias.data_ptr()
 
 
 class FloatLinear(PackedLinear):
@@ -172,8 +214,12 @@ class FloatLinear(PackedLinear):
         launch(_float_rows(), len(ids), *places, self._depth, bits_of_float(factor))
         return out
 
-    def _multiply(self, x: Tensor) -> Tensor:
-        return self._launch(_worker(False), len(x), address(x, torch.float32), 0)
+    def worker(self, grouped: bool = False) -> int:
+        """See `PackedLinear.worker`."""
+        return _worker(False, grouped)
+
+    def _operand(self, x: Tensor) -> Operand:
+        return Operand(len(x), (address(x, torch.float32), 0), (x,))
 
 
 class ByteLinear(PackedLinear):
@@ -214,7 +260,11 @@ class PairLinear(ByteLinear):
 
     together, multiple = 2, LANES
 
-    def _multiply(self, x: Tensor) -> Tensor:
+    def worker(self, grouped: bool = False) -> int:
+        """See `PackedLinear.worker`."""
+        return _worker(True, grouped)
+
+    def _operand(self, x: Tensor) -> Operand:
         count, depth = x.shape
         integers = empty(count, depth, dtype=torch.int16)
         scales = empty(-(-depth // BLOCK_DEPTH), count)
@@ -223,7 +273,7 @@ class PairLinear(ByteLinear):
             _quantiser(), -(-count // at_once),
             count, at_once, address(x, torch.float32), integers.data_ptr(), scales.data_ptr(), depth,
         )  # fmt: skip
-        return self._launch(_worker(True), count, integers.data_ptr(), scales.data_ptr())
+        return Operand(count, (integers.data_ptr(), scales.data_ptr()), (integers, scales))
 
 
 class RoundingLinear(PackedLinear):
@@ -242,19 +292,28 @@ class RoundingLinear(PackedLinear):
         if x.shape[1] != self._depth:
             return super().after_rms_norm(x, weight, eps, residual)
         rows, total = round_normed_rows(x, weight, eps, residual, self.form == BYTES)
-        return self._multiply_rounded(rows), total
+        return self._multiply(_rounded(rows)), total
 
     def after_silu_mul(self, gate_up: Tensor) -> Tensor:
-        """See `ComposedLinear.after_silu_mul`; gates and rounds in one pass."""
+        """See `ComposedLinear.after_silu_mul`."""
+        return self._multiply(self.gated_operand(gate_up))
+
+    def gated_operand(self, gate_up: Tensor) -> Operand:
+        """See `PackedLinear.gated_operand`; gates and rounds in one pass."""
         if gate_up.shape[1] != 2 * self._depth:
-            return super().after_silu_mul(gate_up)
-        return self._multiply_rounded(round_gated_rows(gate_up, self.form == BYTES))
+            return super().gated_operand(gate_up)
+        return _rounded(round_gated_rows(gate_up, self.form == BYTES))
 
-    def _multiply(self, x: Tensor) -> Tensor:
-        return self._multiply_rounded(round_rows(x, self.form == BYTES))
+    def worker(self, grouped: bool = False) -> int:
+        """See `PackedLinear.worker`."""
+        return _quad_worker(self.form, grouped)
 
-    def _multiply_rounded(self, x: RoundedRows) -> Tensor:
-        return self._launch(_quad_worker(self.form), x.rows, x.integers, x.scales, x.sums)
+    def _operand(self, x: Tensor) -> Operand:
+        return _rounded(round_rows(x, self.form == BYTES))
+
+
+def _rounded(x: RoundedRows) -> Operand:
+    return Operand(x.rows, (x.integers, x.scales, x.sums), (x.memory,))
 
 
 class QuadLinear(RoundingLinear, ByteLinear):
@@ -283,6 +342,41 @@ _LAYERS: dict[str, type[PackedLinear]] = {
     formats.INT8.name: QuadLinear if MULTIPLIES_QUADS else PairLinear,
     formats.INT4.name: NibbleLinear,
 }
+
+
+def group_linear(layers: Sequence[Linear]) -> GroupedLinear:
+    """Has linear layers of one shape run as one, see `reference.group_linear`; in one launch if they can."""
+    packed = [layer for layer in layers if isinstance(layer, PackedLinear)]
+    if len(packed) < len(layers) or len({(layer.worker(grouped=True), layer.shape) for layer in packed}) > 1:
+        return reference.GroupedLinear(layers)
+    return PackedGroup(packed)
+
+
+class PackedGroup:
+    """Layers that one launch multiplies with: a part of it is a share of the panels of a group's layer."""
+
+    def __init__(self, layers: Sequence[PackedLinear]):
+        self._layers = layers
+        self._places = torch.tensor([layer.places for layer in layers])
+
+    def __call__(self, x: Tensor, groups: Tensor) -> Tensor:
+        """See `reference.GroupedLinear`."""
+        return self._multiply(self._layers[0].operand(x), groups)
+
+    def after_silu_mul(self, gate_up: Tensor, groups: Tensor) -> Tensor:
+        """See `reference.GroupedLinear.after_silu_mul`."""
+        return self._multiply(self._layers[0].gated_operand(gate_up), groups)
+
+    def _multiply(self, x: Operand, groups: Tensor) -> Tensor:
+        layer = self._layers[0]
+        rows, depth, panels, panel_bytes = layer.shape
+        out, parts = empty(x.rows, panels * PANEL), layer.parts
+        launch(
+            layer.worker(grouped=True), parts * len(groups),
+            *x.places, address(groups, torch.int64), self._places.data_ptr(), panel_bytes,
+            out.data_ptr(), x.rows, depth, panels, parts, rows,
+        )  # fmt: skip
+        return out if panels * PANEL == rows else _copy(out, rows)
 
 
 def _panels(rows: int) -> int:
@@ -360,30 +454,79 @@ def _quantiser() -> int:
 
 
 @functools.cache
-def _worker(int8: bool) -> int:
-    """Multiplies count rows of x [count, depth] with a share of the panels."""
+def _worker(int8: bool, grouped: bool) -> int:
+    """Multiplies count rows of x [count, depth] with a share of the panels, or of those of a group."""
     kind, item = (INT8, 2) if int8 else (FLOAT32, 4)
 
     def work(arguments: int, part: int) -> None:
         x, x_scales, weight, _panel_bytes, scales, out, count, depth, panels, parts = read_arguments(
             arguments, 10
         )
-        _multiply_part(kind, item, x, x_scales, weight, scales, out, count, depth, panels, part, parts)
+        _multiply_part(
+            kind, item, 0, count, x, x_scales, weight, scales, out, count, depth, panels, part, parts
+        )
 
-    return compile_worker(work)
+    def work_of_group(arguments: int, part: int) -> None:
+        x, x_scales, groups, layers, _panel_bytes, out, count, depth, panels, parts, rows = read_arguments(
+            arguments, 11
+        )
+        layer, first, end = _group(groups + 24 * (part // parts), layers)
+        if first < end:
+            share, weight, scales = part % parts, load_int64(layer), load_int64(layer + 8)
+            _multiply_part(
+                kind, item, first, end, x, x_scales, weight, scales, out, count, depth, panels, share, parts
+            )
+            _add_bias(load_int64(layer + 16), first, end, out, panels, share, parts, rows)
+
+    return compile_worker(work_of_group if grouped else work)
 
 
 @functools.cache
-def _quad_worker(weights: int) -> int:
+def _quad_worker(weights: int, grouped: bool) -> int:
     def work(arguments: int, part: int) -> None:
         x, x_scales, x_sums, weight, panel_bytes, scales, out, count, depth, panels, parts = read_arguments(
             arguments, 11
         )
         _multiply_quads_part(
-            weights, part, x, x_scales, x_sums, weight, panel_bytes, scales, out, count, depth, panels, parts
-        )
+            weights, part, 0, count, x, x_scales, x_sums, weight, panel_bytes, scales, out, count, depth,
+            panels, parts,
+        )  # fmt: skip
 
-    return compile_worker(work)
+    def work_of_group(arguments: int, part: int) -> None:
+        x, x_scales, x_sums, groups, layers, panel_bytes, out, count, depth, panels, parts, rows = (
+            read_arguments(arguments, 12)
+        )
+        layer, first, end = _group(groups + 24 * (part // parts), layers)
+        if first < end:
+            share, weight, scales = part % parts, load_int64(layer), load_int64(layer + 8)
+            _multiply_quads_part(
+                weights, share, first, end, x, x_scales, x_sums, weight, panel_bytes, scales, out, count,
+                depth, panels, parts,
+            )  # fmt: skip
+            _add_bias(load_int64(layer + 16), first, end, out, panels, share, parts, rows)
+
+    return compile_worker(work_of_group if grouped else work)
+
+
+@inlined
+def _group(group: int, layers: int) -> tuple[int, int, int]:
+    """Where the places of a group's layer stand, its first row, and the end of its rows."""
+    first = load_int64(group + 8)
+    return layers + 24 * load_int64(group), first, first + load_int64(group + 16)
+
+
+@inlined
+def _add_bias(
+    bias: int, first: int, end: int, out: int, panels: int, part: int, parts: int, rows: int
+) -> None:
+    """Add the bias, if there is one, to what a part has written of some rows of out."""
+    start, stop = panels * part // parts * PANEL, min(rows, panels * (part + 1) // parts * PANEL)
+    if bias and start < stop:
+        more = floats(bias + 4 * start, stop - start)
+        for row in range(first, end):
+            target = floats(out + 4 * (row * panels * PANEL + start), stop - start)
+            for i in range(stop - start):
+                target[i] += more[i]
 
 
 @kernel
@@ -401,13 +544,13 @@ def _quantise_for_pairs(
 
 @inlined
 def _multiply_quads_part(
-    weights: Any, part: int, x: int, x_scales: int, x_sums: int, weight: int, panel_bytes: int, scales: int,
-    out: int, count: int, depth: int, panels: int, parts: int,
+    weights: Any, part: int, first: int, end: int, x: int, x_scales: int, x_sums: int, weight: int,
+    panel_bytes: int, scales: int, out: int, count: int, depth: int, panels: int, parts: int,
 ) -> None:  # fmt: skip
-    """Multiply x, int8 [count, depth], with one of `parts` shares of the panels."""
+    """Multiply the rows [first, end) of x, int8 [count, depth], with one of `parts` shares of the panels."""
     width = panels * PANEL
-    for row in range(0, count, BLOCK_ROWS):
-        rows = min(BLOCK_ROWS, count - row)
+    for row in range(first, end, BLOCK_ROWS):
+        rows = min(BLOCK_ROWS, end - row)
         tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
         for panel in range(panels * part // parts, panels * (part + 1) // parts):
             b, b_scales = weight + panel * panel_bytes, scales + 4 * PANEL * panel
@@ -445,15 +588,15 @@ def _largest(x: int, size: int) -> tuple[Any, Any]:
 
 @inlined
 def _multiply_part(
-    kind: Any, item: int, x: int, x_scales: int, weight: int, scales: int, out: int,
-    count: int, depth: int, panels: int, part: int, parts: int,
+    kind: Any, item: int, first_row: int, end_row: int, x: int, x_scales: int, weight: int, scales: int,
+    out: int, count: int, depth: int, panels: int, part: int, parts: int,
 ) -> None:  # fmt: skip
-    """Multiply x, of `item` bytes a value, with one of `parts` shares of the panels, of the given kind."""
+    """Multiply some rows of x, of `item` bytes a value, with a share of the panels, of the given kind."""
     first, end = panels * part // parts, panels * (part + 1) // parts
     for start in range(0, depth, BLOCK_DEPTH):
         size = min(BLOCK_DEPTH, depth - start)
-        for row in range(0, count, BLOCK_ROWS):
-            rows = min(BLOCK_ROWS, count - row)
+        for row in range(first_row, end_row, BLOCK_ROWS):
+            rows = min(BLOCK_ROWS, end_row - row)
             a = x + item * (row * depth + start)
             a_scales = x_scales + 4 * (start // BLOCK_DEPTH * count + row)
             for panel in range(first, end):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from curkv.kernels.linear.formats import FLOAT32, WeightFormat
-from curkv.kernels.linear.spec import Packed
+from curkv.kernels.linear.spec import Linear, Packed
 from curkv.kernels.rms_norm.reference import rms_norm
 from curkv.kernels.silu_mul.reference import silu_mul
 
@@ -132,3 +132,35 @@ def pack_linear(
     stored, scales = form.encode(weight)
     given = stored if stored is weight else None
     return ReferenceLinear(stored, bias, scales, given, form.product)
+
+
+class GroupedLinear:
+    """Linear layers of one shape, each of which multiplies the rows of its group, one after the other."""
+
+    def __init__(self, layers: Sequence[Linear]):
+        self._layers = layers
+
+    def __call__(self, x: Tensor, groups: Tensor) -> Tensor:
+        """Returns the products, [T, N].
+
+        Args:
+            x: [T, K].
+            groups: int64 [G, 3]: a layer, where its rows begin, and how many they are, in their order; zeros
+                where there is none.
+        """
+        return self._each(groups, lambda layer, rows: layer(x[rows]))
+
+    def after_silu_mul(self, gate_up: Tensor, groups: Tensor) -> Tensor:
+        """The products with silu(gate) * up, see `silu_mul`: [T, N] from [T, 2 K]."""
+        return self._each(groups, lambda layer, rows: layer.after_silu_mul(gate_up[rows]))
+
+    def _each(self, groups: Tensor, run: Callable[[Linear, slice], Tensor]) -> Tensor:
+        found = [entry for entry in groups.tolist() if entry[2]]
+        return torch.cat(
+            [run(self._layers[layer], slice(first, first + size)) for layer, first, size in found]
+        )
+
+
+def group_linear(layers: Sequence[Linear]) -> GroupedLinear:
+    """Has linear layers of one shape run as one, see `GroupedLinear`."""
+    return GroupedLinear(layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -70,6 +71,22 @@ class PackLinear(Protocol):
     def __call__(  # noqa: D102
         self, weight: Tensor | Packed, bias: Tensor | None = None, form: WeightFormat = FLOAT32
     ) -> Linear: ...
+
+
+class GroupedLinear(Protocol):
+    """Linear layers of one shape, of which each has rows of its own; see `reference.GroupedLinear`."""
+
+    def __call__(self, x: Tensor, groups: Tensor) -> Tensor:
+        """[T, N] from x [T, K]; groups are those of `Routes`."""
+
+    def after_silu_mul(self, gate_up: Tensor, groups: Tensor) -> Tensor:
+        """The products with the gated activation of [T, 2 K]."""
+
+
+class GroupLinear(Protocol):
+    """Has linear layers run as one."""
+
+    def __call__(self, layers: Sequence[Linear]) -> GroupedLinear: ...  # noqa: D102
 
 
 def _normalised(x: Inputs, dtype: torch.dtype) -> Call:

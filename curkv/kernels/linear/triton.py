@@ -13,11 +13,13 @@ from torch.nn.functional import pad
 from curkv.kernels.formats.triton import nearest
 from curkv.kernels.linear import reference
 from curkv.kernels.linear.formats import FLOAT32, WeightFormat
-from curkv.kernels.linear.reference import ComposedLinear
+from curkv.kernels.linear.reference import ComposedLinear, group_linear
 from curkv.kernels.linear.spec import Linear, Packed
 from curkv.kernels.rms_norm.triton import added, normalised, rms_norm
 from curkv.kernels.silu_mul.triton import gated, silu_mul
 from curkv.kernels.triton_util import narrow, power_of_two
+
+__all__ = ["group_linear", "pack_linear"]
 
 _LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: torch.finfo(torch.float8_e4m3fn).max}
 _FEWEST_ROWS = 32

@@ -27,12 +27,13 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return launch_gated(_worker(), gate_up)
 
 
-def launch_gated(worker: int, gate_up: Tensor) -> Tensor:
+def launch_gated(worker: int, gate_up: Tensor, *more: int) -> Tensor:
     """Has a worker make float32 [T, I] of gate beside up, [T, 2 I], in parts of some rows."""
     tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = empty(tokens, size)
     rows = max(1, PART_SIZE // max(size, 1))
-    launch(worker, -(-tokens // rows), tokens, rows, size, address(gate_up, torch.float32), out.data_ptr())
+    places = address(gate_up, torch.float32), out.data_ptr()
+    launch(worker, -(-tokens // rows), tokens, rows, size, *places, *more)
     return out
 
 

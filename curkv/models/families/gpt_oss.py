@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curkv.models.blocks import Feed, LayerWeights, MixtureWeights, MlpWeights, Packer
+from curkv.models.blocks import Feed, LayerWeights, MixtureWeights, Packer
 from curkv.models.config import LayerKind, ModelConfig, read_mixture, read_shape, read_window, sliding_layers
 from curkv.models.families.base import Family, Piece, Read
 from curkv.models.families.gguf_names import EXPERT_TENSORS, GGUF
@@ -105,7 +105,9 @@ class GptOss(Family):
     def feed_block(self, config: ModelConfig, weights: LayerWeights, pack: Packer) -> Feed:
         """See `Family.feed_block`."""
         assert isinstance(weights.feed, MixtureWeights)
-        return Mixture(config, weights.feed, pack, ClampedExpert)
+        return Mixture(
+            config, weights.feed, pack, partial(pack.kernels.clamped_mul, alpha=ALPHA, limit=LIMIT)
+        )
 
     def pieces(self, found: Mapping[str, tuple[int, ...]], config: ModelConfig) -> dict[str, Piece]:
         """See `Family.pieces`; experts in stacks, whose rows of gate and up take turns; GGUF's of either."""
@@ -132,20 +134,6 @@ class GptOss(Family):
                 one = partial(_of_expert, take, expert, part == "gate_up_proj")
                 pieces[f"{prefix}.experts.{expert}.{part}.{kind}"] = Piece(sources, own, one)
         return pieces
-
-
-class ClampedExpert:
-    """An expert: gate and up projections, (up + 1) gate sigmoid(alpha gate) of both clamped, down."""
-
-    def __init__(self, config: ModelConfig, weights: MlpWeights, pack: Packer):
-        self._gate_up = pack.linear("mlp", weights.gate_up, weights.gate_up_bias)
-        self._down = pack.linear("mlp", weights.down, weights.down_bias)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, hidden] from [T, hidden]."""
-        gate, up = self._gate_up(x).chunk(2, dim=-1)
-        gate, up = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
-        return self._down((up + 1) * gate * (ALPHA * gate).sigmoid())
 
 
 def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""The gated activation of gpt-oss's experts: a clamped SwiGLU."""
