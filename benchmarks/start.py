@@ -13,6 +13,7 @@ random weights of 4 bits.
 
 from __future__ import annotations
 
+import math
 import shlex
 import shutil
 import time
@@ -83,10 +84,11 @@ def row(model: str, server: str, start: str, command: Sequence[str], prompt: int
 
 
 class Shape(StrEnum):
-    """Of Llama 3.2, by its billions of parameters."""
+    """Of Llama 3.2, by its billions of parameters; of Mixtral, with a billion, of which a third runs."""
 
     ONE = "1b"
     THREE = "3b"
+    EXPERTS = "moe"
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,15 @@ class Sizes:
     head_dim: int
     intermediate: int = 8192
     kv_heads: int = 8
+    experts: int = 0
+    chosen: int = 2
 
 
-SIZES = {Shape.ONE: Sizes(16, 2048, 32, 64), Shape.THREE: Sizes(28, 3072, 24, 128)}
+SIZES = {
+    Shape.ONE: Sizes(16, 2048, 32, 64),
+    Shape.THREE: Sizes(28, 3072, 24, 128),
+    Shape.EXPERTS: Sizes(12, 1024, 16, 64, intermediate=3584, experts=8),
+}
 
 
 class Kind(StrEnum):
@@ -129,30 +137,38 @@ def make(path: Path, shape: Shape = Shape.ONE, kind: Kind = Kind.Q4_0) -> None:
             sub = field.types[-1] if len(field.types) > 1 else None
             writer.add_key_value(key, field.contents(), field.types[0], sub_type=sub)
 
-    def blocks(rows: int, columns: int) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
-        together, size = gguf.GGML_QUANT_SIZES[stored]
-        made = random.integers(0, 256, (rows * columns // together, size), np.uint8)
+    if sizes.experts:
+        writer.add_expert_count(sizes.experts)
+        writer.add_expert_used_count(sizes.chosen)
+
+    def blocks(*shape: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+        (*rows, columns), (together, size) = shape, gguf.GGML_QUANT_SIZES[stored]
+        made = random.integers(0, 256, (math.prod(shape) // together, size), np.uint8)
         step = 0.02 / columns**0.5
         # of 4 bits with scales and lowest values of 6, both of which are 31.5 in the mean
         starts = [step] if kind is Kind.Q4_0 else [step / 31.5, 7.5 * step / 31.5]
         made[:, : 2 * len(starts)] = np.array(starts, np.float16).view(np.uint8)
-        return made.reshape(rows, -1)
+        return made.reshape(*rows, -1)
 
+    experts, ending = ([sizes.experts], "_exps") if sizes.experts else ([], "")
     queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     shapes = {
         "attn_q": (queries, sizes.hidden),
         "attn_k": (keys, sizes.hidden),
         "attn_v": (keys, sizes.hidden),
         "attn_output": (sizes.hidden, queries),
-        "ffn_gate": (sizes.intermediate, sizes.hidden),
-        "ffn_up": (sizes.intermediate, sizes.hidden),
-        "ffn_down": (sizes.hidden, sizes.intermediate),
+        f"ffn_gate{ending}": (*experts, sizes.intermediate, sizes.hidden),
+        f"ffn_up{ending}": (*experts, sizes.intermediate, sizes.hidden),
+        f"ffn_down{ending}": (*experts, sizes.hidden, sizes.intermediate),
     }
     writer.add_tensor("token_embd.weight", blocks(WORDS, sizes.hidden), raw_dtype=stored)
     writer.add_tensor("output_norm.weight", np.ones(sizes.hidden, np.float32))
     for layer in range(sizes.layers):
         for name, size in shapes.items():
             writer.add_tensor(f"blk.{layer}.{name}.weight", blocks(*size), raw_dtype=stored)
+        if sizes.experts:
+            router = random.standard_normal((sizes.experts, sizes.hidden), np.float32)
+            writer.add_tensor(f"blk.{layer}.ffn_gate_inp.weight", router)
         for name in ("attn_norm", "ffn_norm"):
             writer.add_tensor(f"blk.{layer}.{name}.weight", np.ones(sizes.hidden, np.float32))
     writer.write_header_to_file()
