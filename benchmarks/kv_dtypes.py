@@ -42,6 +42,7 @@ from curkv.cache.page_manager import PageManager
 from curkv.cache.parsing import parse_options, settle
 from curkv.cache.plan import EvictionPlan, resolve
 from curkv.cache.transfer import copy_out
+from curkv.cache.view import CacheView
 from curkv.config import EngineOptions
 from curkv.engine.build import build_engine
 from curkv.engine.engine import Engine
@@ -53,7 +54,7 @@ from curkv.evaluation.perplexity import agreement, token_nll, token_windows
 from curkv.evaluation.records import Journal, ProtocolName, read_records
 from curkv.evaluation.run import Plan
 from curkv.evaluation.tasks import TASKS
-from curkv.evaluation.variants import Variant, cross
+from curkv.evaluation.variants import Variant, cross, parse_variant
 from curkv.kernels.dispatch import Kernels, get_kernels
 from curkv.kernels.formats import KV_FORMATS, get_format
 from curkv.kernels.formats.base import VectorFormat
@@ -80,6 +81,8 @@ DENSE = 32
 
 Rounding = Callable[[Tensor], Tensor]
 """Rounds new keys, or values, of a chunk: float32 [tokens, heads, head_dim] to the same."""
+Choice = Callable[[int, Tensor], Tensor]
+"""Tells, of a layer and the positions of its tokens, int [H, n], which are meant: bool [H, n]."""
 
 
 @dataclass(frozen=True)
@@ -278,16 +281,14 @@ def feed(runner: Runner, slot: int, ids: list[int], start: int) -> Tensor:
     return torch.cat(rows)
 
 
-def compress(
-    runner: Runner, slot: int, keys: Rounding, values: Rounding, exempt: Callable[[int, Tensor], Tensor]
-) -> None:
+def compress(runner: Runner, slot: int, keys: Rounding, values: Rounding, exempt: Choice) -> None:
     """Rounds what is stored of a sequence but for the tokens that are exempt.
 
     Args:
         runner: Over the cache.
         slot: The sequence, which shares no page.
         keys, values: Round float32 [H, n, head_dim].
-        exempt: Of a layer and the positions of its tokens, int [H, n]; bool [H, n].
+        exempt: Which those are.
     """
     view = runner.attention.view(slot)
     for layer in range(view.num_layers):
@@ -298,11 +299,16 @@ def compress(
         runner.kv.overwrite(slot, layer, torch.where(as_is, k, keys(k)), torch.where(as_is, v, values(v)))
 
 
-def kept_positions(runner: Runner, slot: int, plan: EvictionPlan) -> Tensor:
-    """Positions [L, H, n] of what a plan keeps, -1 where there are fewer."""
-    view = runner.attention.view(slot)
-    indices, _ = select(view, plan, runner.kv.kernels)
-    return view.position.gather(-1, indices.long().clamp_min(0)).where(indices >= 0, -1)
+def nothing(layer: int, position: Tensor) -> Tensor:
+    """No token of a layer."""
+    return torch.zeros_like(position, dtype=torch.bool)
+
+
+def kept_by(view: CacheView, plan: EvictionPlan, kernels: Kernels) -> Choice:
+    """The tokens that a plan keeps."""
+    indices, _ = select(view, plan, kernels)
+    kept = view.position.gather(-1, indices.long().clamp_min(0)).where(indices >= 0, -1)
+    return lambda layer, position: (position[..., None] == kept[layer][:, None]).any(-1)
 
 
 def measure_window(
@@ -339,11 +345,11 @@ def measure_window(
         high_share = mix * share * one.bytes / high
         low_share = (1 - mix) * share * one.bytes / low
         fork = evicted(options, min(1.0, high_share + low_share))
-        best = torch.full((len(kv.layout.evicted_rows), kv.layout.num_kv_heads, 1), -1)
+        exempt: Choice = nothing
         if mix:
-            best = kept_positions(runner, slot, planned(options, high_share))
+            exempt = kept_by(runner.attention.view(slot), planned(options, high_share), kv.kernels)
         four = through(Int4())
-        compress(runner, fork, rotated(four), four, lambda i, p: (p[..., None] == best[i][:, None]).any(-1))
+        compress(runner, fork, rotated(four), four, exempt)
         return fork
 
     for policy, options in policies.items():
@@ -402,25 +408,53 @@ def measure(
                 file.writelines(json.dumps(asdict(result)) + "\n" for result in found)
 
 
+@dataclass(frozen=True)
+class Demotion:
+    """How what an eviction keeps is held.
+
+    Attributes:
+        name: In the table.
+        keys, values: What rounds.
+        top: Budget of the tokens of the highest scores, which stay in 8 bits; "" if none do.
+    """
+
+    name: str
+    keys: Rounding
+    values: Rounding
+    top: str = ""
+
+
 class Demoting(Evaluator):
     """Rounds what an eviction keeps, at the budgets that are for that.
 
     Args:
         engine: Whose cache is int8.
         source: What records name as their source.
-        rounding: Of keys and of values, by the budget.
+        demotions: By the budget.
     """
 
-    def __init__(self, engine: Engine, source: str, rounding: dict[str, tuple[Rounding, Rounding]]) -> None:
+    def __init__(self, engine: Engine, source: str, demotions: dict[str, Demotion]) -> None:
         super().__init__(engine, source)
-        self._rounding = rounding
+        self._demotions = demotions
 
     def _branch(self, prompt: Any, variant: Variant, plan: EvictionPlan) -> Any:
         branch = super()._branch(prompt, variant, plan)
-        if variant.budget in self._rounding:
-            keys, values = self._rounding[variant.budget]
-            compress(self._runner, branch.slot, keys, values, lambda _, p: torch.zeros_like(p).bool())
+        if demotion := self._demotions.get(variant.budget):
+            exempt: Choice = nothing
+            if demotion.top:
+                options = parse_variant(variant.policy, demotion.top).options
+                view = self._runner.attention.view(prompt.slot)
+                if plan.needs.repetition:
+                    view = replace(view, repetition=self._repeated(prompt))
+                top = resolve(options, prompt.tokens, self._kv.layout)
+                exempt = kept_by(view, top, self._kv.kernels)
+            compress(self._runner, branch.slot, demotion.keys, demotion.values, exempt)
         return branch
+
+
+def percent(share: float) -> str:
+    """A share as a budget."""
+    return f"{100 * share:.4g}%"
 
 
 @torch.inference_mode()
@@ -434,16 +468,20 @@ def demoted(
     """Prints what is answered of what the int8 cache answers that keeps everything."""
     engine = build_engine(EngineOptions(model=model, weights="int8", kv_dtype="int8", prefix_cache_memory=0))
     dim, four = engine.kv.layout.head_dim, through(Int4())
-    high, names, rounding = get_format("int8").token_bytes(dim) + SIDE_BYTES, {}, {}
+    high, names, demotions = get_format("int8").token_bytes(dim) + SIDE_BYTES, {}, {}
     for share in SHARES[1:]:
-        names[f"{100 * share:.4g}%"] = "int8"
+        names[percent(share)] = "int8"
         for name, keys in (("k8v4", lambda x: x), ("int4", rotated(four))):
             more = share * high / (get_format(name).token_bytes(dim) + SIDE_BYTES)
-            budget = f"{100 * more:.4g}%"
-            names[budget], rounding[budget] = name, (keys, four)
+            half = share / 2
+            demotions[percent(more)] = Demotion(name, keys, four)
+            demotions[percent(half + more / 2)] = Demotion(
+                f"half int8, half {name}", keys, four, percent(half)
+            )
+    names |= {budget: demotion.name for budget, demotion in demotions.items()}
     seeds, kinds = range(10000, 10000 + samples), TASKS["questions"].corpora
     plan = Plan(["questions"], [1000], seeds, kinds, [protocol], cross([policy], names))
-    evaluator = Demoting(engine, f"{model}, weights int8, KV int8", rounding)
+    evaluator = Demoting(engine, f"{model}, weights int8, KV int8", demotions)
     results.touch()
     with Journal.open(results) as journal:
         for job in tqdm(plan.jobs(evaluator.source, read_records(results)), disable=None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ SIDES = {
     "attention": torch.float32,
 }
 """What a page holds of each token besides its key and value, see `Pages`."""
+ALIGNMENT = 4096  # of a page of the machine's memory, and of lines of its caches
 SIDE_BYTES = sum(dtype.itemsize for dtype in SIDES.values())
 
 
@@ -97,8 +99,13 @@ def longest(lengths: Tensor) -> int:
 
 
 def _memory(shape: tuple[int, ...], dtype: torch.dtype, device: str | torch.device) -> Tensor:
-    """Allocates uninitialised memory; on the host by numpy, which asks for huge pages: fewer TLB misses."""
+    """Allocates uninitialised memory; on the host by numpy, which asks for huge pages: fewer TLB misses.
+
+    It is aligned, so that no page of the pool reaches into a line of the caches that is fetched for another.
+    """
     if torch.device(device).type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
-    words = np.empty(shape, dtype={1: np.int8, 2: np.int16, 4: np.int32}[dtype.itemsize])
-    return torch.from_numpy(words).view(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT, np.int8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return torch.from_numpy(memory[start : start + size]).view(dtype).view(shape)

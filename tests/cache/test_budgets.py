@@ -6,12 +6,12 @@ from hypothesis import strategies as st
 
 from curkv.cache.budgets import Budget, parse_budget
 from curkv.cache.layout import CacheLayout, full_attention
-from curkv.kernels.formats import get_format
+from curkv.kernels.formats import KV_FORMATS, get_format
 
 
-def layout(page_size: int = 64, heads: int = 3) -> CacheLayout:
+def layout(page_size: int = 64, heads: int = 3, kv_dtype: str = "float32") -> CacheLayout:
     return CacheLayout(
-        full_attention(30, heads), 64, page_size, get_format("float32"), max_sequences=8, max_tokens=8192
+        full_attention(30, heads), 64, page_size, get_format(kv_dtype), max_sequences=8, max_tokens=8192
     )
 
 
@@ -66,12 +66,19 @@ def test_tokens_are_taken_as_they_are():
     assert Budget("tokens", 512).tokens(100, layout()) == 512
 
 
-@given(st.integers(1, 10**8), st.sampled_from([16, 64, 128]), st.integers(1, 8))
-def test_bytes_bound_the_pages_held_and_waste_less_than_a_page_per_head(value, page_size, heads):
-    shape = layout(page_size, heads)
+@given(st.integers(1, 10**8), st.sampled_from([16, 64, 128]), st.integers(1, 8), st.sampled_from(KV_FORMATS))
+def test_bytes_bound_the_pages_held_and_waste_less_than_a_page_per_head(value, page_size, heads, kv_dtype):
+    shape = layout(page_size, heads, kv_dtype)
     k = Budget("bytes", value).tokens(4000, shape)
     assert shape.sequence_pages(k) * shape.page_bytes <= value
     assert shape.sequence_pages(k + 1) * shape.page_bytes > value
+
+
+@pytest.mark.parametrize(
+    ("kv_dtype", "tokens"), [("float16", 320), ("int8", 576), ("k8v4", 704), ("int4", 960)]
+)
+def test_the_same_bytes_hold_more_tokens_of_a_denser_format(kv_dtype, tokens):
+    assert Budget("bytes", 8 * 2**20).tokens(4000, layout(kv_dtype=kv_dtype)) == tokens
 
 
 @given(st.integers(10**6, 10**8), st.sampled_from([16, 64]), st.integers(1, 8), st.data())

@@ -25,7 +25,7 @@ from curkv.kernels.formats.base import Array, KVFormat, VectorFormat
 from curkv.kernels.formats.cpu.base import CPUVectors
 from curkv.kernels.formats.int8 import Int8
 from curkv.kernels.formats.plain import Plain
-from curkv.kernels.pages import SIDE_BYTES, allocate
+from curkv.kernels.pages import ALIGNMENT, SIDE_BYTES, allocate
 from tests.cache.util import make_cache, step
 from tests.kernels.util import assert_close, make_pool, query_start, relative_rms, rope_tables
 
@@ -123,6 +123,12 @@ def test_bytes_are_those_of_the_arrays_and_tokens_are_whole_words(format: KVForm
     pages = allocate(format, 3, 16, 64)
     assert sum(array.nbytes for array in pages.arrays.values()) == 48 * (format.token_bytes(64) + SIDE_BYTES)
     assert all(array[0, 0].nbytes % 4 == 0 for array in pages.arrays.values())
+
+
+def test_memory_begins_where_lines_of_the_caches_and_pages_of_the_machine_do() -> None:
+    """What is fetched ahead for one page then holds nothing of another, which may lie anywhere."""
+    pages = [allocate(get_format("k8v4"), count, 16, 64) for count in (1, 3, 700)]
+    assert all(array.data_ptr() % ALIGNMENT == 0 for own in pages for array in own.arrays.values())
 
 
 def test_an_unknown_format_is_refused_with_those_that_there_are() -> None:
