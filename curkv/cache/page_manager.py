@@ -16,7 +16,6 @@ from torch import Tensor
 from curkv.cache.layout import CacheLayout, longest, shortest
 from curkv.cache.observations import Needs, Observations
 from curkv.cache.page_pool import Ids, OutOfPages, PagePool
-from curkv.cache.plan import EvictionPlan
 from curkv.cache.prefixes import Prefix, PrefixCache
 from curkv.cache.upload import upload
 from curkv.cache.usage import CacheUsage
@@ -400,60 +399,16 @@ class PageManager:
             self.prefixes.insert(key, replace(prefix, repeated=repeated, tenant=tenant))
             self.pool.release(pages)
 
-    def footprint(self, plan: EvictionPlan, generated: int, prefix: Prefix | None = None) -> int:
-        """Most pages that a sequence takes until its prompt and some tokens behind it are stored.
-
-        Pages of its prefix that running sequences own are not taken again, but an eviction of the prompt
-        copies what it keeps of them. To begin with, the prefix's last pages are there twice, see `adopt`.
-
-        Args:
-            plan: of its request.
-            generated: tokens stored behind the prompt; the last one that is generated never is.
-            prefix: what it starts from.
-
-        Returns:
-            The number of pages. Never too few for a sequence that shares nothing, and exact where all heads
-            hold equally many tokens.
-        """
-        peak, ragged = plan.peak_prompt_tokens, plan.ragged and plan.streaming
-        if prefix is not None and prefix.evictions:
-            peak, ragged = (
-                plan.peak_tokens_behind(
-                    prefix.tokens, float(prefix.lengths[self._evicted_rows].mean()), prefix.evicted_at
-                ),
-                plan.ragged,
-            )
-        needed = max(
-            self.layout.sequence_pages(peak, ragged=ragged, seen=plan.prompt_tokens),
-            self.held_pages(plan, generated),
-        )
-        if prefix is None:
-            return needed
-        pages = prefix.pages
-        if len(self._windows):  # a window may have moved past its layer's
-            pages = pages[np.isin(pages, np.delete(prefix.table, self._window_rows, axis=0))]
-        shared = int((self.pool.owners[pages] > self.pool.held[pages]).sum())
-        evicts = plan.evicts_prompt and prefix.tokens < plan.context_tokens
-        copied = self.layout.sequence_pages(plan.budget_tokens) if shared and evicts else 0
-        return max(needed - shared + copied, self._pages_to_adopt(prefix, plan.observed))
-
     def _shareable(self, prefix: Prefix, needs: Needs | None) -> NDArray[np.int32]:
         """int32 [L, tables], pages of each head of a prefix that a sequence need not copy."""
         full = self._full_pages_of(prefix.lengths)
         return np.zeros_like(full) if needs is not None and needs.column_sums else full  # which write to all
 
-    def _pages_to_adopt(self, prefix: Prefix, needs: Needs) -> int:
+    def pages_to_adopt(self, prefix: Prefix, needs: Needs) -> int:
         """Pages that `adopt` takes from the free ones while it copies what is not shared."""
         idle = int(np.count_nonzero(self.pool.owners[prefix.pages] == self.pool.held[prefix.pages]))
         copies = self._pages_of(prefix.lengths) - self._shareable(prefix, needs)
         return idle + int(copies.sum())
-
-    def held_pages(self, plan: EvictionPlan, generated: int) -> int:
-        """Most pages that a sequence holds from the last eviction of its prompt on; see `footprint`."""
-        tokens, interval = plan.kept_prompt_tokens + generated, plan.options.decode_interval
-        if plan.decode_budget_tokens is not None:
-            tokens = min(tokens, max(plan.decode_budget_tokens, plan.kept_prompt_tokens) + interval)
-        return self.layout.sequence_pages(tokens, ragged=plan.ragged, seen=plan.prompt_tokens + generated)
 
     def pages_needed(self, slots: Sequence[int], new_tokens: Sequence[int]) -> int:
         """Counts the pages that `extend` with the same arguments would take."""

@@ -7,33 +7,28 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Concatenate, Literal, ParamSpec, TypeVar
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from curkv.cache.eviction import Eviction, evict, select
 from curkv.cache.explain import explain
 from curkv.cache.integrity import check_integrity
 from curkv.cache.options import EvictionOptions
 from curkv.cache.page_pool import OutOfPages
-from curkv.cache.plan import EvictionPlan
 from curkv.cache.reuse import SESSION_TTL, PrefixReuse, ReuseKeys
 from curkv.cache.sessions import SessionName, SessionStats, shaped_by
 from curkv.cache.store import Store
 from curkv.cache.upload import upload_list
 from curkv.engine.detokenizer import Detokenizer
-from curkv.engine.draft import look_ahead
+from curkv.engine.evictions import Evictions
 from curkv.engine.faults import EngineBroken, Faults
 from curkv.engine.planning import Planner
-from curkv.engine.repetition import Repetition
 from curkv.engine.reporting import StepReport, kv_report, silent_output, token_output
 from curkv.engine.runner import Runner
 from curkv.engine.sampling import choice_seed, sample, token_logprobs
 from curkv.engine.scheduler import Schedule, Scheduler
 from curkv.engine.sequence import Sequence, observed_of
-from curkv.engine.stats import EvictionStats
 from curkv.engine.stopping import stop_after
 from curkv.engine.structure import Structures
 from curkv.engine.types import (
@@ -41,7 +36,6 @@ from curkv.engine.types import (
     FinishReason,
     KVReport,
     Output,
-    Phase,
     Planned,
     Request,
     SamplingParams,
@@ -50,27 +44,6 @@ from curkv.engine.types import (
 from curkv.models.info import ModelInfo
 
 logger = logging.getLogger(__name__)
-
-P = ParamSpec("P")
-T = TypeVar("T")
-EvictionPhase = Literal["prefill", "decode"]
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """What a sequence is to keep.
-
-    Attributes:
-        sequence: whose tokens these are.
-        phase: when it is evicted.
-        held: tokens held before, per head on average.
-        eviction: what is kept.
-    """
-
-    sequence: Sequence
-    phase: EvictionPhase
-    held: float
-    eviction: Eviction
 
 
 def drawn_seed() -> int:
@@ -118,8 +91,8 @@ class Engine:
         self.num_token_ids = info.num_token_ids(config.vocab_size)
         self._planner = Planner(self.kv, self.num_token_ids, self.structures, max_model_len)
         self._order = itertools.count()
-        self._phase: Phase = "schedule"
-        self._faults = Faults(alone=self.kv.ranks.size == 1)
+        self._faults = Faults(self.scheduler.preempt, self._fail, alone=self.kv.ranks.size == 1)
+        self._evictions = Evictions(runner, info, self.scheduler, self._reuse, self._faults)
         self._report = StepReport()
         self.last_stats = self._report.stats(self.kv, self._reuse, self.scheduler, Schedule(), seconds=0.0)
 
@@ -200,7 +173,7 @@ class Engine:
         try:
             return self._reuse.drop_prefixes(tenant) * self.kv.page_bytes
         except Exception as error:
-            self._faults.note("free", error)
+            self._faults.note(error, phase="free")
             self._recover()
             raise
 
@@ -242,7 +215,7 @@ class Engine:
         started, schedule = time.perf_counter(), Schedule()
         try:
             self._explain_next()
-            self._repeat_next()
+            self._evictions.repeat_next()
             started = time.perf_counter()
             schedule = self._schedule()
             if schedule.sequences:
@@ -253,7 +226,7 @@ class Engine:
         except EngineBroken:
             raise
         except Exception as error:  # nobody's: where it struck, no sequence was at work
-            self._faults.note(self._phase, error)
+            self._faults.note(error)
             self._faults.unexplained = True
             self.scheduler.restart()
         self._recover()
@@ -288,33 +261,12 @@ class Engine:
         """Checks the cache's invariants; called when the engine is idle."""
         check_integrity(self.kv)
 
-    def _blame(self, sequence: Sequence, error: Exception, again: bool = True) -> None:
-        """Deals with a sequence over which a phase has raised.
-
-        Args:
-            sequence: the sequence.
-            error: what was raised.
-            again: it may be computed anew once.
-        """
-        self._faults.note(self._phase, error, sequence)
-        if again and not sequence.faulty and sequence in self.scheduler.running:
-            sequence.faulty = True
-            self._for_nobody("free", lambda: self.scheduler.preempt(sequence))
-            return
-        fault = EngineFault(self._phase)
-        fault.__cause__ = error
+    def _fail(self, sequence: Sequence, fault: EngineFault) -> None:
+        """Ends a sequence with an error, and the choices that were to share its prompt."""
         for choice in (sequence, *sequence.forks):
             news = Output(sequence.request.id, choice.index, "", [], finish_reason="error", problem=fault)
             self._report.outputs.append(news)
         self._finish(sequence, "error")
-
-    def _for_nobody(self, phase: Phase, act: Callable[[], None]) -> None:
-        """Does what no sequence is to suffer for if it raises."""
-        try:
-            act()
-        except Exception as error:
-            self._faults.note(phase, error)
-            self._faults.unexplained = True
 
     def _recover(self) -> None:
         """Cleans up after faults: frees what nobody holds, and the whole cache if its books do not agree."""
@@ -325,30 +277,30 @@ class Engine:
                 self.kv.free(slot)
             check_integrity(self.kv)
         except Exception as error:
-            self._faults.note("free", error)
+            self._faults.note(error, phase="free")
             logger.error("the cache's books do not agree after a fault: all of it is computed anew")
             self.scheduler.restart()
             self.kv.clear()
 
     def _schedule(self) -> Schedule:
         """Picks the step's work; if that raises, every sequence that it looked at is tried alone."""
-        self._phase = "schedule"
+        self._faults.phase = "schedule"
         try:
             return self.scheduler.schedule()
         except Exception as error:
-            self._faults.note(self._phase, error)
+            self._faults.note(error)
         guilty = False
         for sequence in self.scheduler.candidates:
             try:
                 self.scheduler.schedule(alone=sequence)
             except Exception as error:
-                guilty, self._phase = True, "schedule" if sequence.slot >= 0 else "start"
-                self._blame(sequence, error, again=False)
-        self._phase = "schedule"
+                guilty, self._faults.phase = True, "schedule" if sequence.slot >= 0 else "start"
+                self._faults.blame(sequence, error, again=False)
+        self._faults.phase = "schedule"
         try:
             return self.scheduler.schedule()
         except Exception as error:
-            self._faults.note(self._phase, error)
+            self._faults.note(error)
             self._faults.unexplained |= not guilty
             return Schedule()
 
@@ -360,7 +312,7 @@ class Engine:
         Returns:
             The step as far as it was computed, and the logits that its `wanted` counts.
         """
-        self._phase = "forward"
+        self._faults.phase = "forward"
         mark = self.kv.mark([s.slot for s in schedule.sequences])
         try:
             return schedule, self._forward(schedule)
@@ -368,7 +320,7 @@ class Engine:
             self.kv.retract(mark)
             short = isinstance(error, OutOfPages)  # of which nobody is guilty
             if not short:
-                self._faults.note(self._phase, error)
+                self._faults.note(error)
         computed, logits = [], []
         for index, sequence in enumerate(schedule.sequences):
             mark = self.kv.mark([sequence.slot])
@@ -380,7 +332,7 @@ class Engine:
                 if isinstance(error, OutOfPages) and len(self.scheduler.running) > 1:
                     self.scheduler.preempt(sequence)
                 else:
-                    self._blame(sequence, error, again=False)
+                    self._faults.blame(sequence, error, again=False)
         self._faults.unexplained |= not short and len(computed) == len(schedule.sequences)
         return schedule.only(computed), torch.cat(logits) if logits else torch.empty(0)
 
@@ -398,7 +350,7 @@ class Engine:
 
     def _judge_prompts(self, schedule: Schedule, logits: Tensor) -> None:
         """Notes the log-probabilities of prompts that want them."""
-        self._phase = "prompt_logprobs"
+        self._faults.phase = "prompt_logprobs"
         ends = itertools.accumulate(schedule.wanted)
         for sequence, count, end in zip(schedule.sequences, schedule.wanted, ends, strict=True):
             if sequence.wants_prompt_logprobs:
@@ -408,36 +360,18 @@ class Engine:
                 try:
                     sequence.progress.prompt_logprobs += token_logprobs(rows, following, top)
                 except Exception as error:
-                    self._blame(sequence, error)
+                    self._faults.blame(sequence, error)
 
     def _advance(self, schedule: Schedule, logits: Tensor) -> None:
         """Counts the computed tokens, and holds and evicts where a sequence's plan says so."""
         ends = itertools.accumulate(schedule.wanted)
         for sequence, chunk, end in zip(schedule.sequences, schedule.chunks, ends, strict=True):
-            self._for_one(sequence, "prefix", self._count, chunk, logits[max(0, end - 1) : end])
-        due: list[tuple[Sequence, EvictionPhase]] = []
+            self._faults.for_one(sequence, "prefix", self._count, chunk, logits[max(0, end - 1) : end])
+        self._evictions.evict_due(schedule.sequences)
         for sequence in schedule.sequences:
-            when: EvictionPhase | None = self._for_one(sequence, "evict", self._due)
-            if when is not None:
-                due.append((sequence, when))
-        self._evict(due)
-        for sequence in schedule.sequences:
-            self._for_one(sequence, "prefix", self._after_evictions)
-        self._phase = "trim"
+            self._faults.for_one(sequence, "prefix", self._after_evictions)
+        self._faults.phase = "trim"
         self.kv.trim([sequence.slot for sequence in schedule.sequences if sequence.slot >= 0])
-
-    def _for_one(
-        self, sequence: Sequence, phase: Phase, act: Callable[Concatenate[Sequence, P], T | None],
-        *args: P.args, **named: P.kwargs,
-    ) -> T | None:  # fmt: skip
-        """Does something for a sequence that holds memory, which is blamed if it raises."""
-        self._phase = phase
-        if sequence.slot >= 0:
-            try:
-                return act(sequence, *args, **named)
-            except Exception as error:
-                self._blame(sequence, error)
-        return None
 
     def _count(self, sequence: Sequence, chunk: int, last: Tensor) -> None:
         """Counts the computed tokens of a sequence, and holds their pages for others.
@@ -459,155 +393,11 @@ class Engine:
 
     def _after_evictions(self, sequence: Sequence) -> None:
         """Caches what is compressed now, and ends what a prompt alone needs."""
-        self._hold_compressed(sequence)
+        self._evictions.hold_compressed(sequence)
         if sequence.computed == len(sequence.prompt):
             sequence.progress.kept_tokens = self.kv.held_tokens(sequence.slot)
             if not sequence.observes_answer:
                 self.kv.stop_observing(sequence.slot)
-
-    def _due(self, sequence: Sequence) -> EvictionPhase | None:
-        """The eviction that is due now, if one is; a text that is to be repeated before is begun."""
-        decoded, plan = sequence.computed - len(sequence.prompt), sequence.plan
-        held = self.kv.held_tokens(sequence.slot)
-        if decoded <= 0 and plan.prefill_due(sequence.computed, held):
-            if not plan.needs.repetition:
-                return "prefill"
-            self._repeat(sequence)
-        elif decoded > 0 and plan.decode_due(decoded, held):
-            return "decode"
-        return None
-
-    def _evict(self, due: list[tuple[Sequence, EvictionPhase]]) -> None:
-        """Evicts as plans say: each sequence's tokens are scored by themselves, and all are moved at once.
-
-        Those whose evictions raised together with others' are evicted alone.
-        """
-        if not due:
-            return
-        self.kv.wait()  # the step is no part of what evictions take
-        started = time.perf_counter()
-        selected = [self._for_one(sequence, "evict", self._select, phase) for sequence, phase in due]
-        chosen = [one for one in selected if one is not None]
-        together = [one for one in chosen if not one.sequence.evicted_alone]
-        for some in (together, *([one] for one in chosen if one.sequence.evicted_alone)):
-            if some:
-                self._keep(some, started)
-                started = time.perf_counter()
-
-    def _select(self, sequence: Sequence, phase: EvictionPhase) -> _Chosen | None:
-        """Scores a sequence's tokens and chooses some; a device is told to, and not waited for.
-
-        Returns:
-            What was chosen; None: there was no room for a draft, and the sequence starts anew.
-        """
-        slot, progress = sequence.slot, sequence.progress
-        self.kv.trim([slot])
-        try:
-            draft = self._draft(sequence, sequence.plan)
-        except OutOfPages:
-            self.scheduler.preempt(sequence)
-            return None
-        view = self.runner.attention.view(slot, sequence.plan.seed, phase, progress.evictions)
-        view = replace(view, draft=draft)
-        if progress.repetition is not None:
-            view = replace(view, repetition=progress.repetition.scores)
-        kept = select(view, sequence.plan, self.kv.kernels)
-        return _Chosen(sequence, phase, self.kv.held_tokens(slot), Eviction(slot, view, sequence.plan, *kept))
-
-    def _keep(self, chosen: list[_Chosen], started: float) -> None:
-        """Keeps what was chosen; a sequence that shares pages which cannot be copied starts anew.
-
-        What sequences hold that raised together may be half moved: all of them are computed anew.
-        """
-        [first, *others] = chosen
-        try:
-            freed = evict(self.kv, [one.eviction for one in chosen])
-        except OutOfPages:
-            if others:  # there may be room for one after the other
-                for one in chosen:
-                    self._keep([one], started)
-                    started = time.perf_counter()
-            else:
-                self.scheduler.preempt(first.sequence)
-            return
-        except Exception as error:
-            if others:
-                self._faults.note(self._phase, error)
-                for one in chosen:
-                    one.sequence.evicted_alone = True
-                    self.scheduler.preempt(one.sequence)
-            else:
-                self._blame(first.sequence, error)
-            return
-        seconds = (time.perf_counter() - started) / len(chosen)
-        for one, pages in zip(chosen, freed, strict=True):
-            self._for_one(one.sequence, "evict", self._note_eviction, one, pages, seconds)
-
-    def _note_eviction(self, sequence: Sequence, chosen: _Chosen, pages_freed: int, seconds: float) -> None:
-        phase, before, eviction = chosen.phase, chosen.held, chosen.eviction
-        progress, view = sequence.progress, eviction.view
-        budgets = self.kv.head_lengths(sequence.slot)[list(self.kv.layout.evicted_rows)]
-        if view.repetition is not None:
-            own = view.own(eviction.indices)[..., : budgets.max()]
-            paid = view.repetition.gather(2, own.clamp_min(0).long())
-            progress.repeated, progress.repetition = paid.masked_fill_(own < 0, -torch.inf), None
-        progress.evictions += 1
-        progress.evicted_at = progress.computed
-        progress.decode_evictions += phase == "decode"
-        kept = float(budgets.mean())
-        progress.evicted_tokens += before - kept
-        self._report.evictions.append(
-            EvictionStats(
-                policy=sequence.plan.policy.name,
-                phase=phase,
-                tokens_evicted=round((before - kept) * budgets.size),
-                pages_freed=max(0, pages_freed),
-                seconds=seconds,
-                kept_ratio=kept / before,
-                head_budgets=budgets,
-            )
-        )
-
-    def _draft(self, sequence: Sequence, plan: EvictionPlan) -> Tensor | None:
-        """What a drafted answer looks at, if a plan is to know and the prompt is just computed."""
-        progress, count = sequence.progress, plan.draft_tokens
-        if progress.following is None or progress.computed != len(sequence.prompt) or not count:
-            return None
-        progress.repeated_tokens += count
-        return look_ahead(self.runner, sequence.slot, progress.following, progress.computed, count)
-
-    def _hold_compressed(self, sequence: Sequence) -> None:
-        """Caches a context that is compressed now, if it is what others would have."""
-        progress = sequence.progress
-        if progress.shareable and sequence.slot >= 0 and not sequence.repeating:
-            evictions, repeated = progress.evictions, progress.repeated
-            self._reuse.after_eviction(sequence.slot, sequence.keys, progress.computed, evictions, repeated)
-
-    def _repeat(self, sequence: Sequence) -> None:
-        """Has the model repeat what is computed of a sequence, from the next step on."""
-        progress = sequence.progress
-        text, room = sequence.prompt[: progress.computed], self.kv.layout.max_tokens - progress.computed
-        progress.repetition = Repetition(text, self.info, room, progress.evicted_at, progress.repeated)
-
-    def _repeat_next(self) -> None:
-        """Repeats a piece of one text, and evicts that in the end: one per step, so that decodes go on."""
-        self._phase = "evict"
-        sequence = next((s for s in self.scheduler.running if s.repeating), None)
-        if sequence is None:
-            return
-        progress, slot = sequence.progress, sequence.slot
-        assert progress.repetition is not None
-        try:
-            most = self.scheduler.step_tokens()
-            progress.repeated_tokens += progress.repetition.advance(self.runner, slot, most)
-            sequence.peak_bytes = max(sequence.peak_bytes, self.kv.sequence_bytes(slot))
-            if progress.repetition.done and not sequence.explain_plans:
-                self._evict([(sequence, "prefill")])
-                self._hold_compressed(sequence)
-        except OutOfPages:
-            self.scheduler.preempt(sequence)
-        except Exception as error:
-            self._blame(sequence, error)
 
     def _fork(self, schedule: Schedule) -> list[tuple[Sequence, int]]:
         """Lets the further choices of a prompt share the pages of the first one.
@@ -618,7 +408,7 @@ class Engine:
         Returns:
             Sequences whose known tokens are all computed, and the row of the step's logits of each.
         """
-        self._phase = "fork"
+        self._faults.phase = "fork"
         rows = zip(schedule.sequences, schedule.last_rows, strict=True)
         held = [(sequence, row) for sequence, row in rows if row is not None and sequence.slot >= 0]
         forked = list(held)
@@ -641,7 +431,7 @@ class Engine:
         except OutOfPages:
             return False
         except Exception as error:
-            self._faults.note(self._phase, error)
+            self._faults.note(error)
             return False
         self.scheduler.adopt(fork)
         return True
@@ -653,7 +443,7 @@ class Engine:
                 try:
                     self._end_silently(sequence)
                 except Exception as error:
-                    self._blame(sequence, error, again=False)
+                    self._faults.blame(sequence, error, again=False)
         ready = [(sequence, row) for sequence, row in ready if sequence.max_tokens]
         if not ready:
             return
@@ -661,13 +451,13 @@ class Engine:
             try:
                 self._take(sequence, token, logprob)
             except Exception as error:
-                self._blame(sequence, error, again=False)
+                self._faults.blame(sequence, error, again=False)
 
     def _choose(
         self, ready: list[tuple[Sequence, int]], logits: Tensor
     ) -> list[tuple[Sequence, int, TokenLogprob | None]]:
         """Chooses a token for each sequence; if that raises, for each alone."""
-        self._phase = "sample"
+        self._faults.phase = "sample"
         sequences = [sequence for sequence, _ in ready]
         try:
             sampled = sample(
@@ -676,24 +466,24 @@ class Engine:
             told = self.kv.ranks.told(sampled.token_ids)
             return list(zip(sequences, told, sampled.logprobs, strict=True))
         except Exception as error:
-            self._faults.note(self._phase, error)
+            self._faults.note(error)
         chosen = []
         for sequence, row in ready:
             try:
                 sampled = sample(logits[row : row + 1].clone(), [sequence], self.eos_ids)
                 chosen.append((sequence, sampled.token_ids[0], sampled.logprobs[0]))
             except Exception as error:
-                self._blame(sequence, error, again=False)
+                self._faults.blame(sequence, error, again=False)
         self._faults.unexplained |= len(chosen) == len(ready)
         return chosen
 
     def _take(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> None:
         """Adds a token to a sequence, and ends it if it is the last one."""
-        self._phase = "detokenize"
+        self._faults.phase = "detokenize"
         sequence.output.append(token)
         sequence.token_times.append(time.monotonic())
         stop = stop_after(sequence, token, self.eos_ids)
-        self._phase = "report"
+        self._faults.phase = "report"
         report = kv_report(self.kv, sequence) if stop.reason is not None else None
         output = token_output(sequence, token, logprob, stop, report)
         if stop.reason is not None:
@@ -702,18 +492,18 @@ class Engine:
 
     def _explain_next(self) -> None:
         """Asks one plan what it would keep of a prompt: one per step, so that decodes do not wait for all."""
-        self._phase = "explain"
+        self._faults.phase = "explain"
         sequence = next((s for s in self.scheduler.running if s.remaining == 0), None)
         if sequence is None:
             return
         try:
             explanations, repetition = sequence.progress.explanations, sequence.progress.repetition
             plan = sequence.explain_plans[len(explanations)]
-            draft = self._draft(sequence, plan)
+            draft = self._evictions.draft(sequence, plan)
             view = replace(self.runner.attention.view(sequence.slot), draft=draft)
             if plan.needs.repetition:
                 if repetition is None:
-                    self._repeat(sequence)
+                    self._evictions.repeat(sequence)
                 if repetition is None or not repetition.done:
                     return
                 view = replace(view, repetition=repetition.scores)
@@ -721,10 +511,10 @@ class Engine:
             if len(explanations) == len(sequence.explain_plans):
                 self._end_silently(sequence)
         except Exception as error:
-            self._blame(sequence, error)
+            self._faults.blame(sequence, error)
 
     def _end_silently(self, sequence: Sequence) -> None:
-        self._phase = "report"
+        self._faults.phase = "report"
         report = kv_report(self.kv, sequence)
         output = silent_output(sequence, report)
         self._finish(sequence, "length", report)
@@ -733,9 +523,9 @@ class Engine:
     def _finish(self, sequence: Sequence, reason: FinishReason, report: KVReport | None = None) -> None:
         """Takes a sequence out of the engine; what it leaves may be gone on from."""
         if reason != "error" and sequence.progress.kept_tokens is not None and sequence.slot >= 0:
-            self._for_nobody("prefix", lambda: self._leave(sequence))
-        self._for_nobody("free", lambda: self.scheduler.remove(sequence))
-        self._for_nobody("report", lambda: self._report.finish(sequence, reason, report))
+            self._faults.for_nobody("prefix", lambda: self._leave(sequence))
+        self._faults.for_nobody("free", lambda: self.scheduler.remove(sequence))
+        self._faults.for_nobody("report", lambda: self._report.finish(sequence, reason, report))
 
     def _leave(self, sequence: Sequence) -> None:
         """Caches what a sequence that ends has computed."""
@@ -755,9 +545,10 @@ class Engine:
     def _end_step(self, schedule: Schedule, started: float) -> list[Output]:
         """Hands out what is new, and learns how long it took."""
         report, self._report = self._report, StepReport()
-        self._for_nobody("prefix", self._reuse.write_some)
+        report.evictions, self._evictions.told = self._evictions.told, []
+        self._faults.for_nobody("prefix", self._reuse.write_some)
         seconds = time.perf_counter() - started
-        self._for_nobody("report", lambda: self._tell(report, schedule, seconds))
+        self._faults.for_nobody("report", lambda: self._tell(report, schedule, seconds))
         self._faults.end_step(schedule.sequences)
         return report.outputs
 

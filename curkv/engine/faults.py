@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 import torch
 
-from curkv.engine.types import Phase
+from curkv.engine.types import EngineFault, Phase
 from curkv.ranks import RankLost
 
 if TYPE_CHECKING:
     from curkv.engine.sequence import Sequence
 
 logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 MAX_FAILED_STEPS = 8
 """Steps in a row of which nothing came, before it is asked whether the engine still works."""
@@ -25,41 +28,89 @@ class EngineBroken(RuntimeError):
 
 
 class Faults:
-    """The faults of a step, and how many steps in a row have failed.
+    """The faults of a step, who pays for them, and how many steps in a row have failed.
 
     Of several processes that run one model, others may have gone on where one has failed: then the first
     fault is the last.
 
     Attributes:
+        phase: what is being done.
         noted: faults of the running step.
         unexplained: one of them was nobody's: it did not come back with any sequence alone.
     """
 
-    def __init__(self, alone: bool = True) -> None:
+    def __init__(
+        self,
+        again: Callable[[Sequence], None],
+        end: Callable[[Sequence, EngineFault], None],
+        alone: bool = True,
+    ) -> None:
         """Has seen none.
 
         Args:
+            again: has a sequence computed anew.
+            end: ends a sequence for a fault.
             alone: no other process runs the same model.
         """
-        self._alone = alone
+        self._again, self._end, self._alone = again, end, alone
+        self.phase: Phase = "schedule"
         self.noted = 0
         self.unexplained = False
         self._blamed: list[Sequence] = []
         self._failed_steps = 0
         self._own = False
 
-    def note(self, phase: Phase, error: Exception, sequence: Sequence | None = None) -> None:
+    def for_one(
+        self, sequence: Sequence, phase: Phase, act: Callable[Concatenate[Sequence, P], T | None],
+        *args: P.args, **named: P.kwargs,
+    ) -> T | None:  # fmt: skip
+        """Does something for a sequence that holds memory, which is blamed if it raises."""
+        self.phase = phase
+        if sequence.slot >= 0:
+            try:
+                return act(sequence, *args, **named)
+            except Exception as error:
+                self.blame(sequence, error)
+        return None
+
+    def for_nobody(self, phase: Phase, act: Callable[[], None]) -> None:
+        """Does what no sequence is to suffer for if it raises."""
+        try:
+            act()
+        except Exception as error:
+            self.note(error, phase=phase)
+            self.unexplained = True
+
+    def blame(self, sequence: Sequence, error: Exception, again: bool = True) -> None:
+        """Deals with a sequence over which a phase has raised.
+
+        Args:
+            sequence: the sequence.
+            error: what was raised.
+            again: it may be computed anew once.
+        """
+        self.note(error, sequence)
+        if again and not sequence.faulty and sequence.slot >= 0:
+            sequence.faulty = True
+            self.for_nobody("free", lambda: self._again(sequence))
+            return
+        fault = EngineFault(self.phase)
+        fault.__cause__ = error
+        self._end(sequence, fault)
+
+    def note(self, error: Exception, sequence: Sequence | None = None, phase: Phase | None = None) -> None:
         """Takes note of something that was raised.
 
         Args:
-            phase: while what was done.
             error: what was raised.
             sequence: at whose turn; None: while several were worked on, or none.
+            phase: while what was done; None: what is being done.
 
         Raises:
             EngineBroken: the device is lost, and with it everything in its memory, or other processes have
                 to do the same as this one.
         """
+        phase = phase or self.phase
         self.noted += 1
         if sequence is not None:
             self._blamed.append(sequence)

@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from curkv.cache.footprint import footprint
 from curkv.cache.options import EvictionOptions, OptionError
 from curkv.cache.page_manager import PageManager
 from curkv.cache.plan import EvictionPlan, resolve
@@ -82,13 +83,13 @@ class Planner:
         """Tokens that may be generated: what was asked for, else all that context and pool have room for."""
         left, pages = self._max_model_len - plan.prompt_tokens, self._kv.num_pages
         generated = max(0, asked - 1) if asked is not None else 0  # the last token is not stored
-        needed = self._kv.footprint(plan, generated)
+        needed = footprint(self._kv, plan, generated)
         if needed > pages:
             raise InvalidRequest(
                 f"the request needs {needed} pages of KV cache at its peak, of {pages}: shorten it, lower "
                 "its budget, choose prefill 'streaming', or start the server with a larger --kv-cache-memory",
-                "prompt" if self._kv.footprint(plan, 0) > pages else "max_tokens",
+                "prompt" if footprint(self._kv, plan, 0) > pages else "max_tokens",
             )
         if asked is not None:
             return asked
-        return bisect_left(range(left), True, key=lambda stored: self._kv.footprint(plan, stored) > pages)
+        return bisect_left(range(left), True, key=lambda stored: footprint(self._kv, plan, stored) > pages)

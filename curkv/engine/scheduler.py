@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 from dataclasses import dataclass, field
 
+from curkv.cache.footprint import footprint
 from curkv.cache.page_manager import PageManager
 from curkv.cache.prefixes import Prefix
 from curkv.cache.reuse import PrefixReuse
@@ -219,7 +220,7 @@ class Scheduler:
         computed = prefix.tokens if prefix is not None else 0
         prompt_left = len(sequence.prompt) - computed + sum(s.remaining for s in prefills)
         steps = -(-prompt_left // self.step_tokens())
-        needed = self.kv.footprint(sequence.plan, len(sequence.output), prefix)
+        needed = footprint(self.kv, sequence.plan, len(sequence.output), prefix)
         needed += self._pages_needed(prefills, [self._growth(s) for s in prefills])
         needed += self._pages_needed(decodes, [max(s.remaining, steps) for s in decodes])
         return needed <= self.kv.free_pages

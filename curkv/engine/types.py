@@ -237,7 +237,7 @@ class KVReport:
         bytes: pages held when the choice ended, in bytes.
         peak_bytes: most bytes of pages held at any time.
         decode_evictions: rounds of eviction while generating.
-        repeated_tokens: computed besides the prompt for a policy that has the model repeat it, or draft an answer.
+        repeated_tokens: computed besides the prompt, for a policy that has it repeated or an answer drafted.
         window_layers: layers that hold what their window reaches, and are not counted above but in bytes.
     """
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from curkv.cache.eviction import Eviction, evict, select
+from curkv.cache.footprint import held_pages
 from curkv.cache.observations import Needs
 from curkv.cache.parsing import settle
 from curkv.cache.plan import EvictionPlan, resolve
@@ -353,7 +354,7 @@ class Evaluator:
         layout, free = self._kv.layout, self._kv.free_pages
         for count, plan in enumerate(plans):
             fork = layout.sequence_pages(new_tokens) + layout.num_tables  # shares all but last pages
-            free -= self._kv.held_pages(plan, new_tokens) + 2 * fork
+            free -= held_pages(layout, plan, new_tokens) + 2 * fork
             if free < 0 or count == self._kv.free_slots // 3:
                 return max(1, count)
         return len(plans)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from curkv.cache.footprint import footprint
 from curkv.cache.layout import CacheLayout, LayerSpec, full_attention
 from curkv.cache.options import OptionError
 from curkv.cache.page_manager import PageManager
@@ -89,10 +90,10 @@ def test_a_footprint_is_never_too_small_and_exact_where_heads_are_alike(
     cache = make_cache(800, layers=layers, max_tokens=200, max_step_tokens=MAX_STEP)
     plan, generated = data.draw(plans(cache)), data.draw(st.integers(0, 40))
     taken = pages_taken(cache, plan, generated, data)
-    assert taken <= cache.footprint(plan, generated)
+    assert taken <= footprint(cache, plan, generated)
     alike = not plan.ragged and not plan.streaming and plan.decode_budget_tokens is None
     if alike and layers == full_attention(2, 2):
-        assert taken == cache.footprint(plan, generated)
+        assert taken == footprint(cache, plan, generated)
 
 
 def test_heads_that_part_after_the_prompt_may_need_more_than_the_prompt_did() -> None:
@@ -101,7 +102,7 @@ def test_heads_that_part_after_the_prompt_may_need_more_than_the_prompt_did() ->
     options = {"policy": "knorm", "budget": 5, "allocation": "adaptive", "recent_tokens": 0, "sink_tokens": 0}
     plan = resolve(parse_options(options), range(8), cache.layout)
     assert cache.layout.sequence_pages(8) == 4
-    assert cache.footprint(plan, generated=3) == 5
+    assert footprint(cache, plan, generated=3) == 5
 
 
 @given(st.integers(0, 400), st.booleans(), st.sampled_from([full_attention(3, 2), MIXED, WINDOWS]))
@@ -126,7 +127,7 @@ def test_a_prefix_can_be_taken_over_where_its_footprint_fits(summed: bool) -> No
     assert prefix is not None and cache.used_pages == 0
     options = {"policy": "h2o" if summed else "knorm", "decode_budget": 8, "budget": 6, "context_tokens": 6}
     plan = resolve(parse_options({**options, "recent_tokens": 0, "sink_tokens": 0}), range(8), cache.layout)
-    needed = cache.footprint(plan, 0, prefix)
+    needed = footprint(cache, plan, 0, prefix)
     assert needed == (8 if summed else 6) > cache.layout.sequence_pages(8)
     other = cache.add_sequence()
     cache.extend([other], [4 * ((16 - needed) // 2)])

@@ -49,7 +49,7 @@ def test_explained_is_what_would_be_kept(
         kept.append(mask)
         return indices, counts
 
-    monkeypatch.setattr("curkv.engine.engine.select", spy)
+    monkeypatch.setattr("curkv.engine.evictions.select", spy)
     for kv, found in zip(options, output.explanations, strict=True):
         [[*_, last]] = run(engine, request(prompt, 1, kv=kv)).values()
         assert found.policy == kv.policy and found.budget_tokens == last.kv.budget_tokens

@@ -19,6 +19,7 @@ from curkv.cache.page_manager import PageManager
 from curkv.cache.page_pool import OutOfPages
 from curkv.cache.parsing import parse_options
 from curkv.engine import engine as engine_module
+from curkv.engine import evictions as evictions_module
 from curkv.engine.client import EngineClient, EngineUnavailable
 from curkv.engine.engine import Engine
 from curkv.engine.faults import MAX_FAILED_STEPS, EngineBroken
@@ -186,6 +187,10 @@ def module(_: Engine) -> Any:
     return engine_module
 
 
+def evictions(_: Engine) -> Any:
+    return evictions_module
+
+
 POINTS = {
     "add": Point("add", module, "Detokenizer", lambda _, prompt, *__: [tuple(prompt)], lasting=True),
     "schedule": Point("schedule", lambda e: e.scheduler, "_plan_chunk", lambda step, one, *_: [one]),
@@ -212,7 +217,8 @@ POINTS = {
         "prompt_logprobs", module, "token_logprobs", lambda logits, tokens, *_: ["judged"], "judged"
     ),
     "prefix": Point("prefix", lambda e: e.kv, "keep_blocks", lambda slot, *_: [slot], "judged", late=True),
-    "evict": Point("evict", module, "select", lambda view, plan, _: [plan]),
+    "draft": Point("evict", evictions, "look_ahead", lambda runner, slot, *_: [slot]),
+    "evict": Point("evict", evictions, "select", lambda view, plan, _: [plan]),
     "evict, half": Point("evict", lambda e: e.kv, "_move", None, late=True),
     "trim": Point("trim", lambda e: e.kv, "trim", None),
     "fork": Point("fork", lambda e: e.kv, "fork", lambda slot, *_: [slot], "choices", harmless=True),
