@@ -244,7 +244,8 @@ class Entry:
         self, kind: str, weight: Tensor, bias: Tensor | None, norm: Tensor | None, eps: float, pack: Packer
     ):
         self._linear, self._eps, self._normed = pack.linear(kind, weight, bias), eps, norm is not None
-        self._norm = weight.new_ones(weight.shape[1]) if norm is None else pack.keep("norm", norm)
+        ones = torch.ones(weight.shape[1], dtype=weight.dtype, device=weight.device)
+        self._norm = ones if norm is None else pack.keep("norm", norm)
         self._rms_norm = pack.kernels.rms_norm
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
