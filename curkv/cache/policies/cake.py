@@ -41,6 +41,7 @@ class Cake(ObservingPolicy, PooledPolicy):
         """Score tokens by mean and variance of their attention."""
         layers = []
         for paid in view.paid(self.observation):
-            variance, mean = torch.var_mean(paid, 1, correction=min(1, paid.shape[1] - 1))
-            layers.append(mean.add_(variance, alpha=self.gamma).mean(1))
+            count, mean = paid.shape[1], paid.mean(1)
+            squares = paid.square_().sum(1).sub_(mean.square(), alpha=count).clamp_min_(0.0)
+            layers.append(mean.add_(squares, alpha=self.gamma / max(1, count - 1)).mean(1))
         return torch.stack(layers)
