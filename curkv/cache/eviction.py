@@ -86,8 +86,8 @@ class Eviction:
     indices: Tensor
     counts: Tensor
 
-    def merged(self, most: int) -> list[tuple[Tensor, Tensor]]:
-        """By layer: kept keys and values after the others were merged into them; none if that is not wanted.
+    def merged(self, most: int) -> list[Tensor]:
+        """By layer: kept values after the others were merged into them; none if that is not wanted.
 
         Args:
             most: How many the head keeps that keeps most.
@@ -119,8 +119,8 @@ def evict(kv: PageManager, evictions: Sequence[Eviction]) -> list[int]:
     kept = zip(evictions, all_counts, strict=True)
     freed = kv.evict_together([Kept(one.slot, one.indices, counts) for one, counts in kept])
     for one, layers in zip(evictions, merges, strict=True):
-        for layer, (k, v) in enumerate(layers):
-            kv.overwrite(one.slot, layer, k, v)
+        for layer, values in enumerate(layers):
+            kv.overwrite(one.slot, layer, None, values)
     return freed
 
 

@@ -211,11 +211,12 @@ class EvictionOptions:
     merge: Literal["none", "nearest"] = option(
         "none",
         Choice(("none", "nearest")),
-        "What becomes of evicted tokens: dropped, or merged into the most similar kept key of their head.",
+        "What becomes of evicted tokens: dropped, or their values merged into those of the most similar kept "
+        "key of their head.",
         effective=_EVICTING,
     )
     merge_threshold: float = option(
-        0.6, SHARE, "Least cosine of two keys that are merged.", effective=unless(merge="none")
+        0.6, SHARE, "Least cosine of two keys whose values are merged.", effective=unless(merge="none")
     )
     context_tokens: int | None = option(
         None,
@@ -250,7 +251,7 @@ class SettledOptions:
         protect: Spans (start, end) of the prompt that are always kept; disjoint and ascending.
         seed: Of random numbers; None: derived from the prompt.
         decode_interval: Generated tokens between two evictions.
-        merge_threshold: Least cosine of two keys that are merged; None: evicted tokens are dropped.
+        merge_threshold: Least cosine of two keys whose values are merged; None: evicted tokens are dropped.
         context_tokens: First tokens of the prompt that are compressed; None: all.
         prefill_chunk: Tokens between two evictions of the prompt; None: it is evicted once, when all is
             computed.

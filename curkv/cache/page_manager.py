@@ -607,8 +607,8 @@ class PageManager:
         self._publish(slots)
         return self.free_pages - free_before
 
-    def overwrite(self, slot: int, layer: int, k: Tensor, v: Tensor) -> None:
-        """Replaces the first keys and values of a layer's heads by merged ones; their norms follow.
+    def overwrite(self, slot: int, layer: int, k: Tensor | None, v: Tensor) -> None:
+        """Replaces the first keys and values of a layer's heads by others; their norms follow.
 
         Heads that share a page are left as they are: they have just lost nothing.
 
@@ -616,18 +616,20 @@ class PageManager:
             slot: the sequence.
             layer: which of the layers that policies evict from.
             k: float32 [KV heads, n, head_dim], after RoPE; of a head with fewer tokens the first ones count.
+                None: keys stay.
             v: the same for values.
         """
         size, pages, row = self.layout.page_size, self.pages, self.layout.evicted_rows[layer]
-        index = np.arange(k.shape[1])
+        index = np.arange(v.shape[1])
         ids = self._table[slot, row][:, index // size]
         held = index < self._lengths[slot, row, self._own, None]
         chosen = ((self.pool.owners[ids] == 1) & held).nonzero()
         head, token = (self._upload(x) for x in chosen)
         place = self._upload(ids[chosen].astype(np.int64)), token % size
         for store, squares, x in ((pages.k, pages.k_sq, k), (pages.v, pages.v_sq, v)):
-            store.write(x[head, token], *place)
-            squares[place] = x[head, token].square().sum(-1)
+            if x is not None:
+                store.write(x[head, token], *place)
+                squares[place] = x[head, token].square().sum(-1)
 
     def _check_active(self, slot: int) -> None:
         if not self._active[slot]:

@@ -16,27 +16,22 @@ from tests.cache.util import head_tokens, kept, make_cache, step, view_of
 
 def one_by_one(
     keys: torch.Tensor, values: torch.Tensor, kept_tokens: list[int], threshold: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of the kept tokens of one head after each evicted token went to its nearest."""
-    goes = []
+) -> torch.Tensor:
+    """Values of the kept tokens of one head after each evicted one's went to its nearest."""
+    sums = [[values[token].clone(), 1.0] for token in kept_tokens]
     for token in sorted(set(range(len(keys))) - set(kept_tokens)):
         cosines = torch.cosine_similarity(keys[token], keys[kept_tokens])
         best = int(cosines.argmax())
-        if cosines[best] >= threshold:
-            distance = (keys[token] - keys[kept_tokens[best]]).square().sum()
-            goes.append((token, best, distance))
-    width = sum(distance for *_, distance in goes) / max(1, len(goes))
-    sums = [[keys[token].clone(), values[token].clone(), 1.0] for token in kept_tokens]
-    for token, best, distance in goes:
-        weight = float(torch.exp(-distance / (2 * width)))
-        sums[best][0] += weight * keys[token]
-        sums[best][1] += weight * values[token]
-        sums[best][2] += weight
-    return tuple(torch.stack([x[i] / x[2] for x in sums]) for i in (0, 1))
+        if cosines[best] >= max(0, threshold):
+            length, theirs = values[token].norm(), values[kept_tokens[best]].norm()
+            weight = float(cosines[best] * length / (length + theirs))
+            sums[best][0] += weight * values[token]
+            sums[best][1] += weight
+    return torch.stack([total / weight for total, weight in sums])
 
 
 @pytest.mark.parametrize("threshold", [-1.0, 0.3, 2.0])
-def test_evicted_tokens_are_averaged_into_their_nearest_kept_key(threshold: float) -> None:
+def test_evicted_values_are_averaged_into_that_of_the_nearest_kept_key(threshold: float) -> None:
     cache = make_cache()
     slot = cache.add_sequence()
     step(cache, {slot: 13}, {slot: 0}, torch.Generator().manual_seed(3))
@@ -44,14 +39,13 @@ def test_evicted_tokens_are_averaged_into_their_nearest_kept_key(threshold: floa
     indices, counts = kept([choice, choice])
     for layer in range(2):
         before = [head_tokens(cache, slot, layer, head) for head in range(2)]
-        k, v = merged(view_of(cache, slot), layer, indices[layer], counts[layer], threshold)
+        found = merged(view_of(cache, slot), layer, indices[layer], counts[layer], threshold)
         for head, tokens in enumerate(choice):
             expected = one_by_one(before[head]["k"], before[head]["v"], tokens, threshold)
-            torch.testing.assert_close(k[head, : len(tokens)], expected[0])
-            torch.testing.assert_close(v[head, : len(tokens)], expected[1])
+            torch.testing.assert_close(found[head, : len(tokens)], expected)
 
 
-def test_merged_tokens_are_what_the_cache_then_holds_and_norms_follow() -> None:
+def test_merged_values_are_what_the_cache_then_holds_and_norms_follow() -> None:
     cache = make_cache(num_pages=128, max_tokens=64)
     slot = cache.add_sequence()
     step(cache, {slot: 40}, {slot: 0}, torch.Generator().manual_seed(4))
@@ -60,11 +54,32 @@ def test_merged_tokens_are_what_the_cache_then_holds_and_norms_follow() -> None:
     view = view_of(cache, slot)
     indices, counts = select(view, plan, get_kernels("reference"))
     wanted = [merged(view, layer, indices[layer, :, :12], counts[layer], 0.1) for layer in range(2)]
+    before = [[head_tokens(cache, slot, layer, head) for head in range(2)] for layer in range(2)]
     evict(cache, [Eviction(slot, view, plan, indices, counts)])
     check_integrity(cache)
     for layer in range(2):
         for head in range(2):
             held = head_tokens(cache, slot, layer, head)
-            for name, expected in zip(("k", "v"), wanted[layer], strict=True):
-                torch.testing.assert_close(held[name], expected[head])
-                torch.testing.assert_close(held[f"{name}_sq"], expected[head].square().sum(-1))
+            torch.testing.assert_close(held["v"], wanted[layer][head])
+            torch.testing.assert_close(held["v_sq"], wanted[layer][head].square().sum(-1))
+            own = indices[layer, head, :12].long()
+            torch.testing.assert_close(held["k"], before[layer][head]["k"][own])
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.6])
+def test_values_are_those_of_the_press(threshold: float) -> None:
+    """Which folds them into the places of what is kept."""
+    kvpress = pytest.importorskip("kvpress")
+    cache = make_cache()
+    slot = cache.add_sequence()
+    step(cache, {slot: 20}, {slot: 0}, torch.Generator().manual_seed(5))
+    tokens = torch.tensor([[0, 3, 4, 9, 12, 19], [1, 2, 7, 11, 12, 18]])
+    press = kvpress.MergingPress(kvpress.KnormPress(0.7), similarity_threshold=threshold)
+    for layer in range(2):
+        heads = [head_tokens(cache, slot, layer, head) for head in range(2)]
+        keys, values = (torch.stack([head[name] for head in heads])[None] for name in ("k", "v"))
+        theirs = press.merge(keys, values, tokens[None])[1][0]
+        ours = merged(view_of(cache, slot), layer, tokens.int(), torch.tensor([6, 6]), threshold)
+        torch.testing.assert_close(
+            ours, theirs.gather(1, tokens[..., None].expand(-1, -1, 4)), rtol=1e-4, atol=1e-5
+        )
