@@ -187,8 +187,8 @@ class Cake(Allocation):
     """
 
     name = "cake"
-    tau1: float = option(1.0, Number(0.01), "Inverse power of the entropy of attention in CAKE's budgets.")
-    tau2: float = option(1.0, Number(0.01), "Inverse power of its variance over queries in CAKE's budgets.")
+    tau1: float = option(1.0, Number(0.1), "Inverse power of the entropy of attention in CAKE's budgets.")
+    tau2: float = option(1.0, Number(0.1), "Inverse power of its variance over queries in CAKE's budgets.")
     preferences: Tensor | None = field(default=None, compare=False)
 
     @property
@@ -205,7 +205,8 @@ class Cake(Allocation):
             variance = (paid - mean).square().sum() / max(1, paid.shape[1] - 1)
             found.append(torch.stack([torch.special.entr(paid).sum(), variance]).double())
         entropy, variance = view.ranks.sum(torch.stack(found)).clamp_min(1e-30).unbind(1)
-        return replace(self, preferences=entropy ** (1 / self.tau1) * variance ** (1 / self.tau2))
+        preferences = entropy ** (1 / self.tau1) * variance ** (1 / self.tau2)
+        return replace(self, preferences=preferences.clamp_min_(1e-300))
 
     def budgets(self, scores: Tensor, view: CacheView, protected: Tensor) -> tuple[Tensor, Tensor | None]:
         """Budgets in proportion to preferences."""

@@ -161,15 +161,17 @@ class CacheView:
         queries = self.queries(count)
         queries = queries.view(self.num_layers, heads, *queries.shape[1:])
         window = queries.shape[2]
-        newest = position.amax(-1, keepdim=True) - torch.arange(window - 1, -1, -1, device=position.device)
-        hidden = (position[..., None, :] > newest[..., None]) | ~self.stored[..., None, :]
-        # Adding a mask of numbers is three times as fast as filling in by one of bits.
-        mask = torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -torch.inf)
+        before = torch.arange(window - 1, -1, -1, device=position.device)
         for layer in range(self.num_layers):
             asked = queries[layer].flatten(1, 2) * self.scale
             logits = softcapped(asked @ self.keys(layer).transpose(1, 2), self.softcap)
             logits = logits.view(heads, window, -1, self.width)
-            logits += mask[layer][:, :, None]
+            newest = position[layer].amax(-1, keepdim=True) - before
+            hidden = (position[layer][:, None] > newest[..., None]) | (position[layer] < 0)[:, None]
+            # Adding a mask of numbers is three times as fast as filling in by one of bits.
+            logits += torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -torch.inf)[
+                :, :, None
+            ]
             if self.sinks:
                 logits = with_sinks(logits, self.sinks[layer].view(heads, 1, -1))
             yield logits.softmax(-1)[..., : self.width].nan_to_num_(0.0)
