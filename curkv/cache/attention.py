@@ -132,6 +132,8 @@ class PagedAttention:
         self._kernels.store_kv(self.kv.pages, k, v, cos, sin, batch.positions, *place, q)
         for one in observed:
             self._observe(index, one, q, k, batch, (cos, sin))
+        if batch.seen is not None and index >= 0:
+            batch.seen[index] = self._kernels.gather_rows(q.flatten(1), batch.logit_rows).view(q.shape)
         parts, masks = [], self._masks[layer]
         if decodes:
             parts.append(self._decode(q[:decodes], table, lengths, batch, observed, masks))

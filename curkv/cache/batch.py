@@ -58,6 +58,11 @@ class Observed:
         return self.observations.needs.column_sums
 
     @property
+    def seen_by_step(self) -> bool:
+        """Whether of a single token nothing is read but its queries after RoPE."""
+        return self.observations.needs.seen_by_step
+
+    @property
     def chunk(self) -> bool:
         """Whether its chunk's queries are kept as attention takes them."""
         return self.observations.needs.chunk
@@ -76,6 +81,8 @@ class Batch:
         logit_rows: int64 [R], the tokens whose logits are wanted.
         observed: sequences whose queries are observed, in their order.
         begun: sequences whose texts begin with long chunks, in their order.
+        seen: if they are wanted, the queries of all tokens after RoPE, [T, Hq, head_dim], by the layers that
+            policies evict from; the attention puts them there.
     """
 
     token_ids: Tensor
@@ -86,6 +93,7 @@ class Batch:
     logit_rows: Tensor
     observed: tuple[Observed, ...] = ()
     begun: tuple[Begun, ...] = ()
+    seen: dict[int, Tensor] | None = None
 
     @classmethod
     def build(

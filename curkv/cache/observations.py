@@ -58,6 +58,11 @@ class Needs:
         return self.column_sums or self.query_statistics or self.query_pairs or bool(self.block)
 
     @property
+    def seen_by_step(self) -> bool:
+        """Whether of a single token that is generated nothing is read but its queries after RoPE."""
+        return not self.all_queries
+
+    @property
     def attention_scores(self) -> bool:
         """Whether the attention of single queries decides what is kept."""
         return self.queries > 0 or self.column_sums or self.draft > 0
@@ -187,6 +192,7 @@ class Observations:
     Attributes:
         needs: What is gathered.
         queries: By layer: float32 [up to w, Hq, head_dim], the last queries after RoPE, oldest first.
+        steps: Behind these: [L, Hq, head_dim] each, those of single tokens, seen in all layers at once.
         statistics: By layer: of all queries before RoPE.
         pairs: By layer: of all queries before RoPE.
         blocks: By layer: attention inside blocks.
@@ -197,6 +203,7 @@ class Observations:
     def __init__(self, needs: Needs) -> None:
         self.needs = needs
         self.queries: dict[int, Tensor] = {}
+        self.steps: tuple[Tensor, ...] = ()
         self.statistics: dict[int, QueryStatistics] = {}
         self.pairs: dict[int, QueryPairs] = {}
         self.blocks: dict[int, BlockAttention] = {}
@@ -222,12 +229,30 @@ class Observations:
     def see_rotated(self, layer: int, q: Tensor, k: Tensor | None, start: int) -> None:
         """Takes new queries after RoPE, and keys [T, H, head_dim] if `needs.block`."""
         if window := self.needs.queries:
+            self._sort_by_layer()
             old = self.queries.get(layer, q[:0])
             self.queries[layer] = torch.cat([old, q[-window:]])[-window:].clone()
         if k is not None:
             q, k = q[max(0, BLOCK_SKIP - start) :], k[max(0, BLOCK_SKIP - start) :]
             blocks = self.blocks.get(layer) or BlockAttention.empty(self.needs.block, q, k)
             self.blocks[layer] = blocks.extended(q, k)
+
+    def see_step(self, q: Tensor) -> None:
+        """Takes a single token's queries in all layers, after RoPE, [L, Hq, head_dim]."""
+        self.steps = (*self.steps, q)[-self.needs.queries :]
+
+    def last_queries(self, count: int) -> Tensor:
+        """Returns the last queries after RoPE, [L, up to count, Hq, head_dim], oldest first."""
+        self._sort_by_layer()
+        return torch.stack([self.queries[layer][-count:] for layer in range(len(self.queries))])
+
+    def _sort_by_layer(self) -> None:
+        """Puts what was seen in all layers at once behind what was seen layer by layer."""
+        if self.steps:
+            new, self.steps = torch.stack(self.steps, 1), ()
+            if self.queries:
+                new = torch.cat([self.last_queries(self.needs.queries), new], 1)
+            self.queries = dict(enumerate(new[:, -self.needs.queries :]))
 
     def see_attended(self, layer: int, q: Tensor, lse: Tensor) -> None:
         """Takes a chunk's queries [T, Hq, head_dim] as attention took them, and their log-sum-exp [T, Hq]."""

@@ -149,9 +149,8 @@ class CacheView:
         Returns:
             float32 [L * H, w, group, head_dim].
         """
-        observed = self._observed.queries
         heads, dim = self.lengths.shape[1], self.pages.head_dim
-        layers = torch.stack([observed[layer][-count:] for layer in range(self.num_layers)]).float()
+        layers = self._observed.last_queries(count).float()
         by_head = layers.view(*layers.shape[:2], heads, -1, dim).transpose(1, 2)
         return by_head.flatten(0, 1).contiguous()
 

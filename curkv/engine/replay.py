@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from curkv.cache.attention import PagedAttention
-from curkv.cache.batch import Batch
+from curkv.cache.batch import Batch, Observed
+from curkv.cache.upload import upload_list
 from curkv.models.decoder import Decoder
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,9 @@ class Replay:
     the cache's own tensors and never move either. So all that changes from step to step is in place before
     the step starts.
 
+    Sequences whose queries are observed run in steps that keep the queries of all layers; what their policies
+    want of these is taken afterwards.
+
     What cannot be made is run kernel by kernel, over the same buffers.
 
     Args:
@@ -75,8 +80,8 @@ class Replay:
         self._positions = torch.zeros(self._most, dtype=torch.int32, device=device)
         self._slots = torch.full((self._most,), -1, dtype=torch.int32, device=device)
         self._rows = torch.arange(self._most + 1, dtype=torch.int32, device=device)
-        self._batches: dict[int, Batch] = {}
-        self._made: dict[int, MadeStep] = {}
+        self._batches: dict[tuple[int, bool], Batch] = {}
+        self._made: dict[tuple[int, bool], MadeStep] = {}
         self._can_make = True
 
     def prepare(self) -> None:
@@ -87,15 +92,15 @@ class Replay:
         if self._maker.ahead:
             self._slots.fill_(-1)
             sizes = {self._maker.size(count, self._most) for count in range(1, self._most + 1)}
-            for size in sorted(sizes, reverse=True):
+            for size, observed in product(sorted(sizes, reverse=True), (True, False)):
                 if self._can_make:
-                    self._make(size)
+                    self._make(size, observed)
 
     def forward(self, batch: Batch) -> Tensor:
         """Runs a step of decodes only.
 
         Args:
-            batch: B sequences with one token each.
+            batch: B sequences with one token each, of those observed nothing is wanted but their queries.
 
         Returns:
             float32 [R, vocab_size], logits of `batch.logit_rows`; overwritten by the next step.
@@ -108,37 +113,53 @@ class Replay:
         if count < size:
             self._slots[count:size].fill_(-1)
             self._positions[count:size].fill_(0)
-        logits = self._run(size)
+        observed = [one for one in batch.observed if one.observations.needs.queries]
+        logits = self._run(size, bool(observed))
+        if observed:
+            self._show(size, observed)
         return logits if len(batch.logit_rows) == size else logits.index_select(0, batch.logit_rows)
 
-    def _run(self, size: int) -> Tensor:
-        made = self._made.get(size)
+    def _run(self, size: int, observed: bool) -> Tensor:
+        made = self._made.get((size, observed))
         if made is not None:
             made.run()
             return made.logits
         if self._can_make and not self._maker.ahead:
-            made = self._make(size)
-        return made.logits if made is not None else self._model.forward(self._batch(size), self._attention)
+            made = self._make(size, observed)
+        if made is not None:
+            return made.logits
+        return self._model.forward(self._batch(size, observed), self._attention)
 
-    def _make(self, size: int) -> MadeStep | None:
-        batch = self._batch(size)
+    def _show(self, size: int, observed: Sequence[Observed]) -> None:
+        """Lets observations see the queries of the step that has been run."""
+        seen = self._batch(size, observed=True).seen
+        assert seen is not None
+        rows = upload_list((one.index for one in observed), self._slots.device)
+        steps = torch.stack([seen[layer] for layer in range(len(seen))]).index_select(1, rows)
+        for place, one in enumerate(observed):
+            one.observations.see_step(steps[:, place])
+
+    def _make(self, size: int, observed: bool) -> MadeStep | None:
+        batch, key = self._batch(size, observed), (size, observed)
         try:
-            self._made[size] = self._maker.make(lambda: self._model.forward(batch, self._attention))
+            self._made[key] = self._maker.make(lambda: self._model.forward(batch, self._attention))
         except RuntimeError as error:
             self._can_make = False
             self._made.clear()
             logger.warning("decode runs without %s, kernel by kernel: %s", self._maker.name, error)
-        return self._made.get(size)
+        return self._made.get(key)
 
-    def _batch(self, size: int) -> Batch:
+    def _batch(self, size: int, observed: bool) -> Batch:
         """The first rows of the buffers; the same tensors every time."""
-        if size not in self._batches:
-            self._batches[size] = Batch(
+        key = size, observed
+        if key not in self._batches:
+            self._batches[key] = Batch(
                 token_ids=self._token_ids[:size],
                 positions=self._positions[:size],
                 slots=self._slots[:size],
                 query_start=self._rows[: size + 1],
                 num_decodes=size,
                 logit_rows=self._rows[:size].long(),
+                seen={} if observed else None,
             )
-        return self._batches[size]
+        return self._batches[key]

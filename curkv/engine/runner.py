@@ -56,7 +56,8 @@ class Runner:
             ValueError: a slot is not in use or a head would exceed `max_tokens`; nothing is changed.
         """
         batch = self._extend(slots, tokens, starts, wanted)
-        if self.replay is not None and batch.only_decodes and not batch.observed:
+        by_step = batch.only_decodes and all(one.seen_by_step for one in batch.observed)
+        if self.replay is not None and by_step:
             return self.replay.forward(batch)
         return self.model.forward(batch, self.attention)
 

@@ -40,7 +40,7 @@ from curkv.models.loading import load_config
 from curkv.models.loading.checkpoint import Checkpoint
 from curkv.models.rope import rope_tables
 
-from .conftest import Loaded, request, tokens
+from .conftest import Loaded, request, run, tokens
 
 SHAPE = {
     "vocab_size": 131,
@@ -100,7 +100,11 @@ def test_every_family_can_be_recorded(
 
 def test_an_engine_that_records_gives_the_same_tokens(loaded: Loaded) -> None:
     """Sequences of different lengths come and go, evict, and share steps with prompts."""
-    choices = [{"policy": "full"}, {"policy": "curdkv", "budget": "50%"}, {"policy": "snapkv", "budget": 200}]
+    choices = [
+        {"policy": "full"},
+        {"policy": "curdkv", "budget": "50%"},
+        {"policy": "snapkv", "budget": 200, "decode_budget": 200, "decode_interval": 3},
+    ]
 
     def produced(recorded: bool) -> dict[str, list[int]]:
         engine = loaded.engine(recorded=recorded)
@@ -118,6 +122,26 @@ def test_an_engine_that_records_gives_the_same_tokens(loaded: Loaded) -> None:
         return result
 
     assert produced(True) == produced(False)
+
+
+@pytest.mark.parametrize("policy", ["full", "snapkv", "tova"])
+def test_observed_sequences_are_recorded_too(
+    loaded: Loaded, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two sequences one may be observed: steps of each number are made once, whatever they generate."""
+    engine, steps = loaded.engine(), [0]
+    forward = engine.runner.model.forward
+
+    def counting(batch: Batch, attention: PagedAttention) -> Tensor:
+        steps[0] += batch.only_decodes
+        return forward(batch, attention)
+
+    monkeypatch.setattr(engine.runner.model, "forward", counting)
+    observed = {"budget": 60, "decode_budget": 60, "decode_interval": 4, "recent_tokens": 32}
+    kv = {"policy": policy, **({} if policy == "full" else observed)}
+    text = loaded.text_ids[:80]
+    run(engine, request(text, 20, id="observed", kv=parse_options(kv)), request(text, 20, id="beside"))
+    assert steps[0] == 1
 
 
 def test_what_cannot_be_recorded_is_run_kernel_by_kernel(caplog: pytest.LogCaptureFixture) -> None:
@@ -178,14 +202,14 @@ def test_steps_are_made_once_for_each_size_and_filled_up_with_rows_of_no_sequenc
     maker = Counting(ahead, fails)
     replay = replay_over(maker)
     replay.prepare()
-    assert maker.made == ([4, 2, 1] if ahead and not fails else [])
+    assert maker.made == ([4, 4, 2, 2, 1, 1] if ahead and not fails else [])
     for step in range(3):
         for count in (3, 1, 2, 4):
             slots, tokens = [3, 0, 2, 1][:count], [10 * step + i for i in range(count)]
             batch = Batch.build(slots, [[token] for token in tokens], [step] * count)
             expected = [[token, step, slot] for token, slot in zip(tokens, slots, strict=True)]
             assert replay.forward(batch).tolist() == expected
-    assert len(maker.made) == (0 if fails else 3)
+    assert len(maker.made) == (0 if fails else 6 if ahead else 3)
     assert maker.runs == (0 if fails else 12 if ahead else 9)
     assert len(caplog.records) == fails
 

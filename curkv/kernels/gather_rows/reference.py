@@ -9,7 +9,7 @@ def gather_rows(source: Tensor, rows: Tensor) -> Tensor:
     """Copies rows.
 
     Args:
-        source: [N, d].
+        source: [N, d], rows contiguous.
         rows: int64 [T], each in 0..N - 1.
 
     Returns:
