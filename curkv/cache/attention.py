@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from curkv.cache.batch import Batch, Begun, Observed
+from curkv.cache.batch import Batch, Begun, Observed, Seen
 from curkv.cache.page_manager import PageManager
 from curkv.cache.upload import upload_list
 from curkv.cache.view import CacheView
@@ -133,10 +133,13 @@ class PagedAttention:
         for one in observed:
             self._observe(index, one, q, k, batch, (cos, sin))
         if batch.seen is not None and index >= 0:
-            batch.seen[index] = self._kernels.gather_rows(q.flatten(1), batch.logit_rows).view(q.shape)
+            rows = self._kernels.gather_rows(q.flatten(1), batch.seen.rows)
+            batch.seen.layers[index] = rows.view(decodes, *q.shape[1:])
         parts, masks = [], self._masks[layer]
         if decodes:
-            parts.append(self._decode(q[:decodes], table, lengths, batch, observed, masks))
+            attend = self._kernels.paged_decode_attention
+            heads = self.kv.pages, table, lengths, batch.decode_slots
+            parts.append(attend(q[:decodes], *heads, self._scale, **masks))
         if decodes < batch.slots.shape[0]:
             new = q[decodes:], k[decodes:], v[decodes:]
             parts.append(self._prefill(index, *new, table, lengths, batch, observed, masks, (cos, sin)))
@@ -158,37 +161,51 @@ class PagedAttention:
     def _observe(
         self, index: int, one: Observed, q: Tensor, k: Tensor, batch: Batch, rope: tuple[Tensor, Tensor]
     ) -> None:
-        rows, keys = slice(one.start, one.end), None
+        rows = slice(one.start, one.end)
+        if one.index >= batch.num_decodes:
+            one.observations.see_rotated(index, q[rows])
         if one.observations.needs.block:
             keys = k[rows].clone()
             self._kernels.rope(keys, *rope, batch.positions[rows])
-        one.observations.see_rotated(index, q[rows], keys, one.position)
+            one.observations.see_block(index, q[rows], keys, one.position)
 
-    def _decode(
-        self,
-        q: Tensor,
-        table: Tensor,
-        lengths: Tensor,
-        batch: Batch,
-        observed: tuple[Observed, ...],
-        masks: Masks,
-    ) -> Tensor:
-        """Attention of single tokens; the probabilities are added up for those sequences that need it."""
-        attend, slots, pages = self._kernels.paged_decode_attention, batch.decode_slots, self.kv.pages
-        summed = [one for one in observed if one.column_sums and one.index < batch.num_decodes]
-        if not summed:
-            return attend(q, pages, table, lengths, slots, self._scale, False, **masks)
-        # What is kept of each token of a head, until all are known, is as wide as the table.
-        filled = table[..., : max(int(self.kv.page_counts[one.slot].max()) for one in summed)]
-        if len(summed) == len(slots):
-            return attend(q, pages, filled, lengths, slots, self._scale, True, **masks)
-        out = torch.empty_like(q)
-        chosen = {one.index for one in summed}
-        others = [index for index in range(len(slots)) if index not in chosen]
-        for indices, place, accumulate in ((sorted(chosen), filled, True), (others, table, False)):
-            rows = upload_list(indices, q.device)
-            out[rows] = attend(q[rows], pages, place, lengths, slots[rows], self._scale, accumulate, **masks)
-        return out
+    def see_steps(self, stepped: Sequence[Observed], seen: Seen | None) -> None:
+        """Takes note of the queries of single tokens, after a step has run through all layers.
+
+        Args:
+            stepped: sequences that want them, see `Batch.stepped`.
+            seen: the queries.
+        """
+        if seen is None:
+            return
+        rows, layers = upload_list((one.index for one in stepped), self.kv.device), seen.layers
+        steps = torch.stack([layers[index] for index in range(len(layers))]).index_select(1, rows)
+        for place, one in enumerate(stepped):
+            one.observations.see_step(steps[:, place])
+            if one.column_sums:
+                self._add_up(one.slot, steps[:, place])
+
+    def _add_up(self, slot: int, q: Tensor) -> None:
+        """Adds what a sequence's newest token attends to, by its queries [L, Hq, head_dim] after RoPE."""
+        if self.kv.layout.evicts_from_windows:
+            return self._add_up_by_layer(slot, q)
+        view = self.view(slot)
+        queries = q.reshape(view.lengths.numel(), 1, -1, q.shape[-1])
+        paid = self._kernels.window_scores(
+            queries, view.pages, *view.rows, view.scale, "mean", width=view.width, softcap=view.softcap,
+            sinks=view.sink_rows,
+        )  # fmt: skip
+        _add_attention(view, paid.view(*view.lengths.shape, -1) * queries.shape[2])
+
+    def _add_up_by_layer(self, slot: int, q: Tensor) -> None:
+        """The same where layers have windows, as attention of a chunk of one token finds it."""
+        kv, layout, device = self.kv, self.kv.layout, self.kv.device
+        slots, start = (upload_list(numbers, device, torch.int32) for numbers in ((slot,), (0, 1)))
+        for index, row in enumerate(layout.evicted_rows):
+            masks, queries = self._masks[layout.cached_layers[row]], q[index : index + 1]
+            place = kv.pages, kv.page_table[:, row], kv.lengths[:, row], slots, start, self._scale
+            _, lse = self._kernels.paged_prefill_attention(queries, *place, return_lse=True, **masks)
+            self._kernels.column_sums(queries, lse, *place, masks["window"], masks["softcap"])
 
     def _prefill(
         self,
@@ -243,6 +260,16 @@ class PagedAttention:
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k.to(q.dtype), v.to(q.dtype)))
         out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self._scale, enable_gqa=True)
         return out[0].transpose(0, 1)
+
+
+def _add_attention(view: CacheView, paid: Tensor) -> None:
+    """Adds float32 [L, H, n_max] to what a sequence's tokens have received, whose pages nobody shares."""
+    size = view.pages.page_size
+    token = torch.arange(view.width, device=paid.device)
+    page = view.table[..., : -(-view.width // size)].long().clamp_(0, len(view.pages.attention) - 1)
+    place = page.index_select(-1, token // size) * size + token % size
+    paid = paid.masked_fill(~view.stored, 0.0)  # where the table may say anything
+    view.pages.attention.view(-1).index_add_(0, place.flatten(), paid.flatten())
 
 
 def _only_causal(masks: Masks, begun: Sequence[Begun]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, chain, takewhile
 
@@ -58,14 +58,22 @@ class Observed:
         return self.observations.needs.column_sums
 
     @property
-    def seen_by_step(self) -> bool:
-        """Whether of a single token nothing is read but its queries after RoPE."""
-        return self.observations.needs.seen_by_step
-
-    @property
     def chunk(self) -> bool:
         """Whether its chunk's queries are kept as attention takes them."""
         return self.observations.needs.chunk
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The queries of single tokens, which the attention puts here.
+
+    Attributes:
+        rows: int64 [num_decodes], these tokens.
+        layers: by layer that policies evict from: [num_decodes, Hq, head_dim], after RoPE.
+    """
+
+    rows: Tensor
+    layers: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,8 +89,7 @@ class Batch:
         logit_rows: int64 [R], the tokens whose logits are wanted.
         observed: sequences whose queries are observed, in their order.
         begun: sequences whose texts begin with long chunks, in their order.
-        seen: if they are wanted, the queries of all tokens after RoPE, [T, Hq, head_dim], by the layers that
-            policies evict from; the attention puts them there.
+        seen: the queries of single tokens, if any are wanted.
     """
 
     token_ids: Tensor
@@ -93,7 +100,7 @@ class Batch:
     logit_rows: Tensor
     observed: tuple[Observed, ...] = ()
     begun: tuple[Begun, ...] = ()
-    seen: dict[int, Tensor] | None = None
+    seen: Seen | None = None
 
     @classmethod
     def build(
@@ -129,7 +136,7 @@ class Batch:
         def upload(values: Iterable[int], dtype: torch.dtype) -> Tensor:
             return upload_list(values, torch.device(device), dtype)
 
-        return cls(
+        batch = cls(
             token_ids=upload(chain.from_iterable(token_ids), torch.int64),
             positions=upload(chain.from_iterable(positions), torch.int32),
             slots=upload(slots, torch.int32),
@@ -149,11 +156,20 @@ class Batch:
                 if not start and counts[index] >= LONG_CHUNK
             ),
         )
+        if not batch.stepped:
+            return batch
+        return replace(batch, seen=Seen(torch.arange(batch.num_decodes, device=device)))
 
     @property
     def only_decodes(self) -> bool:
         """Whether every sequence has exactly one token."""
         return self.num_decodes == len(self.slots)
+
+    @cached_property
+    def stepped(self) -> tuple[Observed, ...]:
+        """Sequences with a single token of which queries, or what these attend to, are wanted."""
+        decodes = (one for one in self.observed if one.index < self.num_decodes)
+        return tuple(one for one in decodes if one.column_sums or one.observations.needs.queries)
 
     @cached_property
     def decode_slots(self) -> Tensor:

@@ -58,9 +58,9 @@ class Needs:
         return self.column_sums or self.query_statistics or self.query_pairs or bool(self.block)
 
     @property
-    def seen_by_step(self) -> bool:
-        """Whether of a single token that is generated nothing is read but its queries after RoPE."""
-        return not self.all_queries
+    def by_layer(self) -> bool:
+        """Whether of a token that is generated more is read, in each layer, than its queries after RoPE."""
+        return self.query_statistics or self.query_pairs or bool(self.block)
 
     @property
     def attention_scores(self) -> bool:
@@ -226,20 +226,23 @@ class Observations:
             more, known = QueryPairs.of(counted), self.pairs.get(layer)
             self.pairs[layer] = more if known is None else known + more
 
-    def see_rotated(self, layer: int, q: Tensor, k: Tensor | None, start: int) -> None:
-        """Takes new queries after RoPE, and keys [T, H, head_dim] if `needs.block`."""
+    def see_rotated(self, layer: int, q: Tensor) -> None:
+        """Takes a chunk's queries after RoPE, [T, Hq, head_dim]."""
         if window := self.needs.queries:
             self._sort_by_layer()
             old = self.queries.get(layer, q[:0])
             self.queries[layer] = torch.cat([old, q[-window:]])[-window:].clone()
-        if k is not None:
-            q, k = q[max(0, BLOCK_SKIP - start) :], k[max(0, BLOCK_SKIP - start) :]
-            blocks = self.blocks.get(layer) or BlockAttention.empty(self.needs.block, q, k)
-            self.blocks[layer] = blocks.extended(q, k)
+
+    def see_block(self, layer: int, q: Tensor, k: Tensor, start: int) -> None:
+        """Takes new queries and keys after RoPE, [T, Hq, head_dim] and [T, H, head_dim], as `needs.block`."""
+        q, k = q[max(0, BLOCK_SKIP - start) :], k[max(0, BLOCK_SKIP - start) :]
+        blocks = self.blocks.get(layer) or BlockAttention.empty(self.needs.block, q, k)
+        self.blocks[layer] = blocks.extended(q, k)
 
     def see_step(self, q: Tensor) -> None:
         """Takes a single token's queries in all layers, after RoPE, [L, Hq, head_dim]."""
-        self.steps = (*self.steps, q)[-self.needs.queries :]
+        if window := self.needs.queries:
+            self.steps = (*self.steps, q)[-window:]
 
     def last_queries(self, count: int) -> Tensor:
         """Returns the last queries after RoPE, [L, up to count, Hq, head_dim], oldest first."""

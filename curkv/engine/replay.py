@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from typing import Protocol
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from curkv.cache.attention import PagedAttention
-from curkv.cache.batch import Batch, Observed
-from curkv.cache.upload import upload_list
+from curkv.cache.batch import Batch, Seen
 from curkv.models.decoder import Decoder
 
 logger = logging.getLogger(__name__)
@@ -113,10 +112,9 @@ class Replay:
         if count < size:
             self._slots[count:size].fill_(-1)
             self._positions[count:size].fill_(0)
-        observed = [one for one in batch.observed if one.observations.needs.queries]
-        logits = self._run(size, bool(observed))
-        if observed:
-            self._show(size, observed)
+        observed = batch.seen is not None
+        logits = self._run(size, observed)
+        self._attention.see_steps(batch.stepped, self._batch(size, observed).seen)
         return logits if len(batch.logit_rows) == size else logits.index_select(0, batch.logit_rows)
 
     def _run(self, size: int, observed: bool) -> Tensor:
@@ -129,15 +127,6 @@ class Replay:
         if made is not None:
             return made.logits
         return self._model.forward(self._batch(size, observed), self._attention)
-
-    def _show(self, size: int, observed: Sequence[Observed]) -> None:
-        """Lets observations see the queries of the step that has been run."""
-        seen = self._batch(size, observed=True).seen
-        assert seen is not None
-        rows = upload_list((one.index for one in observed), self._slots.device)
-        steps = torch.stack([seen[layer] for layer in range(len(seen))]).index_select(1, rows)
-        for place, one in enumerate(observed):
-            one.observations.see_step(steps[:, place])
 
     def _make(self, size: int, observed: bool) -> MadeStep | None:
         batch, key = self._batch(size, observed), (size, observed)
@@ -160,6 +149,6 @@ class Replay:
                 query_start=self._rows[: size + 1],
                 num_decodes=size,
                 logit_rows=self._rows[:size].long(),
-                seen={} if observed else None,
+                seen=Seen(self._rows[:size].long()) if observed else None,
             )
         return self._batches[key]

@@ -56,10 +56,12 @@ class Runner:
             ValueError: a slot is not in use or a head would exceed `max_tokens`; nothing is changed.
         """
         batch = self._extend(slots, tokens, starts, wanted)
-        by_step = batch.only_decodes and all(one.seen_by_step for one in batch.observed)
-        if self.replay is not None and by_step:
+        by_layer = any(one.observations.needs.by_layer for one in batch.observed)
+        if self.replay is not None and batch.only_decodes and not by_layer:
             return self.replay.forward(batch)
-        return self.model.forward(batch, self.attention)
+        logits = self.model.forward(batch, self.attention)
+        self.attention.see_steps(batch.stepped, batch.seen)
+        return logits
 
     def decode(self, slot: int, token: Tensor, position: int) -> Tensor:
         """Takes room for one token of one sequence that the host does not know, and computes it.
@@ -86,7 +88,10 @@ class Runner:
         wanted: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The same, which tells the last hidden states of all new tokens besides: float32 [T, hidden]."""
-        return self.model.forward_with_states(self._extend(slots, tokens, starts, wanted), self.attention)
+        batch = self._extend(slots, tokens, starts, wanted)
+        found = self.model.forward_with_states(batch, self.attention)
+        self.attention.see_steps(batch.stepped, batch.seen)
+        return found
 
     def _extend(
         self,

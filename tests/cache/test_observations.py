@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -57,6 +55,7 @@ def feed(
         attention.attend(
             layer, *(torch.cat([part[start:end] for start, end in slots.values()]) for part in parts), batch
         )
+    attention.see_steps(batch.stepped, batch.seen)
 
 
 def rotated(x: torch.Tensor) -> torch.Tensor:
@@ -114,22 +113,6 @@ def test_only_those_who_ask_are_observed_in_mixed_batches():
     assert PagedAttention(cache, ROPE).view(plain).observations is None
 
 
-def test_sums_while_decoding_keep_a_number_for_the_tokens_that_heads_hold_and_not_for_all_they_may():
-    cache, tokens, widths = make_cache(), make_tokens(), []
-    attend = cache.kernels.paged_decode_attention
-
-    def noted(q, pages, table, lengths, slots, scale, accumulate, **masks):
-        widths.append((table.shape[2] * 8, accumulate))
-        return attend(q, pages, table, lengths, slots, scale, accumulate, **masks)
-
-    cache.kernels = replace(cache.kernels, paged_decode_attention=noted)
-    seen, other = cache.add_sequence(EVERYTHING), cache.add_sequence()
-    feed(cache, {seen: (0, 20), other: (0, 33)}, tokens)
-    feed(cache, {seen: (20, 21)}, tokens)
-    feed(cache, {seen: (21, 22), other: (33, 34)}, tokens)
-    assert widths == [(24, True)] * 2 + [(24, True), (128, False)] * 2
-
-
 def test_forks_go_on_apart_and_leave_nothing_behind():
     cache, tokens = make_cache(), make_tokens()
     slot = cache.add_sequence(EVERYTHING)
@@ -143,7 +126,7 @@ def test_forks_go_on_apart_and_leave_nothing_behind():
             view = PagedAttention(cache, ROPE).view(owner)
             sums = view.gather(cache.pages.attention, -1.0)[layer]
             torch.testing.assert_close(sums, expected_sums(q, k, count), rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(view.observations.queries[layer], rotated(q[:count])[-12:])
+            torch.testing.assert_close(view.observations.last_queries(12)[layer], rotated(q[:count])[-12:])
     assert PagedAttention(cache, ROPE).view(blind).observations is None
     for owner in (slot, fork, blind):
         cache.free(owner)

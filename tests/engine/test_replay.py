@@ -124,7 +124,7 @@ def test_an_engine_that_records_gives_the_same_tokens(loaded: Loaded) -> None:
     assert produced(True) == produced(False)
 
 
-@pytest.mark.parametrize("policy", ["full", "snapkv", "tova"])
+@pytest.mark.parametrize("policy", ["full", "snapkv", "tova", "h2o"])
 def test_observed_sequences_are_recorded_too(
     loaded: Loaded, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
