@@ -55,13 +55,7 @@ class Runner:
             OutOfPages: the pool is short; nothing is changed.
             ValueError: a slot is not in use or a head would exceed `max_tokens`; nothing is changed.
         """
-        batch = self._extend(slots, tokens, starts, wanted)
-        by_layer = any(one.observations.needs.by_layer for one in batch.observed)
-        if self.replay is not None and batch.only_decodes and not by_layer:
-            return self.replay.forward(batch)
-        logits = self.model.forward(batch, self.attention)
-        self.attention.see_steps(batch.stepped, batch.seen)
-        return logits
+        return self._forward(self._extend(slots, tokens, starts, wanted))
 
     def decode(self, slot: int, token: Tensor, position: int) -> Tensor:
         """Takes room for one token of one sequence that the host does not know, and computes it.
@@ -78,7 +72,7 @@ class Runner:
             OutOfPages: the pool is short; nothing is changed.
         """
         batch = self._extend([slot], [[0]], [position], None)
-        return self.model.forward(replace(batch, token_ids=token), self.attention)
+        return self._forward(replace(batch, token_ids=token))
 
     def run_with_states(
         self,
@@ -92,6 +86,15 @@ class Runner:
         found = self.model.forward_with_states(batch, self.attention)
         self.attention.see_steps(batch.stepped, batch.seen)
         return found
+
+    def _forward(self, batch: Batch) -> Tensor:
+        """Computes a batch; if all are decodes of which nothing is to be seen layer by layer, as a replay."""
+        by_layer = any(one.observations.needs.by_layer for one in batch.observed)
+        if self.replay is not None and batch.only_decodes and not by_layer:
+            return self.replay.forward(batch)
+        logits = self.model.forward(batch, self.attention)
+        self.attention.see_steps(batch.stepped, batch.seen)
+        return logits
 
     def _extend(
         self,
