@@ -73,8 +73,6 @@ def _check_shared(options: EngineOptions) -> None:
         load_config(resolve_model(options.model), options.text_only), Ranks(size=options.tensor_parallel)
     )
     device = choose_device(options.device)
-    if device.weight_format(options.weights).rounds:
-        raise ValueError("--tensor-parallel needs --weights float32 on a CPU, bfloat16 on a GPU")
     if options.prefix_store is not None:
         raise ValueError("--tensor-parallel does without --prefix-store")
     if device.kind == "cuda" and (found := torch.cuda.device_count()) < options.tensor_parallel:

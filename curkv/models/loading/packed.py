@@ -34,6 +34,7 @@ from curkv.models.families import family_of
 from curkv.models.loading.cache_directory import build_once, cache_directory
 from curkv.models.loading.checkpoint import Checkpoint, tensor_files
 from curkv.models.loading.fingerprint import fingerprint
+from curkv.models.shards import shard_of
 from curkv.ranks import ALONE, Ranks
 
 logger = logging.getLogger(__name__)
@@ -64,8 +65,8 @@ def load_decoder(
     """
     if kernels.backend.name == "cpu" and form.rounds:
         try:
-            pack = KeptPacker(keep(directory, config, kernels, form), kernels, form)
-            return Decoder(config, Outline(directory, config), kernels, form, pack)
+            pack = KeptPacker(keep(directory, config, kernels, form, ranks), kernels, form, ranks)
+            return Decoder(config, Outline(directory, config, ranks), kernels, form, pack)
         except ModelUnreachable as error:
             logger.warning("weights are packed again at each start: %s", error)
     weights = Checkpoint(directory, config, form.dtype, device, ranks)
@@ -77,20 +78,25 @@ def packed_directory() -> Path:
     return cache_directory() / "packed"
 
 
-def keep(directory: Path, config: ModelConfig, kernels: Kernels, form: WeightFormat) -> Path:
+def keep(
+    directory: Path, config: ModelConfig, kernels: Kernels, form: WeightFormat, ranks: Ranks = ALONE
+) -> Path:
     """Returns the directory of a model's packed weights, packing them if they are not there, or damaged.
+
+    Each of several processes has its own: rows and columns that it has a share of are rounded by themselves.
 
     Raises:
         ModelUnreachable: The cache directory cannot be written, or has no room.
         ModelError: See `Checkpoint`.
     """
-    name = f"{directory.resolve().name}-{form.name}-{_key(directory, config, form)}"
+    part = f"-{ranks.rank + 1}-of-{ranks.size}" if ranks.size > 1 else ""
+    name = f"{directory.resolve().name}-{form.name}{part}-{_key(directory, config, form)}"
 
     def build(new: Path) -> None:
         logger.info("rounding the weights, once: later starts read them as they are")
         with (new / WEIGHTS).open("wb") as file:
-            with KeepingPacker(file, kernels, form) as pack:
-                for _ in blocks(config, Checkpoint(directory, config, unread=True), pack):
+            with KeepingPacker(file, kernels, form, ranks) as pack:
+                for _ in blocks(config, Checkpoint(directory, config, ranks=ranks, unread=True), pack):
                     pass  # a block is gone when the next one is made
             file.write(bytes(-file.tell() % ALIGNMENT))
         index = {"sum": _sum(_mapped(new)), "records": [asdict(record) for record in pack.records]}
@@ -171,8 +177,8 @@ class Record:
 class KeepingPacker(Packer):
     """Writes what it packs to a file, some rows at a time, of which each core has its own in its cache."""
 
-    def __init__(self, file: IO[bytes], kernels: Kernels, form: WeightFormat):
-        super().__init__(kernels, form)
+    def __init__(self, file: IO[bytes], kernels: Kernels, form: WeightFormat, ranks: Ranks = ALONE):
+        super().__init__(kernels, form, ranks)
         self._file = file
         self._threads = ThreadPoolExecutor(usable_cores())
         self.records: list[Record] = []
@@ -236,8 +242,8 @@ def _entry(array: Tensor, shape: Sequence[int], place: int) -> Entry:
 class KeptPacker(Packer):
     """Takes what was packed before, in the same order, and looks at no weight that it is given."""
 
-    def __init__(self, directory: Path, kernels: Kernels, form: WeightFormat):
-        super().__init__(kernels, form)
+    def __init__(self, directory: Path, kernels: Kernels, form: WeightFormat, ranks: Ranks = ALONE):
+        super().__init__(kernels, form, ranks)
         self._bytes, index = _mapped(directory), json.loads((directory / INDEX).read_text())
         self._records = iter([Record(**record) for record in index["records"]])
 
@@ -271,8 +277,9 @@ class KeptPacker(Packer):
 class Outline:
     """Weights without rows: all that blocks need to know that get theirs from somewhere else."""
 
-    def __init__(self, directory: Path, config: ModelConfig):
+    def __init__(self, directory: Path, config: ModelConfig, ranks: Ranks = ALONE):
         self._directory, self._config, self._family = directory, config, family_of(config)
+        self._ranks, self._shard = ranks, shard_of(config, ranks)
 
     @property
     def embedding(self) -> Tensor:
@@ -291,11 +298,11 @@ class Outline:
 
     def layer(self, index: int) -> LayerWeights:
         """See `Checkpoint.layer`."""
-        return self._family.layer(_no_rows, self._config, index)
+        return self._family.layer(_no_rows, self._shard, index)
 
     @cached_property
     def _checkpoint(self) -> Checkpoint:
-        return Checkpoint(self._directory, self._config)
+        return Checkpoint(self._directory, self._config, ranks=self._ranks)
 
     def attention_output(self, index: int) -> Tensor:
         """See `Checkpoint.attention_output`: what a policy asks for is read when it does."""
