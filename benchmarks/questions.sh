@@ -20,7 +20,7 @@ measure() { # PROTOCOL SEED POLICY...
 }
 mkdir -p "$directory"
 for ((seed = first; seed < first + samples; seed += 2)); do
-    measure visible "$seed" snapcur
+    measure visible "$seed" snapcur "snapcur draft=0"
     measure hidden "$seed" kvzip
     if ((seed == first)); then # enough to tell that they lose
         measure visible "$seed" layer-defensivekv adacompactor lava chunkkv snapkv curdkv

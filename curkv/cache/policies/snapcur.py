@@ -43,7 +43,7 @@ class SnapCur(SnapKV, LeveragePolicy):
 
     name: str = "snapcur"
     description: str = (
-        "attention, and passages by attention times leverage: recommended with the question visible"
+        "attention, of a drafted answer too, and passages by attention times leverage: for ordinary requests"
     )
     allocation: Allocation = ALLOCATIONS["global"]
     observation: int = 16
