@@ -45,8 +45,12 @@ the process has touched and that an eviction does not free.
 """
 
 
-def build_engine(options: EngineOptions) -> Engine:
+def build_engine(options: EngineOptions, when_loaded: Callable[[Engine], None] | None = None) -> Engine:
     """Loads a model and gives it a cache, in this process or in several of which this is the first.
+
+    Args:
+        options: of the engine.
+        when_loaded: is given the engine before its kernels are warmed up.
 
     Raises:
         ModelError: the model cannot be found or is not supported.
@@ -55,13 +59,13 @@ def build_engine(options: EngineOptions) -> Engine:
         EngineBroken: another process has ended.
     """
     if options.tensor_parallel == 1:
-        return _made_ready(*_assembled(options, ALONE, Engine))
+        return _made_ready(*_assembled(options, ALONE, Engine), when_loaded)
     _check_shared(options)
     with meeting_place() as meeting:
         followers = Followers.start(options, Path(meeting, "ranks"))
         try:
             ranks = _joined(Start(options, 0, Path(meeting, "ranks")))
-            return _made_ready(*_assembled(options, ranks, partial(LeadingEngine, followers)))
+            return _made_ready(*_assembled(options, ranks, partial(LeadingEngine, followers)), when_loaded)
         except BaseException:
             followers.end()
             raise
@@ -176,8 +180,10 @@ def _assembled(
     return engine, Store(options.prefix_store, digest, options.prefix_store_size)
 
 
-def _made_ready(engine: Engine, store: Store | None) -> Engine:
+def _made_ready(engine: Engine, store: Store | None, when_loaded: Callable[[Engine], None] | None) -> Engine:
     """Warms an engine up, which drops what it has cached, and keeps on disk what it caches from then on."""
+    if when_loaded is not None:
+        when_loaded(engine)
     warm_up(engine)
     if engine.runner.replay is not None:
         engine.runner.replay.prepare()

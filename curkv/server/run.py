@@ -147,16 +147,19 @@ def build_client(settings: Settings) -> EngineClient:
     spare_collector()
     trim_heap()
     unmap_code()
-    client = EngineClient.start(engine)
-    # not a daemon, which would be torn out of llguidance's code where a server ends at once
-    threading.Thread(target=engine.structures.warm_up, name="structures").start()
-    return client
+    return EngineClient.start(engine)
 
 
 def _build_engine(settings: Settings) -> Engine:
     from curkv.engine.build import build_engine
 
-    return build_engine(settings.engine)
+    return build_engine(settings.engine, _prepare_structures)
+
+
+def _prepare_structures(engine: Engine) -> None:
+    """Makes what structured output needs beside the warm-up, half of which is no work for the interpreter."""
+    # not a daemon, which would be torn out of llguidance's code where a server ends at once
+    threading.Thread(target=engine.structures.warm_up, name="structures").start()
 
 
 def exit_of(error: Exception) -> Exit:
