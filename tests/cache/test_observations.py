@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -23,8 +25,9 @@ ROPE = [TABLES, TABLES]
 EVERYTHING = Needs(queries=12, column_sums=True, query_statistics=True, block=16)
 
 
-def make_cache() -> PageManager:
-    layout = CacheLayout(full_attention(LAYERS, HEADS), DIM, 8, get_format("float32"), 6, 128)
+def make_cache(window: int | None = None) -> PageManager:
+    layers = tuple(replace(layer, window=window) for layer in full_attention(LAYERS, HEADS))
+    layout = CacheLayout(layers, DIM, 8, get_format("float32"), 6, 128)
     cache = PageManager(layout, 400, get_kernels("cpu"))
     poison(cache)
     return cache
@@ -111,6 +114,19 @@ def test_only_those_who_ask_are_observed_in_mixed_batches():
         torch.testing.assert_close(sums, expected_sums(q, k, 40), rtol=1e-4, atol=1e-5)
     assert PagedAttention(cache, ROPE).view(plain).gather(cache.pages.attention, 0.0).eq(0).all()
     assert PagedAttention(cache, ROPE).view(plain).observations is None
+
+
+def test_sums_of_layers_with_windows_are_those_of_chunks_while_decoding_too():
+    sums = []
+    for chunks in ([40], [30, *[1] * 10]):
+        cache, tokens, start = make_cache(window=20), make_tokens(), 0
+        slot = cache.add_sequence(Needs(column_sums=True))
+        for chunk in chunks:
+            feed(cache, {slot: (start, start + chunk)}, tokens)
+            start += chunk
+        view = PagedAttention(cache, ROPE).view(slot)
+        sums.append(view.gather(view.pages.attention, -1.0))
+    torch.testing.assert_close(*sums, rtol=1e-4, atol=1e-5)
 
 
 def test_forks_go_on_apart_and_leave_nothing_behind():

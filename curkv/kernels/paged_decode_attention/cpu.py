@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curkv.kernels.cpu.jit import inlined, kernel
+from curkv.kernels.cpu.jit import inlined
 from curkv.kernels.cpu.lanes import broadcast, fma
 from curkv.kernels.cpu.memory import (
     FLOAT32,
@@ -32,7 +32,6 @@ from curkv.kernels.cpu.memory import (
     store_scalar,
 )
 from curkv.kernels.cpu.positions import first_in_window, position_of
-from curkv.kernels.cpu.rows import weigh_rows
 from curkv.kernels.cpu.softmax import hide_first, row_exp2, row_max, row_softcap
 from curkv.kernels.cpu.threads import THREADS
 from curkv.kernels.cpu.vectors import address_of, read_addresses
@@ -54,7 +53,6 @@ from curkv.kernels.formats.cpu.base import (
     score_page,
     weigh_page,
 )
-from curkv.kernels.formats.cpu.plain import FLOAT32_VECTORS
 from curkv.kernels.pages import Pages
 
 SPLIT_TOKENS = 512  # 127 times as many int16 are less than an int32 holds
@@ -67,7 +65,6 @@ def paged_decode_attention(
     lengths: Tensor,
     slots: Tensor,
     scale: float,
-    accumulate: bool = False,
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -97,12 +94,10 @@ def paged_decode_attention(
     width = max(1, SPLIT_TOKENS // page_size) * page_size
     items = batch * heads * -(-table.shape[2] * page_size // width)
     workers = min(THREADS.most, items)
-    if accumulate:
-        items = _count_items(*where, batch, heads, page_size, width)
     out = empty(batch, query_heads, dim)
     finished = counters(batch * heads + 1)
     partial = empty(items, group, dim + 2)
-    scores = empty(items if accumulate else workers, group, width)
+    scores = empty(workers, group, width)
     for_queries, for_weights = _scratch(pages.k.format, pages.v.format, group, dim, width)
     scratch_bytes = for_queries + for_weights
     scratch = empty(workers, scratch_bytes, dtype=torch.int8) if scratch_bytes else partial
@@ -112,40 +107,9 @@ def paged_decode_attention(
         address(pages.v.addresses, torch.int64), *where,
         out.data_ptr(), batch, heads, group, dim, page_size, width, bits_of_float(scale * math.log2(math.e)),
         finished.data_ptr(), partial.data_ptr(), scores.data_ptr(), scratch.data_ptr(), for_queries,
-        scratch_bytes, accumulate, bits_of_float(softcap / scale if softcap else 0.0), extra,
+        scratch_bytes, bits_of_float(softcap / scale if softcap else 0.0), extra,
     )  # fmt: skip
-    if accumulate:
-        _add_attention(
-            address(pages.attention, torch.float32), *where, batch, heads, group, dim, page_size, width,
-            scale * math.log2(math.e), partial.data_ptr(), scores.data_ptr(), extra,
-        )  # fmt: skip
     return out
-
-
-@kernel
-def _count_items(
-    table: int,
-    table_stride: int,
-    head_stride: int,
-    lengths: int,
-    lengths_stride: int,
-    slots: int,
-    position: int,
-    window: int,
-    batch: int,
-    heads: int,
-    page_size: int,
-    width: int,
-) -> int:
-    """How many splits of `width` tokens there are."""
-    total = 0
-    for row in range(batch * heads):
-        slot = load_int32(slots + 4 * (row // heads))
-        length = load_int32(lengths + 4 * (slot * lengths_stride + row % heads))
-        pages = table + 4 * (slot * table_stride + row % heads * head_stride)
-        passed = _passed(position, pages, page_size, length, window) // page_size * page_size
-        total += _splits(length - passed, width)
-    return total
 
 
 @inlined
@@ -200,17 +164,16 @@ def _work(keys: Any, values: Any, arguments: int, worker: int) -> None:
         finished: int64 [B * H + 1], splits finished of each (sequence, head); at the end: splits taken.
         partial: float32 [splits, group, dim + 2], weighted values of each split, its largest score, and the
             sum of its exponentials relative to that.
-        scores: float32 [splits or workers, group, width].
+        scores: float32 [workers, group, width], the exponentials of each worker's last split.
         scratch: `scratch_bytes` for each worker, the first `for_queries` for queries, the rest for weights.
-        keep: 1 to keep the exponentials of all splits in `scores`, 0 to keep those of each worker's last.
         ceiling: softcap / scale as bits, or those of 0.
         sinks: float32 [H, group], or 0.
     """
     (
         q, q_stride, k, v, table, table_stride, head_stride, lengths, lengths_stride, slots, position, window,
         out, batch, heads, group, dim, page_size, width, factor_bits, finished, partial, scores, scratch,
-        for_queries, scratch_bytes, keep, ceiling, sinks,
-    ) = read_arguments(arguments, 29)  # fmt: skip
+        for_queries, scratch_bytes, ceiling, sinks,
+    ) = read_arguments(arguments, 28)  # fmt: skip
     k_store, v_store = read_addresses(keys, k), read_addresses(values, v)
     own = scratch + worker * scratch_bytes
     factor = float_of_bits(factor_bits)
@@ -236,7 +199,7 @@ def _work(keys: Any, values: Any, arguments: int, worker: int) -> None:
         query = q + 4 * (row // heads * q_stride + row % heads * group * dim)
         pages = first_page + 4 * split * (width // page_size)
         count = min(width, length - split * width)
-        exponentials = scores + 4 * (item if keep else worker) * group * width
+        exponentials = scores + 4 * worker * group * width
         mine = partial + 4 * item * group * (dim + 2)
         _attend_split(
             keys, values, group, dim, query, k_store, v_store, pages, page_size,
@@ -350,72 +313,3 @@ def _combine(
 def _share(factor: float, highest: float, top: float, total: float) -> float:
     """What turns a split's exponentials into probabilities; 0 if the head has no tokens."""
     return np.exp2(factor * (highest - top)) / total if total > 0 else 0.0
-
-
-@kernel
-def _add_attention(
-    attention: int,
-    table: int,
-    table_stride: int,
-    head_stride: int,
-    lengths: int,
-    lengths_stride: int,
-    slots: int,
-    position: int,
-    window: int,
-    batch: int,
-    heads: int,
-    group: int,
-    dim: int,
-    page_size: int,
-    width: int,
-    factor: float,
-    partial: int,
-    scores: int,
-    sinks: int,
-) -> None:
-    """Add the tokens' probabilities, summed over the query heads of a group, to the page pool."""
-    scale = np.empty(group, np.float32)
-    for row in range(batch * heads):
-        slot = load_int32(slots + 4 * (row // heads))
-        length = load_int32(lengths + 4 * (slot * lengths_stride + row % heads))
-        pages = table + 4 * (slot * table_stride + row % heads * head_stride)
-        passed = _passed(position, pages, page_size, length, window) // page_size
-        pages += 4 * passed
-        length -= passed * page_size
-        splits = _splits(length, width)
-        extra = sinks + 4 * (row % heads) * group if sinks else 0
-        for split in range(splits):
-            for g in range(group):
-                top, total = _combine(group, dim, factor, splits, partial, extra, g)
-                highest = load_scalar(FLOAT32, partial + 4 * ((split * group + g) * (dim + 2) + dim))
-                scale[g] = _share(factor, highest, top, total)
-            start = split * width
-            _add_split(
-                attention, pages, page_size, start, min(width, length - start), group, scale, scores, width
-            )
-            scores += 4 * group * width
-        partial += 4 * splits * group * (dim + 2)
-
-
-@inlined
-def _add_split(
-    attention: int,
-    table: int,
-    page_size: int,
-    start: int,
-    count: int,
-    group: int,
-    scale: Any,
-    scores: int,
-    width: int,
-) -> None:
-    """Add `count` tokens' exponentials, float32 [group, width], scaled per query head, by eights.
-
-    Those behind the last token are 0.
-    """
-    for t in range(0, count, 8):
-        page = load_int32(table + 4 * ((start + t) // page_size))
-        place = attention + 4 * (page * page_size + (start + t) % page_size)
-        line = (scores + 4 * t,)
-        weigh_rows(FLOAT32_VECTORS, 1, 1, scale.ctypes.data, 0, line, width, 0, 0, group, place, 0, 0)

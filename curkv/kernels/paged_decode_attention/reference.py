@@ -55,7 +55,6 @@ def paged_decode_attention(
     lengths: Tensor,
     slots: Tensor,
     scale: float,
-    accumulate: bool = False,
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -67,13 +66,11 @@ def paged_decode_attention(
 
     Args:
         q: float32 [B, Hq, head_dim], after RoPE; any stride over sequences and heads.
-        pages: The page pool; its `attention` is written when `accumulate` is set.
+        pages: The page pool.
         table: int32 [max_sequences, H, max_pages], page of each (sequence, head, page index).
         lengths: int32 [max_sequences, H], tokens of each head, this step's new one included.
         slots: int32 [B], row of `table` of each sequence in the batch.
         scale: Factor of the scores, usually head_dim ** -0.5.
-        accumulate: Add each token's attention probability, summed over the query heads of its group, to
-            `pages.attention`.
         window: Positions that a query reads, its own the last of them, wherever their tokens are stored;
             None: all.
         softcap: Scaled scores x become softcap tanh(x / softcap); None: they do not.
@@ -82,7 +79,6 @@ def paged_decode_attention(
     Returns:
         float32 [B, Hq, head_dim].
     """
-    page_size = pages.page_size
     num_heads = table.shape[1]
     group = q.shape[1] // num_heads
     out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
@@ -99,7 +95,4 @@ def paged_decode_attention(
             scores = with_sinks(scores, None if sinks is None else sinks[heads])
             probabilities = torch.softmax(scores, dim=-1)[:, :length]
             out[i, heads] = probabilities @ values
-            if accumulate:
-                index = torch.arange(length, device=q.device)
-                pages.attention[row[index // page_size].long(), index % page_size] += probabilities.sum(0)
     return out

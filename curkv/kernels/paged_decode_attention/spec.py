@@ -23,18 +23,16 @@ class PagedDecodeAttention(Protocol):
         lengths: Tensor,
         slots: Tensor,
         scale: float,
-        accumulate: bool = False,
         window: int | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor: ...
 
 
-def _call(x: Inputs, accumulate: bool = False, masked: bool = False) -> Call:
+def _call(x: Inputs, masked: bool = False) -> Call:
     sequences = x.workload.sequences
-    arguments = x.qkv(sequences)[0], x.pages, *x.attended(sequences), x.scale, accumulate
-    keywords = x.masks() if masked else {}
-    return Call(arguments, keywords, written=(x.pages.attention,) if accumulate else ())
+    arguments = x.qkv(sequences)[0], x.pages, *x.attended(sequences), x.scale
+    return Call(arguments, x.masks() if masked else {})
 
 
 CASES = (
@@ -47,17 +45,6 @@ CASES = (
             "4*B*Q*n*D",
         ),
         _call,
-        reads_vectors=True,
-    ),
-    Case(
-        "accumulate",
-        "decode",
-        Cost(
-            "B*H*n*(2*D*s + 2*e + 8) + 2*B*Q*D*a",
-            "B*H*n*(2*D*s + 2*e + 8 + 8/P + 8*G) + 2*B*Q*D*a + 8*(p + B*H)*G*(D + 1)",
-            "4*B*Q*n*D",
-        ),
-        partial(_call, accumulate=True),
         reads_vectors=True,
     ),
     Case(

@@ -48,7 +48,6 @@ _BLOCK_HEADS = tl.constexpr(512)
 _BLOCK_PARTS = 16
 _MAX_BLOCK_N = 64
 _TILE_BYTES = 16384
-_BLOCK_TOKENS = 256
 
 
 def paged_decode_attention(
@@ -58,7 +57,6 @@ def paged_decode_attention(
     lengths: Tensor,
     slots: Tensor,
     scale: float,
-    accumulate: bool = False,
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -66,7 +64,6 @@ def paged_decode_attention(
     """Attend with one query per sequence over each head's tokens; see `reference.paged_decode_attention`.
 
     The grid depends on shapes only, never on lengths. A slot below 0 stands for no sequence: its output is 0.
-    With `accumulate` the logits are kept, float32 [B, Hq, tokens a head may have], so that K is read once.
     """
     batch, query_heads, head_dim = q.shape
     heads, page_size = table.shape[1], pages.page_size
@@ -75,15 +72,10 @@ def paged_decode_attention(
     if not batch:
         return out
     all_heads, group = batch * heads, query_heads // heads
-    per_processor = 1 if accumulate else _PROGRAMS_PER_PROCESSOR
-    programs = num_programs(all_heads, max_tokens, per_processor * num_processors(q.device))
+    programs = num_programs(all_heads, max_tokens, _PROGRAMS_PER_PROCESSOR * num_processors(q.device))
     lse = torch.empty(programs + all_heads, group, dtype=torch.float32, device=q.device)
     partial = torch.empty(*lse.shape, head_dim, dtype=torch.float32, device=q.device)
     takers = torch.empty(all_heads, 2, dtype=torch.int32, device=q.device)
-    total_lse = torch.empty(batch, query_heads, dtype=torch.float32, device=q.device)
-    logits = lse
-    if accumulate:
-        logits = torch.empty(batch, query_heads, max_tokens, dtype=torch.float32, device=q.device)
     masked = window is not None or softcap is not None or sinks is not None
     layout = (table, lengths, slots, *table.stride()[:2], *lengths.stride())
     masks = attention_masks(pages, window, softcap, sinks, unused=lse)
@@ -95,18 +87,15 @@ def paged_decode_attention(
         partial,
         lse,
         takers,
-        logits,
         q.stride(0),
         q.stride(1),
         all_heads,
         heads,
-        max_tokens,
         scale * LOG2_E.value,
         *masks,
         **attention_constants(pages, group, window, softcap, sinks),
         BLOCK_G=max(16, power_of_two(group)),
         BLOCK_N=attention_block(pages.k, _MAX_BLOCK_N, _TILE_BYTES),
-        KEEP_LOGITS=accumulate,
         num_warps=4,
         num_stages=2 if masked and layout_of(pages.k) == "int4" else 3,  # with 3 registers spill
     )
@@ -116,27 +105,12 @@ def paged_decode_attention(
         takers,
         slots,
         out,
-        total_lse,
         GROUP=group,
         HEAD_DIM=head_dim,
         BLOCK_D=power_of_two(head_dim),
         BLOCK_PARTS=_BLOCK_PARTS,
         num_warps=4,
     )
-    if accumulate:
-        _accumulate[(batch, heads, triton.cdiv(max_tokens, _BLOCK_TOKENS))](
-            logits,
-            total_lse,
-            *layout,
-            pages.attention,
-            max_tokens,
-            *masks[:2],
-            GROUP=group,
-            PAGE_SIZE=page_size,
-            BLOCK_N=_BLOCK_TOKENS,
-            WINDOWED=window is not None,
-            num_warps=4,
-        )
     return out
 
 
@@ -154,9 +128,7 @@ def _units(lengths, slots, stride_slot, stride_head, head, all_heads, heads):
     return tl.where(slot >= 0, tl.cdiv(length, UNIT) + 1, 0)
 
 
-@triton.jit(
-    do_not_specialize=["all_heads", "heads", "max_tokens", "window"], do_not_specialize_on_alignment=BOOKS
-)
+@triton.jit(do_not_specialize=["all_heads", "heads", "window"], do_not_specialize_on_alignment=BOOKS)
 def _attend(
     q,
     pages_k,
@@ -171,12 +143,10 @@ def _attend(
     partial,
     lse,
     takers,
-    logits,
     stride_q_sequence,
     stride_q_head,
     all_heads,
     heads,
-    max_tokens,
     scale_log2,
     position,
     window,
@@ -190,7 +160,6 @@ def _attend(
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    KEEP_LOGITS: tl.constexpr,
     WINDOWED: tl.constexpr,
     SOFTCAPPED: tl.constexpr,
     SINKS: tl.constexpr,
@@ -241,7 +210,6 @@ def _attend(
         pointers = q + sequence * stride_q_sequence + query_head[:, None] * stride_q_head + d[None, :]
         queries = narrow_queries(tl.load(pointers, mask=rows, other=0.0), pages_k, KEYS)
         table_row = table + slot * stride_table_slot + head * stride_table_head
-        result = row.to(tl.int64) * GROUP + g
 
         peak = tl.full([BLOCK_G], float("-inf"), tl.float32)
         weight = tl.zeros([BLOCK_G], tl.float32)
@@ -262,9 +230,6 @@ def _attend(
             scores = scaled(scores * scale_log2, pages_k, place, valid, KEYS)
             scores = softcapped(scores, SOFTCAPPED, softcap_log2)
             scores = tl.where((valid & (index >= oldest))[None, :], scores, float("-inf"))
-            if KEEP_LOGITS:
-                mask = (g < GROUP)[:, None] & valid[None, :]
-                tl.store(logits + result[:, None] * max_tokens + index[None, :], scores, mask=mask)
             values = load_operands(pages_v, place, valid, VALUES, HEAD_DIM, BLOCK_D)
             peak, weight, acc = softmax_step(scores, values, pages_v, place, valid, peak, weight, acc, VALUES)
 
@@ -284,7 +249,6 @@ def _merge(
     takers,
     slots,
     out,
-    total_lse,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -316,48 +280,3 @@ def _merge(
     total /= tl.where(weight > 0, weight, 1.0)
     result = sequence * tl.num_programs(1) + query_head
     tl.store(out + result * HEAD_DIM + d, narrow(total, out.dtype.element_ty), mask=d < HEAD_DIM)
-    tl.store(total_lse + result, peak + tl.log2(weight))
-
-
-@triton.jit(do_not_specialize=["max_tokens", "window"], do_not_specialize_on_alignment=BOOKS)
-def _accumulate(
-    logits,
-    total_lse,
-    table,
-    lengths,
-    slots,
-    stride_table_slot,
-    stride_table_head,
-    stride_lengths_slot,
-    stride_lengths_head,
-    attention,
-    max_tokens,
-    position,
-    window,
-    GROUP: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    WINDOWED: tl.constexpr,
-):
-    """Program (sequence, KV head, block of tokens): adds the group's probabilities.
-
-    Pages may be shared, hence the atomic.
-    """
-    sequence = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    slot = tl.load(slots + sequence).to(tl.int64)
-    length = tl.load(
-        lengths + slot * stride_lengths_slot + head * stride_lengths_head, mask=slot >= 0, other=0
-    )
-    index = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if tl.program_id(2) * BLOCK_N >= length:
-        return
-    row = table + slot * stride_table_slot + head * stride_table_head
-    valid = (index < length) & (index >= find_oldest(position, row, length, WINDOWED, window, PAGE_SIZE))
-    paid = tl.zeros([BLOCK_N], tl.float32)
-    for g in tl.static_range(GROUP):
-        result = (sequence * tl.num_programs(1) + head) * GROUP + g
-        scores = tl.load(logits + result * max_tokens + index, mask=valid, other=float("-inf"))
-        paid += tl.exp2(scores - tl.load(total_lse + result))
-    place = find_slots(row, index, valid, PAGE_SIZE)
-    tl.atomic_add(attention + place, paid, mask=valid, sem="relaxed")

@@ -67,18 +67,6 @@ MUTATIONS = (
         "(some < last)[:, None]",
     ),
     Mutation(
-        "paged_decode_attention",
-        "wrong stride of the logits",
-        "tl.load(logits + result * max_tokens + index",
-        "tl.load(logits + result * (max_tokens - 1) + index",
-    ),
-    Mutation(
-        "paged_decode_attention",
-        "overwrites, not adds",
-        'tl.atomic_add(attention + place, paid, mask=valid, sem="relaxed")',
-        "tl.store(attention + place, paid, mask=valid)",
-    ),
-    Mutation(
         "paged_prefill_attention",
         "causal mask off by one",
         "index[None, :] <= last[:, None]",

@@ -7,7 +7,6 @@ from curkv.kernels.paged_decode_attention import reference, triton
 from tests.kernels.util import MASKS, generator, make_pool, mask_arguments, scatter_positions
 
 
-@pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize(
     ("lengths", "group", "head_dim", "page_size", "kv_dtype", "shared_pages"),
     [
@@ -24,21 +23,18 @@ from tests.kernels.util import MASKS, generator, make_pool, mask_arguments, scat
         ([[17, 90], [0, 65]], 4, 192, 32, "int4", 0),
     ],
 )
-def test_attends_like_the_reference(
-    close, lengths, group, head_dim, page_size, kv_dtype, shared_pages, accumulate
-):
+def test_attends_like_the_reference(close, lengths, group, head_dim, page_size, kv_dtype, shared_pages):
     pool = make_pool(
         lengths, head_dim=head_dim, page_size=page_size, kv_dtype=kv_dtype, shared_pages=shared_pages
     )
     expected = pool.copy()
     q = torch.randn(len(lengths), 3 * len(lengths[0]) * group, head_dim)[:, : len(lengths[0]) * group]
-    arguments = pool.table, pool.lengths, pool.slots, head_dim**-0.5, accumulate
+    arguments = pool.table, pool.lengths, pool.slots, head_dim**-0.5
     close(
         triton.paged_decode_attention(q, pool.pages, *arguments),
         reference.paged_decode_attention(q, expected.pages, *arguments),
         kv_dtype,
     )
-    close(pool.pages.attention, expected.pages.attention, kv_dtype)
 
 
 @pytest.mark.parametrize("batch", [1, 64])
@@ -54,9 +50,8 @@ def test_a_slot_below_zero_gives_zero():
     slots = pool.slots.clone()
     slots[0] = -1
     q = torch.randn(2, 2, 64)
-    out = triton.paged_decode_attention(q, pool.pages, pool.table, pool.lengths, slots, 0.125, True)
+    out = triton.paged_decode_attention(q, pool.pages, pool.table, pool.lengths, slots, 0.125)
     assert torch.equal(out[0], torch.zeros(2, 64))
-    assert float(pool.pages.attention.nansum()) == pytest.approx(2, rel=1e-5)
 
 
 def test_large_scores_do_not_overflow():
@@ -91,8 +86,6 @@ def test_windows_caps_and_sinks(close, kv_dtype, mask):
     q = torch.randn(3, 9, 64, generator=generator(1))
     mine, theirs = pool.copy(), pool.copy()
     rest, masks = (pool.table, pool.lengths, pool.slots, 0.4), mask_arguments(mask, 9)
-    for accumulate in (False, True):
-        actual = triton.paged_decode_attention(q, mine.pages, *rest, accumulate, **masks)
-        expected = reference.paged_decode_attention(q, theirs.pages, *rest, accumulate, **masks)
-        close(actual, expected, kv_dtype)
-    close(mine.pages.attention, theirs.pages.attention, kv_dtype)
+    actual = triton.paged_decode_attention(q, mine.pages, *rest, **masks)
+    expected = reference.paged_decode_attention(q, theirs.pages, *rest, **masks)
+    close(actual, expected, kv_dtype)
