@@ -23,7 +23,7 @@ from curkv.engine.client import EngineClient
 from curkv.engine.engine import Engine
 from curkv.engine.types import Output, Request, SamplingParams, Structure, TokenLogprob
 
-COUNT, AT_ONCE, GONE = 96, 14, 0.3
+COUNT, AT_ONCE, GONE = 120, 14, 0.3
 ENGINE = EngineOptions(
     page_size=16, max_step_tokens=64, max_sequences=12, max_model_len=512, kv_dtype="float16"
 )
