@@ -80,8 +80,9 @@ def _measure(
         if needs.repetition:
             scores, extra = _repeat(engine, slot, prompt)
             view = replace(view, repetition=scores)
-        if needs.draft:
-            scores, seconds = _draft(engine, slot, prompt, needs.draft)
+        drafted = max(resolve(policies[name], prompt, engine.kv.layout).draft_tokens for name in names)
+        if drafted:
+            scores, seconds = _draft(engine, slot, prompt, drafted)
             view, extra = replace(view, draft=scores), extra + seconds
         observing = "" if needs.query_agnostic else f" + {extra / reference:.1%}"
         for name in names:

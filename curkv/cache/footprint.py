@@ -30,11 +30,12 @@ def footprint(kv: PageManager, plan: EvictionPlan, generated: int, prefix: Prefi
         equally many tokens.
     """
     layout, peak, ragged = kv.layout, plan.peak_prompt_tokens, plan.ragged and plan.streaming
+    seen = plan.prompt_tokens + plan.tokens_behind(plan.context_tokens)
     if prefix is not None and prefix.evictions:
         held = float(prefix.lengths[list(layout.evicted_rows)].mean())
         peak, ragged = plan.peak_tokens_behind(prefix.tokens, held, prefix.evicted_at), plan.ragged
     needed = max(
-        layout.sequence_pages(peak, ragged=ragged, seen=plan.prompt_tokens),
+        layout.sequence_pages(peak, ragged=ragged, seen=seen),
         held_pages(layout, plan, generated),
     )
     if prefix is None:

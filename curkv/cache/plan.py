@@ -45,6 +45,7 @@ class EvictionPlan:
         seed: Of random numbers, at least 0.
         frame_tokens: First tokens of the prompt that a chat template wrote, whatever is said behind them.
         draft_tokens: Tokens of an answer that are drafted at the end of the prompt, to see what they look at.
+        explained_behind: Most tokens that plans to be explained have computed behind the prompt.
     """
 
     options: SettledOptions
@@ -59,6 +60,7 @@ class EvictionPlan:
     seed: int
     frame_tokens: int = 0
     draft_tokens: int = 0
+    explained_behind: int = 0
 
     @property
     def policy(self) -> Policy:
@@ -96,18 +98,18 @@ class EvictionPlan:
         context = self.context_tokens
         if self.chunk is not None:
             context = min(context, self.budget_tokens + self.chunk)
-        return max(context + self._behind(self.context_tokens), self.kept_prompt_tokens)
+        return max(context + self.tokens_behind(self.context_tokens), self.kept_prompt_tokens)
 
-    def _behind(self, tokens: int) -> int:
+    def tokens_behind(self, tokens: int) -> int:
         """Most tokens behind the context while so many of it are repeated, or an answer is drafted."""
         if self.observed.repetition:
             return min(tokens, REPEATED_TOKENS) + INSTRUCTION_TOKENS
-        return self.draft_tokens
+        return max(self.draft_tokens, self.explained_behind)
 
     @property
     def computes_behind(self) -> bool:
         """Whether more than the prompt is computed before an eviction, and forgotten again."""
-        return self.observed.repetition or self.draft_tokens > 0
+        return self.tokens_behind(self.context_tokens) > 0
 
     def peak_tokens_behind(self, tokens: int, held: float, evicted_at: int) -> int:
         """Most prompt tokens held per head, on average, if of the first `tokens` so many are held.
@@ -121,7 +123,7 @@ class EvictionPlan:
         if self.chunk is not None and tokens < self.context_tokens:
             left = min(left, self.chunk + self.prompt_tokens - self.context_tokens)
             held = max(held, self.budget_tokens)
-        return ceil(held) + left + self._behind(self.context_tokens - evicted_at)
+        return ceil(held) + left + self.tokens_behind(self.context_tokens - evicted_at)
 
     def protecting(self, spans: Iterable[Span]) -> EvictionPlan:
         """The same with further spans kept, if they leave room for the newest tokens."""
@@ -246,7 +248,7 @@ def resolve(
         frame_tokens=frame_tokens,
     )
     if plan.evicts_prompt and context == length:
-        plan = replace(plan, draft_tokens=min(plan.needs.draft, max(0, layout.max_tokens - length)))
+        plan = replace(plan, draft_tokens=min(plan.policy.drafts(k), max(0, layout.max_tokens - length)))
     return _fit_decode(plan, bends="decode_budget" in options.bending)
 
 

@@ -510,6 +510,8 @@ class Engine:
             explanations.append(explain(view, plan, self.kv.kernels, self.kv.page_bytes))
             if len(explanations) == len(sequence.explain_plans):
                 self._end_silently(sequence)
+        except OutOfPages:  # others have taken the room for a draft
+            self.scheduler.preempt(sequence)
         except Exception as error:
             self._faults.blame(sequence, error)
 

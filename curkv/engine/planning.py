@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from curkv.cache.footprint import footprint
@@ -44,18 +45,23 @@ class Planner:
         for field in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
             check_ids(getattr(sampling, field) or (), self._num_token_ids, field)
         plan = self._resolve(request.eviction, request, bool(request.session))
+        explain_plans = tuple(self._resolve(options, request) for options in request.explain)
+        behind = max((other.tokens_behind(other.context_tokens) for other in explain_plans), default=0)
+        plan = replace(plan, explained_behind=behind)
         max_tokens = self._max_tokens(plan, sampling.max_tokens)
         if sampling.min_tokens > max_tokens:
             raise InvalidRequest(f"is larger than max_tokens ({max_tokens})", "min_tokens")
-        explain_plans = tuple(self._resolve(options, request) for options in request.explain)
         return Planned(request, plan, max_tokens, explain_plans, self._matcher(sampling))
 
     def _resolve(self, options: EvictionOptions, request: Request, session: bool = False) -> EvictionPlan:
         prompt, frame = request.prompt_token_ids, request.frame_tokens
         try:
-            return resolve(options, prompt, self._kv.layout, session, frame)
+            plan = resolve(options, prompt, self._kv.layout, session, frame)
         except OptionError as error:
             raise InvalidRequest(error.message, f"kv.{error.field}") from error
+        if plan.draft_tokens and footprint(self._kv, plan, 0) > self._kv.num_pages:
+            return replace(plan, draft_tokens=0)  # rather than refuse a prompt that has room
+        return plan
 
     def _check_length(self, prompt: Sequence[int], asked: int | None) -> None:
         most = self._max_model_len

@@ -82,6 +82,7 @@ class Sequence:
             shapes = (HEADS * GROUP, HEADS, HEADS)
             q, k, v = (torch.randn(count, heads, DIM, generator=self.generator) for heads in shapes)
             self.attention.attend(layer, q, k, v, batch)
+        self.attention.see_steps(batch.stepped, batch.seen)
         self.computed += count
 
     def evict(self, phase: Any) -> None:

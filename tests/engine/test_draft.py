@@ -55,10 +55,12 @@ def test_an_answer_is_drafted_where_the_prompt_ends_with_its_question(
         return engine.plan(request(text, kv=parse_options({**KV, **kv}))).eviction.draft_tokens
 
     assert (drafted(), drafted(draft=3), drafted(draft=0)) == (16, 3, 0)
+    assert (drafted(draft_below=21), drafted(draft_below=20)) == (16, 0)  # tokens are kept
     assert drafted(context_tokens=60) == 0  # what is asked comes later
     assert drafted(policy="snapkv") == 0
     layout = engine.kv.layout
-    assert resolve(parse_options(KV), range(layout.max_tokens - 2), layout).draft_tokens == 2
+    few = parse_options({**KV, "budget": 100})
+    assert resolve(few, range(layout.max_tokens - 2), layout).draft_tokens == 2
 
 
 def test_who_is_preempted_drafts_the_same_again(make_engine: MakeEngine, loaded: Loaded) -> None:
@@ -82,3 +84,12 @@ def test_an_explanation_drafts_too(make_engine: MakeEngine, loaded: Loaded) -> N
     engine.step()
     [eviction] = engine.last_stats.evictions
     assert output.explanations[0].kept.sum(-1).tolist() == eviction.head_budgets.tolist()
+
+
+def test_a_prompt_that_has_room_is_not_refused_for_its_draft(make_engine: MakeEngine, loaded: Loaded) -> None:
+    text, kv = loaded.prompt(120), parse_options(KV)
+    engine = make_engine(num_pages=make_engine().kv.layout.sequence_pages(len(text)))
+    planned = engine.plan(request(text, max_tokens=1, kv=kv))
+    assert planned.eviction.draft_tokens == 0
+    outputs = run(engine, request(text, max_tokens=1, kv=kv))["r", 0]
+    assert outputs[-1].finish_reason == "length" and outputs[-1].kv.kept_tokens == 30

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
+from curkv.cache.footprint import footprint
 from curkv.cache.observations import Needs
 from curkv.cache.parsing import parse_options
 from curkv.cache.plan import INSTRUCTION_TOKENS
 from curkv.engine import repetition as repetition_module
 from curkv.engine.engine import Engine
 from curkv.engine.repetition import Repetition
+from curkv.engine.types import InvalidRequest
 from curkv.models.info import ModelInfo
 
 from .conftest import Loaded, request, run, tokens
@@ -145,3 +148,22 @@ def test_what_cannot_be_repeated_is_refused(make_engine: MakeEngine, loaded: Loa
             parse_options({"policy": "kvzip", "budget": 40, **more})
     with pytest.raises(ValueError, match="repeats the context"):
         make_engine(max_model_len=200).plan(request(loaded.prompt(140), 4, kv=KVZIP))
+
+
+@pytest.mark.parametrize("explained", [False, True])
+def test_a_text_that_cannot_be_repeated_in_the_pool_is_refused(
+    make_engine: MakeEngine, loaded: Loaded, explained: bool
+) -> None:
+    """It was admitted, had no room behind itself, and was computed anew for ever."""
+    text, kv = loaded.prompt(120), parse_options({"policy": "kvzip", "budget": "25%"})
+    asked = request(text, max_tokens=1, kv=kv)
+    if explained:
+        asked = replace(request(text, max_tokens=0), explain=(kv,))
+    needed = footprint(make_engine().kv, make_engine().plan(asked).eviction, 0)
+    with pytest.raises(InvalidRequest, match="pages of KV cache at its peak"):
+        make_engine(num_pages=needed - 1).plan(asked)
+    [*_, last] = run(make_engine(num_pages=needed), asked)["r", 0]
+    if explained:
+        assert last.explanations[0].kept.sum() == 90 * 29  # of the context, which ends before the last token
+    else:
+        assert last.kv.kept_tokens == 30

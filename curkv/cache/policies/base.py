@@ -87,6 +87,10 @@ class Policy(Configurable, ABC):
         """What it reads besides the pages."""
         return Needs()
 
+    def drafts(self, budget: int) -> int:
+        """Tokens of an answer that it wants drafted where so many tokens are kept per head."""
+        return self.needs.draft
+
     @property
     def observing(self) -> int:
         """Newest tokens whose queries do the scoring: they are kept, and pooling does not reach them."""

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 class SnapCur(SnapKV, LeveragePolicy):
     """What the last tokens look at: passages weighed with CUR's leverage, then single tokens.
 
-    A token's attention is the most that any query of the window pays it, as in DefensiveKV, or any of the
-    first `draft` = 16 tokens of an answer that the model drafts with the whole cache, as in Lookahead Q-Cache
+    A token's attention is the most that any query of the window pays it, as in DefensiveKV. Where fewer than
+    `draft_below` = 160 tokens are kept, it is that or what any of the first `draft` = 16 tokens of an answer
+    pays it, which the model drafts with the whole cache, as in Lookahead Q-Cache
     (https://arxiv.org/abs/2505.20334): what copies a fact looks for it only when it is due. The window is
     short: in texts that repeat themselves, queries of the text before the question look at whatever is like
     it, and take the room of what is asked for. A `first_stage` = half of the budget beside the window goes
@@ -55,12 +56,19 @@ class SnapCur(SnapKV, LeveragePolicy):
     draft: int = option(
         16, Integer(0, 256), "Tokens of an answer that SnapCUR drafts at the end of the prompt; 0: none."
     )
+    draft_below: int = option(
+        160, Integer(0, 1_000_000), "Tokens kept per head from which on SnapCUR drafts no answer."
+    )
     factor = False
 
     @property
     def needs(self) -> Needs:
         """The queries of the window, and a draft."""
         return Needs(queries=self.observation, draft=self.draft)
+
+    def drafts(self, budget: int) -> int:
+        """A draft where little is kept: it takes as many decode steps before the first token."""
+        return self.draft if budget < self.draft_below else 0
 
     def score(self, view: CacheView, kernels: Kernels) -> Tensor:
         """Each head's attention, pooled; tokens of the best passages and of the window are +inf."""
