@@ -151,10 +151,10 @@ def token_logprobs(logits: Tensor, token_ids: list[int], count: int) -> list[Tok
         token_ids: [R].
         count: how many of the likeliest to report.
     """
-    norm = logits.logsumexp(dim=-1, keepdim=True)
+    logprobs = logits.log_softmax(dim=-1)  # a row is one thread's; logsumexp divides one that is alone
     ids = upload_list(token_ids, logits.device)[:, None]
     top = logits.topk(count, dim=-1)
-    told = (torch.cat([logits.gather(1, ids), top.values], 1) - norm).tolist()
+    told = logprobs.gather(1, torch.cat([ids, top.indices], 1)).tolist()
     return [
         TokenLogprob(token, own, list(zip(others, values, strict=True)))
         for token, (own, *values), others in zip(token_ids, told, top.indices.tolist(), strict=True)
