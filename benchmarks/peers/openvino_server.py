@@ -69,6 +69,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         prompt, new_tokens = body["prompt"], body["max_tokens"]
+        if isinstance(prompt, str):
+            prompt = self.engine.tokenizer.encode(prompt).input_ids.data[0].tolist()
         tokens = self.engine.generate(prompt, new_tokens)
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
