@@ -27,7 +27,7 @@ COUNT, AT_ONCE, GONE = 120, 14, 0.3
 ENGINE = EngineOptions(
     page_size=16, max_step_tokens=64, max_sequences=12, max_model_len=512, kv_dtype="float16"
 )
-ROOMY, TIGHT = 16 << 20, 460 << 10
+ROOMY, TIGHT = 16 << 20, 500 << 10
 
 
 @dataclass
