@@ -28,6 +28,7 @@ from curkv.evaluation.records import ProtocolName, Record
 from curkv.evaluation.tasks import make_sample
 from curkv.evaluation.tasks.base import Asked, Recipe, Sample
 from curkv.evaluation.variants import FULL, Variant
+from curkv.models.chat_template import ChatTemplate
 
 Wanted = Mapping[ProtocolName, Sequence[Variant]]
 """The variants to measure under each protocol."""
@@ -169,19 +170,19 @@ class Evaluator:
         before, frame, questions = sample.context, 0, []
         for asked in sample.asked:
             after = asked.question
-            if sample.chat:
-                before, after, frame = self._conversation(sample.context, asked.question)
+            if sample.chat and self._template is not None:
+                before, after, frame = self._conversation(self._template, sample.context, asked.question)
+            elif sample.chat:  # a base model goes on with a text
+                after = f"{asked.question}\nAnswer:"
             target = self._encode(asked.target or "")[: asked.max_new_tokens]
             questions.append(_Question(asked, self._encode(after), target))
         return self._encode(before), frame, questions
 
-    def _conversation(self, context: str, question: str) -> tuple[str, str, int]:
+    def _conversation(self, template: ChatTemplate, context: str, question: str) -> tuple[str, str, int]:
         """A user's message as the model reads it, up to the end of the context and behind it; its frame."""
-        if self._template is None:
-            raise ValueError("the task is a conversation, and the model has no chat template")
         message = {"role": "user", "content": f"{context}{_MARK}{question}"}
-        before, _, after = self._template.render([message], {}).partition(_MARK)
-        frame = self._template.frame(before, ["user"], {})
+        before, _, after = template.render([message], {}).partition(_MARK)
+        frame = template.frame(before, ["user"], {})
         return before, after, self.count_tokens(before[:frame])
 
     def _visible(

@@ -198,3 +198,12 @@ def test_a_continuation_is_held_against_the_full_cache(
     logits = dense_logits(engine.runner.model)(ids)[len(CONTEXT) - 1 : -1]
     nll = torch.nn.functional.cross_entropy(logits, ids[len(CONTEXT) :]).item()
     assert full.nll == pytest.approx(nll, rel=1e-4)
+
+
+def test_a_model_without_a_chat_template_answers_a_text(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, replace(SAMPLE, chat=True))
+    of_chat = measured(make_engine(), visible=VARIANTS[:2])
+    use(monkeypatch, asking(replace(ASKED, question=f"{ASKED.question}\nAnswer:")))
+    assert of_chat == measured(make_engine(), visible=VARIANTS[:2])

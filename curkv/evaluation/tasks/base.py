@@ -74,7 +74,8 @@ class Sample:
         recipe: What it was made from; the same recipe makes the same sample.
         context: What a policy sees before the question under the protocol "hidden".
         asked: The questions, one at least.
-        chat: Context and question are a user's message, to be written out by the model's chat template.
+        chat: Context and question are a user's message, to be written out by the model's chat template; a
+            model that has none goes on behind "Answer:".
     """
 
     recipe: Recipe

@@ -1,8 +1,8 @@
 """Five questions of different families about one text: codes, towns, days, prices, passwords and more.
 
 Families, wordings and kinds of text vary so that no policy can be fitted to one template. The conversation
-is written out by the model's chat template, and the model's own right answer with the full cache is the
-target: only what the full cache answers counts.
+is written out by the model's chat template, or as text if it has none, and the model's own right answer with
+the full cache is the target: only what the full cache answers counts.
 
 Settings of policies are chosen on seeds below 10,000; reports are made from those above
 (`benchmarks/questions.sh`).
