@@ -87,11 +87,13 @@ def kernel_table(entries: list[Entry]) -> str:
             of_targets = reports.setdefault((entry.model, launch.name + entry.call.label), {})
             other = of_targets.setdefault(entry.target.name, report)
             of_targets[entry.target.name] = max(other, report, key=lambda r: r.registers)
-    cells = {key: [_cell(of_targets[t]) for t in targets] for key, of_targets in reports.items()}
+    cells = {key: [_cell(of_targets.get(t)) for t in targets] for key, of_targets in reports.items()}
     return _table(["kernel", "models", *targets], sorted(cells.items(), key=lambda item: item[0][1]))
 
 
-def _cell(report: Report) -> str:
+def _cell(report: Report | None) -> str:
+    if report is None:  # fp8 is not for every chip
+        return ""
     return (
         f"{report.registers}r {report.shared / 1024:.0f}K {report.occupancy:.0%}"
         f" {report.spills}s {report.wide_loads}w {report.tensor_ops}t"

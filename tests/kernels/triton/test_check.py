@@ -16,7 +16,7 @@ import pytest
 
 from curkv import kernels
 from curkv.bench import aot
-from curkv.bench.check import COSTS, Entry, failures
+from curkv.bench.check import COSTS, Entry, failures, kernel_table
 from curkv.kernels.costs import Cost, evaluate
 from curkv.kernels.dispatch import load
 from curkv.kernels.spec import MODELS, Inputs
@@ -127,3 +127,16 @@ def test_every_kernel_of_the_package_is_checked(monkeypatch: pytest.MonkeyPatch)
     there = set().union(*map(launched_in, Path(kernels.__file__).parent.rglob("triton.py")))
     assert len(there) > 15
     assert there <= seen
+
+
+def test_a_kernel_that_a_chip_has_no_use_for_leaves_its_cell_empty() -> None:
+    report = aot.Report(32, 0, 1024, 0.5, 4, 0, 0)
+
+    def entry(chip: str, kernel: str) -> Any:
+        call, launch = SimpleNamespace(label=""), SimpleNamespace(name=kernel)
+        return SimpleNamespace(
+            model="m", target=SimpleNamespace(name=chip), call=call, reports=[(launch, report)]
+        )
+
+    *_, second = kernel_table([entry("a", "x"), entry("b", "x"), entry("b", "y")]).strip().splitlines()
+    assert [cell.strip() for cell in second.split("|")][1:4] == ["y", "m", ""]
