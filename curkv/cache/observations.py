@@ -27,7 +27,6 @@ class Needs:
         block: Attention inside blocks of that many tokens, not causal; 0: none.
         repetition: The attention that tokens receive while the model repeats the text.
         chunk: Queries of the newest chunk, of two tokens or more, and their log-sum-exp.
-        draft: The attention that tokens receive from so many drafted tokens of an answer.
     """
 
     queries: int = 0
@@ -37,7 +36,6 @@ class Needs:
     block: int = 0
     repetition: bool = False
     chunk: bool = False
-    draft: int = 0
 
     def __or__(self, other: Needs) -> Needs:
         """What two policies need together; of two sizes of blocks the larger is taken."""
@@ -49,7 +47,6 @@ class Needs:
             max(self.block, other.block),
             self.repetition or other.repetition,
             self.chunk or other.chunk,
-            max(self.draft, other.draft),
         )
 
     @property
@@ -65,7 +62,7 @@ class Needs:
     @property
     def attention_scores(self) -> bool:
         """Whether the attention of single queries decides what is kept."""
-        return self.queries > 0 or self.column_sums or self.draft > 0
+        return self.queries > 0 or self.column_sums
 
     @property
     def query_agnostic(self) -> bool:

@@ -89,7 +89,7 @@ class Policy(Configurable, ABC):
 
     def drafts(self, budget: int) -> int:
         """Tokens of an answer that it wants drafted where so many tokens are kept per head."""
-        return self.needs.draft
+        return 0
 
     @property
     def observing(self) -> int:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from curkv.cache.allocation import ALLOCATIONS, Allocation
 from curkv.cache.declarations import SHARE, Integer, option
-from curkv.cache.observations import Needs
 from curkv.cache.policies.base import best_of_heads, pooled
 from curkv.cache.policies.chunkkv import CHUNK
 from curkv.cache.policies.curdkv import LeveragePolicy
@@ -60,11 +59,6 @@ class SnapCur(SnapKV, LeveragePolicy):
         160, Integer(0, 1_000_000), "Tokens kept per head from which on SnapCUR drafts no answer."
     )
     factor = False
-
-    @property
-    def needs(self) -> Needs:
-        """The queries of the window, and a draft."""
-        return Needs(queries=self.observation, draft=self.draft)
 
     def drafts(self, budget: int) -> int:
         """A draft where little is kept: it takes as many decode steps before the first token."""
